@@ -1,0 +1,31 @@
+"""Eight virtual CPU devices for every test, set before jax starts."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+
+import numpy as np
+import pytest
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """`golden("losses_and_heads")`: the arrays of tests/golden/losses_and_heads.npz."""
+    folder = os.path.join(os.path.dirname(__file__), "golden")
+    return lambda name: np.load(os.path.join(folder, f"{name}.npz"), allow_pickle=False)
+
+
+@pytest.fixture(scope="session")
+def assert_golden():
+    """Equal to 1e-9, relative to the largest magnitude of the expected array."""
+
+    def check(actual, expected, tolerance=1e-9):
+        actual, expected = np.asarray(actual), np.asarray(expected)
+        assert actual.shape == expected.shape, (actual.shape, expected.shape)
+        assert actual.dtype == np.float64, f"compared in {actual.dtype}, goldens are float64"
+        scale = max(float(np.max(np.abs(expected))), np.finfo(np.float64).tiny)
+        error = float(np.max(np.abs(actual - expected))) / scale
+        assert error <= tolerance, f"relative error {error:.3e}"
+
+    return check
