@@ -1,0 +1,85 @@
+"""A classifier is a backbone and a head: image -> (logits, {"features"})."""
+
+import inspect
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lt_adv import lookup
+from lt_adv.models import heads, resnet, wide_resnet
+from lt_adv.models.layers import Array
+
+BACKBONES: Mapping[str, Callable[..., nn.Module]] = {
+    "wide_resnet": wide_resnet.WideResNet,
+    "resnet18": resnet.ResNet18,
+    "preact_resnet18": resnet.PreActResNet18,
+}
+HEADS: Mapping[str, Callable[..., nn.Module]] = {
+    "linear": heads.Linear,
+    "linear_no_bias": partial(heads.Linear, use_bias=False),
+    "cosine": heads.Cosine,
+    "cosine_plus": partial(heads.Cosine, gamma=1 / 32),
+}
+# float64 serves comparisons with reference numbers, under jax.enable_x64.
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
+
+
+class Classifier(nn.Module):
+    """Image [batch, height, width, channels] in [0, 1] -> (logits [batch, classes], {"features": [batch, d]}).
+
+    `train=True` normalises by the statistics of this batch and advances the running ones (ask for them with
+    `mutable=["batch_stats"]`); the default uses the running ones. Logits and features are float32 whatever the compute
+    dtype. Variables: `params` of `backbone` and `head`, `batch_stats` of `backbone`.
+    """
+
+    backbone: nn.Module
+    head: nn.Module
+
+    def __call__(self, x: Array, *, train: bool = False) -> tuple[Array, dict[str, Array]]:
+        if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
+            raise ValueError(
+                f"A classifier takes floating images [batch, height, width, channels] in [0, 1], "
+                f"not {x.dtype}{list(x.shape)}."
+            )
+        features = self.backbone(x, train=train)
+        return self.head(features), {"features": features}
+
+
+def create(model_config: Mapping[str, Any], num_classes: int, axis_name: str | None = None) -> Classifier:
+    """The classifier that a config describes; its variables come from `classifier.init(key, x)`.
+
+    `model_config`: `name` and options of the backbone, `dtype` ("float32" or "bfloat16", the compute dtype), and
+    `head`, a mapping of `name` and options. `axis_name` is the device axis that batch statistics are averaged over.
+    Raises ValueError for a name or an option that does not exist. An option that belongs to another backbone or head
+    is left unused, so one config can hold the options of all and change its `name` alone.
+    """
+    options = dict(model_config)
+    head_config = options.pop("head", {"name": "linear"})
+    dtype_name = options.pop("dtype", "float32")
+    if dtype_name not in DTYPES:
+        raise lookup.unknown("model dtype", dtype_name, DTYPES)
+    if num_classes < 2:
+        raise ValueError(f"A classifier needs at least 2 classes, not {num_classes}.")
+    dtype = DTYPES[dtype_name]
+    backbone = _build("model", BACKBONES, options, dtype=dtype, axis_name=axis_name)
+    head = _build("head", HEADS, head_config, dtype=dtype, num_classes=num_classes)
+    return Classifier(backbone=backbone, head=head)
+
+
+def _build(
+    kind: str, choices: Mapping[str, Callable[..., nn.Module]], config: Mapping[str, Any], **given: Any
+) -> nn.Module:
+    options = dict(config)
+    name = options.pop("name", None)
+    if name not in choices:
+        raise lookup.unknown(kind, name, choices)
+    reserved = {"parent", "name", *given}  # what flax adds to every module, and what is not the config's to say
+    takes = {choice: set(inspect.signature(module).parameters) - reserved for choice, module in choices.items()}
+    known = set().union(*takes.values())
+    for option in options:
+        if option not in known:
+            raise lookup.unknown(f"option of {kind} {name!r}:", option, known)
+    return choices[name](**{option: value for option, value in options.items() if option in takes[name]}, **given)

@@ -1,0 +1,69 @@
+"""Heads: features [batch, d] -> logits [batch, classes]. A head behaves the same in training and evaluation.
+
+Every head keeps its weight as one `kernel` [d, classes], so column c is the vector w_c of class c, and computes in at
+least float32 at full precision, also where the backbone computes in bfloat16 or an accelerator would round to TF32.
+"""
+
+import math
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lt_adv.models.layers import Array, fan_in_uniform, wide_dtype
+
+
+class Linear(nn.Module):
+    """z_c = w_c . f + b_c; weight and bias start from U(+-1/sqrt(d)), PyTorch's default.
+
+    Differs from the released RoBal code: its "bias-free" layer keeps a frozen random bias, ours has none.
+    """
+
+    num_classes: int
+    use_bias: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        features = features.astype(wide_dtype(self.dtype))
+        d, dtype = features.shape[-1], features.dtype
+        kernel = self.param("kernel", fan_in_uniform, (d, self.num_classes), dtype)
+        logits = jnp.dot(features, kernel, precision="highest")
+        if not self.use_bias:
+            return logits
+
+        def bias_init(key: Array) -> Array:
+            return jax.random.uniform(key, (self.num_classes,), dtype, -1 / math.sqrt(d), 1 / math.sqrt(d))
+
+        return logits + self.param("bias", bias_init)
+
+
+class Cosine(nn.Module):
+    """z_c = s (f / |f|^eta) . (w_c / (|w_c|^eta + gamma)), no bias, w ~ U(+-1/sqrt(d)).
+
+    gamma = 0 and eta = 1 is the cosine of f and w_c, times s. gamma > 0 is RoBal's head (Wu et al. 2021): it lets
+    classes with longer weights keep slightly larger logits. RoBal trains at s = 1 (its loss holds the scale) and
+    rescales afterwards, see `adjustments.boundary`. Where f or w_c is exactly zero so is the logit, and the gradient
+    is finite; the released code divides by zero there.
+    """
+
+    num_classes: int
+    scale: float = 1.0
+    gamma: float = 0.0
+    eta: float = 1.0
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        features = features.astype(wide_dtype(self.dtype))
+        kernel = self.param("kernel", fan_in_uniform, (features.shape[-1], self.num_classes), features.dtype)
+        directions = features / _length(features, axis=-1) ** self.eta
+        prototypes = kernel / (_length(kernel, axis=0) ** self.eta + self.gamma)
+        return self.scale * jnp.dot(directions, prototypes, precision="highest")
+
+
+def _length(x: Array, axis: int) -> Array:
+    # A zero vector is given length 1 inside the square root, whose derivative at 0 is infinite.
+    squares = jnp.sum(x * x, axis=axis, keepdims=True)
+    return jnp.sqrt(jnp.where(squares > 0, squares, 1))

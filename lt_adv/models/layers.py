@@ -1,0 +1,101 @@
+"""The layers that every backbone is made of: convolution, batch norm, residual blocks, pooling, initialisers."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+Array = jax.Array
+Initializer = jax.nn.initializers.Initializer
+
+# Normal with variance 2 / (k k out): the original WideResNet code and those derived from it.
+kaiming_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch does when nothing is said.
+fan_in_uniform: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
+
+
+def wide_dtype(dtype: Any) -> Any:
+    """The dtype of parameters, statistics, features and logits: never below float32, whatever is computed between."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def conv_and_norm(
+    *, dtype: Any, axis_name: str | None, train: bool, kernel_init: Initializer
+) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
+    """`conv(features, size, stride, name=)` and `norm(name=)` for one forward pass of one network.
+
+    `axis_name` is the device axis over which batch statistics are averaged (None: each device its own). Running
+    statistics follow flax: new = 0.9 old + 0.1 batch, with the biased batch variance (PyTorch's is the unbiased one).
+    """
+    wide = wide_dtype(dtype)
+
+    def conv(features: int, size: int, stride: int = 1, *, name: str) -> nn.Conv:
+        # Said in numbers because "SAME" pads a strided 3x3 convolution by (0, 1), not (1, 1): another network.
+        padding = ((size // 2, size // 2),) * 2
+        return nn.Conv(
+            features, (size, size), strides=stride, padding=padding, use_bias=False,
+            dtype=dtype, param_dtype=wide, kernel_init=kernel_init, name=name,
+        )  # fmt: skip
+
+    norm = partial(
+        nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name,
+        dtype=dtype, param_dtype=wide,
+        # flax's float32 reductions are meant for bfloat16; in float64 they would create float32 statistics.
+        force_float32_reductions=wide == jnp.float32,
+    )  # fmt: skip
+    return conv, norm
+
+
+def residual_plan(widths: tuple[int, ...], blocks: int) -> Iterator[tuple[str, int, int]]:
+    """(name, width, stride) of each residual block; every stage but the first begins by halving the image."""
+    for stage, width in enumerate(widths, start=1):
+        for block in range(blocks):
+            yield f"stage{stage}_block{block}", width, 2 if stage > 1 and block == 0 else 1
+
+
+def global_average_pool(x: Array, dtype: Any) -> Array:
+    """Mean over the image, whatever its size: [batch, height, width, d] -> [batch, d], summed in at least float32."""
+    return jnp.mean(x, axis=(1, 2), dtype=wide_dtype(dtype))
+
+
+class Block(nn.Module):
+    """Residual block of two 3x3 convolutions, batch norm and ReLU after each (He et al. 2015)."""
+
+    width: int
+    stride: int
+    conv: Callable[..., nn.Conv]
+    norm: Callable[..., nn.BatchNorm]
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = nn.relu(self.norm(name="bn1")(self.conv(self.width, 3, self.stride, name="conv1")(x)))
+        y = self.norm(name="bn2")(self.conv(self.width, 3, name="conv2")(y))
+        if self.stride != 1 or x.shape[-1] != self.width:
+            x = self.norm(name="shortcut_bn")(self.conv(self.width, 1, self.stride, name="shortcut")(x))
+        return nn.relu(x + y)
+
+
+class PreActivationBlock(nn.Module):
+    """Residual block with batch norm and ReLU before each convolution (He et al. 2016), the block of WideResNet too.
+
+    A projection shortcut starts from the activated input, an identity shortcut from the raw one, as in the released
+    code of both networks.
+    """
+
+    width: int
+    stride: int
+    conv: Callable[..., nn.Conv]
+    norm: Callable[..., nn.BatchNorm]
+    dropout: Callable[[], nn.Dropout] = partial(nn.Dropout, 0.0, deterministic=True)
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        y = nn.relu(self.norm(name="bn1")(x))
+        if self.stride != 1 or x.shape[-1] != self.width:
+            x = self.conv(self.width, 1, self.stride, name="shortcut")(y)
+        y = self.conv(self.width, 3, self.stride, name="conv1")(y)
+        y = self.dropout()(nn.relu(self.norm(name="bn2")(y)))
+        return x + self.conv(self.width, 3, name="conv2")(y)

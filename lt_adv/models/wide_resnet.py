@@ -1,0 +1,53 @@
+"""WideResNet-d-k (Zagoruyko and Komodakis 2016), the backbone of RoBal and most robustness tables."""
+
+from functools import partial
+from typing import Any
+
+import flax.linen as nn
+import jax.numpy as jnp
+
+from lt_adv.models.layers import (
+    Array,
+    PreActivationBlock,
+    conv_and_norm,
+    global_average_pool,
+    kaiming_normal,
+    residual_plan,
+)
+
+
+class WideResNet(nn.Module):
+    """Image [batch, height, width, channels] -> features [batch, 64 width].
+
+    `depth` is 6 n + 4 (n blocks in each of three stages), `width` multiplies 16, 32 and 64 channels. `dropout`, the
+    rate between the two convolutions of a block, needs `rngs={"dropout": key}` in training when it is not 0.
+    Convolutions start from a normal of variance 2 / fan_out, as in RoBal's released code.
+    """
+
+    depth: int = 34
+    width: int = 10
+    dropout: float = 0.0
+    dtype: Any = jnp.float32
+    axis_name: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.depth < 10 or self.depth % 6 != 4:
+            raise ValueError(f"A WideResNet's depth is 6 n + 4 (10, 16, 22, 28, 34 ...), not {self.depth}.")
+        if self.width < 1:
+            raise ValueError(f"A WideResNet's width is a factor of at least 1, not {self.width}.")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"A dropout rate is at least 0 and below 1, not {self.dropout}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(self, x: Array, *, train: bool = False) -> Array:
+        conv, norm = conv_and_norm(
+            dtype=self.dtype, axis_name=self.axis_name, train=train, kernel_init=kaiming_normal
+        )
+        x = conv(16, 3, name="conv1")(x)
+        dropout = partial(nn.Dropout, self.dropout, deterministic=not train)
+        widths = (16 * self.width, 32 * self.width, 64 * self.width)
+        for name, width, stride in residual_plan(widths, blocks=(self.depth - 4) // 6):
+            dropout = partial(nn.Dropout, self.dropout, deterministic=not train)
+            x = PreActivationBlock(width, stride, conv, norm, dropout, name=name)(x)
+        return global_average_pool(nn.relu(norm(name="bn")(x)), self.dtype)
