@@ -1,0 +1,36 @@
+"""Methods: one file per paper. `create` finds the file by its name and the dataclass in it."""
+
+import dataclasses
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from lt_adv import lookup
+from lt_adv.methods.base import Batch, Clock, Info, Method, Net, Stage
+
+__all__ = ["Batch", "Clock", "Info", "Method", "Net", "Stage", "create", "method_class", "names"]
+
+
+def names() -> list[str]:
+    """Every method that `config.method.name` can be."""
+    return lookup.names(__name__)
+
+
+def method_class(name: str) -> type[Method]:
+    """The one Method defined in `lt_adv/methods/<name>.py`."""
+    module = lookup.module(__name__, name)
+    found = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__ and issubclass(c, Method)]
+    if len(found) != 1:
+        raise ImportError(f"{module.__name__} must define exactly one Method, found {len(found)}.")
+    return found[0]
+
+
+def create(options: Mapping[str, Any], **common: Any) -> Method:
+    """The method of `config.method`: {"name": ..., **hyper-parameters}; ValueError for one it does not have."""
+    options = {**common, **options}
+    cls = method_class(options.pop("name"))
+    fields = [f.name for f in dataclasses.fields(cls)]
+    for option in options:
+        if option not in fields:
+            raise lookup.unknown(f"option of method {cls.__module__.rsplit('.', 1)[-1]}", option, fields)
+    return cls(**options)

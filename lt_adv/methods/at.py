@@ -1,0 +1,21 @@
+"""PGD adversarial training (Madry et al., ICLR 2018): the baseline of every table."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import base
+
+
+@dataclasses.dataclass(frozen=True)
+class AT(base.Method):
+    """min_theta E max_{|d| <= eps} CE(z(x + d), y).
+
+    Inner: PGD on cross-entropy, network in evaluation mode. Outer: cross-entropy on x_adv, in training mode.
+    """
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, _ = net.train(x_adv)
+        value = jnp.mean(losses.cross_entropy(logits, batch.label))
+        return value, (extra, {"accuracy": base.correct(logits, batch.label)})

@@ -1,0 +1,24 @@
+"""AT-BSL: adversarial training with balanced softmax (Yue et al., CVPR 2024)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import base
+
+
+@dataclasses.dataclass(frozen=True)
+class ATBSL(base.Method):
+    """min_theta E CE(z(x_adv) + log n, y), x_adv from PGD on the cross-entropy of the raw logits.
+
+    The class counts n enter the outer loss alone: neither the attack nor inference sees them. Start x + 0.001 N(0, 1),
+    as in the released code.
+    """
+
+    start: str = "gaussian"
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, _ = net.train(x_adv)
+        value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
+        return value, (extra, {"accuracy": base.correct(logits, batch.label)})

@@ -1,0 +1,160 @@
+"""The contract every method keeps. A method is one file with one frozen dataclass; its fields are its hyper-parameters."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from lt_adv import attacks
+
+Array = jax.Array
+Extra = Any
+FIDELITIES = ("published", "released_code")
+
+
+@dataclasses.dataclass(frozen=True)
+class Info:
+    """What is known of the training set before the first step. Static: numpy, never traced."""
+
+    class_counts: np.ndarray  # int [classes], after a validation cut
+    steps_per_epoch: int
+    epochs: int
+    image_shape: tuple[int, ...]
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_counts)
+
+
+@struct.dataclass
+class Batch:
+    """One device's share of a batch. `eps` and `step_size` come from the config, so that a wrapper can rescale them."""
+
+    image: Array  # float [b, h, w, c] in [0, 1]
+    label: Array  # int [b]
+    index: Array  # int [b], of the original data set
+    eps: Array  # float [b]
+    step_size: Array  # float [b]
+
+
+@struct.dataclass
+class Clock:
+    """Where training stands: traced scalars, counted from 0 within the stage."""
+
+    step: Array
+    epoch: Array
+    steps_per_epoch: int = struct.field(pytree_node=False)
+    epochs: int = struct.field(pytree_node=False)
+
+
+class Net(Protocol):
+    """All of the network that a method may touch."""
+
+    params: Any
+    info: Info
+    teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None
+
+    def eval(self, x: Array) -> tuple[Array, dict[str, Array]]:
+        """(logits, {"features"}) with running statistics; writes nothing. What attacks use."""
+
+    def train(self, x: Array) -> tuple[Array, dict[str, Array]]:
+        """(logits, {"features"}) with the statistics of the batch; advances the running ones in the order called."""
+
+    def at(self, params: Any) -> "Net":
+        """The same network at other weights."""
+
+    def gather(self, tree: Any) -> Any:
+        """The whole batch over all devices, in its global order: for losses that are no plain mean over examples."""
+
+    def mean(self, tree: Any) -> Any:
+        """Average over devices, outside the gradient."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """One trace of training. A method with several stages (a teacher, then a student) lists them in `stages`.
+
+    `overrides` are config paths to values ({"data.sampler": "class_aware"}) that hold in this stage alone. `init` is
+    "fresh", "previous" (the stage before) or the path of another run's working directory, whose parameters are merged by
+    name. `freeze` is a regular expression over parameter paths ("backbone/.*"). `teacher` may be "previous": the last
+    state of the stage before, frozen, as `net.teacher`.
+    """
+
+    method: "Method"
+    epochs: int
+    name: str = "train"
+    overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    init: str = "fresh"
+    freeze: str | None = None
+    freeze_batch_stats: bool = False
+    teacher: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """Adversarial training with defaults that a paper overrides: perturb, loss, and rarely more.
+
+    `num_steps` and `start` belong to the inner attack. `fidelity` is "published" (the sane reading) or "released_code"
+    (its quirks, as each method's docstring lists them).
+    """
+
+    num_steps: int = 10
+    start: str = "uniform"
+    fidelity: str = "published"
+
+    def __post_init__(self):
+        if self.fidelity not in FIDELITIES:
+            raise ValueError(f"config.fidelity must be one of {', '.join(FIDELITIES)}, not {self.fidelity!r}.")
+        if self.num_steps < 0:
+            raise ValueError(f"config.attack.num_steps must not be negative, not {self.num_steps}.")
+
+    def init(self, info: Info) -> Extra:
+        """Arrays that live in the train state, saved and resumed. None of them by default."""
+        del info
+        return {}
+
+    def perturb(self, key: Array, net: Net, batch: Batch, extra: Extra, clock: Clock) -> Array:
+        """Training examples, [b, h, w, c]: PGD on the cross-entropy of the evaluation-mode network by default.
+
+        `key` is one key per example [b], so that nothing depends on the number of devices.
+        """
+        del extra, clock
+        return self.pgd(key, net, batch, batch.label)
+
+    def pgd(self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Any = attacks.cross_entropy) -> Array:
+        """The inner attack, shared by the methods: `y` is whatever `objective(logits, y)` compares the logits with."""
+        return attacks.pgd(
+            key,
+            lambda x: net.eval(x)[0],
+            batch.image,
+            y,
+            eps=batch.eps,
+            step_size=batch.step_size,
+            num_steps=self.num_steps,
+            start=self.start,
+            objective=objective,
+        )
+
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, extra: Extra, clock: Clock
+    ) -> tuple[Array, tuple[Extra, dict[str, Array]]]:
+        """(scalar, (extra, metrics)). Metrics: per-example [b] or scalar means over this device's share."""
+        raise NotImplementedError
+
+    def epoch_end(self, extra: Extra, clock: Clock) -> Extra:
+        """`extra` after the last step of an epoch."""
+        del clock
+        return extra
+
+    def stages(self, config: Any) -> tuple[Stage, ...]:
+        """What is trained, in order."""
+        return (Stage(method=self, epochs=config.optim.epochs),)
+
+
+def correct(logits: Array, label: Array) -> Array:
+    """1 where the prediction is right, [b]: the metric "accuracy" of every method's loss."""
+    return (jnp.argmax(logits, -1) == label).astype(jnp.float32)

@@ -1,0 +1,56 @@
+"""RoBal: adversarial robustness under long-tailed distribution (Wu et al., CVPR 2021)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import base
+
+
+@dataclasses.dataclass(frozen=True)
+class RoBal(base.Method):
+    """min_theta E CE(u(x_adv), y) + beta KL(softmax z(x) || softmax z(x_adv)), z the logits of the cosine-plus head.
+
+    u_y = s (z_y - m) - tau_m log(n_y / n_min) + tau_b log pi_y and u_j = s z_j + tau_b log pi_j otherwise: a uniform
+    margin m, a class-aware margin tau_m, a class-aware bias tau_b, at scale s. The KL is taken on the unscaled logits,
+    its gradient flows through both sides. Inner: PGD on the cross-entropy of the unscaled logits, in evaluation mode;
+    it never sees the boundary adjustment, which `config.eval.adjustment` adds at inference.
+
+    Differs from the released code, which `fidelity="released_code"` restores: there the start is one-sided,
+    x + eps U[0, 1); the KL takes log(q + 1e-12); and the running statistics of batch norm move four times a step
+    (x_adv, x, x, x_adv) where ours move twice. The learning rate's quirk is in `training.optim`.
+    """
+
+    num_steps: int = 5
+    margin: float = 0.1
+    scale: float = 10.0
+    tau_b: float = 1.2
+    tau_m: float = 0.0
+    beta: float = 6.0
+
+    def perturb(self, key, net, batch, extra, clock):
+        method = dataclasses.replace(self, start="one_sided") if self.fidelity == "released_code" else self
+        return method.pgd(key, net, batch, batch.label)
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        released = self.fidelity == "released_code"
+        logits, _ = net.train(x_adv)
+        clean, _ = net.train(batch.image)
+        if released:  # The same two forwards again: their values are shared by the compiler, their statistics count.
+            net.train(batch.image)
+            net.train(x_adv)
+        margin = jnp.mean(
+            losses.robal_margin(
+                logits,
+                batch.label,
+                class_counts=net.info.class_counts,
+                margin=self.margin,
+                scale=self.scale,
+                tau_b=self.tau_b,
+                tau_m=self.tau_m,
+            )
+        )
+        divergence = jnp.mean(losses.kl_divergence(clean, logits, epsilon=1e-12 if released else 0.0))
+        metrics = {"accuracy": base.correct(logits, batch.label), "loss_margin": margin, "loss_divergence": divergence}
+        return margin + self.beta * divergence, (extra, metrics)

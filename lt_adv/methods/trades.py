@@ -1,0 +1,33 @@
+"""TRADES (Zhang et al., ICML 2019)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lt_adv import attacks, losses
+from lt_adv.methods import base
+
+
+@dataclasses.dataclass(frozen=True)
+class Trades(base.Method):
+    """min_theta E CE(z(x), y) + beta max_d KL(softmax z(x) || softmax z(x + d)).
+
+    Inner: PGD on the KL from x + 0.001 N(0, 1), evaluation mode, the clean probabilities held fixed. Outer: training
+    mode, the gradient flows through both sides of the KL. beta = 0 is plain training.
+    """
+
+    start: str = "gaussian"
+    beta: float = 6.0
+
+    def perturb(self, key, net, batch, extra, clock):
+        clean = jax.nn.softmax(net.eval(batch.image)[0])
+        return self.pgd(key, net, batch, clean, objective=attacks.kl_divergence)
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        clean, _ = net.train(batch.image)
+        logits, _ = net.train(x_adv)
+        natural = jnp.mean(losses.cross_entropy(clean, batch.label))
+        divergence = jnp.mean(losses.kl_divergence(clean, logits))
+        metrics = {"accuracy": base.correct(logits, batch.label), "loss_natural": natural, "loss_divergence": divergence}
+        return natural + self.beta * divergence, (extra, metrics)

@@ -1,0 +1,153 @@
+"""Orbax checkpoints of the train state, with a digest of our own: orbax restores a flipped byte silently."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+from etils import epath
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from orbax.checkpoint import checkpoint_managers as policies
+
+
+def _words(a: jax.Array) -> jax.Array:
+    """The bits of `a` as uint32, flat."""
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a = jax.random.key_data(a)
+    a = a.reshape(-1)
+    if a.dtype == bool:
+        a = a.astype(jnp.uint8)
+    width = a.dtype.itemsize
+    unsigned = jax.lax.bitcast_convert_type(a, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width])
+    return unsigned.astype(jnp.uint32).reshape(-1)
+
+
+@jax.jit
+def _checksums(tree: Any) -> Any:
+    def checksum(a):
+        words = _words(a)
+        position = jax.lax.iota(jnp.uint32, words.size)
+        # Odd multipliers are units modulo 2**32, so no single changed word can cancel; two of them make 64 bits.
+        odd = (2 * position + 1) * jnp.uint32(0x9E3779B1)
+        return jnp.stack([jnp.sum(words * odd), jnp.sum((words ^ (words >> 15)) * (odd * odd))])
+
+    return jax.tree.map(checksum, tree)
+
+
+def digest(tree: Any) -> dict[str, str]:
+    """Path of each array -> 16 hexadecimal digits over its bits. Computed where the arrays are, shards and all."""
+    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): "".join(f"{int(w):08x}" for w in a) for path, a in leaves}
+
+
+class Checkpoints:
+    """The checkpoints of one stage: the latest `keep`, and the best on validation if there is one.
+
+    Each holds the state, its digest, and `meta` (plain data: epoch, metrics). Saving is asynchronous; the state may be
+    donated at once. Raises ValueError if the directory cannot be written.
+    """
+
+    def __init__(self, directory: epath.PathLike, *, keep: int = 2, best_metric: str | None = None):
+        self.directory = epath.Path(directory)
+        kept: list[Any] = [policies.LatestN(keep)]
+        if best_metric:
+            kept.append(policies.BestN(get_metric_fn=lambda m: m[best_metric], n=1, keep_checkpoints_without_metrics=False))
+        self._best_metric = best_metric
+        self._options = ocp.CheckpointManagerOptions(
+            preservation_policy=policies.AnyPreservationPolicy(kept),
+            best_fn=(lambda m: m[best_metric]) if best_metric else None,
+            create=True,
+            cleanup_tmp_directories=True,
+        )
+        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+
+    def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+        meta = {**meta, "digest": digest(state)}
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+            metrics=metrics if self._best_metric else None,
+            force=True,
+        )
+
+    def wait(self) -> None:
+        """Until the last save is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        self._manager.close()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def best_step(self) -> int | None:
+        return self._manager.best_step() if self._best_metric else None
+
+    def restore(self, step: int, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+        """(state, meta) of `step`, replicated over `mesh`; ValueError if it is damaged or of another network."""
+        sharding = NamedSharding(mesh, PartitionSpec())
+        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), like)
+        try:
+            restored = self._manager.restore(
+                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+            )
+        except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
+            raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({_first_line(error)})") from error
+        state, meta = restored["state"], restored["meta"]
+        wrong = [name for name, value in digest(state).items() if meta.get("digest", {}).get(name) != value]
+        if wrong:
+            raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
+        return state, meta
+
+    def restore_latest(self, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]] | None:
+        """The newest undamaged checkpoint, deleting damaged newer ones with a warning; None if there is none at all.
+
+        ValueError if there are checkpoints and none can be restored.
+        """
+        errors = []
+        for step in reversed(self.steps()):
+            try:
+                restored = self.restore(step, like, mesh)
+            except ValueError as error:
+                errors.append(str(error))
+                continue
+            for damaged, text in zip(reversed(self.steps()), errors, strict=False):
+                logging.warning("%s: set aside, going on from checkpoint %d.", text, step)
+                self._manager.delete(damaged)
+            return restored
+        if errors:
+            raise ValueError(f"None of the checkpoints can be restored: {'; '.join(errors)}. Use another --workdir, or delete them.")
+        return None
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0][:200] if text else ''}"
+
+
+@functools.cache
+def _reader() -> ocp.PyTreeCheckpointer:
+    return ocp.PyTreeCheckpointer()
+
+
+def read_variables(workdir: epath.PathLike) -> dict[str, Any]:
+    """{"params", "batch_stats"} as numpy arrays from the newest checkpoint of a run's working directory.
+
+    Any run's, whatever its method, optimiser and number of devices: nothing else of the state is read.
+    """
+    root = epath.Path(workdir) / "checkpoints"
+    stages = sorted(root.iterdir()) if root.exists() else []
+    steps = [(s, int(d.name)) for s in stages for d in s.iterdir() if d.name.isdigit()]
+    if not steps:
+        raise FileNotFoundError(f"No checkpoint under {root}.")
+    stage, step = max(steps, key=lambda item: (item[0].name, item[1]))
+    path = stage / str(step) / "state"
+    tree = _reader().metadata(path).item_metadata.tree
+    wanted = {name: tree[name] for name in ("params", "batch_stats")}
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
+    return _reader().restore(path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True))

@@ -1,0 +1,89 @@
+"""What a run tells: JSON lines for programs, a progress display for people."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import rich.console
+import rich.progress
+from etils import epath
+
+console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def write_atomically(path: epath.Path, text: str) -> None:
+    """All of `text` or nothing: a reader, or a kill, never sees half a file."""
+    temporary = path.parent / f".{path.name}.tmp"
+    temporary.write_text(text)
+    temporary.replace(path)
+
+
+class Lines:
+    """A file of JSON lines, written whole and atomically each time: stores cannot append, and a log is small."""
+
+    def __init__(self, path: epath.Path):
+        self._path = path
+        self.rows: list[dict[str, Any]] = []
+        if path.exists():
+            self.rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+
+    def keep(self, last_step: int, stage: str, earlier: Iterable[str] = ()) -> None:
+        """Forget the rows after `last_step` of `stage`: the run goes on from there."""
+        earlier = set(earlier)
+        self.rows = [r for r in self.rows if r["stage"] in earlier or (r["stage"] == stage and r["step"] <= last_step)]
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Numbers that do not exist (a group that no example was drawn from) are left out: JSON has no NaN."""
+        self.rows.append({k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))})
+        write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
+
+
+class Progress:
+    """Epoch, images/s, time left, loss, clean and robust accuracy: a live line in a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, stage: str, epochs: int, steps_per_epoch: int, batch_size: int, step: int):
+        self._size, self._epochs, self._per_epoch, self._stage = batch_size, epochs, steps_per_epoch, stage
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}"),
+            rich.progress.BarColumn(bar_width=24),
+            rich.progress.TaskProgressColumn(),
+            rich.progress.TimeRemainingColumn(),
+            rich.progress.TextColumn("{task.fields[numbers]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(stage, total=epochs * steps_per_epoch, completed=step, numbers="compiling ...")
+
+    def __enter__(self):
+        self._bar.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._bar.__exit__(*error)
+
+    def update(self, step: int, row: Mapping[str, Any], images_per_second: float, epoch_ended: bool) -> None:
+        epoch = (step - 1) // self._per_epoch + 1
+        shown = [f"{images_per_second:,.0f} img/s"] + [
+            f"{label} {row[name]:.{digits}f}" if digits == 3 else f"{label} {100 * row[name]:.1f}"
+            for name, label, digits in COLUMNS
+            if name in row and row[name] == row[name]
+        ]
+        text = "  ".join(shown)
+        self._bar.update(self._task, completed=step, description=f"{self._stage} {epoch}/{self._epochs}", numbers=text)
+        if epoch_ended and not console.is_terminal:
+            left = (self._epochs * self._per_epoch - step) * self._size / max(images_per_second, 1e-9)
+            console.print(f"{self._stage} epoch {epoch}/{self._epochs}  {text}  left {left / 60:.1f} min", soft_wrap=True)
+
+
+COLUMNS = (
+    ("train/loss", "loss", 3),
+    ("train/accuracy_clean", "clean %", 1),
+    ("train/accuracy", "robust %", 1),
+    ("train/accuracy_head", "head", 1),
+    ("train/accuracy_body", "body", 1),
+    ("train/accuracy_tail", "tail", 1),
+    ("valid/clean/accuracy", "valid clean %", 1),
+    ("valid/pgd20/accuracy", "valid PGD-20 %", 1),
+)

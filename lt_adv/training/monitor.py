@@ -1,0 +1,64 @@
+"""Accuracies during training: clean on a sample of the training images, clean and PGD-20 on the validation split."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lt_adv import attacks
+from lt_adv.training.net import AXIS
+
+
+class Monitor:
+    """`monitor(variables) -> {"clean/accuracy": ..., "pgd20/accuracy_tail": ...}` on fixed images.
+
+    `attack` holds the options of PGD (None: clean only); images are padded to whole batches and the padding is masked.
+    """
+
+    def __init__(
+        self,
+        key: jax.Array,
+        apply: Callable[..., Any],
+        image: np.ndarray,
+        label: np.ndarray,
+        *,
+        groups: Mapping[str, np.ndarray],
+        mesh: Mesh,
+        batch_size: int,
+        attack: Mapping[str, Any] | None = None,
+    ):
+        size = -(-min(batch_size, len(label)) // mesh.size) * mesh.size
+        padding = -len(label) % size
+        self._label, self._groups = np.asarray(label), groups
+        sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
+        rows = np.concatenate([np.arange(len(label)), np.zeros(padding, np.int64)]).reshape(-1, size)
+        image, label = np.asarray(image)[rows], self._label[rows]
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
+        self._batches = jax.device_put((image, label, keys), sharding)
+
+        def logits_fn(variables, x):
+            return apply(variables, x, train=False)[0]
+
+        self._predict = jax.jit(lambda variables, x: jnp.argmax(logits_fn(variables, x), -1))
+        self._attacks: dict[str, Any] = {"clean": None}
+        if attack is not None:
+            self._attacks[f"pgd{attack['num_steps']}"] = attacks.compile(attacks.pgd, logits_fn, **attack)
+        self._take = jax.jit(lambda batches, i: (batches[0][i].astype(float) / 255, batches[1][i], batches[2][i]))
+
+    def __call__(self, variables: Any) -> dict[str, float]:
+        result = {}
+        for name, attack in self._attacks.items():
+            predictions = []
+            for i in range(self._batches[1].shape[0]):
+                x, y, keys = self._take(self._batches, i)
+                predictions.append(self._predict(variables, x if attack is None else attack(keys, variables, x, y)))
+            right = np.concatenate([np.asarray(p) for p in predictions])[: len(self._label)] == self._label
+            result[f"{name}/accuracy"] = float(right.mean())
+            for group, classes in self._groups.items():
+                member = np.isin(self._label, classes)
+                if member.any():
+                    result[f"{name}/accuracy_{group}"] = float(right[member].mean())
+        return result

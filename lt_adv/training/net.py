@@ -1,0 +1,53 @@
+"""The network as a method sees it, for the length of one traced step."""
+
+from typing import Any
+
+import jax
+from jax import lax
+
+AXIS = "data"
+
+
+class Net:
+    """`apply` with parameters and running statistics bound; the statistics advance with each `train` forward.
+
+    Made anew in every trace. `at(params)` shares the statistics, so that a forward at moved weights counts as well.
+    """
+
+    def __init__(self, apply, params, batch_stats, info, *, teacher=None, freeze_batch_stats=False):
+        self._apply = apply
+        self._cell = {"batch_stats": batch_stats}
+        self._freeze = freeze_batch_stats
+        self.params = params
+        self.info = info
+        self.teacher = None
+        if teacher:
+            self.teacher = lambda x: apply(teacher, x, train=False)
+
+    @property
+    def batch_stats(self):
+        return self._cell["batch_stats"]
+
+    def _variables(self) -> dict[str, Any]:
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+    def eval(self, x):
+        return self._apply(self._variables(), x, train=False)
+
+    def train(self, x):
+        if self._freeze:
+            return self.eval(x)
+        out, new = self._apply(self._variables(), x, train=True, mutable=["batch_stats"])
+        self._cell["batch_stats"] = new["batch_stats"]
+        return out
+
+    def at(self, params):
+        net = Net.__new__(Net)
+        net.__dict__.update(self.__dict__, params=params)
+        return net
+
+    def gather(self, tree):
+        return jax.tree.map(lambda a: lax.all_gather(a, AXIS, tiled=True), tree)
+
+    def mean(self, tree):
+        return lax.stop_gradient(lax.pmean(tree, AXIS))

@@ -1,0 +1,144 @@
+"""A stage made ready to run: network, data on the devices, optimiser, compiled step, first state."""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+from absl import logging
+from jax.sharding import Mesh
+
+from lt_adv import data, methods, models
+from lt_adv.data import longtail, resident
+from lt_adv.methods import Info, Stage
+from lt_adv.training import checkpoint, optim
+from lt_adv.training import mesh as meshes
+from lt_adv.training import state as states
+from lt_adv.training import step as steps
+from lt_adv.training.net import AXIS
+from lt_adv.training.state import TrainState
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """What one stage needs; `step(state, resident, teacher) -> (state, metrics)` is its one compiled program."""
+
+    name: str
+    stage: Stage
+    config: ml_collections.ConfigDict
+    data: data.LongTailed
+    info: Info
+    apply: Callable[..., Any]
+    step: Callable[..., Any]
+    init_window: Callable[..., Any]
+    resident: Any
+    teacher: Any
+    first_state: Callable[[], TrainState]
+    mesh: Mesh
+
+    @property
+    def num_steps(self) -> int:
+        return self.info.epochs * self.info.steps_per_epoch
+
+
+def stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
+    """The stages of the configured method."""
+    inner = {name: config.attack[name] for name in ("num_steps", "start") if config.attack.get(name) is not None}
+    method = methods.create(config.method.to_dict(), fidelity=config.fidelity, **inner)
+    return method.stages(config)
+
+
+def build(
+    number: int,
+    stage: Stage,
+    config: ml_collections.ConfigDict,
+    dataset: data.Dataset,
+    mesh: Mesh,
+    previous: Mapping[str, Any] | None = None,
+) -> Program:
+    """Stage `number` of a run; `previous` are the variables that the stage before ended with."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict(dict(stage.overrides))
+    split = data.long_tailed(dataset, config.data)
+    class_aware = config.data.sampler == "class_aware"
+    drawn = len(split.class_counts) * int(split.class_counts.max()) if class_aware else len(split.train.label)
+    if drawn < config.optim.batch_size:
+        raise ValueError(
+            f"config.optim.batch_size = {config.optim.batch_size} is more than the {drawn} training images: make it smaller."
+        )
+    info = Info(
+        class_counts=split.class_counts,
+        steps_per_epoch=drawn // config.optim.batch_size,
+        epochs=stage.epochs,
+        image_shape=tuple(split.train.image.shape[1:]),
+    )
+    model = models.create(config.model, info.num_classes, axis_name=AXIS)
+    rate = optim.schedule(config.optim, info.steps_per_epoch, stage.epochs, config.fidelity)
+    key = jax.random.fold_in(jax.random.key(config.seed), number)
+    image = jnp.zeros((1, *info.image_shape), float)
+    variables = flax.core.unfreeze(jax.eval_shape(lambda: model.init(key, image, train=False)))
+    tx = optim.create(config.optim, rate, variables["params"], stage.freeze)
+    options = steps.StepOptions(
+        batch_size=config.optim.batch_size,
+        eps=config.attack.eps,
+        step_size=config.attack.step_size,
+        augment=config.data.augment,
+        pad=config.data.pad,
+        sampler=config.data.sampler,
+        log_every=config.log.every_steps,
+        average=config.average.to_dict(),
+        groups=longtail.groups(split.class_counts),
+        freeze_batch_stats=stage.freeze_batch_stats,
+    )
+    step, init_window = steps.make_train_step(
+        stage.method, model.apply, tx, rate, info, options, mesh, config.parallel
+    )
+    teacher = meshes.replicate(previous, mesh) if stage.teacher == "previous" else {}
+    on_device = resident.put(split.train, mesh)
+
+    def first_state() -> TrainState:
+        start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())
+        if stage.init != "fresh":
+            source = previous if stage.init == "previous" else checkpoint.read_variables(stage.init)[0]
+            start = merge(start, source, stage.init)
+        state = states.create(key, start, tx, stage.method.init(info), averaged=options.average["name"] != "none")
+        state = meshes.replicate(state, mesh)
+        return meshes.replicate(state.replace(window=init_window(state, on_device, teacher)), mesh)
+
+    return Program(
+        name=f"{number}_{stage.name}",
+        stage=stage,
+        config=config,
+        data=split,
+        info=info,
+        apply=model.apply,
+        step=step,
+        init_window=init_window,
+        resident=on_device,
+        teacher=teacher,
+        first_state=first_state,
+        mesh=mesh,
+    )
+
+
+def merge(fresh: Any, source: Any, origin: str) -> Any:
+    """`fresh` with every array that `source` has under the same name; what was new or unused is said, once each.
+
+    ValueError if a name is in both with different shapes, or in neither.
+    """
+    new, old = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (fresh, source))
+    for name in new.keys() & old.keys():
+        if new[name].shape != old[name].shape:
+            raise ValueError(
+                f"{origin}: {name} has shape {old[name].shape} there and {new[name].shape} here: is it the same network?"
+            )
+    if not new.keys() & old.keys():
+        raise ValueError(f"{origin}: none of its arrays has a name of this network.")
+    for what, names in (("new", new.keys() - old.keys()), ("unused", old.keys() - new.keys())):
+        if names:
+            logging.warning("%s: %s: %s", origin, what, ", ".join(sorted(names)))
+    return flax.traverse_util.unflatten_dict({k: jnp.asarray(old.get(k, v), v.dtype) for k, v in new.items()}, sep="/")

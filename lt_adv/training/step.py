@@ -1,0 +1,194 @@
+"""The fused training step: uint8 gather, augmentation, inner attack, loss, gradient and update in one donated program."""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import Mesh
+
+from lt_adv import lookup
+from lt_adv.data import augment, resident
+from lt_adv.methods import Batch, Clock, Info, Method
+from lt_adv.training import mesh as meshes
+from lt_adv.training.net import AXIS, Net
+from lt_adv.training.state import TrainState, average_weight
+
+AUGMENTS = ("crop_flip", "none")
+SAMPLERS = ("uniform", "class_aware")
+
+
+@dataclasses.dataclass(frozen=True)
+class StepOptions:
+    """What the step needs beside the method: all static."""
+
+    batch_size: int
+    eps: float
+    step_size: float
+    augment: str = "crop_flip"
+    pad: int = 4
+    sampler: str = "uniform"
+    log_every: int = 50
+    average: Mapping[str, Any] | None = None
+    groups: Mapping[str, np.ndarray] | None = None  # "head" / "body" / "tail" -> class ids, for the metrics
+    freeze_batch_stats: bool = False
+
+    def __post_init__(self):
+        if self.augment not in AUGMENTS:
+            raise lookup.unknown("config.data.augment", self.augment, AUGMENTS)
+        if self.sampler not in SAMPLERS:
+            raise lookup.unknown("config.data.sampler", self.sampler, SAMPLERS)
+
+
+def ends_window(step: int, steps_per_epoch: int, log_every: int) -> bool:
+    """Whether a log step follows step number `step` (from 0): every `log_every` steps of an epoch and at its end."""
+    done = step % steps_per_epoch + 1
+    return done % log_every == 0 or done == steps_per_epoch
+
+
+def _draw(key, data, step, options: StepOptions, info: Info):
+    """This device's rows of the batch, and their positions in the whole batch."""
+    epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), step // info.steps_per_epoch)
+    if options.sampler == "uniform":
+        rows = resident.batch_indices(
+            epoch_key, step % info.steps_per_epoch, num_examples=data["label"].shape[0], batch_size=options.batch_size
+        )
+    else:
+        draw = jax.random.fold_in(epoch_key, step % info.steps_per_epoch)
+        rows = resident.class_aware_indices(
+            draw, data["label"], class_counts=info.class_counts, batch_size=options.batch_size
+        )
+    share = options.batch_size // lax.axis_size(AXIS)
+    position = lax.axis_index(AXIS) * share + jnp.arange(share)
+    return rows[position], position
+
+
+def make_train_step(
+    method: Method,
+    apply: Callable[..., Any],
+    tx: optax.GradientTransformation,
+    rate: optax.Schedule,
+    info: Info,
+    options: StepOptions,
+    mesh: Mesh,
+    parallel: str = "pmap",
+) -> tuple[Callable[[TrainState, Any, Any], tuple[TrainState, Any]], Callable[[TrainState, Any, Any], Any]]:
+    """(`step(state, data, teacher) -> (state, metrics)`, `init_window(state, data, teacher)`), the first compiled once
+    and its state donated; the second gives the `window` of a state that has taken no step.
+
+    `data` is what `resident.put` made, `teacher` the frozen variables of another network or {}. `metrics` are the means
+    over the current window (see `ends_window`), on the device: fetch them at log steps only.
+
+    Everything random is a function of (key, step, position in the whole batch): neither the number of devices nor a
+    restart changes it. Per-replica code over the axis "data"; the gradient of each device's loss is averaged, which is
+    exact for plain means, and for other losses if they gather first (`net.gather`).
+    """
+    if options.batch_size % mesh.size:
+        raise ValueError(f"config.optim.batch_size = {options.batch_size} is not a multiple of the {mesh.size} devices.")
+    membership = _membership(options.groups, info.num_classes)
+
+    def replica(state: TrainState, data, teacher, *, attack=True):
+        clock = Clock(
+            step=state.step,
+            epoch=state.step // info.steps_per_epoch,
+            steps_per_epoch=info.steps_per_epoch,
+            epochs=info.epochs,
+        )
+        rows, position = _draw(state.key, data, state.step, options, info)
+        step_key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+        streams = [jax.random.fold_in(step_key, n) for n in range(3)]
+        augment_keys, attack_keys, loss_keys = (jax.vmap(jax.random.fold_in, (None, 0))(s, position) for s in streams)
+
+        image = data["image"][rows]
+        if options.augment == "crop_flip":
+            image = augment.pad_crop_flip(augment_keys, image, pad=options.pad)
+        image = image.astype(float) / 255
+        label = data["label"][rows]
+        full = jnp.ones_like(image[:, 0, 0, 0])
+        batch = Batch(image, label, data["index"][rows], eps=options.eps * full, step_size=options.step_size * full)
+
+        # Varying parameters keep each device's gradient its own until the one pmean below (shard_map would sum them).
+        params = lax.pcast(state.params, AXIS, to="varying")
+
+        def network(p):
+            return Net(
+                apply, p, state.batch_stats, info, teacher=teacher, freeze_batch_stats=options.freeze_batch_stats
+            )
+
+        x_adv = method.perturb(attack_keys, network(params), batch, state.extra, clock) if attack else batch.image
+
+        def objective(p):
+            net = network(p)
+            value, (extra, metrics) = method.loss(loss_keys, net, batch, lax.stop_gradient(x_adv), state.extra, clock)
+            return value, (extra, metrics, net.batch_stats)
+
+        (value, (extra, metrics, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+        gradient = lax.pmean(gradient, AXIS)
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        new_params = optax.apply_updates(state.params, updates)
+
+        ends_epoch = (state.step + 1) % info.steps_per_epoch == 0
+        extra = jax.tree.map(lambda new, old: jnp.where(ends_epoch, new, old), method.epoch_end(extra, clock), extra)
+        average = {}
+        if state.average:
+            w = average_weight(options.average, state.step, info.steps_per_epoch)
+            new = {"params": new_params, "batch_stats": batch_stats}
+            average = jax.tree.map(lambda a, p: a + w * (p - a), state.average, new)
+
+        sums = _sums({"loss": value, **metrics}, label, membership)
+        one = jnp.ones_like(optax.global_norm(gradient))
+        sums["gradient_norm"] = (optax.global_norm(gradient), one)
+        sums["learning_rate"] = (rate(state.step) * one, one)
+        starts_window = (state.step % info.steps_per_epoch) % options.log_every == 0
+        window = sums
+        if state.window:
+            window = jax.tree.map(lambda old, new: jnp.where(starts_window, 0, old) + new, state.window, sums)
+        new_state = TrainState(
+            step=state.step + 1,
+            params=new_params,
+            batch_stats=batch_stats,
+            opt_state=opt_state,
+            average=average,
+            extra=jax.tree.map(_same_everywhere, extra),
+            window=window,
+            key=state.key,
+        )
+        return new_state, {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in window.items()}
+
+    def init_window(state: TrainState, data, teacher):
+        """Empty sums of every metric: the state must have its final structure before the first call."""
+        shapes = jax.eval_shape(
+            meshes.parallelise(functools.partial(replica, attack=False), mesh, parallel), state, data, teacher
+        )
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[0].window)
+
+    return meshes.parallelise(replica, mesh, parallel), init_window
+
+
+def _membership(groups: Mapping[str, np.ndarray] | None, num_classes: int) -> dict[str, np.ndarray]:
+    """Group name -> 0/1 per class."""
+    return {name: np.isin(np.arange(num_classes), ids).astype(np.float32) for name, ids in (groups or {}).items()}
+
+
+def _sums(metrics: Mapping[str, Any], label: jax.Array, membership: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """Metric -> (sum, weight) over all devices; a per-example metric is also summed within each group of classes."""
+    sums = {}
+    for name, value in lax.stop_gradient(dict(metrics)).items():
+        if value.ndim == 0:
+            sums[name] = lax.psum((value, jnp.ones_like(value)), AXIS)
+            continue
+        sums[name] = lax.psum((jnp.sum(value), jnp.sum(jnp.ones_like(value))), AXIS)
+        for group, member in membership.items():
+            inside = jnp.asarray(member, value.dtype)[label]
+            sums[f"{name}_{group}"] = lax.psum((jnp.sum(value * inside), jnp.sum(inside)), AXIS)
+    return sums
+
+
+def _same_everywhere(a: jax.Array) -> jax.Array:
+    """`a`, equal on all devices after a gather or a mean, in a form whose equality the type checker of shard_map sees."""
+    return lax.pmax(a, AXIS)
