@@ -1,0 +1,7 @@
+"""Data sets as uint8 arrays, their long-tailed subsets, and the draws and augmentation of the train step."""
+
+from lt_adv.data.dataset import Dataset, LongTailed, Split
+from lt_adv.data.longtail import long_tailed
+from lt_adv.data.sources import load
+
+__all__ = ["Dataset", "LongTailed", "Split", "load", "long_tailed"]

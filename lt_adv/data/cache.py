@@ -1,0 +1,141 @@
+"""Decoded sets on disk: uint8 .npy files that are memory-mapped, and a meta.json with their digests.
+
+A cache folder appears under its name only when it is complete (written beside, then renamed). At each start the sizes, shapes and
+dtypes are checked, and the sha256 of every array up to `FULL_CHECK_BYTES`; larger image arrays, whose digest would take seconds,
+are trusted beyond their size.
+"""
+
+import json
+import logging
+import os
+import shutil
+import tempfile
+import time
+from hashlib import sha256 as new_sha256
+from pathlib import Path
+
+import numpy as np
+
+from lt_adv.data.dataset import ARRAYS, Dataset, Decoding, Source, Split, digest_of, sha256
+
+VERSION = 1
+FULL_CHECK_BYTES = 512 << 20
+STALE_SECONDS = 24 * 3600
+log = logging.getLogger(__name__)
+
+
+def folder_of(data_dir: Path, name: str, source: Source) -> Path:
+    """`<data_dir>/lt_adv_cache/<name>-<fingerprint>`; the fingerprint changes with the data and with this file's format."""
+    identity = json.dumps([VERSION, name, source.identity], sort_keys=True)
+    return data_dir / "lt_adv_cache" / f"{name.replace('/', '-')}-{new_sha256(identity.encode()).hexdigest()[:16]}"
+
+
+def load(data_dir: Path, name: str, source: Source) -> Dataset:
+    """The set from its cache; decoded and cached first where there is none, or a damaged one (with one line of warning)."""
+    folder = folder_of(data_dir, name, source)
+    if folder.exists():
+        try:
+            return _open(folder, name)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, " ".join(str(error).split()))
+    class_names, decodings = source.read()
+    try:
+        _write(folder, class_names, decodings)
+    except OSError as error:
+        size = sum(int(np.prod(d.shape)) for d in decodings.values()) >> 20
+        raise ValueError(
+            f"Cannot write the cache {folder} ({error.strerror or error}); it needs a writable folder with {size + 1} MiB free, "
+            "which --config.data.data_dir names."
+        ) from error
+    return _open(folder, name)
+
+
+def _open(folder: Path, name: str) -> Dataset:
+    meta = json.loads((folder / "meta.json").read_text())
+    arrays = {}
+    for file, expected in meta["arrays"].items():
+        array = np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False)  # refuses a file that is too short
+        if array.nbytes + array.offset != os.path.getsize(folder / f"{file}.npy"):
+            raise ValueError(f"{file}.npy has another size")
+        if list(array.shape) != expected["shape"] or str(array.dtype) != expected["dtype"]:
+            raise ValueError(f"{file}.npy is {array.dtype} {list(array.shape)}")
+        if array.nbytes <= FULL_CHECK_BYTES and sha256(array) != expected["sha256"]:
+            raise ValueError(f"{file}.npy has another digest")
+        arrays[file] = array
+    class_names = tuple(meta["class_names"])
+    if digest_of(class_names, meta["arrays"]) != meta["digest"]:
+        raise ValueError("meta.json has another digest")
+    train, test = (Split(*(arrays[f"{split}_{field}"] for field in ARRAYS)) for split in ("train", "test"))
+    return Dataset(name, train, test, class_names, meta["digest"])
+
+
+def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, Decoding]) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    _remove_stale(folder)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's 0700 would lock out the others who share the data folder
+        arrays = {}
+        for split, d in decodings.items():
+            arrays[f"{split}_image"] = _write_array(temporary / f"{split}_image.npy", d.shape, "uint8", d.blocks())
+            for field in ("label", "index"):
+                array = getattr(d, field)
+                path = temporary / f"{split}_{field}.npy"
+                arrays[f"{split}_{field}"] = _write_array(path, array.shape, str(array.dtype), [array])
+        meta = {"class_names": class_names, "arrays": arrays, "digest": digest_of(class_names, arrays)}
+        with (temporary / "meta.json").open("w") as file:
+            json.dump(meta, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        _publish(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict:
+    # Written as a stream, not through a memory map, because a full disk kills a process that writes to a map.
+    digest, rows = new_sha256(), 0
+    with path.open("wb") as file:
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
+        np.lib.format.write_array_header_1_0(file, header)
+        for block in blocks:
+            if block.dtype != dtype or block.shape[1:] != tuple(shape[1:]):
+                raise ValueError(f"Images decoded to {block.dtype} {block.shape[1:]} instead of {dtype} {tuple(shape[1:])}.")
+            data = np.ascontiguousarray(block).tobytes()
+            file.write(data)
+            digest.update(data)
+            rows += len(block)
+        file.flush()
+        os.fsync(file.fileno())
+    if rows != shape[0]:
+        raise ValueError(f"{rows} images were decoded instead of {shape[0]}.")
+    return {"shape": list(shape), "dtype": dtype, "sha256": digest.hexdigest()}
+
+
+def _publish(temporary: Path, folder: Path) -> None:
+    """Puts the finished folder in place of what is there: a damaged one, or the same content from a process that was faster."""
+    if folder.exists():
+        # Moved aside first: a folder that is deleted in place would be half there for a while. Open memory maps stay valid.
+        old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            os.replace(folder, old)
+        finally:
+            shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.rename(temporary, folder)
+    except OSError:
+        if not folder.exists():
+            raise
+
+
+def _remove_stale(folder: Path) -> None:
+    """Removes what killed runs have left of this cache; a folder a day old has no writer any more."""
+    for path in folder.parent.glob(f".{folder.name}.*"):
+        if time.time() - path.stat().st_mtime > STALE_SECONDS:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

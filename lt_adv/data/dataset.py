@@ -1,0 +1,103 @@
+"""What a data source hands over: uint8 images, labels, original indices, class names and a digest."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+
+import numpy as np
+
+ARRAYS = ("image", "label", "index")
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """`image` uint8 [n, h, w, c], `label` int32 [n], `index` int64 [n]: the position in the original data."""
+
+    image: np.ndarray
+    label: np.ndarray
+    index: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    def take(self, positions: np.ndarray) -> "Split":
+        """The examples at `positions`, in that order."""
+        return Split(self.image[positions], self.label[positions], self.index[positions])
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A whole image classification set; `digest` (sha256) identifies every pixel, label, index and class name."""
+
+    name: str
+    train: Split
+    test: Split
+    class_names: tuple[str, ...]
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class LongTailed:
+    """A `Dataset` cut to a long tail; `class_counts` are those of `train`, after validation images were taken out.
+
+    `digest` (sha256) identifies the data set and which of its images were chosen for training and validation.
+    """
+
+    train: Split
+    validation: Split | None
+    test: Split
+    class_names: tuple[str, ...]
+    class_counts: tuple[int, ...]
+    class_counts_before: tuple[int, ...]
+    digest: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Decoding:
+    """A split about to be decoded: `blocks()` yields its images in order, uint8 [k, *shape[1:]], k summing to shape[0]."""
+
+    shape: tuple[int, int, int, int]
+    label: np.ndarray
+    index: np.ndarray
+    blocks: Callable[[], Iterator[np.ndarray]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a set comes from: `identity` is cheap and changes with the data, `read()` does the work.
+
+    `identity`: anything JSON can write. `read() -> (class names, {"train": Decoding, "test": Decoding})`.
+    """
+
+    identity: object
+    read: Callable[[], tuple[tuple[str, ...], dict[str, Decoding]]]
+
+
+def decoding(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> Decoding:
+    """A split whose images are in memory already."""
+    return Decoding(image.shape, label.astype(np.int32), index.astype(np.int64), lambda: iter([image]))
+
+
+def sha256(array: np.ndarray) -> str:
+    """The sha256 of an array's bytes in C order."""
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+
+
+def digest_of(class_names: tuple[str, ...], arrays: dict[str, dict]) -> str:
+    """The digest of a set: sha256 over its class names and each array's shape, dtype and sha256."""
+    text = json.dumps({"class_names": class_names, "arrays": arrays}, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def in_memory(name: str, source: Source) -> Dataset:
+    """A `Dataset` without a cache, for sets small enough to be read at every start."""
+    class_names, decodings = source.read()
+    splits = {k: Split(np.concatenate(list(d.blocks())), d.label, d.index) for k, d in decodings.items()}
+    arrays = {}
+    for split_name, split in splits.items():
+        for field in ARRAYS:
+            array = getattr(split, field)
+            array.flags.writeable = False  # as the memory-mapped arrays of the cache
+            arrays[f"{split_name}_{field}"] = {"shape": array.shape, "dtype": str(array.dtype), "sha256": sha256(array)}
+    return Dataset(name, splits["train"], splits["test"], class_names, digest_of(class_names, arrays))

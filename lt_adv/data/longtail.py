@@ -1,0 +1,179 @@
+"""Long-tailed subsets: how many images of each class, and which.
+
+Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019 (profiles); the choice of
+images repeats the released code of Wu et al., "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from lt_adv import lookup
+from lt_adv.data.dataset import Dataset, LongTailed
+
+PROFILES = ("exponential", "step", "balanced", "none")
+GROUPS = ("thirds", "reat", "robustlt", "tenths")
+
+
+def class_counts(
+    num_classes: int,
+    max_count: int,
+    *,
+    imbalance: str = "exponential",
+    imbalance_ratio: float = 50.0,
+    balanced_fraction: float = 0.1,
+) -> np.ndarray:
+    """Images per class, in label order, int64 [C].
+
+        exponential  n_i = int(n_max f^(i / (C - 1))), f = 1 / imbalance_ratio
+        step         n_i = int(n_max) for the first C // 2 classes, int(n_max f) for the others
+        balanced     n_i = int(n_max balanced_fraction)
+
+    `imbalance_ratio` = max count / min count >= 1. ValueError where a class would be left without images.
+    """
+    if imbalance not in PROFILES[:3]:
+        raise lookup.unknown("imbalance", imbalance, PROFILES)
+    if num_classes < 2:
+        raise ValueError(f"A long tail needs at least 2 classes, not {num_classes}.")
+    if imbalance == "balanced":
+        if not 0 < balanced_fraction <= 1:
+            raise ValueError(f"balanced_fraction must be in (0, 1], not {balanced_fraction}.")
+        counts = [int(max_count * balanced_fraction)] * num_classes
+        cause = f"balanced_fraction {balanced_fraction}"
+    else:
+        factor = 1 / _checked_ratio(imbalance_ratio)
+        if imbalance == "exponential":
+            counts = [int(max_count * factor ** (i / (num_classes - 1))) for i in range(num_classes)]
+        else:
+            counts = [int(max_count * (1 if i < num_classes // 2 else factor)) for i in range(num_classes)]
+        cause = f"imbalance_ratio {imbalance_ratio}"
+    if min(counts) < 1:
+        raise ValueError(
+            f"{cause} leaves class {counts.index(min(counts))} without images when the largest class has {max_count}."
+        )
+    return np.array(counts, np.int64)
+
+
+def _checked_ratio(imbalance_ratio: float) -> float:
+    if not 1 <= imbalance_ratio < float("inf"):
+        hint = f": the literature's {imbalance_ratio:g} is ratio {1 / imbalance_ratio:g}" if 0 < imbalance_ratio < 1 else ""
+        raise ValueError(f"imbalance_ratio is max count / min count, so it is >= 1, not {imbalance_ratio}{hint}.")
+    return imbalance_ratio
+
+
+def select(label: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
+    """Positions of the chosen images, int64 [sum(counts)], class-major, in the order they were drawn.
+
+    One legacy generator for all classes: each class's positions, ascending, are shuffled in place, the first `counts[c]` kept.
+    ValueError for a wrong number of counts, a count below 1, or a class with fewer images than its count.
+    """
+    label = np.asarray(label)
+    num_classes = int(label.max()) + 1
+    if len(counts) != num_classes:
+        raise ValueError(f"class_counts has {len(counts)} entries, the data set has {num_classes} classes.")
+    rng = np.random.RandomState(seed)
+    chosen = []
+    for c, count in enumerate(counts):
+        positions = np.flatnonzero(label == c)
+        if count != int(count) or count < 1:
+            raise ValueError(f"class_counts must be whole numbers from 1, but class {c} has {count}.")
+        if count > len(positions):
+            raise ValueError(f"Class {c} has {len(positions)} images, fewer than the {count} asked for.")
+        rng.shuffle(positions)
+        chosen.append(positions[: int(count)])
+    return np.concatenate(chosen).astype(np.int64)
+
+
+def cut_validation(
+    label: np.ndarray, selected: np.ndarray, per_class: int, seed: int = 0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Moves `per_class` images of every class from `selected` to a balanced validation set: (train, validation) positions.
+
+    Both keep the order of `selected` within them. ValueError where a class would be left with no training image.
+    """
+    if per_class != int(per_class) or per_class < 0:
+        raise ValueError(f"validation_per_class must be a whole number from 0, not {per_class}.")
+    chosen_label = np.asarray(label)[selected]
+    rng = np.random.RandomState(seed)
+    held_out = np.zeros(len(selected), bool)
+    for c in np.unique(chosen_label):
+        members = np.flatnonzero(chosen_label == c)
+        if len(members) <= per_class:
+            raise ValueError(
+                f"validation_per_class {per_class} would leave class {c} without training images (it has {len(members)})."
+            )
+        held_out[rng.permutation(members)[:per_class]] = True
+    return selected[~held_out], selected[held_out]
+
+
+def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str, np.ndarray]:
+    """Class ids by how common the class is, most common first, ties in label order: {"head": ids, "body": ids, "tail": ids}.
+
+        thirds    head and tail are C // 3 classes each, body the rest
+        reat      tail is ranks 2 (C // 3) + 1 to C - 1, head the first C // 3 (Li et al., 2023)
+        robustlt  tail is the 80 % rarest classes, head the rest, no body (CVPR 2026)
+        tenths    ten blocks of C / 10 classes, "1" the most common (CIFAR-100 tables)
+    """
+    counts = np.asarray(class_counts)
+    ranked, third = np.argsort(-counts, kind="stable"), len(counts) // 3
+    if definition == "tenths":
+        return {str(i + 1): block for i, block in enumerate(np.array_split(ranked, 10))}
+    if definition == "thirds":
+        first, last = third, len(counts) - third
+    elif definition == "reat":
+        first, last = third, min(2 * third + 1, len(counts))
+    elif definition == "robustlt":
+        first = last = len(counts) - round(0.8 * len(counts))
+    else:
+        raise lookup.unknown("group definition", definition, GROUPS)
+    return {"head": ranked[:first], "body": ranked[first:last], "tail": ranked[last:]}
+
+
+def largest_count(sizes: np.ndarray, **profile: Any) -> int:
+    """The largest n_max whose profile the classes (with `sizes` images, in label order) can supply.
+
+    On a balanced set this is the size of its classes, as in the released codes; it also serves sets that are not quite balanced.
+    """
+    for max_count in range(int(sizes.max()), 0, -1):
+        if np.all(class_counts(len(sizes), max_count, **profile) <= sizes):
+            return max_count
+    raise ValueError("A class of the training set has no images.")
+
+
+def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
+    """Cuts `dataset.train` to the profile in `data_config`, then takes the validation images out; the test set stays whole."""
+    label, num_classes = dataset.train.label, len(dataset.class_names)
+    sizes = np.bincount(label, minlength=num_classes)
+    seed = data_config.get("split_seed", 0)
+    explicit = tuple(data_config.get("class_counts") or ())
+    imbalance = data_config.get("imbalance", "none")
+    _checked_ratio(data_config.get("imbalance_ratio", 1.0))
+    if explicit:
+        selected = select(label, explicit, seed)
+    elif imbalance == "none":
+        selected = np.arange(len(label))
+    else:
+        profile = {k: data_config[k] for k in ("imbalance_ratio", "balanced_fraction") if k in data_config}
+        profile["imbalance"] = imbalance
+        counts = class_counts(num_classes, largest_count(sizes, **profile), **profile)
+        selected = select(label, counts, seed)
+    before = np.bincount(label[selected], minlength=num_classes)
+    kept, held_out = cut_validation(label, selected, data_config.get("validation_per_class", 0), seed)
+
+    # A set that is kept whole stays memory-mapped instead of being copied.
+    whole = imbalance == "none" and not explicit and not len(held_out)
+    train = dataset.train if whole else dataset.train.take(kept)
+    chosen = hashlib.sha256(dataset.digest.encode())
+    for positions in (kept, held_out):
+        chosen.update(str(len(positions)).encode() + positions.astype("<i8").tobytes())
+    return LongTailed(
+        train=train,
+        validation=dataset.train.take(held_out) if len(held_out) else None,
+        test=dataset.test,
+        class_names=dataset.class_names,
+        class_counts=tuple(np.bincount(label[kept], minlength=num_classes).tolist()),
+        class_counts_before=tuple(before.tolist()),
+        digest=chosen.hexdigest(),
+    )

@@ -1,0 +1,60 @@
+"""A split that lives on the devices, and which of its examples make up a batch.
+
+The draws are functions of a key, traceable, and independent of the number of devices: a resumed run repeats them exactly.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lt_adv.data.dataset import Split
+
+
+def put(split: Split, mesh: Mesh) -> dict[str, jax.Array]:
+    """{"image" uint8 [n, h, w, c], "label" int32 [n], "index" int32 [n]}, a full copy on every device of `mesh`."""
+    if len(split) and int(split.index.max()) > np.iinfo(np.int32).max:
+        raise ValueError("Original indices above 2^31 - 1 do not fit the int32 they have on the devices.")
+    arrays = {"image": split.image, "label": split.label, "index": split.index.astype(np.int32)}
+    return {k: jax.device_put(np.asarray(v), NamedSharding(mesh, P())) for k, v in arrays.items()}
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """Full batches in an epoch (the last, incomplete one is dropped); ValueError if there is none."""
+    if not 1 <= batch_size <= num_examples:
+        raise ValueError(f"batch_size must be from 1 to the number of training images, {num_examples}, not {batch_size}.")
+    return num_examples // batch_size
+
+
+def batch_indices(key: jax.Array, step_in_epoch: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
+    """Examples of one batch, int32 [batch_size]: the slice number `step_in_epoch` of a permutation drawn from the epoch's key.
+
+    With the same key, steps 0 .. num_examples // batch_size - 1 never repeat an example.
+    """
+    steps_per_epoch(num_examples, batch_size)
+    permutation = jax.random.permutation(key, num_examples)
+    return jax.lax.dynamic_slice(permutation, (step_in_epoch * batch_size,), (batch_size,))
+
+
+def class_table(label: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
+    """Where each class's examples are: class c owns order[starts[c] : starts[c] + counts[c]]; all int32.
+
+    ValueError for a class without examples, which could not be drawn.
+    """
+    counts = np.bincount(label, minlength=num_classes)
+    if counts.min() == 0:
+        raise ValueError(f"Class {int(counts.argmin())} has no training image: class-aware sampling cannot draw it.")
+    order = np.argsort(label, kind="stable")
+    starts = np.cumsum(counts) - counts
+    return {k: v.astype(np.int32) for k, v in {"order": order, "starts": starts, "counts": counts}.items()}
+
+
+def class_aware_indices(
+    key: jax.Array, order: jax.Array, starts: jax.Array, counts: jax.Array, *, batch_size: int
+) -> jax.Array:
+    """Examples of one batch, int32 [batch_size]: each a uniform class, then a uniform example of that class (`class_table`)."""
+    class_key, example_key = jax.random.split(key)
+    classes = jax.random.randint(class_key, (batch_size,), 0, len(counts))
+    within = jax.random.randint(example_key, (batch_size,), 0, counts[classes])
+    return order[starts[classes] + within].astype(jnp.int32)

@@ -1,0 +1,168 @@
+"""Where the images come from: `load(data_config)` answers every data set by name.
+
+`digits` and `npz` are read as they are, `image_folder` is decoded, `cifar10`, `cifar100` and `tiny_imagenet` are prepared by our
+own TensorFlow-Datasets builders, and any other name is looked up in TensorFlow-Datasets.
+"""
+
+import os
+import zipfile
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lt_adv.data import cache, images
+from lt_adv.data.dataset import Dataset, Decoding, Source, decoding, in_memory
+
+SPLITS = ("train", "test")
+
+
+def load(data_config: Mapping[str, Any]) -> Dataset:
+    """The data set called `data_config["name"]`, memory-mapped from the cache in `data_dir` where it is not embedded.
+
+    Keys: name; data_dir (None: $TFDS_DATA_DIR or ~/tensorflow_datasets); path (image_folder, npz); image_size (None: as it is);
+    download (False). ValueError or FileNotFoundError, in one line, for anything missing, unknown or unreadable.
+    """
+    name, size = data_config["name"], data_config.get("image_size")
+    if size is not None and (size != int(size) or size < 1):
+        raise ValueError(f"image_size must be a whole number of pixels from 1, not {size}.")
+    if name == "digits":
+        return in_memory(name, digits(size))
+    directory = data_config.get("data_dir") or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    data_dir = Path(directory).expanduser()
+    if name in ("image_folder", "npz"):
+        if not data_config.get("path"):
+            raise ValueError(f"The data set {name} needs --config.data.path.")
+        path = Path(data_config["path"]).expanduser()
+        source = image_folder(path, size) if name == "image_folder" else npz(path, size)
+    else:
+        # Not needed, and half a second, for the sets above.
+        from lt_adv.data import tfds_source
+
+        source = tfds_source.source(name, data_dir, size, bool(data_config.get("download", False)))
+    return cache.load(data_dir, name, source)
+
+
+def digits(size: int | None = None) -> Source:
+    """scikit-learn's handwritten digits: 1797 images 8 x 8 x 1, ten classes, grey levels 0..16 scaled to 0..255.
+
+    Stratified 70/30 split, always the same: of each class, int(0.7 n) images chosen by a generator seeded with 0 are for training.
+    """
+
+    def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
+        from sklearn.datasets import load_digits
+
+        raw = load_digits()
+        image = np.round(raw.images * (255 / 16)).astype(np.uint8)[..., None]
+        rng, train = np.random.RandomState(0), np.zeros(len(image), bool)
+        for c in range(10):
+            members = rng.permutation(np.flatnonzero(raw.target == c))
+            train[members[: int(0.7 * len(members))]] = True
+        chosen = {"train": np.flatnonzero(train), "test": np.flatnonzero(~train)}
+        names = tuple(str(c) for c in range(10))
+        return names, {k: decoding(images.resize(image[i], size), raw.target[i], i) for k, i in chosen.items()}
+
+    return Source("digits", read)
+
+
+def npz(path: Path, size: int | None = None) -> Source:
+    """An .npz with train_image, test_image uint8 [n, h, w] or [n, h, w, c], train_label, test_label [n], and optionally class_names.
+
+    Labels are 0 .. C - 1. The original index is the position.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}: --config.data.path must name an .npz.")
+    stat = path.stat()
+
+    def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
+        try:
+            with np.load(path, allow_pickle=False) as file:
+                arrays = {k: file[k] for k in file.files}
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is not a readable .npz without pickled objects ({error}).") from error
+        missing = [k for s in SPLITS for k in (f"{s}_image", f"{s}_label") if k not in arrays]
+        if missing:
+            raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(sorted(arrays)) or 'none'}.")
+        splits, largest = {}, 0
+        for split in SPLITS:
+            image, label = arrays[f"{split}_image"], arrays[f"{split}_label"]
+            image = image[..., None] if image.ndim == 3 else image
+            if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] not in (1, 3) or not image.size:
+                raise ValueError(
+                    f"{path}: {split}_image must be uint8 [n, h, w], [n, h, w, 1] or [n, h, w, 3], not {image.dtype} {image.shape}."
+                )
+            if label.shape != image.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
+                raise ValueError(
+                    f"{path}: {split}_label must be {len(image)} whole numbers from 0, not {label.dtype} {label.shape}."
+                )
+            splits[split] = decoding(images.resize(image, size), label, np.arange(len(label)))
+            largest = max(largest, int(label.max()))
+        if splits["train"].shape[1:] != splits["test"].shape[1:]:
+            raise ValueError(f"{path}: train images are {splits['train'].shape[1:]}, test images {splits['test'].shape[1:]}.")
+        names = tuple(str(n) for n in arrays.get("class_names", range(largest + 1)))
+        if len(names) <= largest:
+            raise ValueError(f"{path}: class_names has {len(names)} entries, the labels go up to {largest}.")
+        return names, splits
+
+    return Source([str(path.resolve()), stat.st_size, stat.st_mtime_ns, size], read)
+
+
+def image_folder(path: Path, size: int | None = None) -> Source:
+    """`<path>/train/<class>/*` and `<path>/test/<class>/*`, JPEG or PNG: classes in alphabetical order.
+
+    The original index of an image is its position among all images of its split, sorted by class, then by name. Grey images become
+    colour where the set has any colour image; EXIF orientation is ignored.
+    """
+    listing = {split: _list_images(path / split) for split in SPLITS}
+    classes = {split: sorted(found) for split, found in listing.items()}
+    for split, other in (SPLITS, SPLITS[::-1]):
+        if odd := sorted(set(classes[split]) - set(classes[other])):
+            raise ValueError(f"The class {odd[0]!r} of {path / split} has no images in {path / other}.")
+
+    files = {s: [(c, *f) for c in classes[s] for f in listing[s][c]] for s in SPLITS}
+
+    def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
+        paths = {s: [str(path / s / c / name) for c, name, *_ in files[s]] for s in SPLITS}
+        every = paths["train"] + paths["test"]
+        shape = images.common_shape(partial(_read_files, every), every, size)
+        ids = {c: i for i, c in enumerate(classes["train"])}
+        splits = {}
+        for s in SPLITS:
+            label = np.array([ids[c] for c, *_ in files[s]], np.int32)
+            blocks = partial(images.decode, partial(_read_files, paths[s]), paths[s], shape, size)
+            splits[s] = Decoding((len(label), *shape), label, np.arange(len(label)), blocks)
+        return tuple(classes["train"]), splits
+
+    return Source([files, size], read)
+
+
+def _read_files(paths: list[str], positions) -> list[bytes]:
+    contents = []
+    for position in positions:
+        try:
+            contents.append(Path(paths[position]).read_bytes())
+        except OSError as error:
+            raise images.BadImage(f"{paths[position]} cannot be read ({error.strerror}).") from error
+    return contents
+
+
+def _list_images(folder: Path) -> dict[str, list[tuple[str, int, int]]]:
+    """Per class, the (name, bytes, modification time in ns) of its images, sorted; hidden files and other types do not count."""
+    if not folder.is_dir():
+        raise FileNotFoundError(f"There is no folder {folder}: an image folder holds train/<class>/* and test/<class>/*.")
+    listing = {}
+    for entry in os.scandir(folder):
+        if entry.is_dir() and not entry.name.startswith("."):
+            found = [
+                (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
+                for file in os.scandir(entry)
+                if file.name.lower().endswith((".jpg", ".jpeg", ".png")) and not file.name.startswith(".")
+            ]
+            if not found:
+                raise ValueError(f"The class folder {folder / entry.name} has no JPEG or PNG image.")
+            listing[entry.name] = sorted(found)
+    if not listing:
+        raise ValueError(f"The folder {folder} has no class folders.")
+    return listing
