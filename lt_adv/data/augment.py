@@ -7,8 +7,8 @@ import jax.numpy as jnp
 def pad_crop_flip(keys: jax.Array, image: jax.Array, *, pad: int = 4) -> jax.Array:
     """Zero-pads by `pad` pixels, crops back to the original size at a uniform place, mirrors with probability 1/2.
 
-    keys [b] typed keys, image [b, h, w, c] of any dtype -> image of the same shape and dtype. An example's result depends on its
-    own key alone, not on the batch around it or the devices it is spread over.
+    keys [b] typed keys, image [b, h, w, c] of any dtype -> image of the same shape and dtype. An example's result
+    depends on its own key alone, not on the batch around it or the devices it is spread over.
     """
 
     def draw(key: jax.Array) -> tuple[jax.Array, jax.Array]:

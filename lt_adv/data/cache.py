@@ -1,8 +1,8 @@
 """Decoded sets on disk: uint8 .npy files that are memory-mapped, and a meta.json with their digests.
 
-A cache folder appears under its name only when it is complete (written beside, then renamed). At each start the sizes, shapes and
-dtypes are checked, and the sha256 of every array up to `FULL_CHECK_BYTES`; larger image arrays, whose digest would take seconds,
-are trusted beyond their size.
+A cache folder appears under its name only when it is complete (written beside, then renamed). At each start the sizes,
+shapes and dtypes are checked, and the sha256 of every array up to `FULL_CHECK_BYTES`; larger image arrays, whose digest
+would take seconds, are trusted beyond their size.
 """
 
 import json
@@ -25,13 +25,13 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(data_dir: Path, name: str, source: Source) -> Path:
-    """`<data_dir>/lt_adv_cache/<name>-<fingerprint>`; the fingerprint changes with the data and with this file's format."""
+    """`<data_dir>/lt_adv_cache/<name>-<fingerprint>`; the fingerprint changes with the data and with `VERSION`."""
     identity = json.dumps([VERSION, name, source.identity], sort_keys=True)
     return data_dir / "lt_adv_cache" / f"{name.replace('/', '-')}-{new_sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def load(data_dir: Path, name: str, source: Source) -> Dataset:
-    """The set from its cache; decoded and cached first where there is none, or a damaged one (with one line of warning)."""
+    """The set from its cache; decoded first where there is none, or a damaged one (which one line of warning names)."""
     folder = folder_of(data_dir, name, source)
     if folder.exists():
         try:
@@ -44,8 +44,8 @@ def load(data_dir: Path, name: str, source: Source) -> Dataset:
     except OSError as error:
         size = sum(int(np.prod(d.shape)) for d in decodings.values()) >> 20
         raise ValueError(
-            f"Cannot write the cache {folder} ({error.strerror or error}); it needs a writable folder with {size + 1} MiB free, "
-            "which --config.data.data_dir names."
+            f"Cannot write the cache {folder} ({error.strerror or error}); it needs a writable folder with "
+            f"{size + 1} MiB free, which --config.data.data_dir names."
         ) from error
     return _open(folder, name)
 
@@ -100,7 +100,7 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict
         np.lib.format.write_array_header_1_0(file, header)
         for block in blocks:
             if block.dtype != dtype or block.shape[1:] != tuple(shape[1:]):
-                raise ValueError(f"Images decoded to {block.dtype} {block.shape[1:]} instead of {dtype} {tuple(shape[1:])}.")
+                raise ValueError(f"Images decoded to {block.dtype} {block.shape[1:]}, not {dtype} {tuple(shape[1:])}.")
             data = np.ascontiguousarray(block).tobytes()
             file.write(data)
             digest.update(data)
@@ -113,9 +113,9 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Puts the finished folder in place of what is there: a damaged one, or the same content from a process that was faster."""
+    """Puts the finished folder in place of a damaged one, or of the same content from a process that was faster."""
     if folder.exists():
-        # Moved aside first: a folder that is deleted in place would be half there for a while. Open memory maps stay valid.
+        # Moved aside first: deleted in place it would be half there for a while. Open memory maps stay valid.
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             os.replace(folder, old)

@@ -55,7 +55,7 @@ class LongTailed:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """A split about to be decoded: `blocks()` yields its images in order, uint8 [k, *shape[1:]], k summing to shape[0]."""
+    """A split about to be decoded: `blocks()` yields its images in order, uint8 [k, h, w, c], of `shape` in all."""
 
     shape: tuple[int, int, int, int]
     label: np.ndarray

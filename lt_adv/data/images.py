@@ -31,7 +31,7 @@ def _grey(image: Image.Image) -> bool:
 
 
 def convert(image: Image.Image, channels: int, size: int | None) -> np.ndarray:
-    """uint8 [h, w, channels]; `size` scales and centre-crops to a square (bilinear, antialiased). Transparency is dropped."""
+    """uint8 [h, w, channels]; `size` scales and centre-crops to a square (bilinear, antialiased); no transparency."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
         image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
     image = image.convert("L" if channels == 1 else "RGB")
@@ -41,7 +41,7 @@ def convert(image: Image.Image, channels: int, size: int | None) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: int | None) -> np.ndarray:
-    """Images in memory, uint8 [n, h, w, c], scaled and centre-cropped to squares of `size` pixels (None: as they are)."""
+    """Images in memory, uint8 [n, h, w, c], scaled and centre-cropped to squares of `size` pixels (None: unchanged)."""
     if size is None or image.shape[1:3] == (size, size):
         return image
     channels = image.shape[-1]
@@ -94,8 +94,8 @@ def common_shape(read: Read, names: Sequence[str], size: int | None) -> tuple[in
             first, grey = first or wh, grey and is_grey
             if size is None and wh != first:
                 raise BadImage(
-                    f"Images differ in size: {names[0]} is {first[0]} x {first[1]}, {names[position]} is {wh[0]} x {wh[1]} "
-                    "(width x height); --config.data.image_size=N makes them all N x N."
+                    f"Images differ in size (width x height): {names[0]} is {first[0]} x {first[1]}, {names[position]} is "
+                    f"{wh[0]} x {wh[1]}; --config.data.image_size=N makes them all N x N."
                 )
             position += 1
     if first is None:

@@ -1,7 +1,7 @@
 """Long-tailed subsets: how many images of each class, and which.
 
-Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019 (profiles); the choice of
-images repeats the released code of Wu et al., "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021.
+Profiles: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019. The choice of
+images is that of the code of Wu et al., "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021.
 """
 
 import hashlib
@@ -32,6 +32,8 @@ def class_counts(
         balanced     n_i = int(n_max balanced_fraction)
 
     `imbalance_ratio` = max count / min count >= 1. ValueError where a class would be left without images.
+    Differs from the released code: there the step profile of an odd number of classes has no entry for the last class,
+    which is dropped.
     """
     if imbalance not in PROFILES[:3]:
         raise lookup.unknown("imbalance", imbalance, PROFILES)
@@ -58,7 +60,8 @@ def class_counts(
 
 def _checked_ratio(imbalance_ratio: float) -> float:
     if not 1 <= imbalance_ratio < float("inf"):
-        hint = f": the literature's {imbalance_ratio:g} is ratio {1 / imbalance_ratio:g}" if 0 < imbalance_ratio < 1 else ""
+        literature = f": the literature's {imbalance_ratio:g} is ratio {1 / imbalance_ratio:g}"
+        hint = literature if 0 < imbalance_ratio < 1 else ""
         raise ValueError(f"imbalance_ratio is max count / min count, so it is >= 1, not {imbalance_ratio}{hint}.")
     return imbalance_ratio
 
@@ -66,8 +69,8 @@ def _checked_ratio(imbalance_ratio: float) -> float:
 def select(label: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
     """Positions of the chosen images, int64 [sum(counts)], class-major, in the order they were drawn.
 
-    One legacy generator for all classes: each class's positions, ascending, are shuffled in place, the first `counts[c]` kept.
-    ValueError for a wrong number of counts, a count below 1, or a class with fewer images than its count.
+    One legacy generator for all classes: each class's positions, ascending, are shuffled in place, the first `counts[c]`
+    kept. ValueError for a wrong number of counts, a count below 1, or a class with fewer images than its count.
     """
     label = np.asarray(label)
     num_classes = int(label.max()) + 1
@@ -89,9 +92,9 @@ def select(label: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarra
 def cut_validation(
     label: np.ndarray, selected: np.ndarray, per_class: int, seed: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Moves `per_class` images of every class from `selected` to a balanced validation set: (train, validation) positions.
+    """(train, validation) positions: `per_class` images of every class go from `selected` to a balanced validation set.
 
-    Both keep the order of `selected` within them. ValueError where a class would be left with no training image.
+    Both keep the order of `selected`. ValueError where a class would be left with no training image.
     """
     if per_class != int(per_class) or per_class < 0:
         raise ValueError(f"validation_per_class must be a whole number from 0, not {per_class}.")
@@ -102,14 +105,14 @@ def cut_validation(
         members = np.flatnonzero(chosen_label == c)
         if len(members) <= per_class:
             raise ValueError(
-                f"validation_per_class {per_class} would leave class {c} without training images (it has {len(members)})."
+                f"validation_per_class {per_class} would leave class {c}, which has {len(members)}, without training images."
             )
         held_out[rng.permutation(members)[:per_class]] = True
     return selected[~held_out], selected[held_out]
 
 
 def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str, np.ndarray]:
-    """Class ids by how common the class is, most common first, ties in label order: {"head": ids, "body": ids, "tail": ids}.
+    """{"head": ids, "body": ids, "tail": ids}: class ids by count, most common first, ties in label order.
 
         thirds    head and tail are C // 3 classes each, body the rest
         reat      tail is ranks 2 (C // 3) + 1 to C - 1, head the first C // 3 (Li et al., 2023)
@@ -134,7 +137,8 @@ def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str,
 def largest_count(sizes: np.ndarray, **profile: Any) -> int:
     """The largest n_max whose profile the classes (with `sizes` images, in label order) can supply.
 
-    On a balanced set this is the size of its classes, as in the released codes; it also serves sets that are not quite balanced.
+    On a balanced set this is the size of its classes, as in the released codes; it also serves sets that are not quite
+    balanced.
     """
     for max_count in range(int(sizes.max()), 0, -1):
         if np.all(class_counts(len(sizes), max_count, **profile) <= sizes):
@@ -143,7 +147,11 @@ def largest_count(sizes: np.ndarray, **profile: Any) -> int:
 
 
 def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
-    """Cuts `dataset.train` to the profile in `data_config`, then takes the validation images out; the test set stays whole."""
+    """Cuts `dataset.train` to the profile in `data_config`, then takes validation images out; the test set stays whole.
+
+    Keys: class_counts (explicit; wins over the profile), imbalance ("none"), imbalance_ratio, balanced_fraction,
+    validation_per_class (0), split_seed (0). ValueError, in one line, for what cannot be.
+    """
     label, num_classes = dataset.train.label, len(dataset.class_names)
     sizes = np.bincount(label, minlength=num_classes)
     seed = data_config.get("split_seed", 0)

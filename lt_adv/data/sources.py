@@ -1,7 +1,7 @@
 """Where the images come from: `load(data_config)` answers every data set by name.
 
-`digits` and `npz` are read as they are, `image_folder` is decoded, `cifar10`, `cifar100` and `tiny_imagenet` are prepared by our
-own TensorFlow-Datasets builders, and any other name is looked up in TensorFlow-Datasets.
+`digits` and `npz` are read as they are, `image_folder` is decoded, `cifar10`, `cifar100` and `tiny_imagenet` are prepared
+by our own TensorFlow-Datasets builders, and any other name is looked up in TensorFlow-Datasets.
 """
 
 import os
@@ -22,8 +22,8 @@ SPLITS = ("train", "test")
 def load(data_config: Mapping[str, Any]) -> Dataset:
     """The data set called `data_config["name"]`, memory-mapped from the cache in `data_dir` where it is not embedded.
 
-    Keys: name; data_dir (None: $TFDS_DATA_DIR or ~/tensorflow_datasets); path (image_folder, npz); image_size (None: as it is);
-    download (False). ValueError or FileNotFoundError, in one line, for anything missing, unknown or unreadable.
+    Keys: name; data_dir (None: $TFDS_DATA_DIR or ~/tensorflow_datasets); path (image_folder, npz); image_size (None: as
+    it is); download (False). ValueError or FileNotFoundError, in one line, for anything missing, unknown or unreadable.
     """
     name, size = data_config["name"], data_config.get("image_size")
     if size is not None and (size != int(size) or size < 1):
@@ -48,7 +48,8 @@ def load(data_config: Mapping[str, Any]) -> Dataset:
 def digits(size: int | None = None) -> Source:
     """scikit-learn's handwritten digits: 1797 images 8 x 8 x 1, ten classes, grey levels 0..16 scaled to 0..255.
 
-    Stratified 70/30 split, always the same: of each class, int(0.7 n) images chosen by a generator seeded with 0 are for training.
+    Stratified 70/30 split, always the same: of each class, int(0.7 n) images drawn by a generator seeded with 0 are for
+    training.
     """
 
     def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
@@ -68,9 +69,9 @@ def digits(size: int | None = None) -> Source:
 
 
 def npz(path: Path, size: int | None = None) -> Source:
-    """An .npz with train_image, test_image uint8 [n, h, w] or [n, h, w, c], train_label, test_label [n], and optionally class_names.
+    """An .npz with train_image, test_image uint8 [n, h, w] or [n, h, w, c] and train_label, test_label [n], 0 .. C - 1.
 
-    Labels are 0 .. C - 1. The original index is the position.
+    An array class_names [C] is optional. The original index is the position.
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: --config.data.path must name an .npz.")
@@ -91,7 +92,7 @@ def npz(path: Path, size: int | None = None) -> Source:
             image = image[..., None] if image.ndim == 3 else image
             if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] not in (1, 3) or not image.size:
                 raise ValueError(
-                    f"{path}: {split}_image must be uint8 [n, h, w], [n, h, w, 1] or [n, h, w, 3], not {image.dtype} {image.shape}."
+                    f"{path}: {split}_image must be uint8 [n, h, w] or [n, h, w, 1 or 3], not {image.dtype} {image.shape}."
                 )
             if label.shape != image.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
                 raise ValueError(
@@ -100,7 +101,8 @@ def npz(path: Path, size: int | None = None) -> Source:
             splits[split] = decoding(images.resize(image, size), label, np.arange(len(label)))
             largest = max(largest, int(label.max()))
         if splits["train"].shape[1:] != splits["test"].shape[1:]:
-            raise ValueError(f"{path}: train images are {splits['train'].shape[1:]}, test images {splits['test'].shape[1:]}.")
+            shapes = " and ".join(f"{s} images are {d.shape[1:]}" for s, d in splits.items())
+            raise ValueError(f"{path}: {shapes}.")
         names = tuple(str(n) for n in arrays.get("class_names", range(largest + 1)))
         if len(names) <= largest:
             raise ValueError(f"{path}: class_names has {len(names)} entries, the labels go up to {largest}.")
@@ -112,8 +114,8 @@ def npz(path: Path, size: int | None = None) -> Source:
 def image_folder(path: Path, size: int | None = None) -> Source:
     """`<path>/train/<class>/*` and `<path>/test/<class>/*`, JPEG or PNG: classes in alphabetical order.
 
-    The original index of an image is its position among all images of its split, sorted by class, then by name. Grey images become
-    colour where the set has any colour image; EXIF orientation is ignored.
+    The original index of an image is its position among all images of its split, sorted by class, then by name. Grey
+    images become colour where the set has any colour image; EXIF orientation is ignored.
     """
     listing = {split: _list_images(path / split) for split in SPLITS}
     classes = {split: sorted(found) for split, found in listing.items()}
@@ -149,9 +151,9 @@ def _read_files(paths: list[str], positions) -> list[bytes]:
 
 
 def _list_images(folder: Path) -> dict[str, list[tuple[str, int, int]]]:
-    """Per class, the (name, bytes, modification time in ns) of its images, sorted; hidden files and other types do not count."""
+    """Per class, the sorted (name, bytes, modification time in ns) of its images; hidden and other files do not count."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}: an image folder holds train/<class>/* and test/<class>/*.")
+        raise FileNotFoundError(f"There is no folder {folder}: an image folder has train/<class>/* and test/<class>/*.")
     listing = {}
     for entry in os.scandir(folder):
         if entry.is_dir() and not entry.name.startswith("."):
