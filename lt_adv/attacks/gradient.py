@@ -1,0 +1,227 @@
+"""Attacks that follow the sign or direction of the input gradient: FGSM, PGD, MIM and CW in a ball.
+
+Common arguments, of every attack here:
+  key: one typed key (example i then uses fold_in(key, i)) or one key per example [batch]. A result depends on the
+    example's own key alone, never on the batch size. Under pmap and shard_map give one key per example: a single key
+    would count i from zero on every device.
+  logits_fn: x[batch, ...] -> logits[batch, classes], any traceable callable; it decides its own batch-norm mode.
+  x: images [batch, ...], floating, inside `bounds`.
+  y: what the objective compares with: labels [batch], or probabilities [batch, classes] for `kl_divergence`.
+  eps: radius of the ball, scalar or [batch], in units of the [0, 1] pixel range (as step_size).
+  step_size: length of a step in the norm, scalar or [batch].
+  num_steps: number of gradients taken; 0 gives the start, brought into the ball and the box.
+  objective: (logits, y) -> [batch], maximised for each example by itself.
+  norm: "linf" (steps along the sign) or "l2" (steps along the normalised gradient).
+  start: "zero", "uniform", "one_sided" or "gaussian", see `starts.starting_point`.
+  x_init: the starting point itself, shaped as x; replaces `start`.
+  bounds: the box of valid pixels.
+Neither a random start nor x_init is clipped before the first step. After each step x_adv is brought into the ball, then
+into the box. No gradient flows through the result. ValueError at trace time for options that cannot be meant.
+"""
+
+import operator
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.typing import ArrayLike
+
+from lt_adv.attacks import norms
+from lt_adv.attacks.loop import Iteration, iterative
+from lt_adv.attacks.objectives import cross_entropy, margin
+from lt_adv.attacks.starts import starting_point
+
+LogitsFn = Callable[[Array], Array]
+Objective = Callable[[Array, Array], Array]
+
+
+@iterative
+def fgsm(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    *,
+    eps: ArrayLike,
+    objective: Objective = cross_entropy,
+    norm: str = "linf",
+    start: str = "zero",
+    x_init: Array | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Iteration:
+    """Fast gradient sign method: x_adv = clip(x + eps sign(grad_x L(x, y))), one step of the whole radius.
+
+    Arguments are described at the top of the module.
+
+    Returns:
+      x_adv, an array like x.
+
+    Reference: Goodfellow et al., "Explaining and harnessing adversarial examples", ICLR 2015, section 4.
+    """
+    return _ascend(
+        key, logits_fn, x, y, eps=eps, step_size=eps, num_steps=1, objective=objective, norm=norm, start=start,
+        x_init=x_init, bounds=bounds,
+    )  # fmt: skip
+
+
+@iterative
+def pgd(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    num_steps: int,
+    objective: Objective = cross_entropy,
+    norm: str = "linf",
+    start: str = "uniform",
+    x_init: Array | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Iteration:
+    """Projected gradient descent on the negative objective: x_{t+1} = P(x_t + a sign(grad_x L(x_t, y))).
+
+    Arguments are described at the top of the module.
+
+    Returns:
+      x_adv, an array like x: the last point, not the best one.
+
+    Reference: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018, section 2.1.
+    """
+    return _ascend(
+        key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
+        start=start, x_init=x_init, bounds=bounds,
+    )  # fmt: skip
+
+
+@iterative
+def mim(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    num_steps: int,
+    decay: float = 1.0,
+    objective: Objective = cross_entropy,
+    norm: str = "linf",
+    start: str = "uniform",
+    x_init: Array | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Iteration:
+    """Momentum iterative method: g_{t+1} = m g_t + grad / mean|grad|, x_{t+1} = P(x_t + a sign(g_{t+1})).
+
+    Arguments are described at the top of the module; `decay` is m.
+
+    Returns:
+      x_adv, an array like x: the last point.
+
+    Reference: Dong et al., "Boosting adversarial attacks with momentum", CVPR 2018, eq. 6 and 7. The paper divides by
+    the L1 norm; the mean differs from it by the number of pixels, which neither the sign nor the direction sees.
+    Differs from the released code: an image whose gradient is exactly zero adds nothing, instead of 0 / 0.
+    """
+    return _ascend(
+        key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
+        start=start, x_init=x_init, bounds=bounds, decay=decay,
+    )  # fmt: skip
+
+
+@iterative
+def cw(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    num_steps: int,
+    confidence: float = 50.0,
+    norm: str = "linf",
+    start: str = "uniform",
+    x_init: Array | None = None,
+    bounds: tuple[float, float] = (0.0, 1.0),
+) -> Iteration:
+    """PGD on the Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0): "CW-inf" of the robustness literature.
+
+    Arguments are described at the top of the module; `confidence` is k, in units of logits.
+
+    Returns:
+      x_adv, an array like x: the last point.
+
+    Reference: Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, for the margin.
+    """
+    return _ascend(
+        key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps,
+        objective=partial(margin, confidence=confidence), norm=norm, start=start, x_init=x_init, bounds=bounds,
+    )  # fmt: skip
+
+
+def _ascend(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike,
+    num_steps: int,
+    objective: Objective,
+    norm: str,
+    start: str,
+    x_init: Array | None,
+    bounds: tuple[float, float],
+    decay: float | None = None,
+) -> Iteration:
+    """The attacks above as one iteration over (x_adv, momentum); without `decay` there is no momentum to carry."""
+    ball, x, y = norms.get(norm), jnp.asarray(x), jnp.asarray(y)
+    low, high = bounds
+    _check(x, y, x_init, num_steps, low, high)
+    eps, step_size = norms.per_example("eps", eps, x), norms.per_example("step_size", step_size, x)
+    x_adv = starting_point(key, x, eps, start, ball)
+    if x_init is not None:
+        x_adv = jnp.asarray(x_init, x.dtype) + jnp.zeros_like(x)  # varies over every mesh axis that x varies over
+
+    def project(x_adv: Array) -> Array:
+        return jnp.clip(ball.project(x_adv, x, eps), low, high)
+
+    def total(x_adv: Array) -> Array:
+        logits = logits_fn(x_adv)
+        if getattr(logits, "shape", (0,))[:-1] != x.shape[:1]:
+            shapes = jax.tree.map(jnp.shape, logits)
+            raise ValueError(f"logits_fn must return one array [batch, classes], got {shapes}.")
+        values = objective(logits, y)
+        if values.shape != x.shape[:1]:
+            raise ValueError(f"objective must return [batch] = {x.shape[:1]}, got shape {values.shape}.")
+        return jnp.sum(values)  # a sum: each example's gradient is its own, whatever the batch size
+
+    def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        x_adv, momentum = carry
+        gradient = jax.grad(total)(x_adv)
+        if decay is not None:
+            gradient = momentum = decay * momentum + norms.unit_mean(gradient)
+        # Stopped at each step, not at the end: an outer gradient then has no loop to differentiate.
+        return lax.stop_gradient((project(x_adv + step_size * ball.direction(gradient)), momentum))
+
+    momentum = () if decay is None else jnp.zeros_like(x_adv)
+    x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
+    return Iteration((x_adv, momentum), step, operator.itemgetter(0), num_steps)
+
+
+def _check(x: Array, y: Array, x_init: Array | None, num_steps: int, low: float, high: float) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise ValueError(f"x must be floating, inside bounds, got {x.dtype}: divide uint8 images by 255.")
+    if y.shape[:1] != x.shape[:1]:
+        raise ValueError(f"x and y must have the same batch size, got shapes {x.shape} and {y.shape}.")
+    if x_init is not None and jnp.shape(x_init) != x.shape:
+        raise ValueError(f"x_init must have the shape of x, {x.shape}, got {jnp.shape(x_init)}.")
+    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
+        raise ValueError(f"num_steps must be a Python int, 0 or more, got {num_steps!r}.")
+    if not low < high:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {(low, high)}.")

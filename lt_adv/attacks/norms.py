@@ -1,0 +1,86 @@
+"""The balls an attack moves in: steepest ascent, projection and uniform sampling for L-inf and L2."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike
+
+
+class Norm(NamedTuple):
+    """What a gradient attack asks of a norm. Arrays are [batch, ...]; `eps` broadcasts against them."""
+
+    direction: Callable[[Array], Array]  # gradient -> the step of length one that gains most, zero where it is zero
+    project: Callable[[Array, Array, Array], Array]  # x_adv, x, eps -> the nearest point of the ball around x
+    sample: Callable[[Array, tuple[int, ...], jnp.dtype], Array]  # key, shape, dtype -> one uniform point, radius one
+
+
+def get(name: str) -> Norm:
+    """The norm called `name`, "linf" or "l2"; ValueError for any other name."""
+    if name not in _NORMS:
+        raise ValueError(f"Unknown norm {name!r}. There are: {', '.join(_NORMS)}.")
+    return _NORMS[name]
+
+
+def per_example(name: str, value: ArrayLike, x: Array) -> Array:
+    """A length given as a scalar or as [batch], shaped to broadcast against `x`; ValueError for other shapes or < 0."""
+    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(jax.device_get(value)) >= 0):
+        raise ValueError(f"{name} must not be negative or NaN, got {value}.")
+    value = jnp.asarray(value, x.dtype)
+    if value.shape not in ((), x.shape[:1]):
+        raise ValueError(f"{name} must be a scalar or [batch] = {x.shape[:1]}, got shape {value.shape}.")
+    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
+
+
+def l2(array: Array) -> Array:
+    """Euclidean length of each example, [batch, ...] -> [batch, 1, ...]."""
+    return jnp.sqrt(jnp.sum(array * array, axis=_trailing(array), keepdims=True))
+
+
+def unit_mean(array: Array) -> Array:
+    """Each example divided by the mean of its magnitudes; an example of zeros stays zero."""
+    return _divide(array, jnp.mean(jnp.abs(array), axis=_trailing(array), keepdims=True))
+
+
+def _trailing(array: Array) -> tuple[int, ...]:
+    return tuple(range(1, array.ndim))
+
+
+def _divide(array: Array, length: Array) -> Array:
+    return array / jnp.where(length > 0, length, 1)
+
+
+def _linf_project(x_adv: Array, x: Array, eps: Array) -> Array:
+    return jnp.clip(x_adv, x - eps, x + eps)
+
+
+def _linf_sample(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    return jax.random.uniform(key, shape, dtype, minval=-1, maxval=1)
+
+
+def _l2_direction(gradient: Array) -> Array:
+    # Brought to magnitude one first: the squares of a small float32 gradient (below 1e-23) would underflow to zero.
+    gradient = _divide(gradient, jnp.max(jnp.abs(gradient), axis=_trailing(gradient), keepdims=True))
+    return _divide(gradient, l2(gradient))
+
+
+def _l2_project(x_adv: Array, x: Array, eps: Array) -> Array:
+    delta = x_adv - x
+    length = l2(delta)
+    return x + delta * jnp.where(length > eps, _divide(eps, length), 1)
+
+
+def _l2_sample(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+    key_direction, key_radius = jax.random.split(key)
+    direction = _l2_direction(jax.random.normal(key_direction, (1, *shape), dtype))[0]
+    size = max(direction.size, 1)
+    return direction * jax.random.uniform(key_radius, (), dtype) ** (1 / size)  # volume grows as radius ** size
+
+
+_NORMS = {
+    "linf": Norm(jnp.sign, _linf_project, _linf_sample),
+    "l2": Norm(_l2_direction, _l2_project, _l2_sample),
+}

@@ -1,0 +1,65 @@
+"""What an attack maximises: functions (logits[batch, classes], y) -> [batch]. Bind options with functools.partial."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+
+def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array:
+    """Cross-entropy of scaled logits, -log softmax(a z)_y.
+
+    `logit_scale` a = 10 makes PGD the logit-scaling attack (LSA), which reaches through cosine and other
+    small-scale heads whose plain cross-entropy gradient is weak.
+
+    Args:
+      logits: [batch, classes].
+      y: labels, integers [batch].
+      logit_scale: a, > 0.
+
+    Returns:
+      [batch], in nats.
+    """
+    logits = logits * logit_scale
+    return jax.nn.logsumexp(logits, axis=-1) - _at_label(logits, y)
+
+
+def margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
+    """The Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0).
+
+    Args:
+      logits: [batch, classes], at least two classes.
+      y: labels, integers [batch].
+      confidence: k, in units of logits. The value is flat (gradient zero) once another class leads by k.
+
+    Returns:
+      [batch], never positive.
+
+    Reference: Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, f_6, here
+    inside an L-inf or L2 ball instead of beside a distance term.
+    """
+    others = jnp.where(_is_label(logits, y), -jnp.inf, logits).max(axis=-1)
+    return -jax.nn.relu(_at_label(logits, y) - others + confidence)
+
+
+def kl_divergence(logits: Array, probs: Array) -> Array:
+    """KL(p || softmax(z)) = sum_j p_j (log p_j - log softmax(z)_j), the inner objective of TRADES.
+
+    Args:
+      logits: z, [batch, classes].
+      probs: p, [batch, classes], rows summing to one: the attack's `y` holds probabilities here. Zeros are allowed.
+
+    Returns:
+      [batch], in nats. Its gradient is zero where softmax(z) = p, so an attack must not start on the clean image.
+
+    Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019, eq. 5.
+    """
+    return jnp.sum(jax.scipy.special.xlogy(probs, probs) - probs * jax.nn.log_softmax(logits), axis=-1)
+
+
+def _is_label(logits: Array, y: Array) -> Array:
+    # A comparison instead of a gather: its gradient is no scatter, and it shards on any mesh.
+    return y[:, None] == jnp.arange(logits.shape[-1])
+
+
+def _at_label(logits: Array, y: Array) -> Array:
+    return jnp.sum(jnp.where(_is_label(logits, y), logits, 0), axis=-1)

@@ -1,0 +1,51 @@
+"""Where an attack starts, and one key per example so that a start depends on nothing but its own key."""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from lt_adv.attacks.norms import Norm
+
+STARTS = ("zero", "uniform", "one_sided", "gaussian")
+_GAUSSIAN_SCALE = 0.001  # of the [0, 1] pixel range, the start of TRADES
+
+
+def example_keys(key: Array, batch: int) -> Array:
+    """One key per example: fold_in(key, i) for a single key, the keys themselves if there are [batch]."""
+    dtype = getattr(key, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        raise ValueError(f"key must be typed, from jax.random.key(seed); got {dtype or type(key).__name__}.")
+    if key.shape not in ((), (batch,)):
+        raise ValueError(f"key must be one key or one per example, shape () or ({batch},); got {key.shape}.")
+    return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def starting_point(key: Array, x: Array, eps: Array, start: str, norm: Norm) -> Array:
+    """The point before the first step, clipped neither to the ball nor to the box.
+
+    Args:
+      key: one typed key, or one per example [batch].
+      x: images, [batch, ...].
+      eps: radius, broadcasting against x.
+      start: "zero" (x itself), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1), the start of RoBal's
+        released code) or "gaussian" (x + 0.001 N(0, 1)).
+      norm: the ball.
+
+    Returns:
+      an array like x.
+    """
+    if start not in STARTS:
+        raise ValueError(f"Unknown start {start!r}. There are: {', '.join(STARTS)}.")
+    shape, dtype = x.shape[1:], x.dtype
+
+    def draw(example_key: Array) -> Array:
+        if start == "uniform":
+            return norm.sample(example_key, shape, dtype)
+        if start == "one_sided":
+            return jax.random.uniform(example_key, shape, dtype)
+        return jax.random.normal(example_key, shape, dtype)
+
+    keys = example_keys(key, x.shape[0])
+    if start == "zero":
+        return x
+    return x + jax.vmap(draw)(keys) * (_GAUSSIAN_SCALE if start == "gaussian" else eps)
