@@ -28,8 +28,9 @@ def boundary(
 ) -> Array:
     """z_c <- scale z_c - tau_p log pi_c, pi = class_counts / sum: RoBal's boundary adjustment (Wu et al. 2021).
 
-    `logits` [batch, classes] are the cosine logits of a head at scale 1; `class_counts` [classes], concrete
-    and positive, are those of the training set. The shift moves the decision boundary away from the tail; tau_p = 0 only rescales.
+    `logits` [batch, classes] are the cosine logits of a head at scale 1; `class_counts` [classes], concrete and
+    positive, are those of the training set. tau_p > 0 favours the rare classes, tau_p = 0 only rescales. Raises
+    ValueError for counts that are not positive or not one per class.
     """
     counts = np.asarray(class_counts, np.float64)
     if counts.shape != logits.shape[-1:] or not (counts > 0).all():

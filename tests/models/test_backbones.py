@@ -1,0 +1,166 @@
+"""The networks against the released PyTorch ones, in float64, with every tensor filled by the golden rule."""
+
+import json
+import pathlib
+import re
+
+import flax
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_adv.models import create
+
+SPECIFICATION = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "models.json").read_text())
+
+WRN_10_1 = {"name": "wide_resnet", "depth": 10, "width": 1, "head": {"name": "cosine_plus", "scale": 10.0}}
+WRN_16_2 = {"name": "wide_resnet", "depth": 16, "width": 2}
+# name: (config, classes, key of the images, how many, {batch norm: values per channel that its statistics average})
+NETWORKS = {
+    "wrn_10_1_cosine_plus": (
+        WRN_10_1, 10, "images", 4, {"backbone.block1.layer.0.bn1": 4 * 32 * 32, "backbone.bn1": 4 * 8 * 8},
+    ),
+    "wrn_16_2_linear": (
+        WRN_16_2, 10, "images", 4, {"backbone.block1.layer.0.bn1": 4 * 32 * 32, "backbone.bn1": 4 * 8 * 8},
+    ),
+    "resnet18_linear": (
+        {"name": "resnet18"}, 10, "images", 2, {"bn1": 2 * 32 * 32, "layer4.1.bn2": 2 * 4 * 4},
+    ),
+    "preact_resnet18_linear": (
+        {"name": "preact_resnet18"}, 200, "images64", 2, {"layer1.0.bn1": 2 * 64 * 64, "bn": 2 * 8 * 8},
+    ),
+}  # fmt: skip
+LEAVES = {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+}
+
+
+def fill(t, name, shape):
+    """Tensor number t of the state_dict, by the `fill_rule` of models.json."""
+    i = np.arange(int(np.prod(shape)), dtype=np.float64)
+    if len(shape) >= 2:
+        values = np.sin(1.7 * i + 0.9 * t * t + 0.3 * np.floor(i / 7)) * np.sqrt(3 / np.prod(shape[1:]))
+    elif name.endswith("running_var"):
+        values = 1 + 0.2 * np.cos(i + 3 * t)
+    elif name.endswith("running_mean"):
+        values = 0.1 * np.sin(i + 2 * t)
+    elif name.endswith("weight"):
+        values = 1 + 0.1 * np.sin(i + t)
+    else:
+        values = 0.05 * np.cos(i + t)
+    return values.reshape(shape)
+
+
+def flax_path(name, ndim):
+    """PyTorch name -> path here: backbone.block2.layer.0.bn1.weight -> params/backbone/stage2_block0/bn1/scale."""
+    *module, leaf = name.removeprefix("backbone.").split(".")
+    module = ".".join(module)
+    collection, leaf = ("params", "kernel") if leaf == "weight" and ndim >= 2 else LEAVES[leaf]
+    if module in ("linear", "classifier", "classifier.fc"):
+        return (collection, "head", leaf)
+    module = re.sub(r"^(?:block|layer)(\d)\.(?:layer\.)?(\d)\.", r"stage\1_block\2.", module)
+    module = re.sub(r"shortcut\.0$|convShortcut$", "shortcut", module)
+    module = re.sub(r"shortcut\.1$", "shortcut_bn", module)
+    if name == f"backbone.bn1.{name.rsplit('.', 1)[-1]}":  # WideResNet calls its last batch norm bn1, ResNet its first
+        module = "bn"
+    return (collection, "backbone", *module.split("."), leaf)
+
+
+def to_flax(tensor):
+    """OIHW -> HWIO, [out, in] -> [in, out]."""
+    return {4: lambda a: a.transpose(2, 3, 1, 0), 2: np.transpose}.get(tensor.ndim, lambda a: a)(tensor)
+
+
+def golden_variables(name):
+    variables, extra_bias = {}, 0.0
+    for t, (tensor, shape) in enumerate(SPECIFICATION[name]["state_dict"]):
+        if tensor.endswith(("num_batches_tracked", "moving_ed")):
+            continue
+        values = to_flax(fill(t, tensor, shape))
+        if tensor == "classifier.bias":  # RoBal's cosine head has a bias that stays 0; the rule fills it
+            extra_bias = values
+        else:
+            variables[flax_path(tensor, len(shape))] = values
+    return flax.traverse_util.unflatten_dict(variables), extra_bias
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_golden(name, golden, assert_golden):
+    config, classes, images, batch, averaged = NETWORKS[name]
+    reference = golden("models")
+    classifier = create({**config, "dtype": "float64"}, classes)
+    with jax.enable_x64(True):
+        variables, bias = golden_variables(name)
+        x = jnp.asarray(reference[images][:batch])
+        assert jax.tree.map(jnp.shape, jax.eval_shape(classifier.init, jax.random.key(0), x)) == jax.tree.map(
+            np.shape, variables
+        )
+
+        @jax.jit
+        def both_modes(variables, x):
+            logits, _ = classifier.apply(variables, x)
+            (train_logits, _), updates = classifier.apply(variables, x, train=True, mutable=["batch_stats"])
+            return logits, train_logits, updates["batch_stats"]
+
+        logits, train_logits, after = both_modes(variables, x)
+        assert_golden(logits + bias, reference[f"{name}.eval_logits"])
+        assert_golden(train_logits + bias, reference[f"{name}.train_logits"])
+        before = flax.traverse_util.flatten_dict(variables["batch_stats"])
+        after = flax.traverse_util.flatten_dict(jax.device_get(after))
+    prefix = f"{name}.after_train_forward."
+    assert {key.removeprefix(prefix).rsplit(".", 1)[0] for key in reference if key.startswith(prefix)} == set(averaged)
+    for module, n in averaged.items():
+        mean, variance = (flax_path(f"{module}.{leaf}", 1)[1:] for leaf in ("running_mean", "running_var"))
+        assert_golden(after[mean], reference[f"{prefix}{module}.running_mean"])
+        # PyTorch stores the unbiased variance: only the batch's share of the average is converted.
+        batch_share = (after[variance] - 0.9 * before[variance]) * n / (n - 1)
+        expected = reference[f"{prefix}{module}.running_var"]
+        assert_golden(0.9 * before[variance] + batch_share, expected)
+
+
+def parameter_count(config, classes):
+    shapes = jax.eval_shape(create(config, classes).init, jax.random.key(0), jnp.zeros((1, 32, 32, 3)))
+    return sum(leaf.size for leaf in jax.tree.leaves(shapes["params"]))
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_parameter_count_of_the_released_networks(name):
+    config, classes, *_ = NETWORKS[name]
+    unused = 74 if name == "wrn_10_1_cosine_plus" else 0  # that head's bias (10) and moving average (64)
+    assert parameter_count(config, classes) == SPECIFICATION[name]["parameters"] - unused
+
+
+def test_wrn_34_10_has_46_million_parameters():
+    assert parameter_count({"name": "wide_resnet", "depth": 34, "width": 10}, 10) == 46_160_474
+
+
+@pytest.mark.parametrize("config", [WRN_10_1, {"name": "resnet18"}, {"name": "preact_resnet18"}])
+@pytest.mark.parametrize("size", [8, 32, 64])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_any_image_size_grey_or_colour(config, size, channels):
+    classifier = create(config, 7)
+    logits, out = jax.eval_shape(
+        lambda key, x: classifier.init_with_output(key, x)[0], jax.random.key(0), jnp.zeros((2, size, size, channels))
+    )
+    assert logits.shape == (2, 7) and out["features"].shape[0] == 2
+
+
+def test_initial_weights_have_the_reference_spread():
+    """Convolutions: WideResNet normal 2/fan_out, ResNet uniform 1/sqrt(fan_in); heads uniform 1/sqrt(d)."""
+    x = jnp.zeros((1, 8, 8, 3))
+    wide = create(WRN_16_2, 10).init(jax.random.key(0), x)["params"]
+    kernel = np.asarray(wide["backbone"]["stage3_block0"]["conv1"]["kernel"])  # [3, 3, 64, 128]
+    assert abs(kernel.std() / np.sqrt(2 / (9 * 128)) - 1) < 0.02
+    assert np.abs(kernel).max() > 3.5 * kernel.std()  # not truncated
+    shortcut = np.asarray(wide["backbone"]["stage3_block0"]["shortcut"]["kernel"])
+    assert abs(shortcut.std() / np.sqrt(2 / 128) - 1) < 0.05
+    for leaf in ("kernel", "bias"):
+        assert 0.8 / np.sqrt(128) < np.abs(wide["head"][leaf]).max() <= 1 / np.sqrt(128)
+    small = create({"name": "resnet18"}, 10).init(jax.random.key(0), x)["params"]["backbone"]
+    kernel = np.asarray(small["stage2_block0"]["conv1"]["kernel"])  # [3, 3, 64, 128]
+    assert 0.99 / np.sqrt(9 * 64) < np.abs(kernel).max() <= 1 / np.sqrt(9 * 64)
+    assert abs(kernel.std() * np.sqrt(3 * 9 * 64) - 1) < 0.02

@@ -1,0 +1,132 @@
+"""`create`: names, dtypes, device axis; and the contract of a classifier's apply."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from lt_adv.models import create
+
+SMALL = {"name": "wide_resnet", "depth": 10, "width": 1, "head": {"name": "cosine_plus"}}
+
+
+@pytest.fixture(scope="module")
+def images():
+    return np.random.default_rng(0).random((16, 8, 8, 3), np.float32)
+
+
+def test_evaluation_writes_nothing_and_training_advances_the_statistics(images):
+    classifier = create(SMALL, 10)
+    variables = classifier.init(jax.random.key(0), images)
+    logits, out = classifier.apply(variables, images)
+    assert logits.shape == (16, 10) and out["features"].shape == (16, 64)
+    (train_logits, _), updates = classifier.apply(variables, images, train=True, mutable=["batch_stats"])
+    assert np.abs(train_logits - logits).max() > 1e-3
+    mean = updates["batch_stats"]["backbone"]["bn"]["mean"]
+    assert not variables["batch_stats"]["backbone"]["bn"]["mean"].any() and mean.any()
+
+
+def test_bfloat16_computes_narrow_and_keeps_float32(images):
+    narrow, wide = (create({**SMALL, "dtype": dtype}, 10) for dtype in ("bfloat16", "float32"))
+    variables = narrow.init(jax.random.key(0), images)
+    (logits, out), updates = narrow.apply(
+        variables, images, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=True
+    )
+    kept = (variables, logits, out, updates["batch_stats"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
+    inside = updates["intermediates"]["backbone"]["stage2_block0"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(inside)} == {jnp.dtype("bfloat16")}
+    (exact, _), _ = wide.apply(variables, images, train=True, mutable=["batch_stats"])
+    distance = np.abs(logits - exact).max() / np.abs(exact).max()
+    assert 0 < distance < 0.05, distance
+
+
+def test_float64_is_complete():
+    with jax.enable_x64(True):
+        classifier = create({**SMALL, "dtype": "float64"}, 10)
+        shapes = jax.eval_shape(classifier.init_with_output, jax.random.key(0), jnp.ones((2, 8, 8, 3)))
+    assert {leaf.dtype for leaf in jax.tree.leaves(shapes)} == {jnp.dtype("float64")}
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_batch_statistics_are_global_over_the_device_axis(images, parallel):
+    with jax.enable_x64(True):
+        x = jnp.asarray(images, jnp.float64)
+        config = {**SMALL, "dtype": "float64"}
+        variables = create(config, 10).init(jax.random.key(0), x)
+
+        def forward(classifier):
+            def run(variables, x):
+                (logits, _), updates = classifier.apply(variables, x, train=True, mutable=["batch_stats"])
+                return logits, updates["batch_stats"]
+
+            return run
+
+        expected_logits, expected = jax.jit(forward(create(config, 10)))(variables, x)
+        run = forward(create(config, 10, axis_name="data"))
+        if parallel == "pmap":
+            logits, statistics = jax.pmap(run, axis_name="data", in_axes=(None, 0), out_axes=(0, None))(
+                variables, x.reshape(8, 2, 8, 8, 3)
+            )
+            logits = logits.reshape(16, 10)
+        else:
+            mesh = Mesh(np.array(jax.devices()), ("data",))
+            whole, split = PartitionSpec(), PartitionSpec("data")
+            # check_vma proves that the new statistics are the same on every device
+            logits, statistics = jax.jit(
+                jax.shard_map(run, mesh=mesh, in_specs=(whole, split), out_specs=(split, whole), check_vma=True)
+            )(variables, x)
+        np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-12)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), statistics, expected)
+
+
+def test_dropout_acts_in_training_alone_and_follows_its_key(images):
+    classifier = create({**SMALL, "dropout": 0.5}, 10)
+    variables = classifier.init(jax.random.key(0), images)
+
+    def train(seed):
+        rngs = {"dropout": jax.random.key(seed)}
+        return classifier.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)[0][0]
+
+    assert (train(0) == train(0)).all() and (train(0) != train(1)).any()
+    without = create(SMALL, 10)
+    np.testing.assert_array_equal(classifier.apply(variables, images)[0], without.apply(variables, images)[0])
+
+
+def test_one_config_holds_the_options_of_all_backbones_and_heads():
+    every = {"depth": 10, "width": 1, "dropout": 0.0, "head": {"name": "linear", "scale": 10.0, "gamma": 0.1}}
+    assert create({"name": "resnet18", **every}, 10).head.num_classes == 10
+    assert create({"name": "wide_resnet", **every}, 10).backbone.depth == 10
+    every["head"]["name"] = "cosine"
+    assert create({"name": "wide_resnet", **every}, 10).head.scale == 10.0
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"name": "wide_resent"}, "Unknown model 'wide_resent'. Did you mean 'wide_resnet'"),
+        ({"head": {"name": "cosine_plu"}}, "Unknown head 'cosine_plu'. Did you mean 'cosine_plus'"),
+        ({"head": {"name": "cosine", "gama": 0.1}}, "Unknown option of head 'cosine': 'gama'. Did you mean 'gamma'"),
+        ({"widht": 2}, "'widht'. Did you mean 'width'"),
+        ({"dtype": "float16"}, "Unknown model dtype 'float16'"),
+        ({"depth": 20}, "depth is 6 n \\+ 4"),
+        ({"width": 0}, "at least 1, not 0"),
+        ({"dropout": 1.0}, "dropout rate"),
+    ],
+)
+def test_bad_configs_answer_in_one_line(change, message):
+    with pytest.raises(ValueError, match=message) as error:
+        create({**SMALL, **change}, 10)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("x", [np.zeros((1, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.float32)])
+def test_images_must_be_a_batch_of_floats(x):
+    with pytest.raises(ValueError, match="floating images"):
+        jax.eval_shape(create(SMALL, 10).init, jax.random.key(0), x)
+
+
+def test_at_least_two_classes():
+    with pytest.raises(ValueError, match="at least 2 classes"):
+        create(SMALL, 1)
