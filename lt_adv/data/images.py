@@ -1,6 +1,7 @@
 """JPEG and PNG bytes to uint8 arrays, with a thread pool; every failure is one line that names the image."""
 
 import io
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
@@ -64,7 +65,8 @@ def _chunks(read: Read, names: Sequence[str], work: Callable[[bytes, str], objec
                 raise BadImage(f"{names[position]} is not a readable JPEG or PNG image ({reason}).") from error
         return results
 
-    with ThreadPoolExecutor() as pool:
+    # No more threads than cores: on small images the rest would only wait for the interpreter lock.
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts, pending = iter(range(0, len(names), CHUNK)), []
         try:
             while True:
@@ -94,8 +96,8 @@ def common_shape(read: Read, names: Sequence[str], size: int | None) -> tuple[in
             first, grey = first or wh, grey and is_grey
             if size is None and wh != first:
                 raise BadImage(
-                    f"Images differ in size (width x height): {names[0]} is {first[0]} x {first[1]}, {names[position]} is "
-                    f"{wh[0]} x {wh[1]}; --config.data.image_size=N makes them all N x N."
+                    f"Images differ in size (width x height): {names[0]} is {first[0]} x {first[1]}, {names[position]} "
+                    f"is {wh[0]} x {wh[1]}; --config.data.image_size=N makes them all N x N."
                 )
             position += 1
     if first is None:

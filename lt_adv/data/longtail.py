@@ -1,7 +1,7 @@
 """Long-tailed subsets: how many images of each class, and which.
 
-Profiles: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019. The choice of
-images is that of the code of Wu et al., "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021.
+Profiles: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019. The choice
+of images is that of the code of Wu et al., "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021.
 """
 
 import hashlib
@@ -69,8 +69,8 @@ def _checked_ratio(imbalance_ratio: float) -> float:
 def select(label: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
     """Positions of the chosen images, int64 [sum(counts)], class-major, in the order they were drawn.
 
-    One legacy generator for all classes: each class's positions, ascending, are shuffled in place, the first `counts[c]`
-    kept. ValueError for a wrong number of counts, a count below 1, or a class with fewer images than its count.
+    One legacy generator for all classes: each class's positions, ascending, are shuffled in place and the first
+    `counts[c]` kept. ValueError for a wrong number of counts, a count below 1, or more than the class has.
     """
     label = np.asarray(label)
     num_classes = int(label.max()) + 1
@@ -105,7 +105,7 @@ def cut_validation(
         members = np.flatnonzero(chosen_label == c)
         if len(members) <= per_class:
             raise ValueError(
-                f"validation_per_class {per_class} would leave class {c}, which has {len(members)}, without training images."
+                f"validation_per_class {per_class} leaves no training image of class {c}, which has {len(members)}."
             )
         held_out[rng.permutation(members)[:per_class]] = True
     return selected[~held_out], selected[held_out]

@@ -23,12 +23,12 @@ def put(split: Split, mesh: Mesh) -> dict[str, jax.Array]:
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
     """Full batches in an epoch (the last, incomplete one is dropped); ValueError if there is none."""
     if not 1 <= batch_size <= num_examples:
-        raise ValueError(f"batch_size must be from 1 to {num_examples}, the number of training images, not {batch_size}.")
+        raise ValueError(f"batch_size {batch_size} must be from 1 to the number of training images, {num_examples}.")
     return num_examples // batch_size
 
 
 def batch_indices(key: jax.Array, step_in_epoch: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
-    """Examples of one batch, int32 [batch_size]: slice number `step_in_epoch` of a permutation drawn from the epoch's key.
+    """Examples of one batch, int32 [batch_size]: slice `step_in_epoch` of a permutation drawn from the epoch's key.
 
     With the same key, steps 0 .. num_examples // batch_size - 1 never repeat an example.
     """
@@ -53,7 +53,7 @@ def class_table(label: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
 def class_aware_indices(
     key: jax.Array, order: jax.Array, starts: jax.Array, counts: jax.Array, *, batch_size: int
 ) -> jax.Array:
-    """Examples of one batch, int32 [batch_size]: each a uniform class, then a uniform example of it (see `class_table`)."""
+    """Examples of one batch, int32 [batch_size]: each a uniform class, then a uniform example of it (`class_table`)."""
     class_key, example_key = jax.random.split(key)
     classes = jax.random.randint(class_key, (batch_size,), 0, len(counts))
     within = jax.random.randint(example_key, (batch_size,), 0, counts[classes])

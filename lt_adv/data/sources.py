@@ -1,7 +1,7 @@
 """Where the images come from: `load(data_config)` answers every data set by name.
 
-`digits` and `npz` are read as they are, `image_folder` is decoded, `cifar10`, `cifar100` and `tiny_imagenet` are prepared
-by our own TensorFlow-Datasets builders, and any other name is looked up in TensorFlow-Datasets.
+`digits` and `npz` are read as they are, `image_folder` is decoded, `cifar10`, `cifar100` and `tiny_imagenet` are
+prepared by our own TensorFlow-Datasets builders, and any other name is looked up in TensorFlow-Datasets.
 """
 
 import os
@@ -92,7 +92,8 @@ def npz(path: Path, size: int | None = None) -> Source:
             image = image[..., None] if image.ndim == 3 else image
             if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] not in (1, 3) or not image.size:
                 raise ValueError(
-                    f"{path}: {split}_image must be uint8 [n, h, w] or [n, h, w, 1 or 3], not {image.dtype} {image.shape}."
+                    f"{path}: {split}_image must be uint8 [n, h, w] or [n, h, w, 1 or 3], "
+                    f"not {image.dtype} {image.shape}."
                 )
             if label.shape != image.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
                 raise ValueError(
@@ -153,7 +154,7 @@ def _read_files(paths: list[str], positions) -> list[bytes]:
 def _list_images(folder: Path) -> dict[str, list[tuple[str, int, int]]]:
     """Per class, the sorted (name, bytes, modification time in ns) of its images; hidden and other files do not count."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}: an image folder has train/<class>/* and test/<class>/*.")
+        raise FileNotFoundError(f"There is no folder {folder}; an image folder has train/<class>/*, test/<class>/*.")
     listing = {}
     for entry in os.scandir(folder):
         if entry.is_dir() and not entry.name.startswith("."):
