@@ -1,0 +1,23 @@
+"""From a trained network to a report: records of every prediction, and arithmetic, tables and plots on them."""
+
+from lt_adv.evaluation.evaluate import balanced_subset, evaluate, examples
+from lt_adv.evaluation.records import Records, read
+from lt_adv.evaluation.report import accuracy, balanced_accuracy, decomposition, metrics, summarise, warnings
+from lt_adv.evaluation.write import markdown, show, write_report
+
+__all__ = [
+    "Records",
+    "accuracy",
+    "balanced_accuracy",
+    "balanced_subset",
+    "decomposition",
+    "evaluate",
+    "examples",
+    "markdown",
+    "metrics",
+    "read",
+    "show",
+    "summarise",
+    "warnings",
+    "write_report",
+]

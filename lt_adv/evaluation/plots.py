@@ -1,0 +1,264 @@
+"""Pictures of a report, each a matplotlib Figure built without pyplot, so that nothing global is touched."""
+
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+
+from lt_adv.evaluation.report import title
+
+INK, SOFT, RULE = "#22303c", "#6b7a88", "#dfe4e8"
+LIGHT, MIDDLE, DARK, ACCENT = "#c3d1de", "#6d97bd", "#1e3a5c", "#c4553b"
+LINES = (DARK, MIDDLE, ACCENT, "#d29a3a", "#5f8a6b", "#8a6d9e", SOFT)
+PALE = "#9db0c2"  # LIGHT, dark enough for letters
+DPI = 150
+PER_ROW = 50  # classes side by side before their names become unreadable
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a PNG file."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
+    return buffer.getvalue()
+
+
+def _figure(width: float, height: float) -> Figure:
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _style(axes: Axes, grid: str | None = "y") -> None:
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(RULE)
+    axes.tick_params(which="both", length=0, labelsize=8, colors=INK)
+    axes.set_axisbelow(True)
+    if grid:
+        axes.grid(axis=grid, color=RULE, linewidth=0.7)
+
+
+def _title(axes: Axes, text: str, words: Sequence[tuple[str, str]], pad: float = 8.0) -> None:
+    """A title line, with coloured words at its right end that serve as the legend."""
+    axes.set_title(text, loc="left", fontsize=11, color=INK, fontweight="bold", pad=pad)
+    anchor, point, offset = axes.transAxes, (1.0, 1.0), (0.0, pad)
+    for word, colour in reversed(words):  # each word stands left of the one before
+        anchor = axes.annotate(
+            word, point, xycoords=anchor, xytext=offset, textcoords="offset points", ha="right", va="bottom",
+            fontsize=9, color=colour, fontweight="bold",
+        )  # fmt: skip
+        point, offset = (0.0, 0.0), (-12.0, 0.0)
+
+
+def _shorten(name: str, length: int = 18) -> str:
+    return name if len(name) <= length else name[: length - 1] + "…"
+
+
+def main_attack(conditions: Sequence[str]) -> str | None:
+    """The attack shown where there is room for one: pgd20, else the first."""
+    attacks = [name for name in conditions if name not in ("clean", "worst")]
+    return "pgd20" if "pgd20" in attacks else next(iter(attacks), None)
+
+
+def classes(summary: Mapping[str, Any]) -> Figure:
+    """Clean, main attack and worst-case accuracy of every class, from the most frequent, above its training images."""
+    rows, attack = summary["classes"], main_attack(summary["conditions"])
+    layers = [("clean", "clean", LIGHT, 0.86)]
+    if attack:
+        layers += [(attack, title(attack), MIDDLE, 0.58), ("worst", "worst case", DARK, 0.28)]
+    lines = -(-len(rows) // PER_ROW)
+    per_line = -(-len(rows) // lines)
+    figure = _figure(min(14.0, 3.5 + 0.55 * per_line), 4.6 if lines == 1 else 3.5 * lines)
+    grid = figure.subplots(2 * lines, 1, gridspec_kw={"height_ratios": [3, 1] * lines})
+    counts = [row["class_count"] for row in rows]
+    group_of = {c: group for group, names in summary["groups"].items() if group != "definition" for c in names}
+    for line in range(lines):
+        part = rows[line * per_line : (line + 1) * per_line]
+        upper, lower, place = grid[2 * line], grid[2 * line + 1], np.arange(len(part))
+        for name, _, colour, width in layers:
+            values = [np.nan if row["accuracy"][name] is None else 100 * row["accuracy"][name] for row in part]
+            upper.bar(place, values, width, color=colour)
+        if len(part) <= 12:
+            _values(upper, part, [(name, colour) for name, _, colour, _ in layers])
+        upper.set_ylim(0, 100)
+        upper.set_yticks([0, 25, 50, 75, 100])
+        upper.set_xticks([])
+        upper.set_ylabel("accuracy in %", fontsize=8, color=SOFT)
+        _style(upper)
+        _groups(upper, [group_of.get(row["name"], "") for row in part], named=len(rows) > 3)
+        lower.plot(place, [row["class_count"] for row in part], color=SOFT, linewidth=0.8, marker="o", markersize=3)
+        lower.set_yscale("log")
+        lower.set_ylim(min(counts) / 2.5, max(counts) * (5 if per_line <= 20 else 2))
+        lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+        lower.yaxis.set_minor_formatter(NullFormatter())
+        lower.set_ylabel("training\nimages", fontsize=8, color=SOFT)
+        if per_line <= 20:
+            for i, row in enumerate(part):
+                lower.annotate(
+                    f"{row['class_count']:,}", (i, row["class_count"]), (0, 4), textcoords="offset points",
+                    ha="center", fontsize=7, color=SOFT,
+                )  # fmt: skip
+        _style(lower)
+        crowded = per_line > 12 or max(len(row["name"]) for row in part) > 12
+        lower.set_xticks(place, [_shorten(row["name"]) for row in part], rotation=90 if crowded else 0)
+        lower.tick_params(axis="x", labelsize=8 if per_line <= 30 else 6.5)
+        for axes in (upper, lower):
+            axes.set_xlim(-0.7, per_line - 0.3)
+    words = [(label, PALE if colour == LIGHT else colour) for _, label, colour, _ in layers]
+    _title(grid[0], "Accuracy by class", words, pad=18.0)
+    return figure
+
+
+def _values(axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[tuple[str, str]]) -> None:
+    """The figure of each bar inside its top, where the next bar leaves room for it."""
+    for i, row in enumerate(rows):
+        heights = [100 * (row["accuracy"][name] or 0.0) for name, _ in layers]
+        for (_, colour), height, inner in zip(layers, heights, [*heights[1:], 0.0], strict=True):
+            if height - inner >= 6:
+                ink = INK if colour == LIGHT else "white"
+                axes.text(i, height - 1, f"{height:.0f}", ha="center", va="top", fontsize=7.5, color=ink)
+
+
+def _groups(axes: Axes, groups: list[str], named: bool) -> None:
+    """Thin rules between head, body and tail, with their names on top."""
+    starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
+    for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):
+        if start:
+            axes.axvline(start - 0.5, color=SOFT, linewidth=0.8, linestyle=(0, (2, 2)))
+        if named:
+            axes.text((start + end - 1) / 2, 101.5, groups[start], ha="center", va="bottom", fontsize=8, color=SOFT)
+
+
+def errors(summary: Mapping[str, Any]) -> Figure:
+    """Natural and boundary error, stacked to the robust error, for all images and for each group."""
+    parts = summary["decomposition"]
+    figure = _figure(7.5, 1.3 + 0.5 * len(parts))
+    axes = figure.subplots()
+    for i, part in enumerate(parts.values()):
+        if part["robust_error"] is None:
+            continue
+        natural, boundary, robust = (100 * part[f"{name}_error"] for name in ("natural", "boundary", "robust"))
+        axes.barh(i, natural, 0.62, color=LIGHT)
+        axes.barh(i, boundary, 0.62, left=natural, color=ACCENT)
+        for left, width, colour in ((0, natural, INK), (natural, boundary, "white")):
+            if width >= 6:
+                axes.text(left + width / 2, i, f"{width:.1f}", ha="center", va="center", fontsize=8, color=colour)
+        axes.text(natural + boundary + 1, i, f"{robust:.1f}", va="center", fontsize=9, color=INK, fontweight="bold")
+    axes.set_yticks(range(len(parts)), list(parts), fontsize=9)
+    axes.invert_yaxis()
+    axes.set_xlim(0, 108)
+    axes.set_xticks([0, 25, 50, 75, 100])
+    axes.set_xlabel("share of test images in %", fontsize=8, color=SOFT)
+    _style(axes, grid="x")
+    _title(axes, "Robust error", [("natural", PALE), ("+ boundary", ACCENT), ("= robust", INK)])
+    return figure
+
+
+def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl; lines that are no JSON objects (cut off by a crash) are left out."""
+    found = []
+    for line in epath.Path(path).read_text().splitlines() if epath.Path(path).exists() else ():
+        try:
+            entry = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(entry, dict):
+            found.append(entry)
+    return found
+
+
+def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    time = "epoch" if any("epoch" in entry for entry in history) else "step"
+    points = [
+        (float(entry[time]), float(entry[name]))
+        for entry in history
+        if isinstance(entry.get(name), int | float) and isinstance(entry.get(time), int | float)
+    ]
+    array = np.array(sorted(point for point in points if np.isfinite(point).all())).reshape(-1, 2)
+    return array[:, 0], array[:, 1]
+
+
+def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Training curves from metric lines: loss, training and evaluation accuracy; a panel without data is left out."""
+    names = sorted({name for entry in history for name in entry})
+    panels = {
+        "Training loss": [name for name in names if name.startswith("train/") and "loss" in name],
+        "Training accuracy in %": [name for name in names if name.startswith("train/accuracy")],
+        "Evaluation accuracy in %": [
+            name for name in names if name.startswith("eval/") and name.endswith(("/accuracy", "/accuracy_tail"))
+        ],
+    }
+    panels = {head: [n for n in wanted if len(_series(history, n)[0])] for head, wanted in panels.items()}
+    panels = {head: wanted for head, wanted in panels.items() if wanted} or {"No metrics yet": []}
+    figure = _figure(4.6 * len(panels), 3.4)
+    for axes, (head, wanted) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+        factor, ends = 1.0 if "loss" in head else 100.0, []
+        for i, name in enumerate(wanted):
+            time, values = _series(history, name)
+            colour = LINES[i % len(LINES)]
+            axes.plot(
+                time, factor * values, color=colour, linewidth=1.6, marker="o" if len(time) < 15 else "", markersize=3
+            )
+            words = name.split("/", 1)[1].replace("accuracy", "").replace("/", " ").replace("_", " ").split()
+            ends.append((float(factor * values[-1]), " ".join(words) or "accuracy", colour))
+        _style(axes)
+        axes.set_title(head, loc="left", fontsize=10, color=INK, fontweight="bold")
+        axes.set_xlabel("epoch" if any("epoch" in entry for entry in history) else "step", fontsize=8, color=SOFT)
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+        _label_ends(axes, ends)
+    return figure
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
+    """The name of each line at its right end, moved apart where lines end together."""
+    low, high = axes.get_ylim()
+    gap, last = 0.065, -1.0
+    for value, name, colour in sorted(ends):
+        height = last = max((value - low) / (high - low), last + gap)
+        axes.annotate(
+            name, (1, height), (4, 0), xycoords="axes fraction", textcoords="offset points", va="center", fontsize=8,
+            color=colour,
+        )  # fmt: skip
+
+
+def examples(pictures: Mapping[str, Any], class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
+    """Clean image, magnified perturbation and adversarial image, one column per class from head to tail.
+
+    `pictures` is what `evaluate.examples` returns. The perturbation is drawn as 0.5 + 0.4 (x_adv - x) / eps: grey is
+    none.
+    """
+    number, eps = len(pictures["label"]), float(pictures["eps"])
+    figure = _figure(1.25 * number + 0.6, 5.0)
+    grid = figure.subplots(3, number, squeeze=False)
+    scale = 0.4 / eps if eps else 1.0
+    clean, adversarial = pictures["clean"], pictures["adversarial"]
+    shown = (clean, np.clip(0.5 + scale * (adversarial - clean), 0, 1), adversarial)
+    for column in range(number):
+        label, before, after = (int(pictures[name][column]) for name in ("label", "clean_prediction", "prediction"))
+        for row in range(3):
+            axes, image = grid[row, column], shown[row][column]
+            axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
+            axes.set_xticks([])
+            axes.set_yticks([])
+            axes.spines[:].set_visible(False)
+        name = _shorten(class_names[label], 14)
+        grid[0, column].set_title(f"{name}\n{class_counts[label]:,} images", fontsize=8, color=INK)
+        for row, prediction in ((0, before), (2, after)):
+            colour = DARK if prediction == label else ACCENT
+            grid[row, column].set_xlabel(
+                _shorten(class_names[prediction], 14), fontsize=8, color=colour, fontweight="bold"
+            )
+    labels = ("clean", f"perturbation\n× {scale:.3g} around grey", f"{title(pictures['attack'])}\neps {eps:.6g}")
+    for row, label in enumerate(labels):
+        grid[row, 0].set_ylabel(label, fontsize=8, color=SOFT)
+    figure.suptitle(
+        "True class on top, prediction below (red: wrong). Of each class the first image that the attack turns.",
+        fontsize=8, color=SOFT, x=0.01, ha="left",
+    )  # fmt: skip
+    return figure

@@ -1,0 +1,197 @@
+"""Records: one row per test image, from which every table and plot follows by arithmetic.
+
+On disk a record folder is `<directory>/records/<digest>/`: `header.json` and one `batch-00000.npz` per batch (stores
+cannot append). Its name is a digest of the whole header (protocol, seed, weights, images, code, jax, device), so rows
+made under different headers can never meet: the same header finds its folder and resumes, any other starts its own.
+"""
+
+import dataclasses
+import hashlib
+import io
+import json
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+WORST = "worst"
+CLEAN = "clean"
+
+
+@dataclasses.dataclass(frozen=True)
+class Records:
+    """Predicted classes of every test image: `clean` and one column per attack, int32 [n], beside label and index."""
+
+    header: Mapping[str, Any]
+    index: np.ndarray
+    label: np.ndarray
+    clean: np.ndarray
+    attacks: Mapping[str, np.ndarray]
+
+    def __post_init__(self) -> None:
+        columns = {"index": self.index, "clean": self.clean, **self.attacks}
+        wrong = [name for name, column in columns.items() if column.shape != self.label.shape]
+        if wrong or self.label.ndim != 1:
+            raise ValueError(f"Record columns must be [n] like the labels; check {', '.join(wrong) or 'label'}.")
+
+    def __len__(self) -> int:
+        return len(self.label)
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        return tuple(self.header["class_names"])
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """What accuracy can be asked for: clean, each attack, worst."""
+        return (CLEAN, *self.attacks, WORST)
+
+    def prediction(self, condition: str) -> np.ndarray:
+        """Predicted classes [n] under `clean` or an attack (the worst case has no single prediction)."""
+        return self.clean if condition == CLEAN else self.attacks[condition]
+
+    def correct(self, condition: str) -> np.ndarray:
+        """bool [n]: right under the condition; `worst` = right clean and under every attack."""
+        if condition == WORST:
+            return np.logical_and.reduce([self.correct(name) for name in (CLEAN, *self.attacks)])
+        return self.prediction(condition) == self.label
+
+    @property
+    def natural_error(self) -> np.ndarray:
+        """bool [n]: wrong on the clean image."""
+        return ~self.correct(CLEAN)
+
+    @property
+    def boundary_error(self) -> np.ndarray:
+        """bool [n]: right on the clean image and wrong under some attack."""
+        return self.correct(CLEAN) & ~self.correct(WORST)
+
+    @property
+    def robust_error(self) -> np.ndarray:
+        """bool [n]: wrong in the worst case = natural or boundary error, which exclude each other."""
+        return ~self.correct(WORST)
+
+    def count(self, values: np.ndarray) -> np.ndarray:
+        """Images of each class for which `values` (bool [n]) holds: int [num_classes]."""
+        return np.bincount(self.label[values], minlength=self.num_classes)
+
+    @property
+    def images_per_class(self) -> np.ndarray:
+        return np.bincount(self.label, minlength=self.num_classes)
+
+    def take(self, rows: np.ndarray) -> "Records":
+        """The same records for some rows only (positions or a mask); the header is kept as it is."""
+        attacks = {name: column[rows] for name, column in self.attacks.items()}
+        return Records(self.header, self.index[rows], self.label[rows], self.clean[rows], attacks)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"Cannot store a {type(value).__name__} in JSON.")
+
+
+def plain(tree: Any) -> Any:
+    """`tree` as JSON holds it (lists, dicts, numbers, strings), so that what is compared is what is stored."""
+    return json.loads(json.dumps(tree, default=_plain))
+
+
+def digest(header: Mapping[str, Any]) -> str:
+    """Twelve hexadecimal digits that stand for the whole header."""
+    return hashlib.sha256(json.dumps(plain(header), sort_keys=True).encode()).hexdigest()[:12]
+
+
+def folder(directory: epath.PathLike, header: Mapping[str, Any]) -> epath.Path:
+    """Where the records under `header` belong."""
+    return epath.Path(directory) / "records" / digest(header)
+
+
+def write_atomically(path: epath.PathLike, content: bytes) -> None:
+    """The file is there whole or not at all: written under another name, then renamed."""
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    temporary.write_bytes(content)
+    temporary.replace(path)
+
+
+def write_header(where: epath.PathLike, header: Mapping[str, Any]) -> None:
+    write_atomically(epath.Path(where) / "header.json", json.dumps(plain(header), indent=1).encode())
+
+
+def read_header(where: epath.PathLike) -> dict[str, Any] | None:
+    """The header of a record folder, None where there is none; ValueError where it is damaged."""
+    path = epath.Path(where) / "header.json"
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        raise ValueError(f"Record file {path} is damaged ({type(error).__name__}).") from error
+
+
+def batch_path(where: epath.PathLike, number: int) -> epath.Path:
+    return epath.Path(where) / f"batch-{number:05d}.npz"
+
+
+def write_batch(where: epath.PathLike, number: int, columns: Mapping[str, np.ndarray]) -> None:
+    """One batch of rows; attack columns are stored as `attack/<name>` so that no name can clash."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **columns)
+    write_atomically(batch_path(where, number), buffer.getvalue())
+
+
+def read_batch(where: epath.PathLike, number: int) -> dict[str, np.ndarray] | None:
+    """The columns of one batch, None where it is missing; ValueError where the file is damaged."""
+    path = batch_path(where, number)
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    try:  # the zip container carries a checksum per column; a damaged one fails in many ways
+        with np.load(io.BytesIO(content), allow_pickle=False) as file:
+            return {name: file[name] for name in file.files}
+    except Exception as error:
+        raise ValueError(f"Record file {path} is damaged ({type(error).__name__}).") from error
+
+
+def assemble(header: Mapping[str, Any], batches: list[dict[str, np.ndarray]]) -> Records:
+    """Records from the columns of all batches, in order."""
+    columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    attacks = {name: columns[f"attack/{name}"] for name in header["attacks"]}
+    return Records(header, columns["index"], columns["label"], columns["clean"], attacks)
+
+
+def read(directory: epath.PathLike) -> Records:
+    """Complete records from a record folder, or from a directory that holds exactly one.
+
+    Errors: FileNotFoundError where there are none; ValueError where there are several folders to choose from, where
+    batches are missing (the evaluation was interrupted) or damaged.
+    """
+    where = epath.Path(directory)
+    if not (where / "header.json").exists():
+        parent = where / "records"
+        found = sorted(path for path in parent.iterdir() if path.is_dir()) if parent.exists() else []
+        if not found:
+            raise FileNotFoundError(f"No evaluation records in {where}; run --mode=eval first.")
+        if len(found) > 1:
+            raise ValueError(f"{parent} holds records under several headers; name one: {', '.join(map(str, found))}.")
+        where = found[0]
+    header = read_header(where)
+    if header is None:
+        raise FileNotFoundError(f"No header.json in {where}; run --mode=eval again.")
+    batches = [read_batch(where, number) for number in range(-(-header["images"] // header["batch_size"]))]
+    missing = sum(batch is None for batch in batches)
+    if missing:
+        raise ValueError(f"{where}: {missing} of {len(batches)} batches are missing; run the evaluation again.")
+    return assemble(header, batches)

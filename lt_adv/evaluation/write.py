@@ -1,0 +1,179 @@
+"""The report for readers: markdown for the paper, a table for the terminal, and the files of a report directory."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import rich.console
+import rich.table
+from etils import epath
+
+from lt_adv.evaluation import plots, records, report
+from lt_adv.evaluation.records import WORST, Records
+from lt_adv.evaluation.report import title
+
+UNITS = {"eps": "radius", "step_size": "step"}
+
+
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.2f}"
+
+
+def radius(value: float) -> str:
+    """A length to full precision and in /255: `0.031 = 7.905/255`, which is not 8/255."""
+    return f"{value!r} = {value * 255:.12g}/255"
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
+
+
+def attack_line(attack: Mapping[str, Any]) -> str:
+    """One attack's protocol in words, from its header entry."""
+    parts = [attack["attack"].upper()]
+    parts += [f"{word} {radius(attack[length])}" for length, word in UNITS.items() if length in attack]
+    skipped = ("attack", *UNITS, *(f"{length}_255" for length in UNITS))
+    parts += [f"{name.replace('_', ' ')} {value}" for name, value in attack.items() if name not in skipped]
+    return ", ".join(parts)
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+    rule = [":--" if i < left else "--:" for i in range(len(head))]
+    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows)]
+
+
+def _counts(counts: Sequence[int] | None) -> str | None:
+    """Training images per class; of many classes the range, for the table of classes names them all."""
+    if counts is None:
+        return None
+    listed = ", ".join(map(str, counts)) if len(counts) <= 20 else f"{max(counts)} to {min(counts)}"
+    return f"{listed} (total {sum(counts)}, ratio {max(counts) / max(min(counts), 1):.4g})"
+
+
+def facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The header lines of the report: what was evaluated, how and with what; further plain entries come last."""
+    known = dict(summary["header"]) | dict(summary["context"])
+    sizes = sorted(set(known["images_per_class"]))
+    per_class = f"{sizes[0]} per class" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} per class"
+    seconds = known.pop("training_seconds", None)
+    versions = [f"{name.removesuffix('_version')} {known[name]}" for name in sorted(known) if name.endswith("_version")]
+    lines = {
+        "Model": known.pop("model", None),
+        "Method": known.pop("method", None),
+        "Dataset": known.pop("dataset", None),
+        "Test images": f"{known['images']} ({per_class}), {known.pop('subset', None) or 'the whole test split'}",
+        "Class counts": _counts(known.pop("class_counts")),
+        "Class counts before the validation cut": _counts(known.pop("class_counts_before", None)),
+        "Checkpoint step": known.pop("checkpoint_step", None),
+        "Training time": None if seconds is None else duration(seconds),
+        "Seed": known.pop("seed", None),
+        "Device": known.pop("device"),
+        "Versions": ", ".join(versions),
+    }
+    shown = ("attacks", "images", "images_per_class", "class_names")
+    rest = {name: value for name, value in known.items() if name not in shown and not name.endswith("_version")}
+    lines |= {name.replace("_", " ").capitalize(): value for name, value in rest.items()}
+    return {name: str(value) for name, value in lines.items() if value is not None}
+
+
+def _figures(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the main table: a row per condition; a column for all, balanced and each group."""
+    groups = [name for name in summary["groups"] if name != "definition"]
+    columns = {"Accuracy": "accuracy", "Balanced": "balanced_accuracy"}
+    columns |= {group.capitalize(): f"accuracy_{group}" for group in groups}
+    rows = [
+        [title(name), *(percent(summary["metrics"][f"eval/{name}/{column}"]) for column in columns.values())]
+        for name in summary["conditions"]
+    ]
+    return ["", *columns], rows
+
+
+def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
+    """The paper-ready report of `report.summarise`, with `context` in it; accuracies in per cent."""
+    header = summary["header"]
+    lines = ["# Robustness under long-tailed data", ""]
+    lines += [f"> **Warning.** {warning}" for warning in summary["warnings"]] + [""] * bool(summary["warnings"])
+    lines += [f"- **{name}:** {value}" for name, value in facts(summary).items()]
+    lines += ["", "## Accuracy", "", *_table(*_figures(summary)), ""]
+    groups = {name: ids for name, ids in summary["groups"].items() if name != "definition"}
+    cut = "; ".join(f"{name}: {', '.join(ids)}" for name, ids in groups.items())
+    lines += [
+        "In per cent. Worst case: right on the clean image and under every attack above. Balanced: mean over classes. "
+        f"Groups by training count (definition: {summary['groups']['definition']}). {cut}.",
+        "",
+        "## Attacks",
+        "",
+        *_table(["", "Protocol"], [[title(name), attack_line(it)] for name, it in header["attacks"].items()], left=2),
+        "",
+        "Lengths in units of the [0, 1] pixel range. Every adversarial image was checked against both.",
+        "",
+        "## Natural + boundary = robust error",
+        "",
+    ]
+    errors = ("natural_error", "boundary_error", "robust_error")
+    rows = [
+        [name.capitalize(), str(part["images"]), *(percent(part[error]) for error in errors)]
+        for name, part in summary["decomposition"].items()
+    ]
+    lines += _table(["", "Images", "Natural", "Boundary", "Robust"], rows)
+    lines += ["", "Boundary error: right on the clean image, wrong under an attack.", "", "## Classes", ""]
+    head = ["Class", "Training images", "Test images", *map(title, summary["conditions"])]
+    head += ["Natural", "Boundary", "Robust"]
+    rows = [
+        [row["name"], str(row["class_count"]), str(row["images"])]
+        + [percent(value) for value in row["accuracy"].values()]
+        + [percent(row[error]) for error in errors]
+        for row in summary["classes"]
+    ]
+    lines += _table(head, rows) + [""]
+    for caption, picture in (pictures or {}).items():
+        lines += [f"## {caption}", "", f"![{caption}]({picture})", ""]
+    return "\n".join(lines)
+
+
+def terminal(summary: Mapping[str, Any]) -> rich.table.Table:
+    """The main table for a terminal."""
+    head, rows = _figures(summary)
+    images = summary["header"]["images"]
+    table = rich.table.Table(title=f"Accuracy in per cent, {images} test images", title_justify="left")
+    for i, column in enumerate(head):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    for row in rows:
+        table.add_row(*row, style="bold" if row[0] == title(WORST) else None)
+    return table
+
+
+def show(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
+    """Print the table and the warnings."""
+    console = console or rich.console.Console()
+    console.print(terminal(summary))
+    for warning in summary["warnings"]:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+
+
+def write_report(directory: epath.PathLike, results: Records, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `report.json`, `report.md` and `plots/*.png` into `directory`; returns what report.json holds.
+
+    `context`: class_counts [C] of the training set (needed); optional class_counts_before (the validation cut), groups
+    (name of the definition, "thirds"), model, method, dataset, training_seconds, metrics (path of metrics.jsonl for the
+    training curves), examples (evaluate.examples, for the picture grid); any further plain entry becomes a line of the
+    header.
+    """
+    context = dict(context)
+    curves, examples = context.pop("metrics", None), context.pop("examples", None)
+    summary = report.summarise(results, context["class_counts"], context.pop("groups", "thirds"))
+    summary["context"] = records.plain(context)
+    drawn = {"Accuracy by class": plots.classes(summary), "Robust error": plots.errors(summary)}
+    if curves is not None and (history := plots.read_metrics(curves)):
+        drawn["Training curves"] = plots.curves(history)
+    if examples is not None:
+        drawn["Examples"] = plots.examples(examples, results.class_names, context["class_counts"])
+    directory = epath.Path(directory)
+    pictures = {caption: f"plots/{caption.lower().replace(' ', '_')}.png" for caption in drawn}
+    for caption, figure in drawn.items():
+        records.write_atomically(directory / pictures[caption], plots.png(figure))
+    records.write_atomically(directory / "report.md", markdown(summary, pictures).encode())
+    records.write_atomically(directory / "report.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+    return summary
