@@ -53,14 +53,28 @@ def test_cosine_ignores_the_length_of_features_and_without_gamma_that_of_weights
     assert change < 1e-6 if gamma == 0 else change > 1e-3
 
 
+@pytest.mark.parametrize(
+    ("head", "names"),
+    [
+        (heads.Linear(10), {"kernel", "bias"}),
+        (heads.Linear(10, use_bias=False), {"kernel"}),
+        (heads.Cosine(10), {"kernel"}),
+    ],
+)
+def test_parameters_start_from_a_uniform_of_bound_1_over_root_d(head, names):
+    params = jax.jit(head.init)(jax.random.key(0), jnp.zeros((1, 400)))["params"]
+    assert params["kernel"].shape == (400, 10) and set(params) == names
+    for leaf in params.values():
+        assert 0.6 / 20 < np.abs(leaf).max() <= 1 / 20 and abs(np.mean(leaf)) < 0.5 / 20
+
+
 @pytest.mark.parametrize("options", [{}, {"gamma": GAMMA}, {"gamma": GAMMA, "eta": 0.5}])
 def test_zero_features_and_weights_have_finite_gradients(golden, options):
     features = jnp.float32(golden("losses_and_heads")["head.features"]).at[3].set(0)
     weight = jnp.float32(golden("losses_and_heads")["head.weight"]).at[2].set(0)
     head = heads.Cosine(10, **options)
-    logits, gradients = jax.value_and_grad(lambda f, w: jnp.sum(jnp.sin(apply(head, f, w))), argnums=(0, 1))(
-        features, weight
-    )
+    gradient = jax.jit(jax.value_and_grad(lambda f, w: jnp.sum(jnp.sin(apply(head, f, w))), argnums=(0, 1)))
+    logits, gradients = gradient(features, weight)
     assert all(bool(jnp.isfinite(leaf).all()) for leaf in (logits, *gradients))
     logits = apply(head, features, weight)
     assert not logits[3].any() and not logits[:, 2].any() and logits[0, 0] != 0
