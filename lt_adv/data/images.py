@@ -1,21 +1,33 @@
 """JPEG and PNG bytes to uint8 arrays, with a thread pool; every failure is one line that names the image."""
 
+import dataclasses
 import io
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageOps
 
+from lt_adv.data.dataset import Decoding
+
 MAX_PIXELS = 1 << 26  # below Pillow's own limit: a small file that claims more is a decompression bomb
 CHUNK = 256
-Read = Callable[[Sequence[int]], list[bytes]]
-"""Encoded images by position, a chunk at a time; called from several threads."""
 
 
 class BadImage(ValueError):
     """An image that cannot be used."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoded:
+    """The images of a split as files: `names` for messages, `read(positions)` their bytes, from any thread."""
+
+    names: Sequence[str]
+    read: Callable[[Sequence[int]], list[bytes]]
+    label: np.ndarray
+    index: np.ndarray
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -49,13 +61,14 @@ def resize(image: np.ndarray, size: int | None) -> np.ndarray:
     return np.stack([convert(Image.fromarray(x[..., 0] if channels == 1 else x), channels, size) for x in image])
 
 
-def _chunks(read: Read, names: Sequence[str], work: Callable[[bytes, str], object]) -> Iterator[list]:
+def _chunks(encoded: Encoded, work: Callable[[bytes, str], object]) -> Iterator[list]:
     """`work` on every image, in order, a list per chunk; a few chunks ahead of the caller, never all of them."""
+    names = encoded.names
 
     def run(start: int) -> list:
         positions = range(start, min(start + CHUNK, len(names)))
         results = []
-        for position, data in zip(positions, read(positions), strict=True):
+        for position, data in zip(positions, encoded.read(positions), strict=True):
             try:
                 results.append(work(data, names[position]))
             except BadImage:
@@ -80,33 +93,45 @@ def _chunks(read: Read, names: Sequence[str], work: Callable[[bytes, str], objec
                 future.cancel()
 
 
-def common_shape(read: Read, names: Sequence[str], size: int | None) -> tuple[int, int, int]:
-    """The (h, w, c) that all images are decoded to, from their headers alone: c is 1 if every one is grey, else 3.
+def decodings(splits: dict[str, Encoded], size: int | None) -> dict[str, Decoding]:
+    """The splits, about to be decoded to one shape, which their headers give: grey if every image is, else colour.
 
     ValueError naming two images of different sizes, unless `size` makes them equal.
     """
+    shape = _common_shape(splits, size)
+    return {
+        k: Decoding(
+            shape=(len(e.names), *shape),
+            label=e.label.astype(np.int32),
+            index=e.index.astype(np.int64),
+            blocks=partial(_decode, e, shape, size),
+        )
+        for k, e in splits.items()
+    }
+
+
+def _common_shape(splits: dict[str, Encoded], size: int | None) -> tuple[int, int, int]:
 
     def header(data: bytes, name: str) -> tuple[tuple[int, int], bool]:
         image = _open(data, name)
         return image.size, _grey(image)
 
-    first, grey, position = None, True, 0
-    for chunk in _chunks(read, names, header):
-        for wh, is_grey in chunk:
-            first, grey = first or wh, grey and is_grey
+    first, first_name, grey = None, "", True
+    for encoded in splits.values():
+        headers = (h for chunk in _chunks(encoded, header) for h in chunk)
+        for name, (wh, is_grey) in zip(encoded.names, headers, strict=True):
+            if first is None:
+                first, first_name = wh, name
             if size is None and wh != first:
                 raise BadImage(
-                    f"Images differ in size (width x height): {names[0]} is {first[0]} x {first[1]}, {names[position]} "
-                    f"is {wh[0]} x {wh[1]}; --config.data.image_size=N makes them all N x N."
+                    f"Images differ in size (width x height): {first_name} is {first[0]} x {first[1]}, {name} is "
+                    f"{wh[0]} x {wh[1]}; --config.data.image_size=N makes them all N x N."
                 )
-            position += 1
-    if first is None:
-        raise BadImage("There are no images.")
+            grey = grey and is_grey
     width, height = (size, size) if size is not None else first
     return height, width, 1 if grey else 3
 
 
-def decode(read: Read, names: Sequence[str], shape: tuple[int, int, int], size: int | None) -> Iterator[np.ndarray]:
-    """All images, in order, as uint8 blocks [k, h, w, c] of the given `shape`."""
-    for chunk in _chunks(read, names, lambda data, name: convert(_open(data, name), shape[2], size)):
+def _decode(encoded: Encoded, shape: tuple[int, int, int], size: int | None) -> Iterator[np.ndarray]:
+    for chunk in _chunks(encoded, lambda data, name: convert(_open(data, name), shape[2], size)):
         yield np.stack(chunk)

@@ -6,7 +6,7 @@ prepared by our own TensorFlow-Datasets builders, and any other name is looked u
 
 import os
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -127,21 +127,18 @@ def image_folder(path: Path, size: int | None = None) -> Source:
     files = {s: [(c, *f) for c in classes[s] for f in listing[s][c]] for s in SPLITS}
 
     def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
-        paths = {s: [str(path / s / c / name) for c, name, *_ in files[s]] for s in SPLITS}
-        every = paths["train"] + paths["test"]
-        shape = images.common_shape(partial(_read_files, every), every, size)
         ids = {c: i for i, c in enumerate(classes["train"])}
-        splits = {}
-        for s in SPLITS:
-            label = np.array([ids[c] for c, *_ in files[s]], np.int32)
-            blocks = partial(images.decode, partial(_read_files, paths[s]), paths[s], shape, size)
-            splits[s] = Decoding((len(label), *shape), label, np.arange(len(label)), blocks)
-        return tuple(classes["train"]), splits
+        encoded = {}
+        for split in SPLITS:
+            paths = [str(path / split / c / name) for c, name, *_ in files[split]]
+            label = np.array([ids[c] for c, *_ in files[split]])
+            encoded[split] = images.Encoded(paths, partial(_read_files, paths), label, np.arange(len(paths)))
+        return tuple(classes["train"]), images.decodings(encoded, size)
 
     return Source([files, size], read)
 
 
-def _read_files(paths: list[str], positions) -> list[bytes]:
+def _read_files(paths: list[str], positions: Sequence[int]) -> list[bytes]:
     contents = []
     for position in positions:
         try:
@@ -152,9 +149,9 @@ def _read_files(paths: list[str], positions) -> list[bytes]:
 
 
 def _list_images(folder: Path) -> dict[str, list[tuple[str, int, int]]]:
-    """Per class, the sorted (name, bytes, modification time in ns) of its images; hidden and other files do not count."""
+    """Per class, the sorted (name, bytes, modification time in ns) of its images; hidden files do not count."""
     if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}; an image folder has train/<class>/*, test/<class>/*.")
+        raise FileNotFoundError(f"There is no folder {folder}; an image folder has train/<class>/, test/<class>/.")
     listing = {}
     for entry in os.scandir(folder):
         if entry.is_dir() and not entry.name.startswith("."):

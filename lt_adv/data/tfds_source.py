@@ -1,0 +1,152 @@
+"""Sets of TensorFlow-Datasets as a `Source`: our own builders, and any other image classification set by name.
+
+A set in array_record is read without TensorFlow. What needs it, tfrecord files and the preparation of built-in sets,
+needs the extra tfds-tf. TensorFlow-Datasets itself is not imported for our own sets when the cache has them.
+"""
+
+import importlib.util
+import re
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lt_adv import lookup
+from lt_adv.data import archives, images
+from lt_adv.data.dataset import Decoding, Source
+
+EMBEDDED = ("digits", "image_folder", "npz")
+NEEDS_TENSORFLOW = 'needs TensorFlow: pip install -e ".[tfds-tf]"'
+
+
+def source(name: str, data_dir: Path, size: int | None, download: bool) -> Source:
+    """The set called `name`: one of `archives.ARCHIVES`, or any image classification set of TensorFlow-Datasets.
+
+    ValueError for an unknown name or missing TensorFlow, FileNotFoundError for data that is not there and not to be
+    downloaded.
+    """
+    if name in archives.ARCHIVES:
+        archive = archives.ARCHIVES[name]
+        return Source([archives.VERSION, archive.sha256, size], partial(_read_own, name, data_dir, size, download))
+    builder = _other(name, data_dir, download)
+    files = sorted((f.name, f.stat().length, f.stat().mtime) for f in builder.data_path.iterdir())
+    return Source([files, size], partial(_read, builder, size))
+
+
+def _read_own(name: str, data_dir: Path, size: int | None, download: bool):
+    archive, manual = archives.ARCHIVES[name], data_dir / "downloads" / "manual"
+    prepared = (data_dir / f"lt_adv_{name}" / archives.VERSION / "dataset_info.json").is_file()
+    if not prepared:  # once it is, the archive is not needed any more
+        archives.obtain(archive, manual, download)
+    from lt_adv.data import builders  # slow, hence after the answer to a missing archive
+
+    builder = builders.BUILDERS[name](data_dir=data_dir)
+    if not prepared:
+        _prepare(builder, manual)
+    return _read(builder, size)
+
+
+def _prepare(builder: Any, manual: Path) -> None:
+    import tensorflow_datasets as tfds
+
+    config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
+    try:
+        builder.download_and_prepare(download_config=config)
+    except OSError as error:
+        raise ValueError(
+            f"Cannot prepare {builder.name} in {builder.data_dir} ({error.strerror or error}); "
+            "--config.data.data_dir names another folder."
+        ) from error
+
+
+def _other(name: str, data_dir: Path, download: bool) -> Any:
+    """The prepared builder of a set that is not ours."""
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir)
+    except (tfds.core.DatasetNotFoundError, ValueError) as error:
+        known = [*EMBEDDED, *archives.ARCHIVES]
+        message = f"{lookup.unknown('data set', name, known)} TensorFlow-Datasets has no image set of that name either."
+        raise ValueError(message) from error
+    tensorflow = importlib.util.find_spec("tensorflow") is not None
+    if not builder.is_prepared():
+        if not tensorflow:
+            raise ValueError(f"{name} is not prepared in {data_dir}, and preparing it {NEEDS_TENSORFLOW}.")
+        if not download:
+            raise FileNotFoundError(
+                f"{name} is not prepared in {data_dir}: --config.data.download=True downloads and prepares it."
+            )
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        _prepare(builder, data_dir / "downloads" / "manual")
+    if not tensorflow and not _is_array_record(builder):
+        file_format = builder.info.file_format.value
+        raise ValueError(f"{name} in {data_dir} is prepared as {file_format}, and reading that {NEEDS_TENSORFLOW}.")
+    return builder
+
+
+def _is_array_record(builder: Any) -> bool:
+    return builder.info.file_format.value == "array_record"
+
+
+def _read(builder: Any, size: int | None) -> tuple[tuple[str, ...], dict[str, Decoding]]:
+    held_out = "test" if "test" in builder.info.splits else "validation"
+    if missing := {"train", held_out} - set(builder.info.splits):
+        raise ValueError(f"{builder.name} has no split {sorted(missing)[0]}; it has {', '.join(builder.info.splits)}.")
+    image, label = _feature_names(builder)
+    splits = {k: _encoded(builder, split, image, label) for k, split in (("train", "train"), ("test", held_out))}
+    return tuple(builder.info.features[label].names), images.decodings(splits, size)
+
+
+def _feature_names(builder: Any) -> tuple[str, str]:
+    """The names of the image and of the label; ValueError where the set is not for image classification."""
+    import tensorflow_datasets as tfds
+
+    features = dict(builder.info.features.items())
+    supervised = builder.info.supervised_keys or ()
+    found = []
+    for kind in (tfds.features.Image, tfds.features.ClassLabel):
+        keys = [k for k, feature in features.items() if type(feature) is kind]
+        keys.sort(key=lambda k: k not in supervised)  # the one for supervised learning first
+        if not keys:
+            raise ValueError(f"{builder.name} is no image classification set: it has no {kind.__name__} feature.")
+        found.append(keys[0])
+    return found[0], found[1]
+
+
+def _encoded(builder: Any, split: str, image: str, label: str) -> images.Encoded:
+    """A split in the order of the original data, which TensorFlow-Datasets shuffles."""
+    import tensorflow_datasets as tfds
+
+    decoders = {image: tfds.decode.SkipDecoding()}
+    if _is_array_record(builder):
+        records = builder.as_data_source(split, decoders=decoders)
+    else:
+        records = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders)))
+    labels, ids = [], []
+    for record in records:
+        labels.append(int(record[label]))
+        ids.append(record.get("index", record.get("id")))
+    index = _original_indices(ids)
+    order = np.argsort(index)
+
+    def read(positions: Sequence[int]) -> list[bytes]:
+        chosen = [int(order[p]) for p in positions]
+        batch = [records[i] for i in chosen] if isinstance(records, list) else records.__getitems__(chosen)
+        return [record[image] for record in batch]
+
+    names = [f"{builder.name}/{split} image {i}" for i in index[order]]
+    return images.Encoded(names, read, np.array(labels)[order], index[order])
+
+
+def _original_indices(ids: list[Any]) -> np.ndarray:
+    """int64: numbers as they are, texts that end in `_<number>` (train_16399) by it, else the order of the records."""
+    texts = [i.decode(errors="replace") if isinstance(i, bytes) else str(i) for i in ids]
+    matches = [re.fullmatch(r"(?:.*_)?(\d+)", text) for text in texts]
+    if all(matches):
+        index = np.array([int(match[1]) for match in matches], np.int64)
+        if len(np.unique(index)) == len(index):
+            return index
+    return np.arange(len(ids), dtype=np.int64)
