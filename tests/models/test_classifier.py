@@ -30,7 +30,7 @@ def made_up(classifier, x):
 def test_evaluation_writes_nothing_and_training_advances_the_statistics(images):
     classifier = create(SMALL, 10)
     variables = made_up(classifier, images)
-    logits, out = classifier.apply(variables, images)
+    logits, out = jax.jit(classifier.apply)(variables, images)
     assert logits.shape == (16, 10) and out["features"].shape == (16, 64)
     (train_logits, _), updates = jax.jit(
         lambda variables, x: classifier.apply(variables, x, train=True, mutable=["batch_stats"])
@@ -43,14 +43,17 @@ def test_evaluation_writes_nothing_and_training_advances_the_statistics(images):
 def test_bfloat16_computes_narrow_and_keeps_float32(images):
     narrow, wide = (create({**SMALL, "dtype": dtype}, 10) for dtype in ("bfloat16", "float32"))
     variables = made_up(narrow, images)
-    (logits, out), updates = narrow.apply(
-        variables, images, train=True, mutable=["batch_stats", "intermediates"], capture_intermediates=True
-    )
+    mutable = ["batch_stats", "intermediates"]
+    (logits, out), updates = jax.jit(
+        lambda variables, x: narrow.apply(variables, x, train=True, mutable=mutable, capture_intermediates=True)
+    )(variables, images)
     kept = (variables, logits, out, updates["batch_stats"])
     assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
     inside = updates["intermediates"]["backbone"]["stage2_block0"]
     assert {leaf.dtype for leaf in jax.tree.leaves(inside)} == {jnp.dtype("bfloat16")}
-    (exact, _), _ = wide.apply(variables, images, train=True, mutable=["batch_stats"])
+    (exact, _), _ = jax.jit(lambda variables, x: wide.apply(variables, x, train=True, mutable=mutable))(
+        variables, images
+    )
     distance = np.abs(logits - exact).max() / np.abs(exact).max()
     assert 0 < distance < 0.05, distance
 
@@ -104,8 +107,8 @@ def test_dropout_acts_in_training_alone_and_follows_its_key(images):
         return classifier.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)[0][0]
 
     assert (train(0) == train(0)).all() and (train(0) != train(1)).any()
-    without = create(SMALL, 10)
-    np.testing.assert_array_equal(classifier.apply(variables, images)[0], without.apply(variables, images)[0])
+    evaluate, without = jax.jit(classifier.apply), jax.jit(create(SMALL, 10).apply)
+    np.testing.assert_array_equal(evaluate(variables, images)[0], without(variables, images)[0])
 
 
 def test_one_config_holds_the_options_of_all_backbones_and_heads():
