@@ -1,8 +1,8 @@
 """TensorFlow-Datasets builders of our own for CIFAR-10, CIFAR-100 and Tiny-ImageNet, which need no TensorFlow.
 
-The registered builders of CIFAR need TensorFlow to be prepared, there is none of Tiny-ImageNet, and the order is lost by
-shuffling: these keep each image's original index. Importing this module registers them, as lt_adv_cifar10, lt_adv_cifar100
-and lt_adv_tiny_imagenet; after that `tfds.data_source` reads them like any other set.
+The registered builders of CIFAR need TensorFlow to be prepared, there is none of Tiny-ImageNet, and the order is lost
+by shuffling: these keep the original index of each image. Importing this module registers them, as lt_adv_cifar10,
+lt_adv_cifar100 and lt_adv_tiny_imagenet; after that `tfds.data_source` reads them like any other set.
 """
 
 from collections.abc import Iterator

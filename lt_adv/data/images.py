@@ -93,12 +93,14 @@ def _chunks(encoded: Encoded, work: Callable[[bytes, str], object]) -> Iterator[
                 future.cancel()
 
 
-def decodings(splits: dict[str, Encoded], size: int | None) -> dict[str, Decoding]:
-    """The splits, about to be decoded to one shape, which their headers give: grey if every image is, else colour.
+def decodings(
+    splits: dict[str, Encoded], size: int | None, shape: tuple[int, int, int] | None = None
+) -> dict[str, Decoding]:
+    """The splits, about to be decoded to one (h, w, c): `shape`, or as all headers say; c is 1 if every image is grey.
 
     ValueError naming two images of different sizes, unless `size` makes them equal.
     """
-    shape = _common_shape(splits, size)
+    shape = shape or _common_shape(splits, size)
     return {
         k: Decoding(
             shape=(len(e.names), *shape),

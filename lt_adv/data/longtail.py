@@ -60,8 +60,9 @@ def class_counts(
 
 def _checked_ratio(imbalance_ratio: float) -> float:
     if not 1 <= imbalance_ratio < float("inf"):
-        literature = f": the literature's {imbalance_ratio:g} is ratio {1 / imbalance_ratio:g}"
-        hint = literature if 0 < imbalance_ratio < 1 else ""
+        hint = ""
+        if 0 < imbalance_ratio < 1:
+            hint = f": the literature's {imbalance_ratio:g} is ratio {1 / imbalance_ratio:g}"
         raise ValueError(f"imbalance_ratio is max count / min count, so it is >= 1, not {imbalance_ratio}{hint}.")
     return imbalance_ratio
 

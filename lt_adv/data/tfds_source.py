@@ -97,7 +97,11 @@ def _read(builder: Any, size: int | None) -> tuple[tuple[str, ...], dict[str, De
         raise ValueError(f"{builder.name} has no split {sorted(missing)[0]}; it has {', '.join(builder.info.splits)}.")
     image, label = _feature_names(builder)
     splits = {k: _encoded(builder, split, image, label) for k, split in (("train", "train"), ("test", held_out))}
-    return tuple(builder.info.features[label].names), images.decodings(splits, size)
+    height, width, channels = builder.info.features[image].shape
+    # What the set declares spares a pass over all headers.
+    known = size is None and height is not None and width is not None and channels in (1, 3)
+    shape = (height, width, channels) if known else None
+    return tuple(builder.info.features[label].names), images.decodings(splits, size, shape)
 
 
 def _feature_names(builder: Any) -> tuple[str, str]:

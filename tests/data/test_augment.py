@@ -1,0 +1,48 @@
+"""pad_crop_flip against a loop over examples in numpy."""
+
+import jax
+import numpy as np
+import pytest
+
+from lt_adv.data.augment import pad_crop_flip
+
+
+def reference(keys, image, pad):
+    result = np.empty_like(image)
+    for i, x in enumerate(image):
+        offset_key, flip_key = jax.random.split(keys[i])
+        top, left = np.asarray(jax.random.randint(offset_key, (2,), 0, 2 * pad + 1))
+        padded = np.pad(x, ((pad, pad), (pad, pad), (0, 0)))
+        crop = padded[top : top + x.shape[0], left : left + x.shape[1]]
+        result[i] = crop[:, ::-1] if jax.random.bernoulli(flip_key) else crop
+    return result
+
+
+@pytest.mark.parametrize(("shape", "dtype", "pad"), [((6, 5, 3), np.uint8, 2), ((4, 4, 1), np.float32, 4)])
+def test_equals_the_loop(shape, dtype, pad):
+    keys = jax.random.split(jax.random.key(0), 16)
+    image = np.random.RandomState(0).randint(1, 256, (16, *shape)).astype(dtype)
+    augmented = jax.jit(pad_crop_flip, static_argnames="pad")(keys, image, pad=pad)
+    assert augmented.dtype == dtype
+    np.testing.assert_array_equal(augmented, reference(keys, image, pad))
+    # Whether an example is alone or in a batch does not matter.
+    np.testing.assert_array_equal(pad_crop_flip(keys[3:4], image[3:4], pad=pad)[0], augmented[3])
+
+
+def test_every_offset_and_both_mirrors_occur_equally():
+    image = np.zeros((3000, 3, 3, 1), np.uint8)
+    image[:, 1, 0] = 1
+    keys = jax.random.split(jax.random.key(1), len(image))
+    flat = np.asarray(pad_crop_flip(keys, image, pad=1)).reshape(len(image), 9)
+    # The pixel goes to row 0..2; left of the middle by 0 or 1 or out, and the mirror of that.
+    rows = flat.reshape(-1, 3, 3).sum(2).mean(0)
+    columns = flat.reshape(-1, 3, 3).sum(1).mean(0)
+    np.testing.assert_allclose(rows, 2 / 9, atol=0.03)
+    np.testing.assert_allclose(columns, [1 / 6, 1 / 3, 1 / 6], atol=0.03)
+
+
+def test_no_padding_is_a_flip_alone():
+    image = np.arange(2 * 2 * 4, dtype=np.uint8).reshape(2, 2, 4, 1)
+    augmented = np.asarray(pad_crop_flip(jax.random.split(jax.random.key(0), 2), image, pad=0))
+    for x, y in zip(image, augmented, strict=True):
+        assert (x == y).all() or (x[:, ::-1] == y).all()
