@@ -35,14 +35,17 @@ def balanced_subset(label: np.ndarray, per_class: int, seed: int = 0) -> np.ndar
 
 @functools.lru_cache(maxsize=64)
 def _judge(apply: Callable, norm: str, mesh: Mesh) -> Callable:
-    """Jitted (variables, x, x_adv) -> predictions [b] and the few scalars that say whether x_adv was allowed."""
+    """Jitted (variables, x, x_adv) -> (predictions [b], what says of each image whether x_adv was allowed).
+
+    Images are reduced to one figure each; over images the host reduces, for a maximum across devices loses NaNs.
+    """
 
     def judge(variables, x, x_adv):
         logits = apply(variables, x_adv)
         delta = (x_adv - x).reshape(len(x), -1)
         size = jnp.abs(delta).max(-1) if norm == "linf" else jnp.linalg.norm(delta, axis=-1)
-        outside = jnp.maximum(-x_adv.min(), x_adv.max() - 1.0)
-        return jnp.argmax(logits, -1).astype(jnp.int32), (size.max(), outside, ~jnp.isfinite(logits).all(-1))
+        outside = jnp.maximum(-x_adv, x_adv - 1.0).reshape(len(x), -1).max(-1)
+        return jnp.argmax(logits, -1).astype(jnp.int32), (size, outside, ~jnp.isfinite(logits).all(-1))
 
     return jax.jit(judge, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -57,9 +60,9 @@ def _pixels(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 255.0
 
 
-def _check(name: str, options: Mapping[str, Any], facts: tuple) -> None:
+def _check(name: str, options: Mapping[str, Any], size: np.ndarray, outside: np.ndarray, nonfinite: np.ndarray) -> None:
     """Raise unless every image lies in the ball and the box; written so that a NaN raises too."""
-    size, outside, nonfinite = (np.asarray(fact) for fact in facts)
+    size, outside = size.max(), outside.max()
     eps = options.get("eps", 0.0)
     # A norm over many pixels also adds up the rounding of each of them to float32.
     tolerance = TOLERANCE if options.get("norm", "linf") == "linf" else 10 * TOLERANCE
@@ -96,11 +99,12 @@ class _Runner:
         keys = _example_keys(self.key, np.uint32(zlib.crc32(name.encode())), index)
         return protocol.compiled(self.apply, spec)(keys, self.variables, x, y)
 
-    def judge(self, name: str, options: Mapping[str, Any], x, x_adv) -> np.ndarray:
-        """Predictions on x_adv, after the radius check."""
+    def judge(self, name: str, options: Mapping[str, Any], x, x_adv, images: int) -> np.ndarray:
+        """Predictions on the first `images` of x_adv, after the radius check; the rest is padding."""
         prediction, facts = _judge(self.apply, options.get("norm", "linf"), self.mesh)(self.variables, x, x_adv)
-        _check(name, options, jax.device_get(facts))
-        return np.asarray(prediction)
+        prediction, facts = jax.tree.map(lambda fact: np.asarray(fact)[:images], (prediction, facts))
+        _check(name, options, *facts)
+        return prediction
 
 
 def evaluate(
@@ -158,7 +162,7 @@ def evaluate(
             columns = {"index": np.asarray(split.index[rows], np.int64), "label": label}
             for name in (CLEAN, *attacks):
                 x_adv = x if name == CLEAN else runner.attack(name, attacks[name], x, y, index)
-                prediction = runner.judge(name, options.get(name, {}), x, x_adv)[: len(label)]
+                prediction = runner.judge(name, options.get(name, {}), x, x_adv, len(label))
                 columns[CLEAN if name == CLEAN else f"attack/{name}"] = prediction
                 meter.count(name, int((prediction == label).sum()), len(label), work[name])
             if where is not None and jax.process_index() == 0:

@@ -91,7 +91,7 @@ def classes(summary: Mapping[str, Any]) -> Figure:
         upper.set_xticks([])
         upper.set_ylabel("accuracy in %", fontsize=8, color=SOFT)
         _style(upper)
-        _groups(upper, [group_of.get(row["name"], "") for row in part], named=len(rows) > 3)
+        _groups(upper, [group_of.get(row["name"], "") for row in part])
         lower.plot(place, [row["class_count"] for row in part], color=SOFT, linewidth=0.8, marker="o", markersize=3)
         lower.set_yscale("log")
         lower.set_ylim(min(counts) / 2.5, max(counts) * (5 if per_line <= 20 else 2))
@@ -125,14 +125,13 @@ def _values(axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[tupl
                 axes.text(i, height - 1, f"{height:.0f}", ha="center", va="top", fontsize=7.5, color=ink)
 
 
-def _groups(axes: Axes, groups: list[str], named: bool) -> None:
+def _groups(axes: Axes, groups: list[str]) -> None:
     """Thin rules between head, body and tail, with their names on top."""
     starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
     for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):
         if start:
             axes.axvline(start - 0.5, color=SOFT, linewidth=0.8, linestyle=(0, (2, 2)))
-        if named:
-            axes.text((start + end - 1) / 2, 101.5, groups[start], ha="center", va="bottom", fontsize=8, color=SOFT)
+        axes.text((start + end - 1) / 2, 101.5, groups[start], ha="center", va="bottom", fontsize=8, color=SOFT)
 
 
 def errors(summary: Mapping[str, Any]) -> Figure:
@@ -230,14 +229,15 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
 def examples(pictures: Mapping[str, Any], class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
     """Clean image, magnified perturbation and adversarial image, one column per class from head to tail.
 
-    `pictures` is what `evaluate.examples` returns. The perturbation is drawn as 0.5 + 0.4 (x_adv - x) / eps: grey is
-    none.
+    `pictures` is what `evaluate.examples` returns. The perturbation is drawn around grey, at one
+    magnification for all images, which the picture names.
     """
     number, eps = len(pictures["label"]), float(pictures["eps"])
     figure = _figure(1.25 * number + 0.6, 5.0)
     grid = figure.subplots(3, number, squeeze=False)
-    scale = 0.4 / eps if eps else 1.0
     clean, adversarial = pictures["clean"], pictures["adversarial"]
+    largest = float(np.abs(adversarial - clean).max())
+    scale = 0.4 / largest if largest else 1.0
     shown = (clean, np.clip(0.5 + scale * (adversarial - clean), 0, 1), adversarial)
     for column in range(number):
         label, before, after = (int(pictures[name][column]) for name in ("label", "clean_prediction", "prediction"))
@@ -258,7 +258,7 @@ def examples(pictures: Mapping[str, Any], class_names: Sequence[str], class_coun
     for row, label in enumerate(labels):
         grid[row, 0].set_ylabel(label, fontsize=8, color=SOFT)
     figure.suptitle(
-        "True class on top, prediction below (red: wrong). Of each class the first image that the attack turns.",
+        "True class on top, prediction below (red: wrong). Each class shows the first image the attack turns, if any.",
         fontsize=8, color=SOFT, x=0.01, ha="left",
     )  # fmt: skip
     return figure
