@@ -1,6 +1,6 @@
 """Orbax checkpoints of the train state, with a digest of our own: orbax restores a flipped byte silently."""
 
-import functools
+import json
 from typing import Any
 
 import jax
@@ -11,6 +11,11 @@ from absl import logging
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
+
+from lt_adv import lookup
+
+VARIABLES = ("params", "batch_stats")
+BEST = "valid/pgd20/accuracy"  # what the best checkpoint is the best in; the validation split is balanced
 
 
 def _words(a: jax.Array) -> jax.Array:
@@ -43,6 +48,23 @@ def digest(tree: Any) -> dict[str, str]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): "".join(f"{int(w):08x}" for w in a) for path, a in leaves}
 
 
+def _differing(tree: Any, meta: dict[str, Any]) -> list[str]:
+    """The arrays of `tree` whose digest is not the stored one."""
+    return [name for name, value in digest(tree).items() if meta["digest"].get(name) != value]
+
+
+def _options(keep: int, best: str | None) -> ocp.CheckpointManagerOptions:
+    kept: list[Any] = [policies.LatestN(keep)]
+    if best:
+        kept.append(policies.BestN(get_metric_fn=lambda m: m[best], n=1, keep_checkpoints_without_metrics=False))
+    return ocp.CheckpointManagerOptions(
+        preservation_policy=policies.AnyPreservationPolicy(kept),
+        best_fn=(lambda m: m[best]) if best else None,
+        create=True,
+        cleanup_tmp_directories=True,
+    )
+
+
 class Checkpoints:
     """The checkpoints of one stage: the latest `keep`, and the best on validation if there is one.
 
@@ -52,17 +74,8 @@ class Checkpoints:
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, best_metric: str | None = None):
         self.directory = epath.Path(directory)
-        kept: list[Any] = [policies.LatestN(keep)]
-        if best_metric:
-            kept.append(policies.BestN(get_metric_fn=lambda m: m[best_metric], n=1, keep_checkpoints_without_metrics=False))
         self._best_metric = best_metric
-        self._options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept),
-            best_fn=(lambda m: m[best_metric]) if best_metric else None,
-            create=True,
-            cleanup_tmp_directories=True,
-        )
-        self._manager = ocp.CheckpointManager(self.directory, options=self._options)
+        self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best_metric))
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         meta = {**meta, "digest": digest(state)}
@@ -99,8 +112,7 @@ class Checkpoints:
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({_first_line(error)})") from error
         state, meta = restored["state"], restored["meta"]
-        wrong = [name for name, value in digest(state).items() if meta.get("digest", {}).get(name) != value]
-        if wrong:
+        if wrong := _differing(state, meta):
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
         return state, meta
 
@@ -130,24 +142,45 @@ def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
 
 
-@functools.cache
-def _reader() -> ocp.PyTreeCheckpointer:
-    return ocp.PyTreeCheckpointer()
+def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[str, Any], dict[str, Any]]:
+    """({"params", "batch_stats"} as numpy arrays, meta) from a run's working directory: what its evaluation uses.
 
-
-def read_variables(workdir: epath.PathLike) -> dict[str, Any]:
-    """{"params", "batch_stats"} as numpy arrays from the newest checkpoint of a run's working directory.
-
-    Any run's, whatever its method, optimiser and number of devices: nothing else of the state is read.
+    Any run's, whatever its method, optimiser and number of devices: nothing else of the state is read. Averaged weights
+    where the run kept an average. `which`: "last", or "best" on the validation split. A damaged checkpoint is passed
+    over with a warning. FileNotFoundError if there is no checkpoint, ValueError if none can be read.
     """
     root = epath.Path(workdir) / "checkpoints"
-    stages = sorted(root.iterdir()) if root.exists() else []
-    steps = [(s, int(d.name)) for s in stages for d in s.iterdir() if d.name.isdigit()]
-    if not steps:
-        raise FileNotFoundError(f"No checkpoint under {root}.")
-    stage, step = max(steps, key=lambda item: (item[0].name, item[1]))
+    stages = sorted((s for s in root.iterdir() if s.is_dir()), key=lambda s: int(s.name.split("_")[0])) if root.exists() else []
+    found = [(s, step) for s in stages for step in sorted(int(d.name) for d in s.iterdir() if d.name.isdigit())]
+    if not found:
+        raise FileNotFoundError(f"There is no checkpoint under {root}: train first, or correct --workdir.")
+    if which == "best":
+        manager = ocp.CheckpointManager(found[-1][0], options=_options(2, BEST))
+        if (best := manager.best_step()) is None:
+            raise ValueError(f"{root} has no best checkpoint: the run had no validation split (config.data.validation_per_class).")
+        found = [(found[-1][0], best)]
+        manager.close()
+    elif which != "last":
+        raise lookup.unknown("config.eval.checkpoint", which, ("last", "best"))
+    errors = []
+    for stage, step in reversed(found):
+        try:
+            return _read(stage, step)
+        except Exception as error:  # as in Checkpoints.restore
+            errors.append(f"checkpoint {step} in {stage} cannot be read ({_first_line(error)})")
+            logging.warning("%s: passed over.", errors[-1])
+    raise ValueError(f"{'; '.join(errors)}.")
+
+
+def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    reader = ocp.PyTreeCheckpointer()
     path = stage / str(step) / "state"
-    tree = _reader().metadata(path).item_metadata.tree
-    wanted = {name: tree[name] for name in ("params", "batch_stats")}
-    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
-    return _reader().restore(path, args=ocp.args.PyTreeRestore(item=wanted, restore_args=args, partial_restore=True))
+    tree = reader.metadata(path).item_metadata.tree
+    averaged = bool(tree.get("average"))
+    item = {"average": tree["average"]} if averaged else {name: tree[name] for name in VARIABLES if name in tree}
+    args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
+    restored = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True))
+    meta = json.loads((stage / str(step) / "meta" / "metadata").read_text())
+    if wrong := _differing(restored, meta):
+        raise ValueError(f"its digest differs at {wrong[0]}")
+    return restored["average"] if averaged else restored, meta

@@ -24,15 +24,22 @@ def replicate(tree: Any, mesh: Mesh) -> Any:
 
 
 def parallelise(replica: Callable[..., Any], mesh: Mesh, parallel: str) -> Callable[..., Any]:
-    """`replica(state, *constants) -> (state, metrics)`, written over the named axis "data", as one donated program.
+    """`replica(state, data, teacher) -> (state, metrics)`, written over the named axis "data", as one donated program.
 
     State and constants are replicated without a leading device axis; each device takes its share by `lax.axis_index`.
     """
     if parallel == "pmap":
-        # pmap's arguments are positional and its axes are one per argument; constants are the data and the teacher.
-        return jax.pmap(
-            replica, axis_name=AXIS, in_axes=(None, None, None), out_axes=None, donate_argnums=0, devices=list(mesh.devices.flat)
+        # pmap insists on one argument with a device axis: the number of the device, which nobody reads.
+        number = jax.device_put(np.arange(mesh.size), NamedSharding(mesh, PartitionSpec(AXIS)))
+        mapped = jax.pmap(
+            lambda state, _, data, teacher: replica(state, data, teacher),
+            axis_name=AXIS,
+            in_axes=(None, 0, None, None),
+            out_axes=None,
+            donate_argnums=0,
+            devices=list(mesh.devices.flat),
         )
+        return lambda state, data, teacher: mapped(state, number, data, teacher)
     if parallel == "shard_map":
         replicated = PartitionSpec()
         mapped = jax.shard_map(replica, mesh=mesh, in_specs=replicated, out_specs=replicated, check_vma=True)

@@ -8,6 +8,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import ml_collections
+import numpy as np
 from absl import logging
 from jax.sharding import Mesh
 
@@ -65,13 +66,14 @@ def build(
         config.update_from_flattened_dict(dict(stage.overrides))
     split = data.long_tailed(dataset, config.data)
     class_aware = config.data.sampler == "class_aware"
-    drawn = len(split.class_counts) * int(split.class_counts.max()) if class_aware else len(split.train.label)
+    counts = np.asarray(split.class_counts)
+    drawn = len(counts) * int(counts.max()) if class_aware else len(split.train)
     if drawn < config.optim.batch_size:
         raise ValueError(
             f"config.optim.batch_size = {config.optim.batch_size} is more than the {drawn} training images: make it smaller."
         )
     info = Info(
-        class_counts=split.class_counts,
+        class_counts=counts,
         steps_per_epoch=drawn // config.optim.batch_size,
         epochs=stage.epochs,
         image_shape=tuple(split.train.image.shape[1:]),
@@ -91,7 +93,7 @@ def build(
         sampler=config.data.sampler,
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
-        groups=longtail.groups(split.class_counts),
+        groups=longtail.groups(counts),
         freeze_batch_stats=stage.freeze_batch_stats,
     )
     step, init_window = steps.make_train_step(
@@ -99,6 +101,8 @@ def build(
     )
     teacher = meshes.replicate(previous, mesh) if stage.teacher == "previous" else {}
     on_device = resident.put(split.train, mesh)
+    if class_aware:
+        on_device["classes"] = meshes.replicate(resident.class_table(split.train.label, len(counts)), mesh)
 
     def first_state() -> TrainState:
         start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())

@@ -60,9 +60,7 @@ def _draw(key, data, step, options: StepOptions, info: Info):
         )
     else:
         draw = jax.random.fold_in(epoch_key, step % info.steps_per_epoch)
-        rows = resident.class_aware_indices(
-            draw, data["label"], class_counts=info.class_counts, batch_size=options.batch_size
-        )
+        rows = resident.class_aware_indices(draw, **data["classes"], batch_size=options.batch_size)
     share = options.batch_size // lax.axis_size(AXIS)
     position = lax.axis_index(AXIS) * share + jnp.arange(share)
     return rows[position], position
@@ -141,8 +139,9 @@ def make_train_step(
             average = jax.tree.map(lambda a, p: a + w * (p - a), state.average, new)
 
         sums = _sums({"loss": value, **metrics}, label, membership)
-        one = jnp.ones_like(optax.global_norm(gradient))
-        sums["gradient_norm"] = (optax.global_norm(gradient), one)
+        norm = optax.tree.norm(gradient)
+        one = jnp.ones_like(norm)
+        sums["gradient_norm"] = (norm, one)
         sums["learning_rate"] = (rate(state.step) * one, one)
         starts_window = (state.step % info.steps_per_epoch) % options.log_every == 0
         window = sums
@@ -180,7 +179,7 @@ def _sums(metrics: Mapping[str, Any], label: jax.Array, membership: Mapping[str,
     sums = {}
     for name, value in lax.stop_gradient(dict(metrics)).items():
         if value.ndim == 0:
-            sums[name] = lax.psum((value, jnp.ones_like(value)), AXIS)
+            sums[name] = lax.pmean((value, jnp.ones_like(value)), AXIS)
             continue
         sums[name] = lax.psum((jnp.sum(value), jnp.sum(jnp.ones_like(value))), AXIS)
         for group, member in membership.items():

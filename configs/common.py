@@ -1,0 +1,111 @@
+"""What every config starts from: the data sets' settings and the evaluation protocol. Plain data only."""
+
+from ml_collections import ConfigDict, config_dict
+
+# Per data set: the long tail, the network, and what the pictures allow.
+DATASETS = {
+    "cifar10": {"title": "CIFAR-10-LT", "ratio": 50.0, "model": {"name": "wide_resnet", "depth": 34, "width": 10}},
+    "cifar100": {"title": "CIFAR-100-LT", "ratio": 10.0, "model": {"name": "wide_resnet", "depth": 34, "width": 10}},
+    "tiny_imagenet": {"title": "Tiny-ImageNet-LT", "ratio": 10.0, "model": {"name": "preact_resnet18"}},
+    "digits": {"title": "Digits-LT", "ratio": 10.0, "model": {"name": "wide_resnet", "depth": 10, "width": 1}},
+    "image_folder": {"title": "image folder", "ratio": 50.0, "model": {"name": "resnet18"}},
+    "npz": {"title": "npz", "ratio": 50.0, "model": {"name": "resnet18"}},
+}
+
+
+def parse(arg: str | None, **defaults) -> dict:
+    """"dataset=cifar100,epochs=10" -> a dict with the types of `defaults`; ValueError for a key that is not there."""
+    values = dict(defaults)
+    for part in filter(None, (arg or "").split(",")):
+        key, equals, value = part.partition("=")
+        if not equals or key not in defaults:
+            raise ValueError(f"config argument {part!r}: expected key=value with a key of {', '.join(defaults)}.")
+        kind = type(defaults[key])
+        try:
+            values[key] = kind(value)
+        except ValueError:
+            raise ValueError(f"config argument {part!r}: {key} must be of type {kind.__name__}.") from None
+    return values
+
+
+def attacks(eps: float, step_size: float, fgsm_start: str = "zero") -> dict:
+    """The evaluation attacks of the field's tables at one radius (AutoAttack apart). LSA is PGD on CE(10 z)."""
+    pgd = {"attack": "pgd", "eps": eps, "step_size": step_size, "start": "uniform"}
+    return {
+        "fgsm": {"attack": "fgsm", "eps": eps, "start": fgsm_start},
+        "pgd20": {**pgd, "num_steps": 20},
+        "pgd100": {**pgd, "num_steps": 100},
+        "mim20": {**pgd, "attack": "mim", "num_steps": 20},
+        "cw20": {**pgd, "attack": "cw", "num_steps": 20},
+        "lsa": {**pgd, "num_steps": 20, "logit_scale": 10.0},
+    }
+
+
+def get(dataset: str, *, epochs: int, drop_epochs: tuple[int, ...], of: int, eps: float = 8 / 255, step_size: float = 2 / 255) -> ConfigDict:
+    """The config of plain adversarial training on `dataset`; `drop_epochs` are those of a run of `of` epochs.
+
+    A shorter or longer run drops at the same fractions. Any TensorFlow-Datasets name works as `dataset`.
+    """
+    known = DATASETS.get(dataset, {"title": f"{dataset}-LT", "ratio": 50.0, "model": {"name": "resnet18"}})
+    digits = dataset == "digits"
+    if digits:
+        eps, step_size = 0.1, 0.025
+    c = ConfigDict()
+    c.seed = 0
+    c.parallel = "pmap"  # or "shard_map"
+    c.fidelity = "published"  # or "released_code": the quirks of the authors' code
+    c.data = {
+        "name": dataset,
+        "title": known["title"],  # for reports
+        "data_dir": "",  # $TFDS_DATA_DIR or ~/tensorflow_datasets
+        "path": "",  # image_folder and npz
+        "image_size": config_dict.placeholder(int),  # as it is
+        "download": False,
+        "imbalance": "exponential",  # "step", "balanced", "none"
+        "imbalance_ratio": known["ratio"],
+        "balanced_fraction": 0.1,  # of "balanced"
+        "class_counts": (),  # explicit
+        "validation_per_class": 0,
+        "split_seed": 0,
+        "sampler": "uniform",  # "class_aware"
+        "augment": "none" if digits else "crop_flip",
+        "pad": 4,
+    }
+    c.model = {**known["model"], "dtype": "float32", "head": {"name": "linear"}}
+    c.method = {"name": "at"}
+    c.attack = {"eps": eps, "step_size": step_size, "num_steps": 10, "start": "uniform"}
+    c.optim = {
+        "epochs": epochs,
+        "batch_size": 128,
+        "learning_rate": 0.1,
+        "momentum": 0.9,
+        "nesterov": False,
+        "weight_decay": 5e-4,
+        "schedule": "step",  # "cosine", "constant"
+        "drop_epochs": tuple(max(1, round(drop * epochs / of)) for drop in drop_epochs),
+        "drop_factor": 0.1,
+        "first_epoch": 1,  # "drop at 60" leaves 59 epochs at the old rate
+        "warmup_epochs": 0,
+    }
+    c.average = {"name": "none", "decay": 0.999, "start_epoch": 0}  # "ema", "swa"
+    c.log = {"every_steps": 50, "clean_per_class": 50, "validate_every_epochs": 1}
+    c.checkpoint = {"every_epochs": 1, "keep": 2}
+    c.eval = {
+        "batch_size": 256,
+        "subset_per_class": 0,  # 0: the whole test set
+        "only": (),  # names of attacks; all of them
+        "report": "",  # a name: reports/<name>/report.json; none: report.json
+        "groups": "thirds",
+        "checkpoint": "last",  # or "best", on the validation split
+        "seed": 0,
+        "attacks": attacks(eps, step_size),
+        "adjustment": {"name": "none"},
+    }
+    return c
+
+
+def small(c: ConfigDict) -> None:
+    """Digits: 8 x 8 pixels, some 500 training images. Ours: no paper has this set."""
+    c.optim.batch_size = 64
+    c.log.every_steps = 8
+    c.checkpoint.every_epochs = 10

@@ -1,0 +1,157 @@
+"""The host's side of training: log, watch, save, resume, stop."""
+
+import signal
+import threading
+import time
+from typing import Any
+
+import jax
+import ml_collections
+import numpy as np
+from etils import epath
+from jax.sharding import Mesh
+
+from lt_adv import data
+from lt_adv.data import longtail
+from lt_adv.training import logging, program
+from lt_adv.training.checkpoint import BEST, Checkpoints
+from lt_adv.training.monitor import Monitor
+from lt_adv.training.step import ends_window
+
+
+class Preempted(Exception):
+    """SIGTERM arrived; the state has been saved."""
+
+
+class NonFinite(ArithmeticError):
+    """The loss or the gradient is no longer a number."""
+
+
+class StopSignal:
+    """Set by SIGTERM while a run trains; looked at between two steps."""
+
+    def __enter__(self):
+        self._event = threading.Event()
+        self._previous = None
+        if threading.current_thread() is threading.main_thread():
+            self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
+        return self
+
+    def __exit__(self, *error):
+        if self._previous is not None:
+            signal.signal(signal.SIGTERM, self._previous)
+
+    def is_set(self) -> bool:
+        return self._event.is_set()
+
+
+def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset, mesh: Mesh) -> None:
+    """All stages of the configured method, from where the working directory left off.
+
+    Raises Preempted after a SIGTERM and NonFinite when training diverges; both leave a resumable working directory.
+    """
+    lines = logging.Lines(workdir / "metrics.jsonl")
+    speed = logging.Lines(workdir / "timing.jsonl")
+    previous: Any = None
+    names: list[str] = []
+    with StopSignal() as stop:
+        for number, stage in enumerate(program.stages(config)):
+            built = program.build(number, stage, config, dataset, mesh, previous)
+            state = _run(built, workdir, lines, speed, names, stop)
+            previous = jax.device_get(state.variables)
+            names.append(built.name)
+
+
+def _monitors(built: program.Program) -> dict[str, Monitor]:
+    """"train": clean, on a fixed sample of the training images; "valid": clean and PGD-20, if there is a validation split."""
+    config, split = built.config, built.data
+    key = jax.random.fold_in(jax.random.key(config.seed), 99)
+    common = {
+        "groups": longtail.groups(split.class_counts),
+        "mesh": built.mesh,
+        "batch_size": config.eval.batch_size,
+    }
+    label = np.asarray(split.train.label)
+    sample = np.concatenate([np.flatnonzero(label == c)[: config.log.clean_per_class] for c in range(len(split.class_counts))])
+    monitors = {}
+    if len(sample):
+        monitors["train"] = Monitor(key, built.apply, split.train.image[sample], label[sample], **common)
+    if split.validation is not None:
+        attack = {"eps": config.attack.eps, "step_size": config.attack.step_size, "num_steps": 20}
+        monitors["valid"] = Monitor(
+            key, built.apply, split.validation.image, split.validation.label, attack=attack, **common
+        )
+    return monitors
+
+
+def _watch(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict[str, float]:
+    row = {}
+    if "train" in monitors:
+        row.update({k.replace("clean/accuracy", "train/accuracy_clean"): v for k, v in monitors["train"](variables).items()})
+    if validate and "valid" in monitors:
+        row.update({f"valid/{k}": v for k, v in monitors["valid"](variables).items()})
+    return row
+
+
+def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: list[str], stop: StopSignal) -> Any:
+    """One stage, to its end; returns its last state."""
+    config, per_epoch, total = built.config, built.info.steps_per_epoch, built.num_steps
+    best = BEST if built.data.validation is not None else None
+    checkpoints = Checkpoints(workdir / "checkpoints" / built.name, keep=config.checkpoint.keep, best_metric=best)
+    state = built.first_state()
+    restored = checkpoints.restore_latest(state, built.mesh)
+    seconds = 0.0
+    if restored is not None:
+        state, meta = restored
+        seconds = meta["seconds"]
+        logging.console.print(f"Resumed {built.name} at step {int(state.step)} of {total}.")
+    first = int(state.step)
+    for log in (lines, speed):
+        log.keep(first, built.name, earlier)
+    monitors = _monitors(built) if first < total else {}
+    saved = first if restored is not None else None
+    clock, mark = time.perf_counter(), first
+
+    def save(step: int, row: dict[str, Any]) -> None:
+        nonlocal saved
+        meta = {"stage": built.name, "step": step, "seconds": seconds, "class_counts": built.info.class_counts.tolist()}
+        checkpoints.save(step, state, meta, {best: row[best]} if best and best in row else None)
+        saved = step
+
+    with logging.Progress(built.name, built.info.epochs, per_epoch, config.optim.batch_size, first) as progress:
+        for step in range(first, total):
+            with jax.transfer_guard("disallow"):
+                state, metrics = built.step(state, built.resident, built.teacher)
+            done, stopping = step + 1, stop.is_set()
+            if not (stopping or ends_window(step, per_epoch, config.log.every_steps)):
+                continue
+            row = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
+            _check_finite(row, done, saved, checkpoints)
+            epoch, epoch_ended = step // per_epoch + 1, done % per_epoch == 0
+            now = time.perf_counter()
+            rate, seconds = (done - mark) * config.optim.batch_size / (now - clock), seconds + now - clock
+            if epoch_ended:
+                row |= _watch(monitors, state.variables, epoch % config.log.validate_every_epochs == 0 or done == total)
+            if ends_window(step, per_epoch, config.log.every_steps):
+                lines.add({"stage": built.name, "step": done, "epoch": epoch, **row})
+                speed.add({"stage": built.name, "step": done, "images_per_second": rate, "seconds": seconds})
+            if stopping or done == total or (epoch_ended and epoch % config.checkpoint.every_epochs == 0):
+                save(done, row)
+            progress.update(done, row, rate, epoch_ended)
+            if stopping:
+                checkpoints.close()
+                raise Preempted(f"SIGTERM: saved at step {done} of {total}. The same command goes on from there.")
+            clock, mark = time.perf_counter(), done
+    checkpoints.close()
+    return state
+
+
+def _check_finite(row: dict[str, float], step: int, saved: int | None, checkpoints: Checkpoints) -> None:
+    bad = [name for name in ("train/loss", "train/gradient_norm") if not np.isfinite(row[name])]
+    if bad:
+        checkpoints.wait()
+        kept = f"The last good checkpoint is step {saved}" if saved else "There is no checkpoint yet"
+        raise NonFinite(
+            f"{bad[0]} is {row[bad[0]]} in the steps before step {step}. {kept}. "
+            "Hint: a smaller config.optim.learning_rate, a warm-up (config.optim.warmup_epochs), or float32 (config.model.dtype)."
+        )

@@ -1,0 +1,56 @@
+"""Every file of lt_adv/methods: documented, and on eight devices what it is on one, in float64."""
+
+import dataclasses
+import inspect
+
+import jax
+import numpy as np
+import pytest
+
+from lt_adv import lookup, methods
+from tests.training.helpers import assert_same, run
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module", params=methods.names())
+def one(request):
+    """(method, its final state and metrics on one device)."""
+    method = methods.create({"name": request.param}, num_steps=2)
+    return method, run(method, 1)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_eight_devices_equal_one(one, parallel):
+    method, expected = one
+    assert_same(run(method, 8, parallel), expected, 1e-9)
+
+
+def test_trains_finite_and_moves(one):
+    method, (state, rows) = one
+    assert all(np.isfinite(row["loss"]) and np.isfinite(row["gradient_norm"]) for row in rows)
+    assert all(row["gradient_norm"] > 0 for row in rows) and {"loss", "accuracy", "accuracy_tail"} - set(rows[0]) <= {"accuracy_tail"}
+
+
+def test_hyper_parameters_are_fields(one):
+    method, _ = one
+    assert dataclasses.is_dataclass(method) and type(method).__doc__ and inspect.getmodule(type(method)).__doc__
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        method.num_steps = 3
+    assert hash(method) == hash(dataclasses.replace(method))
+    for fidelity in ("published", "released_code"):
+        dataclasses.replace(method, fidelity=fidelity)
+    with pytest.raises(ValueError, match="fidelity"):
+        dataclasses.replace(method, fidelity="exact")
+
+
+def test_unknown_names():
+    with pytest.raises(ValueError, match="Did you mean 'robal'"):
+        methods.create({"name": "robral"})
+    with pytest.raises(ValueError, match="Did you mean .margin."):
+        methods.create({"name": "robal", "marginn": 1.0})
+    assert "base" not in lookup.names("lt_adv.methods")

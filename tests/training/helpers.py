@@ -1,0 +1,90 @@
+"""A network small enough for float64 on eight virtual devices, and steps built around it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lt_adv.data import Split, resident
+from lt_adv.methods import Info
+from lt_adv.training import mesh as meshes
+from lt_adv.training import optim
+from lt_adv.training import state as states
+from lt_adv.training.net import AXIS
+from lt_adv.training.step import StepOptions, make_train_step
+
+OPTIM = {
+    "learning_rate": 0.05,
+    "momentum": 0.9,
+    "nesterov": False,
+    "weight_decay": 1e-3,
+    "schedule": "constant",
+    "warmup_epochs": 0,
+}
+COUNTS = np.array([20, 12, 6, 2])  # two images of the rarest class: most shards of a batch have none
+
+
+class Small(nn.Module):
+    """Convolution, batch norm, mean pool, cosine classifier: every kind of operation that a step meets, tiny."""
+
+    num_classes: int = 4
+    axis_name: str | None = AXIS
+
+    @nn.compact
+    def __call__(self, x, train):
+        h = nn.Conv(6, (3, 3), use_bias=False, padding=((1, 1), (1, 1)), dtype=x.dtype, param_dtype=x.dtype)(x)
+        h = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, dtype=x.dtype)(h)
+        features = nn.tanh(h).mean((1, 2))
+        w = self.param("kernel", nn.initializers.normal(0.5), (6, self.num_classes), x.dtype)
+        logits = 4 * (features @ w) / (1e-2 + jnp.linalg.norm(features, axis=-1, keepdims=True))
+        return logits, {"features": features}
+
+
+def split(seed: int = 0) -> Split:
+    rng = np.random.default_rng(seed)
+    label = np.repeat(np.arange(4), COUNTS).astype(np.int32)
+    image = rng.integers(0, 256, (len(label), 6, 6, 1), dtype=np.uint8)
+    return Split(image, label, np.arange(len(label), dtype=np.int64))
+
+
+def make(method, devices, parallel="pmap", *, teacher=None, freeze=None, optim_options=None, **options):
+    """(step, first state, data, teacher) over `devices` devices."""
+    mesh = meshes.make_mesh(jax.devices()[:devices])
+    batch_size = 16
+    info = Info(class_counts=COUNTS, steps_per_epoch=len(split()) // batch_size, epochs=3, image_shape=(6, 6, 1))
+    model = Small()
+    key = jax.random.key(3)
+    variables = model.init(key, jnp.zeros((1, 6, 6, 1), float), train=False)
+    variables = jax.tree.map(lambda a: a.astype(float), variables)  # linen starts statistics in float32 whatever comes
+    config = {**OPTIM, **(optim_options or {})}
+    rate = optim.schedule(config, info.steps_per_epoch, info.epochs)
+    tx = optim.create(config, rate, variables["params"], freeze)
+    options = StepOptions(batch_size=batch_size, eps=0.1, step_size=0.05, pad=1, log_every=2, **options)
+    step, init_window = make_train_step(method, model.apply, tx, rate, info, options, mesh, parallel)
+    teacher = meshes.replicate(teacher or {}, mesh)
+    data = resident.put(split(), mesh)
+    averaged = bool(options.average) and options.average["name"] != "none"
+    state = meshes.replicate(states.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
+    state = meshes.replicate(state.replace(window=init_window(state, data, teacher)), mesh)
+    return step, state, data, teacher
+
+
+def run(method, devices, parallel="pmap", steps=4, **options):
+    """Final state and the metrics of every step, as numpy."""
+    step, state, data, teacher = make(method, devices, parallel, **options)
+    rows = []
+    for _ in range(steps):
+        state, metrics = step(state, data, teacher)
+        rows.append(jax.device_get(metrics))
+    return jax.device_get(state.replace(key=jax.random.key_data(state.key))), rows
+
+
+def assert_same(a, b, tolerance):
+    """Equal trees, relative to the largest magnitude of each array."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        x, y = np.asarray(x), np.asarray(y)
+        both = np.isnan(x) & np.isnan(y) if np.issubdtype(x.dtype, np.floating) else np.zeros(x.shape, bool)
+        scale = max(np.max(np.abs(y), initial=0, where=~both), 1e-12)
+        error = np.max(np.abs(x.astype(float) - y.astype(float)), initial=0, where=~both) / scale
+        assert error <= tolerance, f"{jax.tree_util.keystr(path)}: {error:.2e}"
