@@ -2,7 +2,7 @@
 
 import jax
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
 
 def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array:
@@ -19,8 +19,11 @@ def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array
     Returns:
       [batch], in nats.
     """
-    logits = logits * logit_scale
-    return jax.nn.logsumexp(logits, axis=-1) - _at_label(logits, y)
+    # Shifted before scaled, so that the largest entry is exactly zero. In the other order a compiler that fuses the
+    # multiplication into the subtraction leaves the product's rounding error there, and on a saturated softmax that
+    # residue, not the network, would decide the gradient.
+    logits = logit_scale * (logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
+    return jnp.log(jnp.exp(logits).sum(axis=-1)) - _at_label(logits, y)
 
 
 def margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
@@ -51,7 +54,8 @@ def kl_divergence(logits: Array, probs: Array) -> Array:
     Returns:
       [batch], in nats. Its gradient is zero where softmax(z) = p, so an attack must not start on the clean image.
 
-    Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019, eq. 5.
+    Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019,
+    algorithm 1.
     """
     return jnp.sum(jax.scipy.special.xlogy(probs, probs) - probs * jax.nn.log_softmax(logits), axis=-1)
 

@@ -1,0 +1,31 @@
+"""Losses as pure functions: arrays in, one value per example out, never reduced. Needs jax alone.
+
+`loss(logits, labels, *, class_counts=..., ...) -> [batch]`, `kl_divergence(p_logits, q_logits) -> [batch]`, and the
+functions of class_counts they are made of.
+"""
+
+from lt_adv.losses.classification import (
+    balanced_softmax,
+    class_dependent_temperature,
+    cross_entropy,
+    focal,
+    ldam,
+    logit_adjustment,
+    robal_margin,
+)
+from lt_adv.losses.pairs import kl_divergence
+from lt_adv.losses.priors import class_balanced_weights, ldam_margins, log_prior
+
+__all__ = [
+    "balanced_softmax",
+    "class_balanced_weights",
+    "class_dependent_temperature",
+    "cross_entropy",
+    "focal",
+    "kl_divergence",
+    "ldam",
+    "ldam_margins",
+    "log_prior",
+    "logit_adjustment",
+    "robal_margin",
+]

@@ -1,0 +1,150 @@
+"""Losses of logits and labels.
+
+Common arguments, of every loss here:
+  logits: z, [batch, classes], floating.
+  labels: y, integers [batch].
+  class_counts: n, training counts [classes], each at least one; pi_c = n_c / sum_k n_k.
+Every loss returns one value per example, [batch], in nats; the caller reduces. Those that do not need `class_counts`
+take it all the same, so that any of them can stand in for any other. ValueError for counts that do not fit the logits.
+"""
+
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.typing import ArrayLike
+
+from lt_adv.losses import priors
+
+
+def cross_entropy(logits: Array, labels: Array, *, class_counts: ArrayLike | None = None) -> Array:
+    """Cross-entropy, -log softmax(z)_y. Arguments and result: top of the module."""
+    return -_at_label(jax.nn.log_softmax(logits), labels)
+
+
+def balanced_softmax(logits: Array, labels: Array, *, class_counts: ArrayLike) -> Array:
+    """Balanced softmax, the cross-entropy of z + log n. Arguments and result: top of the module.
+
+    Reference: Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020.
+    """
+    return cross_entropy(logits + jnp.log(_counts(class_counts, logits)), labels)
+
+
+def logit_adjustment(logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 1.0) -> Array:
+    """Logit-adjusted cross-entropy, of z + tau log pi. Arguments and result: top of the module.
+
+    tau = 1 is the balanced softmax, tau = 0 the plain cross-entropy.
+
+    Reference: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10.
+    """
+    return cross_entropy(logits + tau * _log_prior(class_counts, logits), labels)
+
+
+def ldam(
+    logits: Array, labels: Array, *, class_counts: ArrayLike, max_margin: float = 0.5, scale: float = 1.0
+) -> Array:
+    """LDAM: the cross-entropy of s (z_j - m_j [j = y]), m_c = max_margin (n_min / n_c)^(1/4).
+
+    Arguments and result: top of the module; `max_margin` in units of logits, `scale` is s.
+
+    Reference: Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
+    Differs from its released code: s defaults to 1 (the robust long-tail study) and not 30 (normalised features).
+    """
+    margins = priors.ldam_margins(_counts(class_counts, logits), max_margin, logits.dtype)
+    return cross_entropy(scale * (logits - margins * _one_hot(logits, labels)), labels)
+
+
+def robal_margin(
+    logits: Array,
+    labels: Array,
+    *,
+    class_counts: ArrayLike,
+    margin: float = 0.1,
+    scale: float = 10.0,
+    tau_b: float = 1.2,
+    tau_m: float = 0.0,
+) -> Array:
+    """RoBal's margin loss, the cross-entropy of u, for cosine logits z.
+
+      u_y = s (z_y - m) - tau_m log(n_y / n_min) + tau_b log pi_y,    u_j = s z_j + tau_b log pi_j for j != y.
+
+    tau_b = tau_m = 0 leaves a uniform margin on a cosine head.
+
+    Args:
+      logits: unscaled cosine logits, [batch, classes].
+      labels: integers [batch].
+      class_counts: n, [classes].
+      margin: m, in units of cosine.
+      scale: s.
+      tau_b: strength of the class prior (rebalancing).
+      tau_m: strength of the class-aware margin; in units of scaled logits.
+
+    Returns:
+      [batch], in nats.
+
+    Reference: Wu et al., "Adversarial robustness under long-tailed distribution", CVPR 2021.
+    """
+    n = _counts(class_counts, logits)
+    margins = scale * margin + tau_m * jnp.log(n / n.min())
+    prior = tau_b * _log_prior(class_counts, logits)
+    return cross_entropy(scale * logits - margins * _one_hot(logits, labels) + prior, labels)
+
+
+def class_dependent_temperature(
+    logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 0.3
+) -> Array:
+    """CDT: the cross-entropy of z_c / (n_max / n_c)^tau. Arguments and result: top of the module.
+
+    The temperature belongs to the loss: the network attacked and evaluated has the logits z.
+
+    Reference: Ye et al., "Identifying and compensating for feature deviation in imbalanced deep learning", 2020.
+    """
+    n = _counts(class_counts, logits)
+    return cross_entropy(logits * (n / n.max()) ** tau, labels)
+
+
+def focal(
+    logits: Array,
+    labels: Array,
+    *,
+    class_counts: ArrayLike | None = None,
+    gamma: float = 2.0,
+    activation: Literal["softmax", "sigmoid"] = "softmax",
+) -> Array:
+    """Focal loss, -(1 - p)^gamma log p: of p = softmax(z)_y, or summed over one sigmoid per class.
+
+    With "sigmoid", p_c = sigmoid(z_c) for c = y and 1 - sigmoid(z_c) for the others. gamma = 0 gives the cross-entropy,
+    or the sum of binary cross-entropies. Arguments and result: top of the module.
+
+    Reference: Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 4 (sigmoid).
+    """
+    if activation == "softmax":
+        return _focal_term(_at_label(jax.nn.log_softmax(logits), labels), gamma)
+    if activation == "sigmoid":
+        signed = jnp.where(_one_hot(logits, labels), logits, -logits)
+        return _focal_term(jax.nn.log_sigmoid(signed), gamma).sum(axis=-1)
+    raise ValueError(f"Unknown activation {activation!r}. There are: softmax, sigmoid.")
+
+
+def _focal_term(log_p: Array, gamma: float) -> Array:
+    # 1 - p without cancellation; kept off zero, where a power below one has no finite derivative.
+    miss = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
+    return -(miss**gamma) * log_p
+
+
+def _counts(class_counts: ArrayLike, logits: Array) -> Array:
+    return priors.counts(class_counts, logits.shape[-1], logits.dtype)
+
+
+def _log_prior(class_counts: ArrayLike, logits: Array) -> Array:
+    return priors.log_prior(_counts(class_counts, logits), logits.dtype)
+
+
+def _one_hot(logits: Array, labels: Array) -> Array:
+    # A comparison instead of a gather: its gradient is no scatter, and it shards on any mesh.
+    return labels[:, None] == jnp.arange(logits.shape[-1])
+
+
+def _at_label(values: Array, labels: Array) -> Array:
+    return jnp.sum(jnp.where(_one_hot(values, labels), values, 0), axis=-1)

@@ -1,0 +1,47 @@
+"""Functions of the training class counts. `class_counts` is [classes], each at least one, any array or sequence."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.typing import ArrayLike, DTypeLike
+
+
+def counts(class_counts: ArrayLike, num_classes: int | None = None, dtype: DTypeLike = float) -> Array:
+    """`class_counts` as floats [classes]; ValueError for a wrong length or, where values are known, a count below 1."""
+    if class_counts is None:
+        raise ValueError("class_counts is missing: give the training count of every class.")
+    if not isinstance(class_counts, jax.core.Tracer) and np.any(np.asarray(jax.device_get(class_counts)) < 1):
+        raise ValueError(f"class_counts must be at least 1 for every class, got {class_counts}.")
+    result = jnp.asarray(class_counts, dtype)
+    if result.ndim != 1 or num_classes not in (None, result.shape[0]):
+        expected = "[classes]" if num_classes is None else (num_classes,)
+        raise ValueError(f"class_counts must have shape {expected}, one count per class; got {result.shape}.")
+    return result
+
+
+def log_prior(class_counts: ArrayLike, dtype: DTypeLike = float) -> Array:
+    """Log frequency of each class, log pi_c = log(n_c / sum_k n_k), [classes]."""
+    n = counts(class_counts, dtype=dtype)
+    return jnp.log(n / n.sum())
+
+
+def ldam_margins(class_counts: ArrayLike, max_margin: float = 0.5, dtype: DTypeLike = float) -> Array:
+    """Label-distribution-aware margins, m_c = max_margin (n_min / n_c)^(1/4), [classes], in units of logits.
+
+    Reference: Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
+    """
+    n = counts(class_counts, dtype=dtype)
+    return max_margin * (n.min() / n) ** 0.25
+
+
+def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype: DTypeLike = float) -> Array:
+    """Inverse effective numbers of samples, w_c proportional to (1 - beta) / (1 - beta^n_c), [classes], of mean one.
+
+    beta = 0 weighs all classes alike, beta -> 1 weighs them by 1 / n_c.
+
+    Reference: Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019.
+    """
+    n = counts(class_counts, dtype=dtype)
+    weights = (1 - beta) / (1 - beta**n)
+    return weights / weights.mean()
