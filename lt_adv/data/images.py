@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from lt_adv.data.dataset import Decoding
 
@@ -74,8 +74,9 @@ def _chunks(encoded: Encoded, work: Callable[[bytes, str], object]) -> Iterator[
             except BadImage:
                 raise
             except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                reason = " ".join(str(error).split())
-                raise BadImage(f"{names[position]} is not a readable JPEG or PNG image ({reason}).") from error
+                # Pillow's "cannot identify" names nothing but an address in memory.
+                reason = "" if isinstance(error, UnidentifiedImageError) else f" ({' '.join(str(error).split())})"
+                raise BadImage(f"{names[position]} is not a readable JPEG or PNG image{reason}.") from error
         return results
 
     # No more threads than cores: on small images the rest would only wait for the interpreter lock.

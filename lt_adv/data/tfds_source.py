@@ -81,6 +81,7 @@ def _other(name: str, data_dir: Path, download: bool) -> Any:
             )
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         _prepare(builder, data_dir / "downloads" / "manual")
+    builder = tfds.builder_from_directory(builder.data_path)  # with the features it was prepared with
     if not tensorflow and not _is_array_record(builder):
         file_format = builder.info.file_format.value
         raise ValueError(f"{name} in {data_dir} is prepared as {file_format}, and reading that {NEEDS_TENSORFLOW}.")

@@ -1,0 +1,162 @@
+"""The cache: read again without decoding, rebuilt when damaged, never half there."""
+
+import dataclasses
+import json
+import logging
+import os
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+
+from lt_adv.data import cache
+from lt_adv.data.dataset import Source, decoding, in_memory
+
+IMAGE = np.random.RandomState(0).randint(0, 256, (7, 3, 3, 1)).astype(np.uint8)
+
+
+def make_source(identity="a", fail_after=None, reads=None):
+    """A source that notes its reads in the list `reads`; with `fail_after` it stops in the middle of the images."""
+
+    def blocks():
+        yield IMAGE[:4]
+        if fail_after:
+            raise fail_after
+        yield IMAGE[4:]
+
+    def read():
+        if reads is not None:
+            reads.append(identity)
+        split = dataclasses.replace(decoding(IMAGE, np.arange(7) % 2, np.arange(7)), blocks=blocks)
+        return ("even", "odd"), {"train": split, "test": split}
+
+    return Source(identity, read)
+
+
+def leftovers(data_dir):
+    return sorted(p.name for p in (data_dir / "lt_adv_cache").iterdir())
+
+
+def test_second_load_reads_no_source(tmp_path):
+    source = make_source(reads=(reads := []))
+    first, second = (cache.load(tmp_path, "set", source) for _ in range(2))
+    assert reads == ["a"] and first.digest == second.digest
+    np.testing.assert_array_equal(second.train.image, IMAGE)
+    np.testing.assert_array_equal(second.test.label, np.arange(7) % 2)
+    assert isinstance(second.train.image, np.memmap) and second.class_names == ("even", "odd")
+    assert first.digest == in_memory("set", make_source()).digest
+    assert leftovers(tmp_path) == [cache.folder_of(tmp_path, "set", source).name]
+
+
+def test_another_identity_is_another_cache(tmp_path):
+    cache.load(tmp_path, "set", make_source("a"))
+    cache.load(tmp_path, "set", make_source("b", reads=(reads := [])))
+    assert reads == ["b"] and len(leftovers(tmp_path)) == 2
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-5] ^= 1
+    path.write_bytes(content)
+
+
+def edit_meta(path):
+    meta = json.loads(path.read_text())
+    meta["class_names"] = ["x", "y"]
+    path.write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("file", "damage"),
+    [
+        ("train_image.npy", flip),
+        ("test_label.npy", flip),
+        ("train_image.npy", lambda p: p.write_bytes(p.read_bytes()[:-1])),
+        ("train_image.npy", lambda p: p.write_bytes(p.read_bytes() + b"0")),
+        ("train_image.npy", lambda p: np.save(p, IMAGE[:3])),
+        ("train_image.npy", lambda p: p.unlink()),
+        ("meta.json", lambda p: p.write_text("{")),
+        ("meta.json", lambda p: p.write_text("[]")),
+        ("meta.json", lambda p: p.write_text('{"arrays": {}, "class_names": [], "digest": ""}')),
+        ("meta.json", edit_meta),
+    ],
+)
+def test_a_damaged_cache_is_rebuilt_with_one_line(tmp_path, caplog, file, damage):
+    source = make_source(reads=(reads := []))
+    digest = cache.load(tmp_path, "set", source).digest
+    folder = cache.folder_of(tmp_path, "set", source)
+    damage(folder / file)
+    with caplog.at_level(logging.WARNING):
+        data = cache.load(tmp_path, "set", source)
+    assert len(reads) == 2 and data.digest == digest
+    np.testing.assert_array_equal(data.train.image, IMAGE)
+    assert len(caplog.records) == 1 and "damaged" in caplog.text and "\n" not in caplog.records[0].getMessage()
+    assert leftovers(tmp_path) == [folder.name]
+
+
+def test_large_images_are_trusted_beyond_their_size(tmp_path, monkeypatch):
+    source = make_source(reads=(reads := []))
+    cache.load(tmp_path, "set", source)
+    monkeypatch.setattr(cache, "FULL_CHECK_BYTES", 60)
+    flip(cache.folder_of(tmp_path, "set", source) / "train_image.npy")
+    cache.load(tmp_path, "set", source)
+    assert len(reads) == 1
+
+
+@pytest.mark.parametrize("failure", [ValueError("x.png is not readable"), KeyboardInterrupt()])
+def test_an_interrupted_write_leaves_nothing(tmp_path, failure):
+    with pytest.raises(type(failure)):
+        cache.load(tmp_path, "set", make_source(fail_after=failure))
+    assert leftovers(tmp_path) == []
+    assert len(cache.load(tmp_path, "set", make_source()).train) == 7
+
+
+def test_a_full_disk_is_one_line(tmp_path):
+    with pytest.raises(ValueError, match="Cannot write the cache .*No space left.* MiB") as caught:
+        cache.load(tmp_path, "set", make_source(fail_after=OSError(28, "No space left on device")))
+    assert "\n" not in str(caught.value)
+
+
+def test_a_data_dir_that_cannot_be_written_is_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="Cannot write the cache .*data_dir"):
+        cache.load(tmp_path / "file", "set", make_source())
+
+
+def test_a_killed_writer_leaves_no_cache(tmp_path):
+    code = f"""
+import dataclasses, os, signal, pathlib, numpy as np
+from lt_adv.data import cache
+from lt_adv.data.dataset import Source, decoding
+image = np.zeros((7, 3, 3, 1), np.uint8)
+def blocks():
+    yield image[:4]
+    os.kill(os.getpid(), signal.SIGKILL)
+d = dataclasses.replace(decoding(image, np.zeros(7), np.arange(7)), blocks=blocks)
+cache.load(pathlib.Path({str(tmp_path)!r}), "set", Source("a", lambda: (("x",), {{"train": d, "test": d}})))
+"""
+    assert subprocess.run([sys.executable, "-c", code]).returncode == -9
+    folder = cache.folder_of(tmp_path, "set", make_source())
+    (left,) = (tmp_path / "lt_adv_cache").iterdir()
+    assert left.name.startswith(f".{folder.name}.") and not folder.exists()
+    day_before = time.time() - 2 * cache.STALE_SECONDS
+    os.utime(left, (day_before, day_before))
+    assert len(cache.load(tmp_path, "set", make_source()).train) == 7
+    assert leftovers(tmp_path) == [folder.name]
+
+
+def test_a_faster_process_with_the_same_set_is_no_error(tmp_path):
+    def overtaken():
+        cache.load(tmp_path, "set", make_source())
+        return make_source().read()
+
+    assert len(cache.load(tmp_path, "set", Source("a", overtaken)).train) == 7
+    assert len(leftovers(tmp_path)) == 1
+
+
+def test_a_read_only_cache_can_still_be_read(tmp_path, monkeypatch):
+    cache.load(tmp_path, "set", make_source())
+    monkeypatch.setattr(cache, "_write", lambda *_: pytest.fail("nothing needs to be written"))
+    assert len(cache.load(tmp_path, "set", make_source()).train) == 7
