@@ -71,9 +71,8 @@ def _other(name: str, data_dir: Path, download: bool) -> Any:
         known = [*EMBEDDED, *archives.ARCHIVES]
         message = f"{lookup.unknown('data set', name, known)} TensorFlow-Datasets has no image set of that name either."
         raise ValueError(message) from error
-    tensorflow = importlib.util.find_spec("tensorflow") is not None
     if not builder.is_prepared():
-        if not tensorflow:
+        if not _has_tensorflow():
             raise ValueError(f"{name} is not prepared in {data_dir}, and preparing it {NEEDS_TENSORFLOW}.")
         if not download:
             raise FileNotFoundError(
@@ -82,10 +81,14 @@ def _other(name: str, data_dir: Path, download: bool) -> Any:
         builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
         _prepare(builder, data_dir / "downloads" / "manual")
     builder = tfds.builder_from_directory(builder.data_path)  # with the features it was prepared with
-    if not tensorflow and not _is_array_record(builder):
+    if not _is_array_record(builder) and not _has_tensorflow():
         file_format = builder.info.file_format.value
         raise ValueError(f"{name} in {data_dir} is prepared as {file_format}, and reading that {NEEDS_TENSORFLOW}.")
     return builder
+
+
+def _has_tensorflow() -> bool:
+    return importlib.util.find_spec("tensorflow") is not None
 
 
 def _is_array_record(builder: Any) -> bool:

@@ -6,15 +6,21 @@ import pytest
 
 from lt_adv.data.augment import pad_crop_flip
 
+augment = jax.jit(pad_crop_flip, static_argnames="pad")
+
 
 def reference(keys, image, pad):
+    @jax.jit
+    @jax.vmap
+    def draw(key):
+        offset_key, flip_key = jax.random.split(key)
+        return jax.random.randint(offset_key, (2,), 0, 2 * pad + 1), jax.random.bernoulli(flip_key)
+
     result = np.empty_like(image)
-    for i, x in enumerate(image):
-        offset_key, flip_key = jax.random.split(keys[i])
-        top, left = np.asarray(jax.random.randint(offset_key, (2,), 0, 2 * pad + 1))
+    for i, (x, (top, left), flip) in enumerate(zip(image, *map(np.asarray, draw(keys)), strict=True)):
         padded = np.pad(x, ((pad, pad), (pad, pad), (0, 0)))
         crop = padded[top : top + x.shape[0], left : left + x.shape[1]]
-        result[i] = crop[:, ::-1] if jax.random.bernoulli(flip_key) else crop
+        result[i] = crop[:, ::-1] if flip else crop
     return result
 
 
@@ -22,18 +28,18 @@ def reference(keys, image, pad):
 def test_equals_the_loop(shape, dtype, pad):
     keys = jax.random.split(jax.random.key(0), 16)
     image = np.random.RandomState(0).randint(1, 256, (16, *shape)).astype(dtype)
-    augmented = jax.jit(pad_crop_flip, static_argnames="pad")(keys, image, pad=pad)
+    augmented = augment(keys, image, pad=pad)
     assert augmented.dtype == dtype
     np.testing.assert_array_equal(augmented, reference(keys, image, pad))
     # Whether an example is alone or in a batch does not matter.
-    np.testing.assert_array_equal(pad_crop_flip(keys[3:4], image[3:4], pad=pad)[0], augmented[3])
+    np.testing.assert_array_equal(augment(keys[3:4], image[3:4], pad=pad)[0], augmented[3])
 
 
 def test_every_offset_and_both_mirrors_occur_equally():
     image = np.zeros((3000, 3, 3, 1), np.uint8)
     image[:, 1, 0] = 1
     keys = jax.random.split(jax.random.key(1), len(image))
-    flat = np.asarray(pad_crop_flip(keys, image, pad=1)).reshape(len(image), 9)
+    flat = np.asarray(augment(keys, image, pad=1)).reshape(len(image), 9)
     # The pixel goes to row 0..2; left of the middle by 0 or 1 or out, and the mirror of that.
     rows = flat.reshape(-1, 3, 3).sum(2).mean(0)
     columns = flat.reshape(-1, 3, 3).sum(1).mean(0)
@@ -43,6 +49,6 @@ def test_every_offset_and_both_mirrors_occur_equally():
 
 def test_no_padding_is_a_flip_alone():
     image = np.arange(2 * 2 * 4, dtype=np.uint8).reshape(2, 2, 4, 1)
-    augmented = np.asarray(pad_crop_flip(jax.random.split(jax.random.key(0), 2), image, pad=0))
+    augmented = np.asarray(augment(jax.random.split(jax.random.key(0), 2), image, pad=0))
     for x, y in zip(image, augmented, strict=True):
         assert (x == y).all() or (x[:, ::-1] == y).all()

@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.util
 import io
 import subprocess
 import sys
@@ -281,6 +280,18 @@ def test_a_set_without_images_or_test_split(tmp_path):
         load({"name": "no_test", "data_dir": str(tmp_path)})
 
 
+def test_tfrecord_needs_the_extra(tmp_path, monkeypatch):
+    import tensorflow_datasets as tfds
+
+    label = {"label": tfds.features.ClassLabel(num_classes=2)}
+    prepare(tmp_path, "old_set", features=label, examples={"train": [{"label": 0}], "test": [{"label": 1}]})
+    info = tmp_path / "old_set/3.0.1/dataset_info.json"
+    info.write_text(info.read_text().replace("array_record", "tfrecord"))
+    monkeypatch.setattr(tfds_source, "_has_tensorflow", lambda: False)
+    with pytest.raises(ValueError, match=r'as tfrecord, and reading that needs TensorFlow: .*"\.\[tfds-tf\]"'):
+        load({"name": "old_set", "data_dir": str(tmp_path)})
+
+
 @pytest.mark.parametrize(
     ("ids", "expected"),
     [
@@ -296,11 +307,10 @@ def test_original_indices(ids, expected):
 
 
 def test_unprepared_and_unknown_sets(tmp_path, monkeypatch):
-    find_spec = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: None if n == "tensorflow" else find_spec(n, *a))
-    with pytest.raises(ValueError, match=r'mnist is not prepared .* needs TensorFlow: pip install -e "\.\[tfds-tf\]"'):
+    monkeypatch.setattr(tfds_source, "_has_tensorflow", lambda: False)
+    with pytest.raises(ValueError, match=r'mnist is not prepared .* needs TensorFlow: .*"\.\[tfds-tf\]"'):
         load({"name": "mnist", "data_dir": str(tmp_path)})
-    monkeypatch.setattr(importlib.util, "find_spec", lambda n, *a: object() if n == "tensorflow" else find_spec(n, *a))
+    monkeypatch.setattr(tfds_source, "_has_tensorflow", lambda: True)
     with pytest.raises(FileNotFoundError, match="--config.data.download=True"):
         load({"name": "mnist", "data_dir": str(tmp_path)})
     for name in ("cifar1", "nothing_like_it", "../x", "mnist/no_such_config", ""):
