@@ -51,7 +51,8 @@ def ldam(
     Reference: Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
     Differs from its released code: s defaults to 1 (the robust long-tail study) and not 30 (normalised features).
     """
-    margins = priors.ldam_margins(_counts(class_counts, logits), max_margin, logits.dtype)
+    n = _counts(class_counts, logits)
+    margins = priors.ldam_margins(n, max_margin, n.dtype)
     return cross_entropy(scale * (logits - margins * _one_hot(logits, labels)), labels)
 
 
@@ -134,11 +135,12 @@ def _focal_term(log_p: Array, gamma: float) -> Array:
 
 
 def _counts(class_counts: ArrayLike, logits: Array) -> Array:
-    return priors.counts(class_counts, logits.shape[-1], logits.dtype)
+    return priors.counts(class_counts, logits.shape[-1], jnp.result_type(logits))
 
 
 def _log_prior(class_counts: ArrayLike, logits: Array) -> Array:
-    return priors.log_prior(_counts(class_counts, logits), logits.dtype)
+    n = _counts(class_counts, logits)
+    return priors.log_prior(n, n.dtype)
 
 
 def _one_hot(logits: Array, labels: Array) -> Array:

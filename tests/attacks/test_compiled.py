@@ -1,0 +1,136 @@
+"""`attacks.compile`: how often it compiles, counted by XLA itself, and that chunks change nothing."""
+
+from functools import partial
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from lt_adv import attacks
+from lt_adv.attacks import loop
+
+KEY = jax.random.key(3)
+OPTIONS = {"eps": 0.1, "step_size": 0.02}
+
+
+def apply(weights, x):
+    layout = ("NHWC", "HWIO", "NHWC")
+    hidden = jax.lax.conv_general_dilated(x, weights["conv"], (1, 1), "SAME", dimension_numbers=layout)
+    return jax.nn.relu(hidden).mean(axis=(1, 2)) @ weights["dense"]
+
+
+def weights(seed):
+    rng = np.random.default_rng(seed)
+    shapes = {"conv": (3, 3, 2, 8), "dense": (8, 5)}
+    return {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+
+
+X = np.random.default_rng(0).uniform(size=(8, 6, 6, 2)).astype(np.float32)
+Y = np.random.default_rng(0).integers(0, 5, size=8)
+
+
+@pytest.fixture
+def compilations():
+    """The programs XLA compiles while the test runs, one entry each."""
+    events = []
+
+    def listen(name, *_, **__):
+        if name == "/jax/core/compile/backend_compile_duration":
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    yield events
+    jax.monitoring.unregister_event_duration_listener(listen)
+
+
+def mesh():
+    return Mesh(np.array(jax.devices()), ("data",))
+
+
+def put(tree, *spec):
+    return jax.device_put(tree, NamedSharding(mesh(), P(*spec)))
+
+
+PLACES = {
+    "numpy": lambda w: (KEY, w, X, Y),
+    "x committed": lambda w: (KEY, w, jax.device_put(X, jax.devices()[0]), Y),
+    "weights on another device": lambda w: (KEY, jax.device_put(w, jax.devices()[3]), X, Y),
+    "weights replicated": lambda w: (KEY, put(w), X, Y),
+    "x sharded": lambda w: (KEY, put(w), put(X, "data"), put(Y, "data")),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("num_steps", [3, 25])
+def test_one_compilation_for_all_weights(compilations, num_steps, place):
+    inputs = [PLACES[place](weights(seed)) for seed in (1, 2)]
+    attack = attacks.compile(attacks.mim, apply, num_steps=num_steps, **OPTIONS)
+    compilations.clear()
+    first, second = (np.asarray(attack(*args)) for args in inputs)
+    assert len(compilations) == 1
+    assert not np.array_equal(first, second)
+
+
+@pytest.mark.parametrize(("attack", "num_steps"), [(attacks.pgd, 25), (attacks.mim, 25), (attacks.cw, 13)])
+def test_chunks_change_no_bit(attack, num_steps):
+    options = OPTIONS | {"num_steps": num_steps} | ({"decay": 0.9} if attack is attacks.mim else {})
+    assert loop.chunk_length(num_steps) < num_steps
+    chunked = attacks.compile(attack, apply, **options)(KEY, weights(1), X, Y)
+    whole = jax.jit(lambda key, w, x, y: attack(key, partial(apply, w), x, y, **options))(KEY, weights(1), X, Y)
+    np.testing.assert_array_equal(chunked, whole)
+
+
+@pytest.mark.parametrize("num_steps", [3, 20])
+def test_sharded_over_devices(num_steps):
+    attack = attacks.compile(attacks.mim, apply, num_steps=num_steps, **OPTIONS)
+    sharded = attack(*PLACES["x sharded"](weights(1)))
+    assert sharded.sharding.is_equivalent_to(NamedSharding(mesh(), P("data")), sharded.ndim)
+    np.testing.assert_allclose(sharded, attack(KEY, weights(1), X, Y), atol=1e-6)
+
+
+def whiles(compiled):
+    """Loops in the program, without those of a random start: keys of one's own and a start at x need none."""
+    return compiled.lower(jax.random.split(KEY, 8), weights(1), X, Y).as_text().count("stablehlo.while")
+
+
+def test_rolled_where_loops_are_rolled(monkeypatch):
+    expected = attacks.compile(attacks.pgd, apply, num_steps=20, start="zero", **OPTIONS)(KEY, weights(1), X, Y)
+    monkeypatch.setattr(loop, "unrolls", lambda: False)
+    assert loop.chunk_length(100) == 100
+    rolled = attacks.compile(attacks.pgd, apply, num_steps=20, start="zero", **OPTIONS)
+    assert whiles(rolled) == 1
+    np.testing.assert_allclose(rolled(KEY, weights(1), X, Y), expected, atol=1e-6)
+
+
+def test_unrolled_on_cpu():
+    assert whiles(attacks.compile(attacks.pgd, apply, num_steps=5, start="zero", **OPTIONS)) == 0
+
+
+def test_chunk_lengths_divide():
+    for num_steps in range(11, 60):
+        assert num_steps % loop.chunk_length(num_steps) == 0 and loop.chunk_length(num_steps) <= 10
+    assert [loop.chunk_length(n) for n in (0, 1, 10, 20, 25, 100)] == [0, 1, 10, 10, 5, 10]
+
+
+def test_inside_another_jit():
+    attack = attacks.compile(attacks.pgd, apply, num_steps=20, **OPTIONS)
+    np.testing.assert_allclose(jax.jit(attack)(KEY, weights(1), X, Y), attack(KEY, weights(1), X, Y), atol=1e-6)
+
+
+def test_fgsm_and_attacks_of_ones_own():
+    fgsm = attacks.compile(attacks.fgsm, apply, eps=0.1)(KEY, weights(1), X, Y)
+    np.testing.assert_allclose(fgsm, attacks.fgsm(KEY, partial(apply, weights(1)), X, Y, eps=0.1), atol=1e-6)
+
+    def brighten(key, logits_fn, x, y, *, eps, num_steps=50):
+        return x + eps * np.sign(num_steps)
+
+    np.testing.assert_allclose(attacks.compile(brighten, apply, eps=0.25)(KEY, weights(1), X, Y), X + 0.25)
+
+
+def test_an_unknown_option_is_refused_at_once():
+    with pytest.raises(ValueError, match="pgd cannot take these options.*stepsize"):
+        attacks.compile(attacks.pgd, apply, eps=0.1, stepsize=0.1, num_steps=2)
+    with pytest.raises(ValueError, match="Unknown norm"):
+        attacks.compile(attacks.pgd, apply, num_steps=20, norm="l3", **OPTIONS)(KEY, weights(1), X, Y)
