@@ -125,8 +125,10 @@ def test_selection_and_validation_properties(sizes, seed, data):
         longtail.cut_validation(label, selected, min(counts), seed)
 
 
-def test_validation_depends_on_the_seed():
+def test_selection_and_validation_depend_on_the_seed():
     label = np.repeat([0, 1], 50)
+    chosen = [longtail.select(label, [10, 10], seed).tolist() for seed in (0, 0, 1)]
+    assert chosen[0] == chosen[1] != chosen[2]
     cuts = [longtail.cut_validation(label, np.arange(100), 10, seed)[1].tolist() for seed in (0, 0, 1)]
     assert cuts[0] == cuts[1] != cuts[2]
 
@@ -171,9 +173,10 @@ def test_a_whole_set_is_not_copied():
 
 
 def test_explicit_counts_win_over_the_profile():
-    result = longtail.long_tailed(dataset([0, 1] * 5), {"imbalance": "exponential", "class_counts": (5, 5)})
-    assert result.class_counts == (5, 5)
-    np.testing.assert_array_equal(result.train.label, [0] * 5 + [1] * 5)
+    for imbalance in ("exponential", "none"):
+        result = longtail.long_tailed(dataset([0, 1] * 5), {"imbalance": imbalance, "class_counts": (5, 5)})
+        assert result.class_counts == (5, 5)
+        np.testing.assert_array_equal(result.train.label, [0] * 5 + [1] * 5)
 
 
 def test_almost_balanced_sets_give_the_largest_profile_they_can():

@@ -67,6 +67,16 @@ def test_image_folder(folder, read):
     assert isinstance(data.train.image, np.memmap) and not data.train.image.flags.writeable
 
 
+def test_a_changed_file_is_decoded_anew(folder, read):
+    before, changed = read("image_folder", folder), folder / "train/cat/0.png"
+    size = changed.stat().st_size
+    save(changed, picture(99))
+    assert changed.stat().st_size == size, "only the time differs"
+    after = read("image_folder", folder)
+    assert after.digest != before.digest
+    np.testing.assert_array_equal(after.train.image[0], picture(99))
+
+
 def test_jpeg_is_decoded_and_other_files_are_ignored(folder, read):
     smooth = np.repeat(np.arange(0, 48, 8, dtype=np.uint8)[:, None, None], 6, 1).repeat(3, 2)
     save(folder / "train/cat/3.JPG", smooth, format="JPEG", quality=95)
