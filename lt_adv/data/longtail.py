@@ -115,10 +115,10 @@ def cut_validation(
 def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str, np.ndarray]:
     """{"head": ids, "body": ids, "tail": ids}: class ids by count, most common first, ties in label order.
 
-        thirds    head and tail are C // 3 classes each, body the rest
-        reat      tail is ranks 2 (C // 3) + 1 to C - 1, head the first C // 3 (Li et al., 2023)
-        robustlt  tail is the 80 % rarest classes, head the rest, no body (CVPR 2026)
-        tenths    ten blocks of C / 10 classes, "1" the most common (CIFAR-100 tables)
+    thirds    head and tail are C // 3 classes each, body the rest
+    reat      tail is ranks 2 (C // 3) + 1 to C - 1, head the first C // 3 (Li et al., 2023)
+    robustlt  tail is the 80 % rarest classes, head the rest, no body (CVPR 2026)
+    tenths    ten blocks of C / 10 classes, "1" the most common (CIFAR-100 tables)
     """
     counts = np.asarray(class_counts)
     ranked, third = np.argsort(-counts, kind="stable"), len(counts) // 3

@@ -54,10 +54,11 @@ def _prepare(builder: Any, manual: Path) -> None:
     config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
     try:
         builder.download_and_prepare(download_config=config)
-    except OSError as error:
+    except (OSError, tfds.download.DownloadError) as error:
+        reason = " ".join(str(getattr(error, "strerror", None) or error).split())
         raise ValueError(
-            f"Cannot prepare {builder.name} in {builder.data_dir} ({error.strerror or error}); "
-            "--config.data.data_dir names another folder."
+            f"Cannot prepare {builder.name} in {builder.data_dir} ({reason}); it needs a folder it can write to, "
+            "which --config.data.data_dir names, and for a set that is not there yet the network."
         ) from error
 
 

@@ -221,6 +221,14 @@ def test_download_is_asked_for_checked_and_atomic(tmp_path, publish, cifar10, mo
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_a_preparation_that_cannot_be_written_is_one_line(tmp_path, publish, cifar10):
+    publish("cifar10", cifar10[1])
+    (tmp_path / "lt_adv_cifar10").write_text("a file where a folder should be")
+    with pytest.raises(ValueError, match="Cannot prepare lt_adv_cifar10 .*data_dir") as caught:
+        load({"name": "cifar10", "data_dir": str(tmp_path)})
+    assert "\n" not in str(caught.value)
+
+
 def prepare(data_dir, name, *, features, examples, file_format="array_record"):
     """Prepares a set called `name` with the given features, as another tool would have."""
     import tensorflow_datasets as tfds
@@ -335,8 +343,11 @@ print(len(load({{"name": "cifar10", "data_dir": str(root)}}).train), "tensorflow
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "15 False", result.stderr
     # And the second start does without TensorFlow-Datasets.
-    code = code.split("(root / \"downloads")[0] + """
+    code = (
+        code.split('(root / "downloads')[0]
+        + """
 print(len(load({"name": "cifar10", "data_dir": str(root)}).train), "tensorflow_datasets" in sys.modules)
 """
+    )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "15 False", result.stderr
