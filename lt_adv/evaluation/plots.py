@@ -2,6 +2,7 @@
 
 import io
 import json
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -257,8 +258,8 @@ def examples(pictures: Mapping[str, Any], class_names: Sequence[str], class_coun
     labels = ("clean", f"perturbation\n× {scale:.3g} around grey", f"{title(pictures['attack'])}\neps {eps:.6g}")
     for row, label in enumerate(labels):
         grid[row, 0].set_ylabel(label, fontsize=8, color=SOFT)
-    figure.suptitle(
-        "True class on top, prediction below (red: wrong). Each class shows the first image the attack turns, if any.",
-        fontsize=8, color=SOFT, x=0.01, ha="left",
-    )  # fmt: skip
+    caption = (
+        "True class on top, prediction below (red: wrong). Each class shows the first image the attack turns, if any."
+    )
+    figure.suptitle(textwrap.fill(caption, max(20 * number, 30)), fontsize=8, color=SOFT, x=0.01, ha="left")
     return figure

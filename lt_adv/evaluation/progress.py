@@ -33,7 +33,7 @@ class Meter:
     def text(self) -> str:
         rate = (self.done - self.first) / self.each / max(time.perf_counter() - self.start, 1e-9)
         parts = [f"{name} {100 * right / self.seen[name]:.1f} %" for name, right in self.correct.items()]
-        return f"{rate:.3g} images/s   " + "  ".join(parts)
+        return (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}") + " images/s   " + "  ".join(parts)
 
 
 @contextmanager

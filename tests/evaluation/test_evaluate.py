@@ -1,4 +1,5 @@
 import importlib
+import io
 import types
 import zlib
 
@@ -6,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import rich.console
 
 from lt_adv import attacks
 from lt_adv.evaluation import balanced_subset, examples, read, records
@@ -97,14 +99,17 @@ def test_resumes_at_missing_and_damaged_batches(run, written, tmp_path):
 def test_a_batch_of_other_images_or_columns_is_computed_again(run, written, tmp_path):
     first, _ = run()
     folder = records.folder(tmp_path, first.header)
-    records.write_batch(folder, 0, records.read_batch(folder, 1))
+    columns = records.read_batch(folder, 0)
+    records.write_batch(folder, 0, {**columns, "index": columns["index"] + 1})
+    columns = records.read_batch(folder, 2)
+    records.write_batch(folder, 2, {**columns, "label": (columns["label"] + 1) % 3})
     columns = records.read_batch(folder, 1)
     del columns["attack/fgsm"]
     records.write_batch(folder, 1, columns)
     written.clear()
     result, text = run()
-    assert written == [0, 1]
-    assert "holds other images" in text and "holds other columns" in text
+    assert written == [0, 1, 2]
+    assert text.count("holds other images") == 2 and text.count("holds other columns") == 1
     equal(result, first)
 
 
@@ -259,3 +264,13 @@ def test_examples_are_the_images_of_the_records(toy, run):
     for label, before, after in zip(*(pictures[k] for k in ("label", "clean_prediction", "prediction")), strict=True):
         turned = result.correct("clean") & ~result.correct("pgd") & (result.label == label)
         assert (before == label and after != label) == turned.any()
+
+
+def test_a_live_bar_on_a_terminal(toy, tmp_path):
+    console = rich.console.Console(file=io.StringIO(), width=200, force_terminal=True)
+    module.evaluate(
+        toy.key, toy.apply, toy.variables, toy.split, attacks=toy.attacks, batch_size=7, directory=None, header={},
+        mesh=toy.mesh(8), class_names=toy.names, console=console,
+    )  # fmt: skip
+    text = console.file.getvalue()
+    assert "lsa" in text and "100%" in text and "images/s" in text
