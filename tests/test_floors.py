@@ -1,0 +1,161 @@
+"""Imports go down only: every import of lt_adv/, read with `ast`, against the plan of the house."""
+
+import ast
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PROJECT = ("lt_adv", "configs", "experiments", "tests")
+MAX_LINES = 320
+
+# Room -> what it may import of the project, beside itself. What is not named here has no place in the house.
+ROOMS: dict[str, set[str]] = {
+    "__init__": set(),
+    "lookup": set(),
+    "attacks": set(),
+    "losses": set(),
+    "models": {"lookup"},
+    "data": {"lookup"},
+    "methods": {"lookup", "attacks", "losses"},
+    "training": {"lookup", "attacks", "models", "data", "methods"},
+    "evaluation": {"lookup", "attacks", "data"},
+    "run": {"__init__", "lookup", "models", "data", "methods", "training", "evaluation"},
+    "main": {"__init__", "lookup", "training", "run"},
+}
+NUMERIC = {"jax", "numpy", "optax"}
+# Room -> what it may import of other packages, beside the standard library.
+PACKAGES: dict[str, set[str]] = {
+    "__init__": set(),
+    "lookup": set(),
+    "attacks": NUMERIC,
+    "losses": NUMERIC,
+    "models": NUMERIC | {"flax"},
+    "data": NUMERIC | {"tensorflow_datasets", "PIL", "sklearn"},
+    "methods": NUMERIC | {"flax"},
+    "training": NUMERIC | {"absl", "etils", "flax", "ml_collections", "orbax", "rich", "tensorboardX"},
+    "evaluation": NUMERIC | {"etils", "matplotlib", "rich"},
+    "run": {"jax", "etils", "ml_collections"},
+    "main": {"absl", "etils", "ml_collections"},
+}
+FILES = sorted((ROOT / "lt_adv").rglob("*.py"))
+
+
+def room_of(module: str) -> str:
+    """lt_adv.attacks.loop -> attacks; lt_adv itself -> __init__."""
+    return (module.split(".") + ["__init__"])[1]
+
+
+def imported(module: str, is_package: bool, source: str) -> Iterator[tuple[int, str]]:
+    """(line, absolute name) of all that a module imports, anywhere in it; `from a import b` counts as a.b."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            above = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            base = ".".join([*above, *filter(None, [node.module])])
+            yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
+        elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
+            name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
+            if name in ("import_module", "__import__"):
+                yield node.lineno, str(node.args[0].value)
+
+
+def target_room(name: str) -> str:
+    """The room that an imported lt_adv.* name lies in; a name that is no room (lt_adv.__version__) is lt_adv's own."""
+    room = room_of(name)
+    return room if room in ROOMS or (ROOT / "lt_adv" / room).is_dir() else "__init__"
+
+
+def violations(module: str, source: str, is_package: bool = False) -> list[str]:
+    """What a module imports that its room may not, one line each."""
+    room, found = room_of(module), []
+    if room not in ROOMS:
+        return [f"{module}: {room} is not a room of the house"]
+    for line, name in imported(module, is_package, source):
+        package = name.split(".")[0]
+        if package == "lt_adv":
+            target = target_room(name)
+            # Any import loads lt_adv/__init__.py, which imports nothing: only names taken from it count.
+            if target != room and target not in ROOMS[room]:
+                found.append(f"{module}:{line}: {room} may not import {name}")
+        elif package in PROJECT or (package not in sys.stdlib_module_names and package not in PACKAGES[room]):
+            found.append(f"{module}:{line}: {room} may not import {package}")
+    return found
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_down(path):
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    is_package = parts[-1] == "__init__"
+    found = violations(".".join(parts[:-1] if is_package else parts), path.read_text(), is_package)
+    assert not found, "\n".join(found)
+
+
+def test_every_room_is_planned():
+    rooms = {path.relative_to(ROOT / "lt_adv").parts[0].removesuffix(".py") for path in FILES}
+    assert rooms == set(ROOMS) == set(PACKAGES)
+
+
+@pytest.mark.parametrize(
+    ("module", "source"),
+    [
+        ("lt_adv.attacks.gradient", "from lt_adv import losses"),  # sideways
+        ("lt_adv.attacks.gradient", "import lt_adv.lookup"),  # down, and yet not for them
+        ("lt_adv.attacks.gradient", "from ..methods import base"),  # up, relative
+        ("lt_adv.losses.pairs", "def f():\n    from lt_adv.attacks import pgd"),  # inside a function
+        ("lt_adv.losses.pairs", "import flax.linen as nn"),
+        ("lt_adv.losses.pairs", "from lt_adv import __version__"),
+        ("lt_adv.attacks.loop", "if True:\n    import tensorflow_datasets as tfds"),
+        ("lt_adv.models.heads", "from lt_adv.data.longtail import groups"),
+        ("lt_adv.models.heads", "import tensorflow_datasets"),
+        ("lt_adv.data.cache", "import flax"),
+        ("lt_adv.data.sources", "import tensorflow"),
+        ("lt_adv.data.sources", "import importlib\nimportlib.import_module('lt_adv.training.loop')"),
+        ("lt_adv.methods.robal", "from lt_adv import attacks, models"),
+        ("lt_adv.methods.robal", "from lt_adv.training import net"),
+        ("lt_adv.evaluation.report", "from lt_adv.methods import base"),
+        ("lt_adv.evaluation.report", "import lt_adv.training.loop"),
+        ("lt_adv.training.loop", "from lt_adv import evaluation"),
+        ("lt_adv.training.loop", "from lt_adv import run"),
+        ("lt_adv.run", "from lt_adv import main"),
+        ("lt_adv.training.loop", "from configs import common"),
+        ("lt_adv.lookup", "import numpy"),
+        ("lt_adv.helpers.strings", "import os"),
+    ],
+)
+def test_a_planted_violation_is_found(module, source):
+    assert len(violations(module, source)) == 1
+
+
+def test_permitted_imports_are_not_reported():
+    assert not violations("lt_adv.methods.robal", "import os\nfrom lt_adv import attacks, losses\nfrom . import base")
+    assert not violations("lt_adv.attacks", "from .loop import repeat\nimport lt_adv.attacks.norms", is_package=True)
+    assert list(imported("lt_adv.a.b", False, "from .. import c")) == [(1, "lt_adv.c")]
+    assert list(imported("lt_adv.a", True, "from .b import c")) == [(1, "lt_adv.a.b.c")]
+
+
+def test_files_stay_short():
+    """One that does not asks for a room that is missing."""
+    files = [*FILES, *(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
+    assert not {path: n for path, n in lines.items() if n > MAX_LINES}
+
+
+def test_nothing_left_lying_about():
+    """No notes to self, and no path that exists on one machine alone."""
+    unwanted = ["TO" + "DO", "FIX" + "ME", "XX" + "X"]
+    unwanted += [f"/{folder}/" for folder in ("root", "home", "work", "tmp", "Users")]
+    files = [path for folder in PROJECT for path in (ROOT / folder).rglob("*.py")]
+    for pattern in ("*.md", "*.cfg", "*.toml", ".ci/*", "experiments/**/*.md"):
+        files += ROOT.glob(pattern)
+    found = [
+        f"{path.relative_to(ROOT)}:{number}: {word}"
+        for path in files
+        for number, line in enumerate(path.read_text().splitlines(), 1)
+        for word in unwanted
+        if word in line
+    ]
+    assert not found, "\n".join(found)
