@@ -8,6 +8,7 @@ Each run is `python -m lt_adv.main`; one that was interrupted goes on. Reports a
 """
 
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -69,7 +70,7 @@ def collect(row: str, seed: str) -> None:
     hidden = [part.replace(IMAGES.value, "<images>") for part in shown]
     for name, source in (("full", run), ("subset1000", run / "reports" / "subset1000")):
         report = json.loads((source / "report.json").read_text())
-        machine = {"device": str(jax.devices()[0].device_kind), "cores": 2, "python": platform.python_version()}
+        machine = {"device": str(jax.devices()[0].device_kind), "cores": os.cpu_count(), "python": platform.python_version()}
         record = {"command": " ".join(hidden), "machine": machine, "report": report}
         (RESULTS / f"{row}-seed{seed}-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         if seed == SEEDS.value[0]:

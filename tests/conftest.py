@@ -1,9 +1,14 @@
-"""Eight virtual CPU devices for every test, set before jax starts."""
+"""Eight virtual CPU devices for every test, set before jax starts.
+
+Programs are compiled without LLVM's optimisation: compiling is what the tests spend their time on, and it halves that.
+Runs that are tested as a user would start them (tests/test_end_to_end.py) are processes without these flags.
+"""
 
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8 " + os.environ.get("XLA_FLAGS", "")
+FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import numpy as np
 import pytest

@@ -14,9 +14,10 @@ class Net:
     Made anew in every trace. `at(params)` shares the statistics, so that a forward at moved weights counts as well.
     """
 
-    def __init__(self, apply, params, batch_stats, info, *, teacher=None, freeze_batch_stats=False):
+    def __init__(self, apply, params, batch_stats, info, *, key, teacher=None, freeze_batch_stats=False):
         self._apply = apply
-        self._cell = {"batch_stats": batch_stats}
+        self._cell = {"batch_stats": batch_stats, "forwards": 0}
+        self._key = key  # of dropout alone; one stream per device, all else is drawn per example
         self._freeze = freeze_batch_stats
         self.params = params
         self.info = info
@@ -37,8 +38,9 @@ class Net:
     def train(self, x):
         if self._freeze:
             return self.eval(x)
-        out, new = self._apply(self._variables(), x, train=True, mutable=["batch_stats"])
-        self._cell["batch_stats"] = new["batch_stats"]
+        rngs = {"dropout": jax.random.fold_in(self._key, self._cell["forwards"])}
+        out, new = self._apply(self._variables(), x, train=True, mutable=["batch_stats"], rngs=rngs)
+        self._cell.update(batch_stats=new["batch_stats"], forwards=self._cell["forwards"] + 1)
         return out
 
     def at(self, params):

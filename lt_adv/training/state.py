@@ -36,7 +36,8 @@ def create(key, variables, tx, extra, *, averaged: bool) -> TrainState:
         params=params,
         batch_stats=batch_stats,
         opt_state=tx.init(params),
-        average={"params": params, "batch_stats": batch_stats} if averaged else {},
+        # Copies: an array that stood in the state twice would be donated twice.
+        average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if averaged else {},
         extra=extra,
         window={},
         key=key,

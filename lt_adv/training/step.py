@@ -115,7 +115,13 @@ def make_train_step(
 
         def network(p):
             return Net(
-                apply, p, state.batch_stats, info, teacher=teacher, freeze_batch_stats=options.freeze_batch_stats
+                apply,
+                p,
+                state.batch_stats,
+                info,
+                key=jax.random.fold_in(jax.random.fold_in(step_key, 3), lax.axis_index(AXIS)),
+                teacher=teacher,
+                freeze_batch_stats=options.freeze_batch_stats,
             )
 
         x_adv = method.perturb(attack_keys, network(params), batch, state.extra, clock) if attack else batch.image

@@ -1,0 +1,132 @@
+"""Checkpoints: bit-equal on any number of devices, and a damaged one is found out and passed over."""
+
+import pathlib
+import shutil
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from lt_adv.training import mesh as meshes
+from lt_adv.training import state as states
+from lt_adv.training.checkpoint import BEST, Checkpoints, digest, read_variables
+from tests.training.helpers import Small
+
+
+@pytest.fixture(scope="module")
+def state():
+    import optax
+
+    variables = Small().init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), train=False)
+    made = states.create(jax.random.key(5), variables, optax.sgd(0.1, momentum=0.9), {"counts": jnp.arange(4)}, averaged=False)
+    return meshes.replicate(made.replace(window={"loss": (jnp.float32(1.5), jnp.float32(2))}), meshes.make_mesh())
+
+
+META = {"seconds": 1.0, "class_counts": [3, 2, 1, 1]}
+
+
+def later(state, n):
+    return state.replace(step=state.step + n, params=jax.tree.map(lambda a: a + n, state.params))
+
+
+@pytest.fixture
+def saved(state, tmp_path):
+    """A stage's folder with the checkpoints 1 and 2."""
+    stage = epath.Path(tmp_path) / "checkpoints" / "0_train"
+    checkpoints = Checkpoints(stage)
+    for n in (1, 2):
+        checkpoints.save(n, later(state, n), {**META, "step": n})
+    checkpoints.close()
+    return stage
+
+
+def host(state):
+    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+def array_files(step):
+    found = [f for f in pathlib.Path(str(step / "state")).rglob("*") if f.is_file() and "d" in f.parent.name]
+    assert found
+    return found
+
+
+@pytest.mark.parametrize("devices", [8, 4, 1])
+def test_restores_bit_equal_on_any_number_of_devices(saved, state, devices):
+    mesh = meshes.make_mesh(jax.devices()[:devices])
+    restored, meta = Checkpoints(saved).restore_latest(state, mesh)
+    chex.assert_trees_all_equal(host(restored), host(later(state, 2)))
+    assert meta["step"] == 2 and restored.params["kernel"].sharding.mesh.size == devices
+    assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
+
+
+def test_a_flipped_bit_is_found_and_the_step_before_taken(saved, state, caplog):
+    """Somewhere in the files a bit flips: the digest, or orbax's own decompression, must not let it through."""
+    for file in array_files(saved / "2"):
+        raw = bytearray(file.read_bytes())
+        if len(raw) < 64:
+            continue
+        raw[len(raw) // 2] ^= 16
+        file.write_bytes(bytes(raw))
+    restored, meta = Checkpoints(saved).restore_latest(state, meshes.make_mesh())
+    chex.assert_trees_all_equal(host(restored), host(later(state, 1)))
+    assert meta["step"] == 1 and "checkpoint 2" in caplog.text and "going on from checkpoint 1" in caplog.text
+    assert not (saved / "2").exists() and read_variables(saved.parent.parent)[1]["step"] == 1
+
+
+def test_silent_damage_needs_the_digest(saved, state):
+    """Other numbers under an old digest: orbax restores them without a word, the digest refuses them."""
+    checkpoints = Checkpoints(saved)
+    shutil.rmtree(saved / "2" / "state")
+    shutil.copytree(saved / "1" / "state", saved / "2" / "state")
+    with pytest.raises(ValueError, match="checkpoint 2 .* is damaged: its digest differs"):
+        checkpoints.restore(2, state, meshes.make_mesh())
+    assert read_variables(saved.parent.parent)[1]["step"] == 1
+
+
+def test_truncated_files_fall_back_and_all_damaged_refuses(saved, state):
+    for file in array_files(saved / "2"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert Checkpoints(saved).restore_latest(state, meshes.make_mesh())[1]["step"] == 1
+    shutil.rmtree(saved / "1" / "state")
+    with pytest.raises(ValueError, match="None of the checkpoints can be restored: checkpoint 1 .* cannot be read"):
+        Checkpoints(saved).restore_latest(state, meshes.make_mesh())
+
+
+def test_empty_folder_restores_nothing(tmp_path, state):
+    assert Checkpoints(tmp_path / "new").restore_latest(state, meshes.make_mesh()) is None
+    with pytest.raises(FileNotFoundError, match="train first"):
+        read_variables(tmp_path)
+
+
+def test_keeps_the_latest_and_the_best(tmp_path, state):
+    stage = tmp_path / "checkpoints" / "0_train"
+    checkpoints = Checkpoints(stage, keep=1, best_metric=BEST)
+    for n, accuracy in ((1, 0.3), (2, 0.6), (3, 0.4), (4, 0.5)):
+        checkpoints.save(n, later(state, n), {**META, "step": n}, {BEST: accuracy})
+    checkpoints.close()
+    assert Checkpoints(stage, keep=1, best_metric=BEST).steps() == [2, 4]
+    assert read_variables(tmp_path, "best")[1]["step"] == 2 and read_variables(tmp_path)[1]["step"] == 4
+
+
+def test_reads_variables_alone_and_averages_where_kept(tmp_path, saved, state):
+    variables, _ = read_variables(saved.parent.parent)
+    chex.assert_trees_all_equal(variables, jax.device_get(later(state, 2).variables))
+    averaged = state.replace(average=jax.tree.map(lambda a: a * 3, state.variables))
+    checkpoints = Checkpoints(tmp_path / "averaged" / "checkpoints" / "0_train")
+    checkpoints.save(1, averaged, {**META, "step": 1})
+    checkpoints.close()
+    chex.assert_trees_all_equal(read_variables(tmp_path / "averaged")[0], jax.device_get(averaged.average))
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8, "bfloat16", bool])
+def test_digest_sees_every_element_and_swaps(dtype):
+    a = jnp.arange(12).astype(dtype) if dtype is not bool else jnp.arange(12) % 3 == 0
+    base = digest({"a": a})
+    for n in (0, 5, 11):
+        changed = a.at[n].set(~a[n]) if dtype is bool else a.at[n].add(1)
+        assert digest({"a": changed}) != base
+    assert digest({"a": a[::-1]}) != base and digest({"a": a}) == base
+    assert digest({"k": jax.random.key(1)}) != digest({"k": jax.random.key(2)})

@@ -1,0 +1,146 @@
+"""The fused step: one compilation, nothing crosses to the host, the same bits from anywhere it is resumed."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_adv import methods
+from lt_adv.data import longtail
+from lt_adv.methods.at import AT
+from lt_adv.methods.robal import RoBal
+from lt_adv.training import mesh as meshes
+from lt_adv.training.step import StepOptions, ends_window
+from tests.training.helpers import COUNTS, Small, make, run, split
+
+GROUPS = {"head": np.array([0]), "body": np.array([1, 2]), "tail": np.array([3])}
+EMA = {"name": "ema", "decay": 0.7, "start_epoch": 0}
+SWA = {"name": "swa", "decay": 0.0, "start_epoch": 1}
+
+
+@pytest.fixture(scope="module")
+def trained():
+    """Six steps (three epochs of two) on four devices: (states on the host after each step, their metrics)."""
+    step, state, data, teacher = make(AT(num_steps=1), 4, average=EMA, groups=GROUPS)
+    compiled = []
+    jax.monitoring.register_event_duration_secs_listener(
+        lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
+    )
+    states, rows, kinds = [jax.device_get(state)], [], []
+    for _ in range(6):
+        with jax.transfer_guard("disallow"):
+            state, metrics = step(state, data, teacher)
+        kinds.append(len(compiled))
+        states.append(jax.device_get(state))
+        rows.append(jax.device_get(metrics))
+    return states, rows, kinds, (step, data, teacher)
+
+
+def test_one_compilation(trained):
+    _, _, counts, _ = trained
+    assert counts == [1] * 6, "the step compiled again, or something beside it did"
+
+
+def test_resumed_from_the_host_is_bitwise_the_same(trained):
+    states, rows, _, (step, data, teacher) = trained
+    mesh = meshes.make_mesh(jax.devices()[:4])
+    state = meshes.replicate(states[3], mesh)  # in the middle of an epoch and of a metric window
+    for n in (3, 4, 5):
+        state, metrics = step(state, data, teacher)
+        chex.assert_trees_all_equal(jax.device_get(metrics), rows[n])
+    chex.assert_trees_all_equal(jax.device_get(state), states[6])
+
+
+def test_average_is_an_ema_of_weights_and_statistics(trained):
+    states, *_ = trained
+    for name in ("params", "batch_stats"):
+        expected = getattr(states[0], name)
+        for state in states[1:]:
+            expected = jax.tree.map(lambda a, p: 0.7 * a + 0.3 * p, expected, getattr(state, name))
+        chex.assert_trees_all_close(states[-1].average[name], expected, rtol=1e-5, atol=1e-7)
+    assert states[-1].variables is not None and np.any(
+        np.asarray(states[-1].variables["params"]["kernel"]) != states[-1].params["kernel"]
+    )
+
+
+def test_swa_is_the_mean_over_epoch_ends():
+    step, state, data, teacher = make(AT(num_steps=0), 1, average=SWA)
+    ends = []
+    for n in range(6):
+        donated = state
+        state, _ = step(state, data, teacher)
+        if n not in (4, 0):  # where numpy looked at the state, CPU buffers cannot be reused
+            assert all(a.is_deleted() for a in jax.tree.leaves((donated.params, donated.average, donated.opt_state)))
+        if n in (3, 5):  # the ends of epochs 1 and 2, counted from 0
+            ends.append(np.asarray(state.params["kernel"]))
+    np.testing.assert_allclose(state.average["params"]["kernel"], np.mean(ends, 0), rtol=1e-5)
+
+
+def test_window_means_and_group_weights(trained):
+    _, rows, _, _ = trained
+    ends = [ends_window(n, 2, 2) for n in range(6)]
+    assert ends == [False, True] * 3
+    # The batch is 16 of 40 images, and group accuracies weigh their examples: together they are the overall one.
+    _, state, data, _ = make(AT(num_steps=1), 1, groups=GROUPS)
+    assert set(rows[0]) >= {"loss", "accuracy", "accuracy_head", "gradient_norm", "learning_rate"}
+    assert set(state.window) == set(rows[0]) and data["label"].shape == (40,)
+    assert all(0 <= row["accuracy"] <= 1 for row in rows)
+
+
+def test_no_image_twice_in_an_epoch_and_another_order_in_the_next():
+    seen = []
+
+    @dataclasses.dataclass(frozen=True)
+    class Spy(AT):
+        def init(self, info):
+            return {"index": jnp.zeros(16, int)}
+
+        def loss(self, key, net, batch, x_adv, extra, clock):
+            value, (_, metrics) = AT.loss(self, key, net, batch, x_adv, extra, clock)
+            return value, ({"index": net.gather(batch.index)}, metrics)
+
+    step, state, data, teacher = make(Spy(num_steps=0), 8)
+    for _ in range(4):
+        state, _ = step(state, data, teacher)
+        seen.append(np.asarray(state.extra["index"]))
+    epochs = [np.concatenate(seen[:2]), np.concatenate(seen[2:])]
+    assert all(len(set(e.tolist())) == 32 for e in epochs) and not np.array_equal(*epochs)
+
+
+def test_robal_moves_statistics_twice_and_the_released_code_four_times():
+    method = RoBal(num_steps=0, start="zero", beta=0.0)
+    moves = {}
+    for fidelity in methods.base.FIDELITIES:
+        step, state, data, teacher = make(dataclasses.replace(method, fidelity=fidelity, start="zero"), 1, augment="none")
+        start = float(state.batch_stats["BatchNorm_0"]["var"][0])
+        variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
+        state, _ = step(state, data, teacher)
+        moves[fidelity] = start, float(state.batch_stats["BatchNorm_0"]["var"][0]), variables
+    # With x_adv = x every forward sees the same variance v: after k moves it is 0.9^k * start + (1 - 0.9^k) v.
+    start, published, variables = moves["published"]
+    v = (published - 0.81 * start) / 0.19
+    _, released, _ = moves["released_code"]
+    x = split().image.astype(np.float32) / 255
+    _, new = Small(axis_name=None).apply(variables, x, train=True, mutable=["batch_stats"])
+    assert v == pytest.approx((float(new["batch_stats"]["BatchNorm_0"]["var"][0]) - 0.9) / 0.1, rel=0.3)  # of all 40
+    # The released start is one-sided: with num_steps = 0 x_adv differs from x, so v is approximate there.
+    assert released == pytest.approx(0.9**4 * start + (1 - 0.9**4) * v, rel=0.05)
+    assert abs(released - published) > 0.05 * abs(start)
+
+
+def test_bad_options():
+    with pytest.raises(ValueError, match="not a multiple of the 3 devices"):
+        make(AT(), 3)
+    with pytest.raises(ValueError, match="Did you mean 'crop_flip'"):
+        StepOptions(batch_size=1, eps=0.1, step_size=0.1, augment="cropflip")
+    with pytest.raises(ValueError, match="Did you mean 'shard_map'"):
+        make(AT(), 1, "shardmap")
+    assert longtail.groups(COUNTS)["tail"].tolist() == [3]
+
+
+def test_repeats_bit_for_bit_and_depends_on_the_key():
+    (a, _), (b, _) = run(RoBal(num_steps=1), 2, steps=2), run(RoBal(num_steps=1), 2, steps=2)
+    chex.assert_trees_all_equal(a, b)
