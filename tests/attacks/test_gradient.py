@@ -194,12 +194,13 @@ def test_x_init_may_be_replicated_where_x_is_sharded(monkeypatch, rolled):
 
 @pytest.mark.parametrize(("name", "rolled"), [("mim", False), ("mim", True), ("pgd", False)])
 def test_no_gradient_flows_through(monkeypatch, name, rolled):
-    """An outer loss may contain an attack on its own parameters: x_adv counts as data."""
+    """An outer loss may contain an attack on its own parameters: x_adv counts as data (in L2 its steps have slopes)."""
     monkeypatch.setattr(loop, "unrolls", lambda: not rolled)
     x, y = images(4), labels(4)
 
     def attack(weights):
-        return ITERATIVE[name](KEY, partial(apply, weights), x, y, eps=0.2, step_size=0.05, num_steps=3)
+        options = {"eps": 0.2, "step_size": 0.05, "num_steps": 3, "norm": "l2"}
+        return ITERATIVE[name](KEY, partial(apply, weights), x, y, **options)
 
     def loss(weights, x_adv):
         return attacks.cross_entropy(apply(weights, x_adv), y).mean()
