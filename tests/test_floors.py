@@ -22,8 +22,10 @@ ROOMS: dict[str, set[str]] = {
     "methods": {"lookup", "attacks", "losses"},
     "training": {"lookup", "attacks", "models", "data", "methods"},
     "evaluation": {"lookup", "attacks", "data"},
-    "run": {"__init__", "lookup", "models", "data", "methods", "training", "evaluation"},
-    "main": {"__init__", "lookup", "training", "run"},
+    "arguments": {"lookup"},
+    "check": {"lookup", "attacks", "models", "data", "methods", "training", "evaluation"},
+    "run": {"__init__", "lookup", "models", "data", "training", "evaluation", "check"},
+    "main": {"training", "arguments", "run"},
 }
 NUMERIC = {"jax", "numpy", "optax"}
 # Room -> what it may import of other packages, beside the standard library.
@@ -37,8 +39,10 @@ PACKAGES: dict[str, set[str]] = {
     "methods": NUMERIC | {"flax"},
     "training": NUMERIC | {"absl", "etils", "flax", "ml_collections", "orbax", "rich", "tensorboardX"},
     "evaluation": NUMERIC | {"etils", "matplotlib", "rich"},
-    "run": {"jax", "etils", "ml_collections"},
-    "main": {"absl", "etils", "ml_collections"},
+    "arguments": {"absl", "etils", "ml_collections"},
+    "check": {"flax", "ml_collections"},
+    "run": {"jax", "numpy", "etils", "ml_collections"},
+    "main": set(),
 }
 FILES = sorted((ROOT / "lt_adv").rglob("*.py"))
 
@@ -121,6 +125,8 @@ def test_every_room_is_planned():
         ("lt_adv.training.loop", "from lt_adv import evaluation"),
         ("lt_adv.training.loop", "from lt_adv import run"),
         ("lt_adv.run", "from lt_adv import main"),
+        ("lt_adv.check", "from lt_adv import run"),
+        ("lt_adv.arguments", "import jax"),  # so that bad arguments are answered at once
         ("lt_adv.training.loop", "from configs import common"),
         ("lt_adv.lookup", "import numpy"),
         ("lt_adv.helpers.strings", "import os"),

@@ -1,0 +1,189 @@
+"""Every file of configs/: plain data that builds for every data set, and the papers' values where papers have them."""
+
+import importlib
+import inspect
+import json
+import re
+from pathlib import Path
+
+import ml_collections
+import pytest
+
+from configs import common
+from lt_adv import models
+from lt_adv.evaluation import protocol
+from lt_adv.models import adjustments
+from lt_adv.training import optim, program
+
+FILES = (Path(__file__).parents[1] / "configs").glob("*.py")
+NAMES = sorted(path.stem for path in FILES if path.stem not in ("__init__", "common"))
+DATASETS = [*common.DATASETS, "svhn_cropped"]  # the last: any name of TensorFlow-Datasets
+CLASSES = {"cifar100": 100, "tiny_imagenet": 200}
+FIELDS = ("Paper", "Command", "Arguments", "Expected")
+
+
+def module(name):
+    return importlib.import_module(f"configs.{name}")
+
+
+def get(name, **arguments):
+    return module(name).get_config(",".join(f"{k}={v}" for k, v in arguments.items()))
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+@pytest.mark.parametrize("name", NAMES)
+def test_builds(name, dataset):
+    """What a config names exists, and its options are those that it has."""
+    config = get(name, dataset=dataset).lock()
+    assert config.data.name == dataset and config.data.imbalance_ratio >= 1
+    for fidelity in ("published", "released_code"):
+        config.fidelity = fidelity
+        assert sum(stage.epochs for stage in program.stages(config)) == config.optim.epochs
+        optim.schedule(config.optim, 10, config.optim.epochs, fidelity)
+    models.create(config.model, CLASSES.get(dataset, 10))
+    adjustments.create(config.eval.adjustment)
+    for spec in config.eval.attacks.values():
+        protocol.resolve(spec)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_is_plain_data(name):
+    """Nothing that JSON would not bring back, tuples as lists: no function, no object."""
+    config = get(name, dataset="cifar10")
+    assert isinstance(config, ml_collections.ConfigDict)
+    values = config.to_dict()
+    assert json.loads(json.dumps(values)) == as_lists(values)
+    assert get(name, dataset="cifar10").to_dict() == values, "the same arguments, another config"
+    with pytest.raises(AttributeError, match="Did you mean"):
+        config.lock().optim.epoch = 3
+
+
+def as_lists(value):
+    if isinstance(value, dict):
+        return {k: as_lists(v) for k, v in value.items()}
+    return [as_lists(v) for v in value] if isinstance(value, tuple) else value
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_docstring_is_the_claim(name, monkeypatch):
+    doc = inspect.getdoc(module(name))
+    found = re.findall(r"^(\w+) {2,}\S", doc, re.MULTILINE)
+    assert [field for field in found if field in FIELDS] == list(FIELDS)
+    command = re.search(r"^Command +python -m lt_adv\.main --config=configs/(\w+)\.py:(\S+)$", doc, re.MULTILINE)
+    assert command[1] == name
+    module(name).get_config(command[2])
+    parse = common.parse
+    monkeypatch.setattr(common, "parse", lambda arg, **defaults: accepted.update(defaults) or parse(arg, **defaults))
+    accepted: dict = {}
+    module(name).get_config("")
+    listed = re.search(r"^Arguments (.*?)^Expected", doc, re.MULTILINE | re.DOTALL)[1]
+    assert accepted and accepted.keys() <= set(re.findall(r"\w+", listed))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("argument", ["epochs=ten", "cifar10", "no_such_key=1", "variant=Q"])
+def test_bad_arguments_are_named_in_one_line(name, argument):
+    with pytest.raises(ValueError) as caught:
+        module(name).get_config(argument)
+    assert argument.partition("=")[0] in str(caught.value) and "\n" not in str(caught.value)
+
+
+# Wu et al., CVPR 2021: margin, scale, tau_b, tau_m, gamma, beta; scale and tau_p at inference.
+ROBAL = {
+    ("cifar10", 50, "N"): (0.1, 10, 1.2, 0, 1 / 32, 6, ("boundary", 10, 0.1)),
+    ("cifar10", 50, "R"): (0.1, 10, 1.5, 0.3, 1 / 32, 6, ("none",)),
+    ("cifar100", 10, "N"): (0.2, 10, 0, 0, 1 / 32, 3, ("boundary", 10, 1.5)),
+    ("cifar100", 10, "R"): (0.3, 10, 0, 0, 1 / 16, 6, ("boundary", 10, 1.7)),
+}
+
+
+@pytest.mark.parametrize("row", ROBAL, ids=lambda row: "-".join(map(str, row)))
+def test_robal_has_the_papers_values(row):
+    dataset, ratio, variant = row
+    config = get("robal", dataset=dataset, variant=variant)
+    method, head = config.method, config.model.head
+    values = (method.margin, method.scale, method.tau_b, method.tau_m, head.gamma, method.beta)
+    adjustment = config.eval.adjustment
+    assert (*values, tuple(adjustment[k] for k in ("name", "scale", "tau_p") if k in adjustment)) == ROBAL[row]
+    assert (method.name, head.name, head.scale) == ("robal", "cosine_plus", 1)
+    assert (config.data.imbalance, config.data.imbalance_ratio) == ("exponential", ratio)
+
+
+@pytest.mark.parametrize("name", ["robal", "at", "trades"])
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_protocol_of_robals_study(name, dataset):
+    config = get(name, dataset=dataset)
+    assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 34, 10)
+    assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (0.031, 0.0078, 5)
+    assert config.attack.start == ("gaussian" if name == "trades" else "uniform")
+    assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (80, 64, 2e-4)
+    assert sgd(config) == (0.1, 0.9, False, (60, 75))
+    attacks = config.eval.attacks
+    assert all(attacks[a].eps == 0.031 for a in attacks) and attacks.fgsm.start == "zero"
+    assert steps(attacks) == {"pgd100": (100, 0.0078)} | dict.fromkeys(("pgd20", "mim20", "cw20", "lsa"), (20, 0.0078))
+
+
+@pytest.mark.parametrize(
+    ("dataset", "model"), [("cifar10", "resnet18"), ("cifar100", "resnet18"), ("tiny_imagenet", "preact_resnet18")]
+)
+def test_protocol_of_at_bsl(dataset, model):
+    config = get("at_bsl", dataset=dataset)
+    assert (config.model.name, config.model.head.name, config.eval.adjustment.name) == (model, "linear", "none")
+    assert config.attack.to_dict() == {"eps": 8 / 255, "step_size": 2 / 255, "num_steps": 10, "start": "gaussian"}
+    assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (100, 128, 5e-4)
+    assert sgd(config) == (0.1, 0.9, False, (75, 90))
+    attacks = config.eval.attacks
+    assert all(attacks[a].eps == 8 / 255 for a in attacks) and attacks.fgsm.start == "gaussian"
+    assert set(steps(attacks).values()) == {(20, 2 / 255), (100, 2 / 255)}
+
+
+def sgd(config):
+    o = config.optim
+    assert (o.schedule, o.first_epoch, o.drop_factor, o.warmup_epochs) == ("step", 1, 0.1, 0)
+    return o.learning_rate, o.momentum, o.nesterov, o.drop_epochs
+
+
+def steps(attacks):
+    return {name: (spec.num_steps, spec.step_size) for name, spec in attacks.items() if name != "fgsm"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_result_rows_take_the_last_epoch_and_the_whole_test_set(name):
+    config = get(name, dataset="cifar10")
+    assert config.data.validation_per_class == 0 and config.eval.checkpoint == "last"
+    assert config.eval.subset_per_class == 0 and not config.eval.only and config.fidelity == "published"
+
+
+def rates(config, epochs, fidelity="published", steps_per_epoch=7):
+    """{epoch, from 1: learning rate}, the same at the first and at the last step of the epoch."""
+    schedule = optim.schedule(config.optim, steps_per_epoch, config.optim.epochs, fidelity)
+    found = {}
+    for epoch in epochs:
+        first, last = (float(schedule(step)) for step in ((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch - 1))
+        assert first == last
+        found[epoch] = pytest.approx(first, rel=1e-5, abs=0)
+    return found
+
+
+@pytest.mark.parametrize(("name", "drops"), [("robal", (60, 75, 80)), ("at", (60, 75, 80)), ("at_bsl", (75, 90, 100))])
+def test_published_schedule(name, drops):
+    """Epochs count from 1, so that a drop at 60 leaves 59 epochs at the old rate."""
+    first, second, last = drops
+    config = get(name, dataset="cifar10")
+    expected = {1: 0.1, first - 1: 0.1, first: 0.01, second - 1: 0.01, second: 0.001, last: 0.001}
+    assert rates(config, expected) == expected
+
+
+def test_schedule_of_the_released_code():
+    """The rate is multiplied anew in every epoch: by 0.1 from 60 on, by 0.01 from 75 on."""
+    config = get("robal", dataset="cifar10")
+    expected = {59: 1e-1, 60: 1e-2, 61: 1e-3, 62: 1e-4, 74: 1e-16, 75: 1e-18, 76: 1e-20, 80: 1e-28}
+    assert rates(config, expected, "released_code") == expected
+    config.optim.warmup_epochs = 4  # rate of an epoch = that of the one before x epoch / 4, up to epoch 4
+    expected = {1: 0.1 / 4, 2: 0.1 / 8, 3: 0.3 / 32, 4: 0.3 / 32, 5: 0.3 / 32}
+    assert rates(config, expected, "released_code") == expected
+
+
+def test_a_shorter_run_drops_at_the_same_fractions():
+    assert get("robal", dataset="cifar10", epochs=40).optim.drop_epochs == (30, 38)
+    assert get("at_bsl", dataset="cifar10", epochs=20).optim.drop_epochs == (15, 18)
