@@ -27,7 +27,7 @@ def get_config(arg=None):
     # Ours, for sets that are not in the paper: CIFAR-100's values from 100 classes on, CIFAR-10's below.
     nearest = dataset if dataset in ("cifar10", "cifar100") else ("cifar100" if dataset == "tiny_imagenet" else "cifar10")
     (margin, tau_b, tau_m, gamma, beta), inference = VARIANTS[nearest, variant]
-    epochs = a["epochs"] or (60 if digits else 80)
+    epochs = a["epochs"] or (30 if digits else 80)
     c = common.get(dataset, epochs=epochs, drop_epochs=(60, 75), of=80, eps=0.031, step_size=0.0078)
     c.method = {"name": "robal", "margin": margin, "scale": 10.0, "tau_b": tau_b, "tau_m": tau_m, "beta": beta}
     c.model.head = {"name": "cosine_plus", "scale": 1.0, "gamma": gamma}
