@@ -14,18 +14,22 @@ DATASETS = {
 
 
 def parse(arg: str | None, **defaults) -> dict:
-    """"dataset=cifar100,epochs=10" -> a dict with the types of `defaults`; ValueError for a key that is not there."""
-    values = dict(defaults)
+    """"dataset=cifar100,epochs=10" -> a dict with the types of `defaults`; ValueError for what does not fit them."""
+    values = {}
     for part in filter(None, (arg or "").split(",")):
-        key, equals, value = part.partition("=")
+        key, equals, value = (word.strip() for word in part.partition("="))
         if not equals or key not in defaults:
             raise ValueError(f"config argument {part!r}: expected key=value with a key of {', '.join(defaults)}.")
+        if key in values:
+            raise ValueError(f"config argument {part!r}: {key} is given twice.")
         kind = type(defaults[key])
         try:
             values[key] = kind(value)
         except ValueError:
             raise ValueError(f"config argument {part!r}: {key} must be of type {kind.__name__}.") from None
-    return values
+        if kind is int and values[key] < 1:  # 0 is how a default says "as published"
+            raise ValueError(f"config argument {part!r}: {key} must be at least 1.")
+    return {**defaults, **values}
 
 
 def attacks(eps: float, step_size: float, fgsm_start: str = "zero") -> dict:

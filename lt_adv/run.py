@@ -1,9 +1,9 @@
 """A run from config to report: what `main` calls. Training and evaluation meet here and know nothing of each other."""
 
-import difflib
 import hashlib
 import json
 import platform
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -11,64 +11,68 @@ import ml_collections
 from etils import epath
 
 import lt_adv
-from lt_adv import data, evaluation, lookup, models
+from lt_adv import check, data, evaluation, models
 from lt_adv.models import adjustments
 from lt_adv.training import checkpoint, logging, loop
 from lt_adv.training import mesh as meshes
 
-FREE = ("eval",)  # parts of a config that may change between two starts in one working directory
+FREE = ("eval.", "data.data_dir", "data.download")  # what may change between two starts in a working directory
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Train (or go on), then evaluate. ValueError if the working directory belongs to another config."""
+    """Train (or go on), then evaluate. ValueError before anything is written for a config that cannot be, or does not
+    fit the data, the devices or what is in the working directory."""
+    check.values(config)
+    compare(config, workdir)
+    dataset, mesh = data.load(config.data), meshes.make_mesh()
+    split = data.long_tailed(dataset, config.data)
+    check.fits(config, split, mesh.size)
+    _test_images(config.eval, split)
     claim(config, workdir)
-    dataset = data.load(config.data)
-    mesh = meshes.make_mesh()
-    describe(config, dataset, workdir, mesh)
+    describe(config, split, workdir, mesh)
     loop.train(config, workdir, dataset, mesh)
     evaluate(config, workdir, dataset=dataset)
 
 
-def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Store the config in a new working directory; refuse one that was started with another, and show what differs."""
-    text = _text(config)
+def compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """ValueError, with the difference, if the working directory was started with another config."""
     path = workdir / "config.json"
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        logging.write_atomically(path, text)
+    try:
+        stored = json.loads(path.read_text()) if path.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
+    if stored is None:
         return
-    mine, theirs = _comparable(json.loads(text)), _comparable(json.loads(path.read_text()))
-    if mine != theirs:
-        changed = difflib.ndiff(theirs, mine)
-        shown = "; ".join(line for line in changed if line[0] in "+-")
-        raise ValueError(f"{workdir} was started with another config ({shown}). Use another --workdir, or the old values.")
-    logging.write_atomically(path, text)
+    theirs, mine = _comparable(stored), _comparable(config.to_dict())
+    changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
+    if changed:
+        shown = "; ".join(f"{name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}" for name in changed)
+        raise ValueError(f"{workdir} was started with another config ({shown}): use another --workdir, or the old values.")
 
 
-def _text(config: ml_collections.ConfigDict) -> str:
-    return json.dumps(config.to_dict(), indent=1, sort_keys=True, default=str) + "\n"
+def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Store the config in the working directory; ValueError, and nothing is left behind, if it cannot be written."""
+    new = not workdir.exists()
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        logging.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+    except OSError as error:
+        if new and workdir.exists():
+            workdir.rmtree()
+        raise ValueError(f"{workdir} cannot be written ({error.strerror or error}): use another --workdir.") from error
 
 
-def _comparable(config: dict[str, Any]) -> list[str]:
-    kept = ml_collections.ConfigDict({k: v for k, v in config.items() if k not in FREE})
-    return sorted(f"{path} = {json.dumps(value)}" for path, value in _flat(kept.to_dict()))
+def _comparable(config: Mapping[str, Any]) -> dict[str, str]:
+    """{"optim.epochs": "80", ...}, of the entries that must not change."""
+    return {name: json.dumps(value) for name, value in check.flat(config).items() if not name.startswith(FREE)}
 
 
-def _flat(tree: dict[str, Any], prefix: str = ""):
-    for key, value in tree.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
-
-
-def describe(config, dataset, workdir, mesh) -> None:
+def describe(config, split, workdir, mesh) -> None:
     """Say once what is about to run."""
-    split = data.long_tailed(dataset, config.data)
     device = mesh.devices.flat[0]
     cut = split.class_counts_before
     logging.console.print(f"lt_adv {lt_adv.__version__}  jax {jax.__version__}  {mesh.size} x {device.device_kind}  {config.parallel}")
-    logging.console.print(f"method {config.method.name}  model {config.model.name}  data {dataset.name}  workdir {workdir}")
+    logging.console.print(f"method {config.method.name}  model {config.model.name}  data {config.data.name}  workdir {workdir}")
     counts = f"class counts {_short(split.class_counts)}"
     if split.validation is not None:
         counts += f" after the validation cut ({_short(cut)} before)"
@@ -86,21 +90,17 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: da
     The report goes to the working directory itself, or to reports/<config.eval.report> where that is named.
     """
     options = config.eval
-    dataset = data.load(config.data) if dataset is None else dataset
+    check.values(config)
+    compare(config, workdir)
     variables, meta = checkpoint.read_variables(workdir, options.checkpoint)
-    split = data.long_tailed(dataset, config.data)
+    split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
     counts = split.class_counts
     if meta["class_counts"] != list(counts):
-        raise ValueError(f"{workdir} was trained with class counts {_short(meta['class_counts'])}, this config gives {_short(counts)}.")
-    test, subset = split.test, "the whole test split"
-    if options.subset_per_class:
-        subset = f"class-balanced subset, {options.subset_per_class} per class, seed 0"
-        test = test.take(evaluation.balanced_subset(test.label, options.subset_per_class))
-    specs = {name: dict(spec) for name, spec in options.attacks.to_dict().items()}
-    for name in options.only:
-        if name not in specs:
-            raise lookup.unknown("attack in config.eval.only", name, specs)
-    specs = {name: spec for name, spec in specs.items() if not options.only or name in options.only}
+        theirs = _short(meta["class_counts"])
+        raise ValueError(f"{workdir} was trained with class counts {theirs}, this config gives {_short(counts)}.")
+    check.network(config, split, variables, workdir)
+    test, subset = _test_images(options, split)
+    specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in (options.only or options.attacks)}
     mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), _adjusted(config, split)
     records = evaluation.evaluate(
         key,
@@ -134,6 +134,14 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: da
     return summary
 
 
+def _test_images(options: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[data.Split, str]:
+    """The test images to evaluate on, and which they are in words."""
+    if not options.subset_per_class:
+        return split.test, "the whole test split"
+    chosen = evaluation.balanced_subset(split.test.label, options.subset_per_class)
+    return split.test.take(chosen), f"class-balanced subset, {options.subset_per_class} per class, seed 0"
+
+
 def _adjusted(config: ml_collections.ConfigDict, split: data.LongTailed):
     """(variables, x) -> logits in evaluation mode, with the post-hoc adjustment that training never sees."""
     model = models.create(config.model, len(split.class_names))
@@ -164,7 +172,7 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
         "weights": "averaged" if config.average.name != "none" else "last step",
         "seed": config.seed,
         "evaluation_seed": config.eval.seed,
-        "config_digest": hashlib.sha256("\n".join(_comparable(config.to_dict())).encode()).hexdigest()[:16],
+        "config_digest": hashlib.sha256(json.dumps(_comparable(config.to_dict())).encode()).hexdigest()[:16],
         "lt_adv_version": lt_adv.__version__,
         "python_version": platform.python_version(),
     }

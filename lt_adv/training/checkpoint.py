@@ -165,17 +165,20 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
     errors = []
     for stage, step in reversed(found):
         try:
-            return _read(stage, step)
+            read = _read(stage, step)
         except Exception as error:  # as in Checkpoints.restore
             errors.append(f"checkpoint {step} in {stage} cannot be read ({_first_line(error)})")
-            logging.warning("%s: passed over.", errors[-1])
-    raise ValueError(f"{'; '.join(errors)}.")
+            continue
+        for text in errors:
+            logging.warning("%s: passed over for checkpoint %d.", text, step)
+        return read
+    raise ValueError(f"No checkpoint can be read: {'; '.join(errors)}. Train again, in another --workdir.")
 
 
 def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    reader = ocp.PyTreeCheckpointer()
+    reader = ocp.PyTreeCheckpointHandler()  # a Checkpointer would warn of metadata that no manager writes
     path = stage / str(step) / "state"
-    tree = reader.metadata(path).item_metadata.tree
+    tree = reader.metadata(path).tree
     averaged = bool(tree.get("average"))
     item = {"average": tree["average"]} if averaged else {name: tree[name] for name in VARIABLES if name in tree}
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)

@@ -23,7 +23,7 @@ class Preempted(Exception):
     """SIGTERM arrived; the state has been saved."""
 
 
-class NonFinite(ArithmeticError):
+class NonFinite(FloatingPointError):
     """The loss or the gradient is no longer a number."""
 
 

@@ -52,6 +52,21 @@ def stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
     return method.stages(config)
 
 
+def steps_per_epoch(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> int:
+    """Whole batches in an epoch; one of class-aware draws is as long as if all classes were as large as the largest.
+
+    ValueError for a batch that is larger than that, or cannot be shared among the devices.
+    """
+    size, drawn = config.optim.batch_size, len(split.train)
+    if config.data.sampler == "class_aware":
+        drawn = len(split.class_counts) * max(split.class_counts)
+    if size > drawn:
+        raise ValueError(f"config.optim.batch_size = {size} is more than the {drawn} training images: make it smaller.")
+    if size % devices:
+        raise ValueError(f"config.optim.batch_size = {size} is not a multiple of the {devices} devices.")
+    return drawn // size
+
+
 def build(
     number: int,
     stage: Stage,
@@ -67,14 +82,9 @@ def build(
     split = data.long_tailed(dataset, config.data)
     class_aware = config.data.sampler == "class_aware"
     counts = np.asarray(split.class_counts)
-    drawn = len(counts) * int(counts.max()) if class_aware else len(split.train)
-    if drawn < config.optim.batch_size:
-        raise ValueError(
-            f"config.optim.batch_size = {config.optim.batch_size} is more than the {drawn} training images: make it smaller."
-        )
     info = Info(
         class_counts=counts,
-        steps_per_epoch=drawn // config.optim.batch_size,
+        steps_per_epoch=steps_per_epoch(config, split, mesh.size),
         epochs=stage.epochs,
         image_shape=tuple(split.train.image.shape[1:]),
     )

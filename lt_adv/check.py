@@ -1,0 +1,213 @@
+"""A config, looked at whole before anything is loaded, compiled or written: one line for what cannot be."""
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import flax
+import jax
+import ml_collections
+
+from lt_adv import data, lookup, models
+from lt_adv.attacks import norms, starts
+from lt_adv.data import longtail
+from lt_adv.evaluation import protocol
+from lt_adv.evaluation.records import CLEAN, WORST
+from lt_adv.methods import base
+from lt_adv.models import adjustments
+from lt_adv.training import mesh as meshes
+from lt_adv.training import optim, program
+from lt_adv.training import step as steps
+
+Rule = Callable[[str, Any], None]  # (path of an entry, its value); raises ValueError
+
+
+def number(interval: str, hint: str = "", kind: type = float) -> Rule:
+    """A number in an interval such as "(0, 1]". NaN is in none of them."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def rule(path: str, value: Any) -> None:
+        if isinstance(value, (int, kind)) and not isinstance(value, bool):
+            above = value > low if interval[0] == "(" else value >= low
+            below = value < high if interval[-1] == ")" else value <= high
+            if above and below:
+                return
+        name = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{path} must be {name} in {interval}, not {value!r}{': ' if hint else ''}{hint}.")
+
+    return rule
+
+
+def whole(interval: str) -> Rule:
+    return number(interval, kind=int)
+
+
+def one_of(choices: Collection[str]) -> Rule:
+    def rule(path: str, value: Any) -> None:
+        if value not in choices:
+            raise lookup.unknown(path, value, choices)
+
+    return rule
+
+
+def a(kind: type) -> Rule:
+    def rule(path: str, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise ValueError(f"{path} must be of type {kind.__name__}, not {value!r}.")
+
+    return rule
+
+
+def each(rule: Rule) -> Rule:
+    def rules(path: str, values: Any) -> None:
+        a(tuple)(path, values)
+        for value in values:
+            rule(f"each of {path}", value)
+
+    return rules
+
+
+def optional(rule: Rule) -> Rule:
+    return lambda path, value: None if value is None else rule(path, value)
+
+
+PIXELS = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137"
+RATIO = "it is max count / min count, so the literature's 0.02 is ratio 50"
+LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS), number("(0, inf)"), number("[0, inf)")
+ONE_OR_MORE, ZERO_OR_MORE, SEED = whole("[1, inf)"), whole("[0, inf)"), whole("[0, 4294967295]")
+
+# Every entry that all configs have. The options of a model, head, method, adjustment or attack are looked at by these.
+ENTRIES: Mapping[str, Rule] = {
+    "seed": SEED,
+    "parallel": one_of(meshes.PARALLEL),
+    "fidelity": one_of(base.FIDELITIES),
+    "data.name": a(str),
+    "data.title": a(str),
+    "data.data_dir": optional(a(str)),
+    "data.path": optional(a(str)),
+    "data.image_size": optional(ONE_OR_MORE),
+    "data.download": a(bool),
+    "data.imbalance": one_of(longtail.PROFILES),
+    "data.imbalance_ratio": number("[1, inf)", RATIO),
+    "data.balanced_fraction": number("(0, 1]"),
+    "data.class_counts": each(ONE_OR_MORE),
+    "data.validation_per_class": ZERO_OR_MORE,
+    "data.split_seed": SEED,
+    "data.sampler": one_of(steps.SAMPLERS),
+    "data.augment": one_of(steps.AUGMENTS),
+    "data.pad": ZERO_OR_MORE,
+    "model.name": a(str),
+    "model.head.name": a(str),
+    "method.name": a(str),
+    "attack.eps": LENGTH,
+    "attack.step_size": LENGTH,
+    "attack.num_steps": optional(ZERO_OR_MORE),
+    "attack.start": optional(one_of(starts.STARTS)),
+    "optim.epochs": ONE_OR_MORE,
+    "optim.batch_size": ONE_OR_MORE,
+    "optim.learning_rate": POSITIVE,
+    "optim.momentum": number("[0, 1)"),
+    "optim.nesterov": a(bool),
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.schedule": one_of(optim.SCHEDULES),
+    "optim.drop_epochs": each(ZERO_OR_MORE),
+    "optim.drop_factor": number("(0, 1]"),
+    "optim.first_epoch": whole("[0, 1]"),
+    "optim.warmup_epochs": ZERO_OR_MORE,
+    "average.name": one_of(("none", "ema", "swa")),
+    "average.decay": number("[0, 1)"),
+    "average.start_epoch": ZERO_OR_MORE,
+    "log.every_steps": ONE_OR_MORE,
+    "log.clean_per_class": ZERO_OR_MORE,
+    "log.validate_every_epochs": ONE_OR_MORE,
+    "checkpoint.every_epochs": ONE_OR_MORE,
+    "checkpoint.keep": ONE_OR_MORE,
+    "eval.batch_size": ONE_OR_MORE,
+    "eval.subset_per_class": ZERO_OR_MORE,
+    "eval.only": each(a(str)),
+    "eval.report": a(str),
+    "eval.groups": one_of(longtail.GROUPS),
+    "eval.checkpoint": one_of(("last", "best")),
+    "eval.seed": SEED,
+    "eval.adjustment.name": a(str),
+}
+OPTIONS = ("model.", "method.", "eval.adjustment.", "eval.attacks.")  # sections with entries of their own
+ATTACK_OPTIONS: Mapping[str, Rule] = {
+    "eps": LENGTH,
+    "step_size": LENGTH,
+    "num_steps": ZERO_OR_MORE,
+    "start": one_of(starts.STARTS),
+    "norm": lambda path, value: norms.get(value) and None,
+    "logit_scale": POSITIVE,
+    "confidence": NOT_NEGATIVE,
+    "decay": NOT_NEGATIVE,
+}
+L2 = {"eps": POSITIVE, "step_size": POSITIVE}  # a distance over many pixels may be more than 1
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optim": {"epochs": 80}} -> {"optim.epochs": 80}, of plain dicts."""
+    return flax.traverse_util.flatten_dict(config, sep=".")
+
+
+def values(config: ml_collections.ConfigDict) -> None:
+    """ValueError unless every entry is there, known, and of some use, whatever the data."""
+    entries = flat(config.to_dict())
+    for path, value in entries.items():
+        if path in ENTRIES:
+            ENTRIES[path](f"config.{path}", value)
+        elif not path.startswith(OPTIONS):
+            raise lookup.unknown("entry of config:", path, ENTRIES)
+        elif isinstance(value, float):
+            number("(-inf, inf)")(f"config.{path}", value)
+    if missing := [path for path in ENTRIES if path not in entries]:
+        raise ValueError(f"config.{missing[0]} is missing: configs begin with common.get, which sets every entry.")
+    program.stages(config)  # knows the methods and their options
+    models.create(config.model, num_classes=2)
+    adjustments.create(config.eval.adjustment)
+    for name, spec in config.eval.attacks.items():
+        _attack(name, spec, f"config.eval.attacks.{name}")
+    for name in config.eval.only:
+        one_of(list(config.eval.attacks))("attack in config.eval.only:", name)
+    if config.eval.checkpoint == "best" and not config.data.validation_per_class:
+        raise ValueError("config.eval.checkpoint is 'best', which needs config.data.validation_per_class above 0.")
+    if config.average.name == "swa":
+        whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
+
+
+def _attack(name: str, spec: Any, path: str) -> None:
+    a(ml_collections.ConfigDict)(path, spec)
+    if name in (CLEAN, WORST):
+        raise ValueError(f"{path}: the report itself uses the name {name!r}, choose another.")
+    rules = {**ATTACK_OPTIONS, **(L2 if spec.get("norm") == "l2" else {})}
+    for option, value in spec.items():
+        optional(rules.get(option, a(object)))(f"{path}.{option}", value)
+    try:
+        protocol.resolve(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
+    """ValueError unless the config can be trained on these images with this many devices."""
+    if not min(split.class_counts):
+        name = split.class_names[split.class_counts.index(0)]
+        raise ValueError(f"The class {name!r} has no training image: take it out, or give it some.")
+    if config.data.augment == "crop_flip":  # a larger one would give crops with nothing of the image
+        whole(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
+    models.create(config.model, len(split.class_names))
+    program.steps_per_epoch(config, split, devices)
+
+
+def network(config: ml_collections.ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
+    """ValueError unless `variables`, which come from `origin`, are those of the configured network."""
+    model = models.create(config.model, len(split.class_names))
+    image = jax.ShapeDtypeStruct((1, *split.test.image.shape[1:]), float)
+    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
+    here, there = (
+        {name: tuple(leaf.shape) for name, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
+        for tree in (wanted, variables)
+    )
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            shapes = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} by config.model"
+            raise ValueError(f"{origin} holds another network: {shapes}.")
