@@ -41,6 +41,17 @@ def boundary(
     return scale * logits - tau_p * jnp.asarray(np.log(counts / counts.sum()), logits.dtype)
 
 
+def adjusted(model: Any, adjustment: Mapping[str, Any], class_counts: Any) -> Callable[[Any, Array], Array]:
+    """(variables, x) -> logits of `model` in evaluation mode with the configured adjustment in them: what is evaluated."""
+    adjust = create(adjustment)
+
+    def apply(variables: Any, x: Array) -> Array:
+        logits, out = model.apply(variables, x, train=False)
+        return adjust(variables, out["features"], logits, class_counts)
+
+    return apply
+
+
 ADJUSTMENTS: Mapping[str, Adjustment] = {"none": none, "boundary": boundary}
 
 

@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+import time
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ import rich.console
 import rich.progress
 from etils import epath
 
+QUIET = 3.0  # seconds between two lines where there is no terminal
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -41,10 +43,12 @@ class Lines:
 
 
 class Progress:
-    """Epoch, images/s, time left, loss, clean and robust accuracy: a live line in a terminal, a line an epoch elsewhere."""
+    """Epoch, images/s, time left, loss, clean and robust accuracy: a live line in a terminal, elsewhere a line an epoch
+    (of short epochs, one every few seconds)."""
 
     def __init__(self, stage: str, epochs: int, steps_per_epoch: int, batch_size: int, step: int):
         self._size, self._epochs, self._per_epoch, self._stage = batch_size, epochs, steps_per_epoch, stage
+        self._printed = -math.inf
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
             rich.progress.BarColumn(bar_width=24),
@@ -72,7 +76,9 @@ class Progress:
         ]
         text = "  ".join(shown)
         self._bar.update(self._task, completed=step, description=f"{self._stage} {epoch}/{self._epochs}", numbers=text)
-        if epoch_ended and not console.is_terminal:
+        now, last = time.monotonic(), step == self._epochs * self._per_epoch
+        if epoch_ended and not console.is_terminal and (last or now - self._printed >= QUIET):
+            self._printed = now
             left = (self._epochs * self._per_epoch - step) * self._size / max(images_per_second, 1e-9)
             console.print(f"{self._stage} epoch {epoch}/{self._epochs}  {text}  left {left / 60:.1f} min", soft_wrap=True)
 

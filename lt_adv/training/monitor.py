@@ -15,13 +15,14 @@ from lt_adv.training.net import AXIS
 class Monitor:
     """`monitor(variables) -> {"clean/accuracy": ..., "pgd20/accuracy_tail": ...}` on fixed images.
 
-    `attack` holds the options of PGD (None: clean only); images are padded to whole batches and the padding is masked.
+    `apply(variables, x) -> logits` holds the post-hoc adjustment, as in the evaluation. `attack` holds the options of PGD
+    (None: clean only); images are padded to whole batches and the padding is masked.
     """
 
     def __init__(
         self,
         key: jax.Array,
-        apply: Callable[..., Any],
+        apply: Callable[[Any, jax.Array], jax.Array],
         image: np.ndarray,
         label: np.ndarray,
         *,
@@ -39,13 +40,10 @@ class Monitor:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
         self._batches = jax.device_put((image, label, keys), sharding)
 
-        def logits_fn(variables, x):
-            return apply(variables, x, train=False)[0]
-
-        self._predict = jax.jit(lambda variables, x: jnp.argmax(logits_fn(variables, x), -1))
+        self._predict = jax.jit(lambda variables, x: jnp.argmax(apply(variables, x), -1))
         self._attacks: dict[str, Any] = {"clean": None}
         if attack is not None:
-            self._attacks[f"pgd{attack['num_steps']}"] = attacks.compile(attacks.pgd, logits_fn, **attack)
+            self._attacks[f"pgd{attack['num_steps']}"] = attacks.compile(attacks.pgd, apply, **attack)
         self._take = jax.jit(lambda batches, i: (batches[0][i].astype(float) / 255, batches[1][i], batches[2][i]))
 
     def __call__(self, variables: Any) -> dict[str, float]:
