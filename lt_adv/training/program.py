@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 from lt_adv import data, methods, models
 from lt_adv.data import longtail, resident
 from lt_adv.methods import Info, Stage
+from lt_adv.models import adjustments
 from lt_adv.training import checkpoint, optim
 from lt_adv.training import mesh as meshes
 from lt_adv.training import state as states
@@ -32,7 +33,7 @@ class Program:
     config: ml_collections.ConfigDict
     data: data.LongTailed
     info: Info
-    apply: Callable[..., Any]
+    apply: Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits as they are evaluated
     step: Callable[..., Any]
     init_window: Callable[..., Any]
     resident: Any
@@ -129,7 +130,7 @@ def build(
         config=config,
         data=split,
         info=info,
-        apply=model.apply,
+        apply=adjustments.adjusted(model, config.eval.adjustment, split.class_counts),
         step=step,
         init_window=init_window,
         resident=on_device,
