@@ -40,8 +40,8 @@ PACKAGES: dict[str, set[str]] = {
     "training": NUMERIC | {"absl", "etils", "flax", "ml_collections", "orbax", "rich", "tensorboardX"},
     "evaluation": NUMERIC | {"etils", "matplotlib", "rich"},
     "arguments": {"absl", "etils", "ml_collections"},
-    "check": {"flax", "ml_collections"},
-    "run": {"jax", "numpy", "etils", "ml_collections"},
+    "check": NUMERIC | {"etils", "flax", "ml_collections"},
+    "run": NUMERIC | {"etils", "flax", "ml_collections"},
     "main": set(),
 }
 FILES = sorted((ROOT / "lt_adv").rglob("*.py"))

@@ -1,0 +1,141 @@
+"""What the README says is so: its examples run, its commands parse, its tables are up to date."""
+
+import inspect
+import json
+import re
+import shlex
+import sys
+import types
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from experiments import tables
+from lt_adv import arguments, check, losses, methods
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "README.md").read_text()
+EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+
+
+def test_the_attack_example_runs():
+    (example,) = (block for block in EXAMPLES if "attacks.compile" in block)
+    scope: dict = {}
+    exec(example, scope)  # the README is ours
+    moved = np.abs(np.asarray(scope["x_adv"] - scope["x"]))
+    assert moved.shape == (4, 8, 8, 1) and moved.max() == pytest.approx(8 / 255, abs=1e-6)
+    loss = [losses.cross_entropy(scope["apply"](scope["variables"], scope[x]), scope["y"]) for x in ("x", "x_adv")]
+    assert np.all(loss[1] > loss[0])
+
+
+def test_the_method_example_is_a_method(monkeypatch):
+    (example,) = (block for block in EXAMPLES if "base.Method" in block)
+    module = types.ModuleType("lt_adv.methods.at_ldam")
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    exec(example, module.__dict__)
+    (cls,) = (c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__)
+    assert issubclass(cls, methods.Method) and cls.__doc__
+    logits, label = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([0, 0])
+    info = types.SimpleNamespace(class_counts=np.array([16, 1]))
+    net = types.SimpleNamespace(train=lambda x: (logits, {}), info=info)
+    batch = types.SimpleNamespace(label=label)
+    value, (extra, metrics) = cls().loss(jax.random.key(0), net, batch, None, {}, None)
+    shifted = logits - jnp.array([[0.25, 0.0], [0.25, 0.0]])  # 0.5 (n_min / n_c) ** (1/4) of class 0
+    assert float(value) == pytest.approx(float(losses.cross_entropy(shifted, label).mean()))
+    assert extra == {} and metrics["accuracy"].tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("file", ["README.md", "experiments/gpu_queue.md"])
+def test_commands_parse(file):
+    blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)
+    parts = [part for block in blocks for line in block.splitlines() for part in line.split(" && ")]
+    commands = [shlex.split(part) for part in parts if "lt_adv.main" in part]
+    assert len(commands) >= 3
+    for command in commands:
+        check.values(arguments.parse(command[command.index("lt_adv.main") :]).config)
+
+
+def test_links_lead_somewhere():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert links and all((ROOT / link).exists() for link in links if "://" not in link)
+
+
+def test_extras_and_entries_exist():
+    setup = (ROOT / "setup.cfg").read_text()
+    for extra in re.findall(r"\.\[([\w-]+)\]", TEXT):
+        assert re.search(rf"^{extra} =", setup, re.MULTILINE), extra
+    (table,) = re.findall(r"^\| entry \|.*?\n\n", TEXT, re.DOTALL | re.MULTILINE)
+    rows = [line.split("|")[1] for line in table.splitlines()[2:] if line]
+    paths = [path for row in rows for path in re.findall(r"`([\w.]+)`", row)]
+    assert len(paths) >= len(rows)
+    entries = check.flat(arguments.load("configs/robal.py:dataset=digits").to_dict())
+    assert set(paths) <= set(entries)
+
+
+def test_tables_are_up_to_date():
+    assert tables.rendered(TEXT) == TEXT, "python -m experiments.tables"
+
+
+def result(clean, pgd20, **extra):
+    metrics = {f"eval/{c}/accuracy": v for c, v in {"clean": clean, "pgd20": pgd20, "worst": pgd20}.items()}
+    metrics |= {"eval/pgd20/accuracy_tail": 0.125, "eval/pgd20/accuracy_head": None}
+    header = {
+        "dataset": "CIFAR-10-LT (JPEG copy), exponential profile",
+        "model": "wide_resnet-10-1, head linear, float32",
+        "epochs": 10,
+        "images": 10000,
+        "subset": "the whole test split",
+        "device": "1 x cpu",
+        "jax_version": "0.10.2",
+        "attacks": {"pgd20": {"eps": 0.031}},
+    }
+    return {"report": {"header": header, "metrics": metrics, "conditions": ["clean", "pgd20", "worst"]}, **extra}
+
+
+@pytest.fixture
+def measured(tmp_path):
+    folder = tmp_path / "jpeg_rows"
+    folder.mkdir()
+    for name, content in {
+        "robal-seed0-full": result(0.4, 0.2, commit="0123456789ab"),
+        "robal-seed1-full": result(0.44, 0.21, commit="0123456789ab"),
+        "at-seed0-full": result(0.3, 0.1),
+    }.items():
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    return tmp_path
+
+
+def test_results_become_rows(measured):
+    text = tables.jpeg_rows(measured).splitlines()
+    assert text[0] == (
+        "CIFAR-10-LT (JPEG copy), exponential profile; WRN-10-1, 10 epochs, eps 0.031 = 7.905/255; 10000 test images "
+        "(the whole test split); 1 x cpu, jax 0.10.2; not measured yet: AT-BSL."
+    )
+    head, _, robal, at = ([cell.strip() for cell in line.strip("|").split("|")] for line in text[2:])
+    robal, at = dict(zip(head, robal, strict=True)), dict(zip(head, at, strict=True))
+    assert robal[""] == "RoBal-N" and robal["Seeds"] == "2" and at[""] == "AT" and at["Seeds"] == "1"
+    assert robal["clean"] == "42.0 ± 2.0" and robal["PGD-20"] == "20.5 ± 0.5" and at["clean"] == "30.0"
+    assert robal["PGD-20 tail"] == "12.5 ± 0.0" and robal["PGD-20 head"] == "" and "worst case" not in head
+
+
+def test_index_says_what_was_measured(measured):
+    lines = {line.split("`")[1]: line for line in tables.index(results=measured).splitlines()[2:]}
+    assert "10 epochs, 2 seeds: clean 42.0 ± 2.0, PGD-20 20.5 ± 0.5 | 012345678 |" in lines["robal"]
+    assert lines["at"].endswith("1 seed: clean 30.0, PGD-20 10.0 | – |")
+    assert lines["trades"].endswith("not measured yet | – |")
+    assert "clean 72.73" in lines["robal"] and "Wu et al., CVPR 2021" in lines["robal"]
+
+
+def test_a_stale_readme_is_noticed(tmp_path, monkeypatch, capsys):
+    readme = tmp_path / "README.md"
+    readme.write_text(TEXT.replace("| [`at`]", "| [`att`]"))
+    monkeypatch.setattr(tables, "README", readme)
+    monkeypatch.setattr(sys, "argv", ["tables", "--check"])
+    assert tables.main() == 1 and "out of date" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["tables"])
+    assert tables.main() == 0 and readme.read_text() == TEXT
+    with pytest.raises(ValueError, match="index"):
+        tables.rendered("no markers")
