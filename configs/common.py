@@ -86,7 +86,7 @@ def get(dataset: str, *, epochs: int, drop_epochs: tuple[int, ...], of: int, eps
         "nesterov": False,
         "weight_decay": 5e-4,
         "schedule": "step",  # "cosine", "constant"
-        "drop_epochs": tuple(max(1, round(drop * epochs / of)) for drop in drop_epochs),
+        "drop_epochs": tuple(max(2, round(drop * epochs / of)) for drop in drop_epochs),
         "drop_factor": 0.1,
         "first_epoch": 1,  # "drop at 60" leaves 59 epochs at the old rate
         "warmup_epochs": 0,

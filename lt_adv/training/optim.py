@@ -33,7 +33,8 @@ def schedule(config: Mapping[str, Any], steps_per_epoch: int, epochs: int, fidel
             return _compounding(config, steps_per_epoch, epochs)
         drops: dict[int, float] = {}
         for epoch in config["drop_epochs"]:
-            drops[(epoch - first) * steps_per_epoch] = factor
+            step = (epoch - first) * steps_per_epoch
+            drops[step] = drops.get(step, 1.0) * factor
         main = optax.piecewise_constant_schedule(rate, drops)
     elif name == "cosine":
         main = optax.cosine_decay_schedule(rate, max(epochs * steps_per_epoch, 1))
