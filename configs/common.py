@@ -14,7 +14,7 @@ DATASETS = {
 
 
 def parse(arg: str | None, **defaults) -> dict:
-    """"dataset=cifar100,epochs=10" -> a dict with the types of `defaults`; ValueError for what does not fit them."""
+    """ "dataset=cifar100,epochs=10" -> a dict with the types of `defaults`; ValueError for what does not fit them."""
     values = {}
     for part in filter(None, (arg or "").split(",")):
         key, equals, value = (word.strip() for word in part.partition("="))
@@ -45,7 +45,15 @@ def attacks(eps: float, step_size: float, fgsm_start: str = "zero") -> dict:
     }
 
 
-def get(dataset: str, *, epochs: int, drop_epochs: tuple[int, ...], of: int, eps: float = 8 / 255, step_size: float = 2 / 255) -> ConfigDict:
+def get(
+    dataset: str,
+    *,
+    epochs: int,
+    drop_epochs: tuple[int, ...],
+    of: int,
+    eps: float = 8 / 255,
+    step_size: float = 2 / 255,
+) -> ConfigDict:
     """The config of plain adversarial training on `dataset`; `drop_epochs` are those of a run of `of` epochs.
 
     A shorter or longer run drops at the same fractions. Any TensorFlow-Datasets name works as `dataset`.

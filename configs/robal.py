@@ -25,7 +25,9 @@ def get_config(arg=None):
         raise ValueError(f"config argument variant={variant}: RoBal has the variants N and R.")
     digits = dataset == "digits"
     # Ours, for sets that are not in the paper: CIFAR-100's values from 100 classes on, CIFAR-10's below.
-    nearest = dataset if dataset in ("cifar10", "cifar100") else ("cifar100" if dataset == "tiny_imagenet" else "cifar10")
+    nearest = (
+        dataset if dataset in ("cifar10", "cifar100") else ("cifar100" if dataset == "tiny_imagenet" else "cifar10")
+    )
     (margin, tau_b, tau_m, gamma, beta), inference = VARIANTS[nearest, variant]
     epochs = a["epochs"] or (30 if digits else 80)
     c = common.get(dataset, epochs=epochs, drop_epochs=(60, 75), of=80, eps=0.031, step_size=0.0078)

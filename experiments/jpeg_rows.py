@@ -2,9 +2,10 @@
 
     python -m experiments.jpeg_rows --images=<folder with train/<class>/*.jpg, test/<class>/*.jpg> --seeds=0,1
 
-Every row has the same budget: WRN-10-1, ratio 50, the same epochs, batch, optimiser and training attack (PGD-5, eps 0.031);
-only method and head differ. Clean and PGD-20 on the whole test set; the other attacks on a fixed class-balanced subset.
-Each run is `python -m lt_adv.main`; one that was interrupted goes on. Reports are collected in experiments/results/jpeg_rows/.
+Every row has the same budget: WRN-10-1, ratio 50, the same epochs, batch, optimiser and training attack (PGD-5, eps
+0.031); only method and head differ. Clean and PGD-20 on the whole test set; the other attacks on a fixed class-balanced
+subset. Each run is `python -m lt_adv.main`; one that was interrupted goes on. Reports are collected in
+experiments/results/jpeg_rows/.
 """
 
 import json
@@ -45,7 +46,9 @@ def command(row: str, seed: str, mode: str, extra: list[str]) -> list[str]:
     """The very command of one run."""
     config = f"--config=configs/{row}.py:dataset=cifar10,epochs={EPOCHS.value}"
     workdir = f"--workdir={WORKDIRS.value}/{row}-{EPOCHS.value}-seed{seed}"
-    attacks = [f"--config.eval.attacks.{name}.{k}={v}" for name in ATTACKS for k, v in (("eps", 0.031), ("step_size", 0.0078))]
+    attacks = [
+        f"--config.eval.attacks.{name}.{k}={v}" for name in ATTACKS for k, v in (("eps", 0.031), ("step_size", 0.0078))
+    ]
     attacks = [a for a in attacks if a != "--config.eval.attacks.fgsm.step_size=0.0078"]
     images = [f"--config.data.path={IMAGES.value}", f"--config.seed={seed}"]
     return [sys.executable, "-m", "lt_adv.main", config, workdir, f"--mode={mode}", *BUDGET, *images, *attacks, *extra]
@@ -70,7 +73,11 @@ def collect(row: str, seed: str) -> None:
     hidden = [part.replace(IMAGES.value, "<images>") for part in shown]
     for name, source in (("full", run), ("subset1000", run / "reports" / "subset1000")):
         report = json.loads((source / "report.json").read_text())
-        machine = {"device": str(jax.devices()[0].device_kind), "cores": os.cpu_count(), "python": platform.python_version()}
+        machine = {
+            "device": str(jax.devices()[0].device_kind),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        }
         record = {"command": " ".join(hidden), "machine": machine, "report": report}
         (RESULTS / f"{row}-seed{seed}-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         if seed == SEEDS.value[0]:

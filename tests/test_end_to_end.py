@@ -21,7 +21,7 @@ SHORT = [
     "--config.eval.only=('fgsm',)",
 ]
 
-# The same door, with a signal to the process itself just before step STEP, or while the checkpoint of step STEP is written.
+# The same door, with a signal to the process itself just before a step, or while its checkpoint is written.
 DRIVER = """
 import os, sys
 import jax
@@ -78,7 +78,9 @@ def final(workdir):
     last = max((d for d in stage.iterdir() if d.name.isdigit()), key=lambda d: int(d.name))
     tree = ocp.PyTreeCheckpointer().restore(last / "state")
     tree["key"] = jax.random.key_data(tree["key"])
-    return int(last.name), {jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(tree)}
+    return int(last.name), {
+        jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_killed_twice_and_terminated_once_is_bit_for_bit_an_unbroken_run(launch, tmp_path):
@@ -122,7 +124,7 @@ def test_robal_lifts_the_tail_of_digits(launch, tmp_path):
         assert "PGD-20" in result.stdout and "eps" not in result.stderr
     for row in metrics.values():
         # Neither at chance nor saturated: the attack bites, the network learnt.
-        assert 0.9 < row["eval/clean/balanced_accuracy"] and 0.5 < row["eval/pgd20/balanced_accuracy"] < 0.9
+        assert row["eval/clean/balanced_accuracy"] > 0.9 and 0.5 < row["eval/pgd20/balanced_accuracy"] < 0.9
         assert row["eval/worst/accuracy"] <= min(row["eval/pgd20/accuracy"], row["eval/cw20/accuracy"])
     gain = metrics["robal"]["eval/pgd20/accuracy_tail"] - metrics["at"]["eval/pgd20/accuracy_tail"]
     assert gain >= 0.04, f"tail PGD-20: {100 * gain:+.1f} points"

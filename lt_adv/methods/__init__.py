@@ -19,7 +19,11 @@ def names() -> list[str]:
 def method_class(name: str) -> type[Method]:
     """The one Method defined in `lt_adv/methods/<name>.py`."""
     module = lookup.module(__name__, name)
-    found = [c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__ and issubclass(c, Method)]
+    found = [
+        c
+        for _, c in inspect.getmembers(module, inspect.isclass)
+        if c.__module__ == module.__name__ and issubclass(c, Method)
+    ]
     if len(found) != 1:
         raise ImportError(f"{module.__name__} must define exactly one Method, found {len(found)}.")
     return found[0]

@@ -1,4 +1,4 @@
-"""The contract every method keeps. A method is one file with one frozen dataclass; its fields are its hyper-parameters."""
+"""The contract every method keeps: a file with one frozen dataclass, whose fields are the hyper-parameters."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -79,9 +79,9 @@ class Stage:
     """One trace of training. A method with several stages (a teacher, then a student) lists them in `stages`.
 
     `overrides` are config paths to values ({"data.sampler": "class_aware"}) that hold in this stage alone. `init` is
-    "fresh", "previous" (the stage before) or the path of another run's working directory, whose parameters are merged by
-    name. `freeze` is a regular expression over parameter paths ("backbone/.*"). `teacher` may be "previous": the last
-    state of the stage before, frozen, as `net.teacher`.
+    "fresh", "previous" (the stage before) or the path of another run's working directory, whose parameters are merged
+    by name. `freeze` is a regular expression over parameter paths ("backbone/.*"). `teacher` may be "previous": the
+    last state of the stage before, frozen, as `net.teacher`.
     """
 
     method: "Method"

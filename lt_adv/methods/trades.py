@@ -29,5 +29,9 @@ class Trades(base.Method):
         logits, _ = net.train(x_adv)
         natural = jnp.mean(losses.cross_entropy(clean, batch.label))
         divergence = jnp.mean(losses.kl_divergence(clean, logits))
-        metrics = {"accuracy": base.correct(logits, batch.label), "loss_natural": natural, "loss_divergence": divergence}
+        metrics = {
+            "accuracy": base.correct(logits, batch.label),
+            "loss_natural": natural,
+            "loss_divergence": divergence,
+        }
         return natural + self.beta * divergence, (extra, metrics)

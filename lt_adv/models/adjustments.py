@@ -42,7 +42,7 @@ def boundary(
 
 
 def adjusted(model: Any, adjustment: Mapping[str, Any], class_counts: Any) -> Callable[[Any, Array], Array]:
-    """(variables, x) -> logits of `model` in evaluation mode with the configured adjustment in them: what is evaluated."""
+    """(variables, x) -> logits of `model` in evaluation mode with the adjustment in them: what is evaluated."""
     adjust = create(adjustment)
 
     def apply(variables: Any, x: Array) -> Array:

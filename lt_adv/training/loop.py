@@ -63,7 +63,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
 
 
 def _monitors(built: program.Program) -> dict[str, Monitor]:
-    """"train": clean, on a fixed sample of the training images; "valid": clean and PGD-20, if there is a validation split."""
+    """By name: "train", clean, on a fixed sample of the training images; "valid", clean and PGD-20, on that split."""
     config, split = built.config, built.data
     key = jax.random.fold_in(jax.random.key(config.seed), 99)
     common = {
@@ -72,7 +72,9 @@ def _monitors(built: program.Program) -> dict[str, Monitor]:
         "batch_size": config.eval.batch_size,
     }
     label = np.asarray(split.train.label)
-    sample = np.concatenate([np.flatnonzero(label == c)[: config.log.clean_per_class] for c in range(len(split.class_counts))])
+    sample = np.concatenate(
+        [np.flatnonzero(label == c)[: config.log.clean_per_class] for c in range(len(split.class_counts))]
+    )
     monitors = {}
     if len(sample):
         monitors["train"] = Monitor(key, built.apply, split.train.image[sample], label[sample], **common)
@@ -87,7 +89,9 @@ def _monitors(built: program.Program) -> dict[str, Monitor]:
 def _watch(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict[str, float]:
     row = {}
     if "train" in monitors:
-        row.update({k.replace("clean/accuracy", "train/accuracy_clean"): v for k, v in monitors["train"](variables).items()})
+        row.update(
+            {k.replace("clean/accuracy", "train/accuracy_clean"): v for k, v in monitors["train"](variables).items()}
+        )
     if validate and "valid" in monitors:
         row.update({f"valid/{k}": v for k, v in monitors["valid"](variables).items()})
     return row
@@ -153,5 +157,6 @@ def _check_finite(row: dict[str, float], step: int, saved: int | None, checkpoin
         kept = f"The last good checkpoint is step {saved}" if saved else "There is no checkpoint yet"
         raise NonFinite(
             f"{bad[0]} is {row[bad[0]]} in the steps before step {step}. {kept}. "
-            "Hint: a smaller config.optim.learning_rate, a warm-up (config.optim.warmup_epochs), or float32 (config.model.dtype)."
+            "Hint: a smaller config.optim.learning_rate, a warm-up (config.optim.warmup_epochs), or float32 "
+            "(config.model.dtype)."
         )

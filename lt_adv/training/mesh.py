@@ -19,7 +19,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
-    """A copy of `tree` on every device. State must come this way: host arrays in the first call cost a second compilation."""
+    """A copy of `tree` on every device. Host arrays in the first call of a step would cost a second compilation."""
     return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
 
 

@@ -15,8 +15,8 @@ from lt_adv.training.net import AXIS
 class Monitor:
     """`monitor(variables) -> {"clean/accuracy": ..., "pgd20/accuracy_tail": ...}` on fixed images.
 
-    `apply(variables, x) -> logits` holds the post-hoc adjustment, as in the evaluation. `attack` holds the options of PGD
-    (None: clean only); images are padded to whole batches and the padding is masked.
+    `apply(variables, x) -> logits` holds the post-hoc adjustment, as in the evaluation. `attack` holds the options of
+    PGD (None: clean only); images are padded to whole batches and the padding is masked.
     """
 
     def __init__(

@@ -12,7 +12,9 @@ from lt_adv import lookup
 SCHEDULES = ("step", "cosine", "constant")
 
 
-def schedule(config: Mapping[str, Any], steps_per_epoch: int, epochs: int, fidelity: str = "published") -> optax.Schedule:
+def schedule(
+    config: Mapping[str, Any], steps_per_epoch: int, epochs: int, fidelity: str = "published"
+) -> optax.Schedule:
     """Learning rate at a step (from 0).
 
     "step": x `drop_factor` at the start of each epoch of `drop_epochs`. Epochs count from `first_epoch` = 1 as in RoBal
@@ -55,7 +57,9 @@ def _compounding(config: Mapping[str, Any], steps_per_epoch: int, epochs: int) -
             factor *= config["drop_factor"] if epoch >= drop else 1.0
         factors[(epoch - first) * steps_per_epoch] = factor
     start = factors.pop(0)
-    return optax.piecewise_constant_schedule(config["learning_rate"] * start, {k: f for k, f in factors.items() if f != 1.0})
+    return optax.piecewise_constant_schedule(
+        config["learning_rate"] * start, {k: f for k, f in factors.items() if f != 1.0}
+    )
 
 
 def frozen_mask(params: Any, freeze: str | None) -> Any:
@@ -64,12 +68,16 @@ def frozen_mask(params: Any, freeze: str | None) -> Any:
     names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(k.key) for k in path), params)
     mask = jax.tree.map(lambda name: bool(pattern and pattern.match(name)), names)
     if pattern and not any(jax.tree.leaves(mask)):
-        raise ValueError(f"No parameter matches the frozen pattern {freeze!r}. There are: {', '.join(jax.tree.leaves(names))}.")
+        raise ValueError(
+            f"No parameter matches the frozen pattern {freeze!r}. There are: {', '.join(jax.tree.leaves(names))}."
+        )
     return mask
 
 
-def create(config: Mapping[str, Any], rate: optax.Schedule, params: Any, freeze: str | None = None) -> optax.GradientTransformation:
-    """SGD as PyTorch has it: v <- momentum v + (g + weight_decay p), p <- p - rate v; decay on every trainable tensor."""
+def create(
+    config: Mapping[str, Any], rate: optax.Schedule, params: Any, freeze: str | None = None
+) -> optax.GradientTransformation:
+    """SGD as PyTorch has it: v <- momentum v + (g + weight_decay p), p <- p - rate v; every trained tensor decays."""
     sgd = optax.chain(
         optax.add_decayed_weights(config["weight_decay"]),
         optax.sgd(rate, momentum=config["momentum"] or None, nesterov=config["nesterov"]),

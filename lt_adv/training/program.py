@@ -107,9 +107,7 @@ def build(
         groups=longtail.groups(counts),
         freeze_batch_stats=stage.freeze_batch_stats,
     )
-    step, init_window = steps.make_train_step(
-        stage.method, model.apply, tx, rate, info, options, mesh, config.parallel
-    )
+    step, init_window = steps.make_train_step(stage.method, model.apply, tx, rate, info, options, mesh, config.parallel)
     teacher = meshes.replicate(previous, mesh) if stage.teacher == "previous" else {}
     on_device = resident.put(split.train, mesh)
     if class_aware:
@@ -149,7 +147,7 @@ def merge(fresh: Any, source: Any, origin: str) -> Any:
     for name in new.keys() & old.keys():
         if new[name].shape != old[name].shape:
             raise ValueError(
-                f"{origin}: {name} has shape {old[name].shape} there and {new[name].shape} here: is it the same network?"
+                f"{origin}: {name} has shape {old[name].shape} there, {new[name].shape} here: is it the same network?"
             )
     if not new.keys() & old.keys():
         raise ValueError(f"{origin}: none of its arrays has a name of this network.")

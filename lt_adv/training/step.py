@@ -1,4 +1,4 @@
-"""The fused training step: uint8 gather, augmentation, inner attack, loss, gradient and update in one donated program."""
+"""The fused training step: uint8 gather, augmentation, attack, loss, gradient and update in one donated program."""
 
 import dataclasses
 import functools
@@ -87,7 +87,9 @@ def make_train_step(
     exact for plain means, and for other losses if they gather first (`net.gather`).
     """
     if options.batch_size % mesh.size:
-        raise ValueError(f"config.optim.batch_size = {options.batch_size} is not a multiple of the {mesh.size} devices.")
+        raise ValueError(
+            f"config.optim.batch_size = {options.batch_size} is not a multiple of the {mesh.size} devices."
+        )
     membership = _membership(options.groups, info.num_classes)
 
     def replica(state: TrainState, data, teacher, *, attack=True):
@@ -163,7 +165,9 @@ def make_train_step(
             window=window,
             key=state.key,
         )
-        return new_state, {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in window.items()}
+        return new_state, {
+            name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in window.items()
+        }
 
     def init_window(state: TrainState, data, teacher):
         """Empty sums of every metric: the state must have its final structure before the first call."""
@@ -195,5 +199,5 @@ def _sums(metrics: Mapping[str, Any], label: jax.Array, membership: Mapping[str,
 
 
 def _same_everywhere(a: jax.Array) -> jax.Array:
-    """`a`, equal on all devices after a gather or a mean, in a form whose equality the type checker of shard_map sees."""
+    """`a`, equal on all devices after a gather or a mean, in a form whose equality shard_map's type check sees."""
     return lax.pmax(a, AXIS)

@@ -33,7 +33,9 @@ def test_eight_devices_equal_one(one, parallel):
 def test_trains_finite_and_moves(one):
     method, (state, rows) = one
     assert all(np.isfinite(row["loss"]) and np.isfinite(row["gradient_norm"]) for row in rows)
-    assert all(row["gradient_norm"] > 0 for row in rows) and {"loss", "accuracy", "accuracy_tail"} - set(rows[0]) <= {"accuracy_tail"}
+    assert all(row["gradient_norm"] > 0 for row in rows) and {"loss", "accuracy", "accuracy_tail"} - set(rows[0]) <= {
+        "accuracy_tail"
+    }
 
 
 def test_hyper_parameters_are_fields(one):

@@ -79,7 +79,10 @@ class Moved(base.Method):
         direction = net.mean(jax.grad(ascent)(net.params))
         moved = jax.tree.map(lambda p, d: p + lax.stop_gradient(0.01 * d), net.params, direction)
         logits, _ = net.at(moved).train(x_adv)
-        return jnp.mean(losses.cross_entropy(logits, batch.label)), (extra, {"accuracy": base.correct(logits, batch.label)})
+        return jnp.mean(losses.cross_entropy(logits, batch.label)), (
+            extra,
+            {"accuracy": base.correct(logits, batch.label)},
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,7 +148,9 @@ def test_radius_follows_class_and_epoch(results):
     _, rows = results("radius")[0]
     # eps 0.1, step 0.05: the uniform start and one step stay within 0.1 * factor; epochs 0 and 1 of 3.
     heads = [row["radius_head"] for row in rows if np.isfinite(row.get("radius_head", np.nan))]
-    assert all(0 < row["radius"] <= 0.2 * 2 / 3 + 1e-12 for row in rows) and rows[-1]["radius"] > rows[0]["radius"], heads
+    assert all(0 < row["radius"] <= 0.2 * 2 / 3 + 1e-12 for row in rows) and rows[-1]["radius"] > rows[0]["radius"], (
+        heads
+    )
 
 
 def test_frozen_parts_do_not_move(results):
@@ -168,7 +173,9 @@ def test_attacks_without_a_key_per_example_would_differ():
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(0), jnp.arange(16))
 
     def attack(k, n):
-        return attacks.pgd(k, lambda v: v.mean((1, 2)) @ jnp.ones((1, 4)), x[n], y[n], eps=0.1, step_size=0.1, num_steps=0)
+        return attacks.pgd(
+            k, lambda v: v.mean((1, 2)) @ jnp.ones((1, 4)), x[n], y[n], eps=0.1, step_size=0.1, num_steps=0
+        )
 
     whole = attack(keys, slice(None))
     half = jnp.concatenate([attack(keys[:8], slice(0, 8)), attack(keys[8:], slice(8, 16))])

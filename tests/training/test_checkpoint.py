@@ -21,7 +21,9 @@ def state():
     import optax
 
     variables = Small().init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), train=False)
-    made = states.create(jax.random.key(5), variables, optax.sgd(0.1, momentum=0.9), {"counts": jnp.arange(4)}, averaged=False)
+    made = states.create(
+        jax.random.key(5), variables, optax.sgd(0.1, momentum=0.9), {"counts": jnp.arange(4)}, averaged=False
+    )
     return meshes.replicate(made.replace(window={"loss": (jnp.float32(1.5), jnp.float32(2))}), meshes.make_mesh())
 
 

@@ -114,7 +114,9 @@ def test_robal_moves_statistics_twice_and_the_released_code_four_times():
     method = RoBal(num_steps=0, start="zero", beta=0.0)
     moves = {}
     for fidelity in methods.base.FIDELITIES:
-        step, state, data, teacher = make(dataclasses.replace(method, fidelity=fidelity, start="zero"), 1, augment="none")
+        step, state, data, teacher = make(
+            dataclasses.replace(method, fidelity=fidelity, start="zero"), 1, augment="none"
+        )
         start = float(state.batch_stats["BatchNorm_0"]["var"][0])
         variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
         state, _ = step(state, data, teacher)
