@@ -24,15 +24,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if {"-h", "--help"} & set(argv[1:]):
         print(__doc__)
         return 0
-    logging.basicConfig(format="%(levelname)s: %(message)s")  # of the libraries too
+    log = logging.StreamHandler()
+    log.addFilter(lambda record: "orbax" not in record.pathname)  # what matters of it is raised as well
+    logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[log])
     try:
         run(arguments.parse(argv))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
         if os.environ.get("LT_ADV_TRACEBACK"):
             raise
-        print("Error:", " ".join(str(error).split()) or repr(error), file=sys.stderr)
+        print("Error:", one_line(error), file=sys.stderr)
         return 2
     return 0
+
+
+def one_line(error: Exception) -> str:
+    text = str(error) or repr(error)
+    if isinstance(error, OSError) and error.strerror:  # of the system, not one of ours
+        text = f"{error.filename or 'A file'}: {error.strerror}. Nothing is half written: the same command goes on from there."
+    return " ".join(text.split())
 
 
 def run(given: arguments.Arguments) -> None:

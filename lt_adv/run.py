@@ -53,13 +53,15 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Store the config in the working directory; ValueError, and nothing is left behind, if it cannot be written."""
     new = not workdir.exists()
+    if (workdir / "checkpoints").exists() and not (workdir / "config.json").exists():
+        raise ValueError(f"{workdir} has checkpoints and no config.json that says of what: use another --workdir.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         logging.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
     except OSError as error:
         if new and workdir.exists():
             workdir.rmtree()
-        raise ValueError(f"{workdir} cannot be written ({error.strerror or error}): use another --workdir.") from error
+        raise ValueError(f"{workdir} cannot be written ({error.strerror or error}): make it so, or use another --workdir.") from error
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, str]:

@@ -1,6 +1,9 @@
 """Orbax checkpoints of the train state, with a digest of our own: orbax restores a flipped byte silently."""
 
+import contextlib
 import json
+import re
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -45,7 +48,10 @@ def _checksums(tree: Any) -> Any:
 def digest(tree: Any) -> dict[str, str]:
     """Path of each array -> 16 hexadecimal digits over its bits. Computed where the arrays are, shards and all."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): "".join(f"{int(w):08x}" for w in a) for path, a in leaves}
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): "".join(f"{int(w):08x}" for w in a)
+        for path, a in leaves
+    }
 
 
 def _differing(tree: Any, meta: dict[str, Any]) -> list[str]:
@@ -69,7 +75,7 @@ class Checkpoints:
     """The checkpoints of one stage: the latest `keep`, and the best on validation if there is one.
 
     Each holds the state, its digest, and `meta` (plain data: epoch, metrics). Saving is asynchronous; the state may be
-    donated at once. Raises ValueError if the directory cannot be written.
+    donated at once. A save that fails raises OSError, at the next save or at the end; the checkpoints before stay whole.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, best_metric: str | None = None):
@@ -81,19 +87,33 @@ class Checkpoints:
         meta = {**meta, "digest": digest(state)}
         if step in self._manager.all_steps():
             return
-        self._manager.save(
-            step,
-            args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
-            metrics=metrics if self._best_metric else None,
-            force=True,
-        )
+        with self._writing():
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(state=ocp.args.StandardSave(state), meta=ocp.args.JsonSave(meta)),
+                metrics=metrics if self._best_metric else None,
+                force=True,
+            )
 
     def wait(self) -> None:
         """Until the last save is on disk."""
-        self._manager.wait_until_finished()
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
-        self._manager.close()
+        with self._writing():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # as in restore
+            reason = re.search(r"([^:]+) \[os_error_code", str(error))  # at the end of a long story
+            raise OSError(
+                f"A checkpoint cannot be written to {self.directory} ({reason[1].strip() if reason else _first_line(error)}). "
+                "Those before it are whole: once it can be written, the same command goes on from the last."
+            ) from error
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -133,7 +153,9 @@ class Checkpoints:
                 self._manager.delete(damaged)
             return restored
         if errors:
-            raise ValueError(f"None of the checkpoints can be restored: {'; '.join(errors)}. Use another --workdir, or delete them.")
+            raise ValueError(
+                f"None of the checkpoints can be restored: {'; '.join(errors)}. Use another --workdir, or delete them."
+            )
         return None
 
 
@@ -150,14 +172,16 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
     over with a warning. FileNotFoundError if there is no checkpoint, ValueError if none can be read.
     """
     root = epath.Path(workdir) / "checkpoints"
-    stages = sorted((s for s in root.iterdir() if s.is_dir()), key=lambda s: int(s.name.split("_")[0])) if root.exists() else []
+    stages = sorted(root.glob("[0-9]*_*"), key=lambda s: int(s.name.split("_")[0]))
     found = [(s, step) for s in stages for step in sorted(int(d.name) for d in s.iterdir() if d.name.isdigit())]
     if not found:
         raise FileNotFoundError(f"There is no checkpoint under {root}: train first, or correct --workdir.")
     if which == "best":
         manager = ocp.CheckpointManager(found[-1][0], options=_options(2, BEST))
         if (best := manager.best_step()) is None:
-            raise ValueError(f"{root} has no best checkpoint: the run had no validation split (config.data.validation_per_class).")
+            raise ValueError(
+                f"{root} has no best checkpoint: the run had no validation split (config.data.validation_per_class)."
+            )
         found = [(found[-1][0], best)]
         manager.close()
     elif which != "last":

@@ -18,8 +18,12 @@ console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty(
 def write_atomically(path: epath.Path, text: str) -> None:
     """All of `text` or nothing: a reader, or a kill, never sees half a file."""
     temporary = path.parent / f".{path.name}.tmp"
-    temporary.write_text(text)
-    temporary.replace(path)
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
 
 
 class Lines:
@@ -27,9 +31,15 @@ class Lines:
 
     def __init__(self, path: epath.Path):
         self._path = path
-        self.rows: list[dict[str, Any]] = []
-        if path.exists():
-            self.rows = [json.loads(line) for line in path.read_text().splitlines() if line.strip()]
+        self.rows: list[dict[str, Any]]
+        try:
+            self.rows = (
+                [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"{path} is damaged ({error}): put it back as it was, or use another --workdir."
+            ) from error
 
     def keep(self, last_step: int, stage: str, earlier: Iterable[str] = ()) -> None:
         """Forget the rows after `last_step` of `stage`: the run goes on from there."""
@@ -80,7 +90,9 @@ class Progress:
         if epoch_ended and not console.is_terminal and (last or now - self._printed >= QUIET):
             self._printed = now
             left = (self._epochs * self._per_epoch - step) * self._size / max(images_per_second, 1e-9)
-            console.print(f"{self._stage} epoch {epoch}/{self._epochs}  {text}  left {left / 60:.1f} min", soft_wrap=True)
+            console.print(
+                f"{self._stage} epoch {epoch}/{self._epochs}  {text}  left {left / 60:.1f} min", soft_wrap=True
+            )
 
 
 COLUMNS = (
