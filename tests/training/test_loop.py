@@ -1,0 +1,115 @@
+"""Stages through the real loop: a teacher, its student, and a start from another run."""
+
+import dataclasses
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+
+from configs import at
+from lt_adv import data, losses
+from lt_adv.methods import base
+from lt_adv.training import loop, program
+from lt_adv.training import mesh as meshes
+from lt_adv.training.checkpoint import read_variables
+
+
+@dataclasses.dataclass(frozen=True)
+class Distil(base.Method):
+    num_steps: int = 0
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, _ = net.train(x_adv)
+        value = jnp.mean(losses.cross_entropy(logits, batch.label))
+        metrics = {"accuracy": base.correct(logits, batch.label)}
+        if net.teacher is not None:
+            metrics["divergence"] = losses.kl_divergence(net.teacher(batch.image)[0], logits)
+            value += jnp.mean(metrics["divergence"])
+        return value, (extra, metrics)
+
+
+@pytest.fixture(scope="module")
+def config():
+    config = at.get_config("dataset=digits,epochs=2")
+    config.log.clean_per_class = 2
+    config.checkpoint.every_epochs = 1
+    return config
+
+
+@pytest.fixture(scope="module")
+def run(config, tmp_path_factory):
+    """start(stages, workdir) -> the programs that were built; one device."""
+    patch, dataset = pytest.MonkeyPatch(), data.load(config.data)
+    mesh, build = meshes.make_mesh(jax.devices()[:1]), program.build
+
+    def start(stages, workdir):
+        built = []
+        patch.setattr(program, "stages", lambda _: stages)
+        patch.setattr(program, "build", lambda *args: built.append(build(*args)) or built[-1])
+        loop.train(config, epath.Path(workdir), dataset, mesh)
+        return built
+
+    yield start
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def teacher_and_student(run, tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("stages")
+    balanced = {"data.imbalance": "none", "data.class_counts": (24,) * 10}
+    stages = (
+        base.Stage(method=Distil(), epochs=1, name="teacher", overrides=balanced),
+        base.Stage(method=Distil(), epochs=2, name="student", teacher="previous"),
+    )
+    return workdir, stages, run(stages, workdir)
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_two_stages_and_the_frozen_teacher(teacher_and_student):
+    workdir, _, (teacher, student) = teacher_and_student
+    assert teacher.info.class_counts.tolist() == [24] * 10 and student.info.class_counts.tolist()[-1] == 12
+    assert sorted(d.name for d in (workdir / "checkpoints").iterdir()) == ["0_teacher", "1_student"]
+    saved = workdir / "only"  # the teacher's last checkpoint alone
+    (saved / "checkpoints").mkdir(parents=True)
+    (saved / "checkpoints" / "0_teacher").symlink_to(workdir / "checkpoints" / "0_teacher")
+    kernel = read_variables(saved)[0]["params"]["head"]["kernel"]
+    np.testing.assert_array_equal(kernel, student.teacher["params"]["head"]["kernel"])
+    stages = [row["stage"] for row in rows(workdir)]
+    assert stages == ["0_teacher"] * stages.count("0_teacher") + ["1_student"] * stages.count("1_student")
+    assert all(("train/divergence" in row) == (row["stage"] == "1_student") for row in rows(workdir))
+
+
+def test_a_finished_run_started_again_trains_nothing_and_keeps_its_lines(run, teacher_and_student):
+    workdir, stages, _ = teacher_and_student
+    before = (workdir / "metrics.jsonl").read_text()
+    built = run(stages, workdir)
+    assert len(built) == 2 and (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student, tmp_path):
+    source, _, _ = teacher_and_student
+    frozen = base.Stage(
+        method=Distil(), epochs=1, init=str(source), freeze="backbone/", freeze_batch_stats=True, name="tuned"
+    )
+    run((frozen,), tmp_path)
+    before, after = read_variables(source)[0], read_variables(tmp_path)[0]
+    for name in ("params", "batch_stats"):
+        jax.tree.map(np.testing.assert_array_equal, before[name]["backbone"], after[name]["backbone"])
+    assert np.abs(before["params"]["head"]["kernel"] - after["params"]["head"]["kernel"]).max() > 1e-3
+
+
+def test_merge_says_what_does_not_fit(caplog):
+    fresh = {"params": {"a": np.zeros(2, np.float32), "new": np.ones(1, np.float32)}}
+    merged = program.merge(fresh, {"params": {"a": np.full(2, 7.0), "old": np.zeros(3)}}, "elsewhere")
+    assert merged["params"]["a"].tolist() == [7, 7] and merged["params"]["new"].tolist() == [1]
+    assert "elsewhere: new: params/new" in caplog.text and "elsewhere: unused: params/old" in caplog.text
+    with pytest.raises(ValueError, match="params/a has shape"):
+        program.merge(fresh, {"params": {"a": np.zeros(3)}}, "elsewhere")
+    with pytest.raises(ValueError, match="none of its arrays"):
+        program.merge(fresh, {"params": {"b": np.zeros(3)}}, "elsewhere")
