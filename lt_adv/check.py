@@ -49,10 +49,11 @@ def one_of(choices: Collection[str]) -> Rule:
     return rule
 
 
-def a(kind: type) -> Rule:
+def a(*kinds: type) -> Rule:
     def rule(path: str, value: Any) -> None:
-        if not isinstance(value, kind):
-            raise ValueError(f"{path} must be of type {kind.__name__}, not {value!r}.")
+        if not isinstance(value, kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path} must be of type {names}, not {value!r}.")
 
     return rule
 
@@ -159,6 +160,8 @@ def values(config: ml_collections.ConfigDict) -> None:
             raise lookup.unknown("entry of config:", path, ENTRIES)
         elif isinstance(value, float):
             number("(-inf, inf)")(f"config.{path}", value)
+        elif value is not None:
+            a(str, int, tuple, list)(f"config.{path}", value)
     if missing := [path for path in ENTRIES if path not in entries]:
         raise ValueError(f"config.{missing[0]} is missing: configs begin with common.get, which sets every entry.")
     program.stages(config)  # knows the methods and their options

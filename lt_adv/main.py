@@ -40,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def one_line(error: Exception) -> str:
     text = str(error) or repr(error)
     if isinstance(error, OSError) and error.strerror:  # of the system, not one of ours
-        text = f"{error.filename or 'A file'}: {error.strerror}. Nothing is half written: the same command goes on from there."
+        text = f"{error.filename or 'A file'}: {error.strerror}. Nothing is half written: the same command goes on."
     return " ".join(text.split())
 
 

@@ -47,7 +47,7 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
     if changed:
         shown = "; ".join(f"{name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}" for name in changed)
-        raise ValueError(f"{workdir} was started with another config ({shown}): use another --workdir, or the old values.")
+        raise ValueError(f"{workdir} began with another config ({shown}): use another --workdir, or the old values.")
 
 
 def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
@@ -61,7 +61,8 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     except OSError as error:
         if new and workdir.exists():
             workdir.rmtree()
-        raise ValueError(f"{workdir} cannot be written ({error.strerror or error}): make it so, or use another --workdir.") from error
+        reason = error.strerror or error
+        raise ValueError(f"{workdir} cannot be written ({reason}): change that, or use another --workdir.") from error
 
 
 def _comparable(config: Mapping[str, Any]) -> dict[str, str]:
@@ -73,8 +74,10 @@ def describe(config, split, workdir, mesh) -> None:
     """Say once what is about to run."""
     device = mesh.devices.flat[0]
     cut = split.class_counts_before
-    logging.console.print(f"lt_adv {lt_adv.__version__}  jax {jax.__version__}  {mesh.size} x {device.device_kind}  {config.parallel}")
-    logging.console.print(f"method {config.method.name}  model {config.model.name}  data {config.data.name}  workdir {workdir}")
+    devices = f"{mesh.size} x {device.device_kind}  {config.parallel}"
+    logging.console.print(f"lt_adv {lt_adv.__version__}  jax {jax.__version__}  {devices}")
+    names = f"method {config.method.name}  model {config.model.name}  data {config.data.name}"
+    logging.console.print(f"{names}  workdir {workdir}")
     counts = f"class counts {_short(split.class_counts)}"
     if split.validation is not None:
         counts += f" after the validation cut ({_short(cut)} before)"
@@ -86,7 +89,9 @@ def _short(counts) -> str:
     return " ".join(shown if len(shown) <= 20 else [*shown[:6], "...", *shown[-6:]])
 
 
-def evaluate(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None) -> dict[str, Any]:
+def evaluate(
+    config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
+) -> dict[str, Any]:
     """Evaluate the trained network of a working directory and write its report; interrupted, it resumes.
 
     The report goes to the working directory itself, or to reports/<config.eval.report> where that is named.
@@ -102,7 +107,8 @@ def evaluate(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: da
         raise ValueError(f"{workdir} was trained with class counts {theirs}, this config gives {_short(counts)}.")
     check.network(config, split, variables, workdir)
     test, subset = _test_images(options, split)
-    specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in (options.only or options.attacks)}
+    chosen = options.only or options.attacks
+    specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in chosen}
     mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), _adjusted(config, split)
     records = evaluation.evaluate(
         key,
@@ -159,15 +165,16 @@ def _adjusted(config: ml_collections.ConfigDict, split: data.LongTailed):
 def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
     """What identifies an evaluation, beside what the evaluator sees itself. No times: they would start it anew."""
     options = {k: v for k, v in config.method.to_dict().items() if k != "name"}
+    adjustment, attack = config.eval.adjustment, config.attack
     return {
         "method": config.method.name + (f" ({', '.join(f'{k} {v:g}' for k, v in options.items())})" if options else ""),
         "model": _model(config.model),
         "dataset": f"{config.data.title}, {config.data.imbalance} profile",
         "dataset_digest": split.digest[:16],
         "subset": subset,
-        "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(config.eval.adjustment.items())),
+        "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
         "fidelity": config.fidelity,
-        "training_attack": f"eps {config.attack.eps!r}, step {config.attack.step_size!r}, {config.attack.num_steps} steps",
+        "training_attack": f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps",
         "epochs": config.optim.epochs,
         "checkpoint": config.eval.checkpoint,
         "checkpoint_step": meta["step"],

@@ -75,7 +75,7 @@ class Checkpoints:
     """The checkpoints of one stage: the latest `keep`, and the best on validation if there is one.
 
     Each holds the state, its digest, and `meta` (plain data: epoch, metrics). Saving is asynchronous; the state may be
-    donated at once. A save that fails raises OSError, at the next save or at the end; the checkpoints before stay whole.
+    donated at once. A save that fails raises OSError, at the next one or at the end; those before it stay whole.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, best_metric: str | None = None):
@@ -109,9 +109,10 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # as in restore
-            reason = re.search(r"([^:]+) \[os_error_code", str(error))  # at the end of a long story
+            found = re.search(r"([^:]+) \[os_error_code", str(error))  # at the end of a long story
+            reason = found[1].strip() if found else _first_line(error)
             raise OSError(
-                f"A checkpoint cannot be written to {self.directory} ({reason[1].strip() if reason else _first_line(error)}). "
+                f"A checkpoint cannot be written to {self.directory} ({reason}). "
                 "Those before it are whole: once it can be written, the same command goes on from the last."
             ) from error
 
