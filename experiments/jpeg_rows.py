@@ -70,7 +70,7 @@ def collect(row: str, seed: str) -> None:
     """Copy a run's reports, with the command and the machine; the plots of the first seed alone."""
     run = Path(WORKDIRS.value) / f"{row}-{EPOCHS.value}-seed{seed}"
     shown = ["python", *command(row, seed, "train", ["--config.eval.only=('pgd20',)"])[1:]]
-    hidden = [part.replace(IMAGES.value, "<images>") for part in shown]
+    hidden = [part.replace(IMAGES.value, "<images>").replace(WORKDIRS.value, "workdirs/jpeg_rows") for part in shown]
     for name, source in (("full", run), ("subset1000", run / "reports" / "subset1000")):
         report = json.loads((source / "report.json").read_text())
         machine = {
@@ -78,7 +78,8 @@ def collect(row: str, seed: str) -> None:
             "cores": os.cpu_count(),
             "python": platform.python_version(),
         }
-        record = {"command": " ".join(hidden), "machine": machine, "report": report}
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+        record = {"command": " ".join(hidden), "machine": machine, "commit": commit, "report": report}
         (RESULTS / f"{row}-seed{seed}-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         if seed == SEEDS.value[0]:
             shutil.copytree(source / "plots", RESULTS / f"plots-{row}-{name}", dirs_exist_ok=True)

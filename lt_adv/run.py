@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import pathlib
 import platform
+import subprocess
 from collections.abc import Mapping
 from typing import Any
 
@@ -109,7 +111,7 @@ def evaluate(
     test, subset = _test_images(options, split)
     chosen = options.only or options.attacks
     specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in chosen}
-    mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), _adjusted(config, split)
+    mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), _evaluated(config, split)
     records = evaluation.evaluate(
         key,
         apply,
@@ -150,16 +152,21 @@ def _test_images(options: ml_collections.ConfigDict, split: data.LongTailed) -> 
     return split.test.take(chosen), f"class-balanced subset, {options.subset_per_class} per class, seed 0"
 
 
-def _adjusted(config: ml_collections.ConfigDict, split: data.LongTailed):
-    """(variables, x) -> logits in evaluation mode, with the post-hoc adjustment that training never sees."""
+def _evaluated(config: ml_collections.ConfigDict, split: data.LongTailed):
+    """(variables, x) -> logits of the configured network with its post-hoc adjustment."""
     model = models.create(config.model, len(split.class_names))
-    adjust = adjustments.create(config.eval.adjustment)
+    return adjustments.adjusted(model, config.eval.adjustment, split.class_counts)
 
-    def apply(variables, x):
-        logits, out = model.apply(variables, x, train=False)
-        return adjust(variables, out["features"], logits, split.class_counts)
 
-    return apply
+def _code_version() -> str:
+    """0.1.0+ab496aa in a clone (-dirty with changes that are not committed), 0.1.0 elsewhere."""
+    root = pathlib.Path(lt_adv.__file__).parent.parent
+    try:
+        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+        found = (root / ".git").exists() and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        found = ""
+    return f"{lt_adv.__version__}+{found}" if found else lt_adv.__version__
 
 
 def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
@@ -178,11 +185,12 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
         "epochs": config.optim.epochs,
         "checkpoint": config.eval.checkpoint,
         "checkpoint_step": meta["step"],
+        "stage": meta["stage"],
         "weights": "averaged" if config.average.name != "none" else "last step",
         "seed": config.seed,
         "evaluation_seed": config.eval.seed,
         "config_digest": hashlib.sha256(json.dumps(_comparable(config.to_dict())).encode()).hexdigest()[:16],
-        "lt_adv_version": lt_adv.__version__,
+        "lt_adv_version": _code_version(),
         "python_version": platform.python_version(),
     }
 
