@@ -155,7 +155,7 @@ def test_nothing_left_lying_about():
     unwanted = ["TO" + "DO", "FIX" + "ME", "XX" + "X"]
     unwanted += [f"/{folder}/" for folder in ("root", "home", "work", "tmp", "Users")]
     files = [path for folder in PROJECT for path in (ROOT / folder).rglob("*.py")]
-    for pattern in ("*.md", "*.cfg", "*.toml", ".ci/*", "experiments/**/*.md"):
+    for pattern in ("*.md", "*.cfg", "*.toml", ".ci/*", "experiments/**/*.md", "experiments/**/*.json"):
         files += ROOT.glob(pattern)
     found = [
         f"{path.relative_to(ROOT)}:{number}: {word}"
