@@ -25,7 +25,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(__doc__)
         return 0
     log = logging.StreamHandler()
-    log.addFilter(lambda record: "orbax" not in record.pathname)  # what matters of it is raised as well
+    log.addFilter(is_shown)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[log])
     try:
         run(arguments.parse(argv))
@@ -35,6 +35,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("Error:", one_line(error), file=sys.stderr)
         return 2
     return 0
+
+
+def is_shown(record: logging.LogRecord) -> bool:
+    return "orbax" not in record.pathname  # whatever matters of what it logs, it raises as well
 
 
 def one_line(error: Exception) -> str:

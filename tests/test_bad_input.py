@@ -1,0 +1,504 @@
+"""Bad input through `main`: one line on stderr, what is wrong and what to do, exit code 2, nothing half written."""
+
+import errno
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh
+from PIL import Image
+
+from configs import common
+from lt_adv import arguments, check, main
+from lt_adv import run as runs
+from lt_adv.training import logging, loop
+
+ROOT = Path(__file__).parents[1]
+DIGITS = "--config=configs/robal.py:dataset=digits"
+
+# (arguments, what the line says), as regular expressions; --config is DIGITS where none is given.
+COMMAND_LINES = [
+    ([], r"--config is missing, for example --config=configs/robal\.py"),
+    (["--config="], r"--config is missing"),
+    (["--config.seed=1", "--config"], r"Missing value for flag --config"),
+    (["--config=configs/robl.py"], r"Unknown config file 'configs/robl\.py'\. Did you mean 'configs/robal\.py'\?"),
+    (["--config=configs/common.py"], r"configs/common\.py must have a function get_config that returns a ConfigDict"),
+    (["--config=configs/robal.py:variant=X"], r"variant=X: RoBal has the variants N and R\."),
+    (["--config=configs/robal.py:datset=digits"], r"'datset=digits': expected key=value with a key of dataset,"),
+    (["--config=configs/robal.py:digits"], r"'digits': expected key=value with a key of dataset, variant, epochs"),
+    (["--config=configs/robal.py:epochs=0"], r"'epochs=0': epochs must be at least 1"),
+    (["--config=configs/robal.py:epochs=ten"], r"'epochs=ten': epochs must be of type int"),
+    (["--config=configs/at.py:epochs=1,epochs=2"], r"'epochs=2': epochs is given twice"),
+    ([DIGITS, "--config.optim.epohcs=3"], r"Unknown entry of config\.optim: 'epohcs'\. Did you mean 'epochs'\?"),
+    ([DIGITS, "--config.optm.epochs=3"], r"Unknown entry of config: 'optm'\. Did you mean 'optim'\?"),
+    ([DIGITS, "--config.seed.x=3"], r"config\.seed is a value and has no entries"),
+    ([DIGITS, "--config.method.marginn=1"], r"Unknown entry of config\.method: 'marginn'\. Did you mean 'margin'\?"),
+    ([DIGITS, "--config.optim.epochs=three"], r"--config\.optim\.epochs=three: invalid literal for int"),
+    ([DIGITS, "--config.attack.eps=8/255"], r"--config\.attack\.eps=8/255: could not convert string to float"),
+    ([DIGITS, "--config.data.download=maybe"], r"--config\.data\.download=maybe.*boolean"),
+    ([DIGITS, "--config.optim=3"], r"--config\.optim=3.*not a dict"),
+    ([DIGITS, "--config.optim.epochs"], r"Missing value for flag --config\.optim\.epochs"),
+    ([DIGITS, "--mode=foo"], r"Unknown --mode 'foo'\. There are: eval, train"),
+    ([DIGITS, "--workdri=x"], r"Unknown flag '--workdri'\. Did you mean '--workdir'\?"),
+    ([DIGITS, "eval"], r"Unexpected argument 'eval'"),
+    (["eval", DIGITS], r"Unexpected argument 'eval'"),
+    ([DIGITS, "--flagfile=no-such-file"], r"Unable to open flagfile"),
+]
+VALUES = [
+    ("data.imbalance_ratio=0.02", r"config\.data\.imbalance_ratio must be .*\[1, inf\), not 0\.02.*is ratio 50"),
+    ("data.imbalance_ratio=inf", r"imbalance_ratio must be a number in \[1, inf\), not inf"),
+    ("attack.eps=8", r"config\.attack\.eps must be a number in \(0, 1\], not 8\.0: .*8/255 is 0\.03137"),
+    ("attack.eps=0", r"config\.attack\.eps must be .*not 0\.0"),
+    ("attack.eps=-0.1", r"config\.attack\.eps must be .*not -0\.1"),
+    ("attack.eps=nan", r"config\.attack\.eps must be .*not nan"),
+    ("attack.step_size=0", r"config\.attack\.step_size must be .*not 0\.0"),
+    ("attack.step_size=-1", r"config\.attack\.step_size must be .*not -1\.0"),
+    ("attack.num_steps=-1", r"config\.attack\.num_steps must be a whole number in \[0, inf\), not -1"),
+    ("attack.start=unifrom", r"Unknown config\.attack\.start 'unifrom'\. Did you mean 'uniform'\?"),
+    ("seed=-1", r"config\.seed must be a whole number in \[0, 4294967295\], not -1"),
+    ("seed=4294967296", r"config\.seed must be .*not 4294967296"),
+    ("data.split_seed=-1", r"config\.data\.split_seed must be"),
+    ("eval.seed=99999999999999999999", r"config\.eval\.seed must be"),
+    ("parallel=pmpa", r"Unknown config\.parallel 'pmpa'\. Did you mean 'pmap'\? There are: pmap, shard_map"),
+    ("fidelity=paper", r"Unknown config\.fidelity 'paper'\. There are: published, released_code"),
+    ("data.name=digitz", r"Unknown data set 'digitz'\. Did you mean 'digits'\?"),
+    ("data.name=image_folder", r"image_folder needs --config\.data\.path"),
+    ("data.imbalance=exponental", r"Unknown config\.data\.imbalance 'exponental'\. Did you mean 'exponential'\?"),
+    ("data.balanced_fraction=0", r"config\.data\.balanced_fraction must be"),
+    ("data.class_counts=(5,0)", r"each of config\.data\.class_counts must be a whole number in \[1, inf\), not 0"),
+    ("data.class_counts=(5,5)", r"class_counts has 2 entries, the data set has 10 classes"),
+    ("data.class_counts=many", r"each of config\.data\.class_counts must be a whole number"),
+    ("data.validation_per_class=-1", r"config\.data\.validation_per_class must be"),
+    ("data.validation_per_class=12", r"validation_per_class 12 leaves no training image of class 9"),
+    ("data.image_size=0", r"config\.data\.image_size must be a whole number in \[1, inf\), not 0"),
+    ("data.sampler=unifrm", r"Unknown config\.data\.sampler 'unifrm'\. Did you mean 'uniform'\?"),
+    ("data.augment=crop", r"Unknown config\.data\.augment 'crop'\."),
+    ("data.pad=-1", r"config\.data\.pad must be"),
+    ("model.name=resnet19", r"Unknown model 'resnet19'\. Did you mean 'resnet18'\?"),
+    ("model.depth=11", r"depth is 6 n \+ 4"),
+    ("model.dtype=float16", r"Unknown model dtype 'float16'"),
+    ("model.head.name=cosin", r"Unknown head 'cosin'\. Did you mean 'cosine'\?"),
+    ("model.head.gamma=nan", r"config\.model\.head\.gamma must be a number in \(-inf, inf\), not nan"),
+    ("model.head={'name':'cosine','gama':1}", r"Unknown option of head 'cosine'.* 'gama'\. Did you mean 'gamma'\?"),
+    ("method.name=robol", r"Unknown method 'robol'\. Did you mean 'robal'\?"),
+    ("method.name=trades", r"Unknown option of method trades 'margin'\."),
+    ("method={'name':'at','beta':1.0}", r"Unknown option of method at 'beta'\."),
+    ("method={}", r"config\.method\.name is missing"),
+    ("optim.epochs=0", r"config\.optim\.epochs must be a whole number in \[1, inf\), not 0"),
+    ("optim.epochs=-3", r"config\.optim\.epochs must be .*not -3"),
+    ("optim.batch_size=0", r"config\.optim\.batch_size must be .*not 0"),
+    ("optim.batch_size=512", r"config\.optim\.batch_size = 512 is more than the 503 training images"),
+    ("optim.learning_rate=-0.1", r"config\.optim\.learning_rate must be a number in \(0, inf\), not -0\.1"),
+    ("optim.momentum=1", r"config\.optim\.momentum must be a number in \[0, 1\), not 1\.0"),
+    ("optim.weight_decay=-1", r"config\.optim\.weight_decay must be"),
+    ("optim.schedule=steps", r"Unknown config\.optim\.schedule 'steps'\. Did you mean 'step'\?"),
+    ("optim.drop_epochs=(1,'x')", r"each of config\.optim\.drop_epochs must be a whole number"),
+    ("optim.drop_factor=0", r"config\.optim\.drop_factor must be"),
+    ("optim.first_epoch=2", r"config\.optim\.first_epoch must be a whole number in \[0, 1\], not 2"),
+    ("optim.warmup_epochs=-1", r"config\.optim\.warmup_epochs must be"),
+    ("optim={'learning_rat':1}", r"Unknown entry of config: 'optim\.learning_rat'\. Did you mean 'optim\."),
+    ("average.name=emaa", r"Unknown config\.average\.name 'emaa'\. Did you mean 'ema'\?"),
+    ("average.decay=1", r"config\.average\.decay must be"),
+    ("average={'name':'swa','decay':0.9,'start_epoch':999}", r"start_epoch must be a whole number in .*, not 999"),
+    ("log.every_steps=0", r"config\.log\.every_steps must be"),
+    ("checkpoint.every_epochs=0", r"config\.checkpoint\.every_epochs must be"),
+    ("checkpoint.keep=0", r"config\.checkpoint\.keep must be"),
+    ("eval.batch_size=0", r"config\.eval\.batch_size must be"),
+    ("eval.subset_per_class=-1", r"config\.eval\.subset_per_class must be"),
+    ("eval.subset_per_class=1000", r"No balanced subset of 1000 per class"),
+    ("eval.only=pgd21", r"Unknown attack in config\.eval\.only: 'pgd21'\. Did you mean 'pgd20'\?"),
+    ("eval.groups=third", r"Unknown config\.eval\.groups 'third'\. Did you mean 'thirds'\?"),
+    ("eval.checkpoint=first", r"Unknown config\.eval\.checkpoint 'first'\. There are: best, last"),
+    ("eval.checkpoint=best", r"config\.eval\.checkpoint is 'best', which needs config\.data\.validation_per_class"),
+    ("eval.adjustment.name=bondary", r"Unknown adjustment 'bondary'\. Did you mean 'boundary'\?"),
+    ("eval.attacks.pgd20.eps=8", r"config\.eval\.attacks\.pgd20\.eps must be .*not 8\.0.*8/255"),
+    ("eval.attacks.fgsm.eps=0", r"config\.eval\.attacks\.fgsm\.eps must be .*not 0\.0"),
+    ("eval.attacks.cw20.step_size=-1", r"config\.eval\.attacks\.cw20\.step_size must be"),
+    ("eval.attacks.pgd100.num_steps=-1", r"config\.eval\.attacks\.pgd100\.num_steps must be"),
+    ("eval.attacks.pgd20.start=zeros", r"Unknown config\.eval\.attacks\.pgd20\.start 'zeros'\. Did you mean 'zero'\?"),
+    ("eval.attacks.pgd20.attack=pdg", r"config\.eval\.attacks\.pgd20: Unknown attack 'pdg'\. Did you mean 'pgd'\?"),
+    ("eval.attacks.pgd20={'attack':'pgd','stepsize':1}", r"attacks\.pgd20: Unknown option of pgd 'stepsize'"),
+    ("eval.attacks={'clean':{'attack':'fgsm','eps':0.1}}", r"the report itself uses the name 'clean'"),
+    ("eval.attacks={'new':{'attack':'pgd','eps':0.1}}", r"config\.eval\.attacks\.new: .* needs step_size, num_steps"),
+    ("eval.attacks={'new':{'attack':'fgsm','eps':0.1,'norm':'l3'}}", r"Unknown norm 'l3'"),
+]
+
+
+@pytest.fixture
+def answer(capsys, tmp_path, monkeypatch):
+    """`answer(*arguments)`: the one line that `main` prints, after checking all that holds for every such line."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
+
+    def call(*given):
+        workdir = tmp_path / "run"
+        was_there = workdir.exists()
+        named = any(arg.startswith("--workdir") for arg in given)
+        code = main.main(["main", *([] if named else [f"--workdir={workdir}"]), *given])
+        printed = capsys.readouterr()
+        assert code == 2, printed
+        assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1, printed.err
+        assert len(printed.err) < 1000 and "Traceback" not in printed.err + printed.out
+        assert workdir.exists() == was_there
+        return printed.err
+
+    return call
+
+
+@pytest.fixture
+def no_training(monkeypatch):
+    """Training that is reached, and goes no further."""
+
+    def reached(*_):
+        raise loop.Preempted("training is reached")
+
+    monkeypatch.setattr(loop, "train", reached)
+
+
+@pytest.mark.parametrize(("given", "line"), COMMAND_LINES, ids=[" ".join(given) for given, _ in COMMAND_LINES])
+def test_command_line(answer, given, line):
+    assert re.search(line, answer(*given))
+
+
+@pytest.mark.parametrize(("override", "line"), VALUES, ids=[override for override, _ in VALUES])
+def test_value(answer, no_training, override, line):
+    assert re.search(line, answer(DIGITS, f"--config.{override}"))
+
+
+# At the edge, and yet of use.
+GOOD = [
+    "data.imbalance_ratio=1",
+    "attack.eps=1.0",
+    "attack.step_size=1",
+    "attack.num_steps=0",
+    "seed=4294967295",
+    "optim.epochs=1",
+    "optim.batch_size=496",
+    "optim.learning_rate=1e10",
+    "optim.drop_epochs=()",
+    "optim.momentum=0",
+    "data.class_counts=(8,8,8,8,8,8,8,8,8,8)",
+    "data.validation_per_class=11",
+    "data.image_size=1",
+    "model.dtype=bfloat16",
+    "method.beta=0",
+    "average={'name':'swa','decay':0.0,'start_epoch':0}",
+    "eval.only=pgd20",
+    "eval.subset_per_class=52",
+    "eval.attacks={}",
+    "eval.attacks.pgd20={'attack':'pgd','eps':3.0,'step_size':2.0,'num_steps':1,'norm':'l2'}",
+]
+
+
+@pytest.mark.parametrize("override", GOOD)
+def test_edge_is_accepted(no_training, capsys, tmp_path, monkeypatch, override):
+    monkeypatch.chdir(ROOT)
+    assert main.main(["main", f"--config.{override}", DIGITS, f"--workdir={tmp_path / 'run'}"]) == 0
+    printed = capsys.readouterr()
+    assert "training is reached" in printed.out and not printed.err
+    assert (tmp_path / "run" / "config.json").exists()
+
+
+@pytest.mark.parametrize("dataset", [*common.DATASETS, "svhn_cropped"])
+@pytest.mark.parametrize("name", ["at", "at_bsl", "robal", "trades"])
+def test_every_config_is_accepted(name, dataset, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    check.values(arguments.load(f"configs/{name}.py:dataset={dataset}"))
+
+
+GET = "from configs import common\ndef get_config():\n    c = common.get('digits', epochs=1, drop_epochs=(), of=1)\n"
+
+
+@pytest.mark.parametrize(
+    ("source", "line"),
+    [
+        ("def get_config(:", r"mine\.py: SyntaxError: invalid syntax"),
+        ("import no_such_package", r"mine\.py: ModuleNotFoundError: No module named 'no_such_package'"),
+        ("def get_config():\n    return {}['a']", r"mine\.py: KeyError: 'a'"),
+        ("def get_config():\n    raise ValueError('two\\nlines')", r"mine\.py: two lines"),
+        ("def get_config():\n    pass", r"mine\.py must have a function get_config that returns a ConfigDict"),
+        (GET + "    c.optim.epohcs = 1\n    return c", r"Unknown entry of config: 'optim\.epohcs'\."),
+        (GET + "    del c.optim.epochs\n    return c", r"config\.optim\.epochs is missing"),
+        (GET + "    c.attack.eps = None\n    return c", r"config\.attack\.eps must be .*not None"),
+        (GET + "    c.method.f = print\n    return c", r"config\.method\.f must be of type"),
+    ],
+)
+def test_config_file(answer, tmp_path, source, line):
+    path = tmp_path / "mine.py"
+    path.write_text(source + "\n")
+    assert re.search(line, answer(f"--config={path}"))
+
+
+def test_archive_is_not_there(answer, tmp_path):
+    printed = answer("--config=configs/robal.py")
+    folder = tmp_path / "data" / "downloads" / "manual"
+    assert f"cifar-10-binary.tar.gz is not in {folder}: put it there (sha256 c4a38c50" in printed
+    assert "--config=configs/robal.py:dataset=digits" in printed
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """An image folder of two classes; `pictures(side)` adds a picture of another size."""
+
+    def write(split, name, number, side):
+        folder = tmp_path / "pictures" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, side, 3), number, np.uint8)).save(folder / f"{number}.png")
+
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            for number in range(4):
+                write(split, name, number, 8)
+    return lambda side: write("train", "dog", 9, side)
+
+
+FOLDER = ["--config=configs/at.py:dataset=image_folder", "--config.optim.batch_size=8", "--config.data.imbalance=none"]
+
+
+def test_images_of_different_sizes(answer, no_training, pictures, tmp_path):
+    pictures(9)
+    printed = answer(*FOLDER, f"--config.data.path={tmp_path / 'pictures'}")
+    assert re.search(r"cat/0\.png is 8 x 8, \S*dog/9\.png is 9 x 9; --config\.data\.image_size=N", printed)
+
+
+def test_padding_beyond_the_image(answer, no_training, pictures, tmp_path, capsys):
+    given = [*FOLDER, f"--config.data.path={tmp_path / 'pictures'}"]
+    assert "config.data.pad must be a whole number in [0, 8), not 8" in answer(*given, "--config.data.pad=8")
+    assert main.main(["main", *given, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"]) == 0
+
+
+def test_image_folder_is_not_there(answer, tmp_path):
+    assert "There is no folder" in answer(*FOLDER, f"--config.data.path={tmp_path / 'nowhere'}")
+
+
+def test_class_without_training_images(answer, tmp_path):
+    image, label = np.zeros((16, 4, 4, 1), np.uint8), np.arange(16) % 2
+    path = tmp_path / "gap.npz"
+    arrays = {"train_image": image, "train_label": 2 * label, "test_image": image, "test_label": label}
+    np.savez(path, class_names=list("abc"), **arrays)
+    given = ["--config=configs/at.py:dataset=npz", f"--config.data.path={path}", "--config.data.imbalance=none"]
+    assert "The class 'b' has no training image" in answer(*given)
+
+
+def test_batch_that_the_devices_cannot_share(answer, monkeypatch):
+    monkeypatch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()), ("data",)))
+    printed = answer(DIGITS, "--config.optim.batch_size=65")
+    assert "config.optim.batch_size = 65 is not a multiple of the 8 devices" in printed
+
+
+def test_working_directory_cannot_be(answer, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for where in (tmp_path / "file", tmp_path / "file" / "below", "/proc/run"):
+        assert f"{where} cannot be written (" in answer(DIGITS, f"--workdir={where}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_config_cannot_be_stored(answer, monkeypatch, tmp_path, number):
+    def fail(path, text):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(logging, "write_atomically", fail)
+    assert f"run cannot be written ({os.strerror(number)}): change that, or use another --workdir" in answer(DIGITS)
+
+
+def test_half_a_file_is_removed(tmp_path, monkeypatch):
+    from etils import epath
+
+    path = epath.Path(tmp_path) / "file"
+    logging.write_atomically(path, "old")
+    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        logging.write_atomically(path, "new")
+    assert [f.name for f in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+def test_nothing_to_evaluate(answer, tmp_path):
+    assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")
+    (tmp_path / "run").mkdir()
+    assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")
+    assert not list((tmp_path / "run").iterdir())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Compiling for eight takes twice as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        yield
+
+
+# A run of two epochs of one step: small enough to be made once, and to be gone on with.
+TINY = [
+    "--config=configs/at.py:dataset=digits,epochs=2",
+    "--config.data.imbalance=balanced",
+    "--config.data.balanced_fraction=0.02",
+    "--config.optim.batch_size=16",
+    "--config.attack.num_steps=0",
+    "--config.checkpoint.every_epochs=1",
+    "--config.eval.attacks={}",
+    "--config.eval.subset_per_class=1",
+    "--config.eval.batch_size=16",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Its working directory. Programs are cached, for the tests that go on with it."""
+    folder = tmp_path_factory.mktemp("made")
+    options = {"jax_compilation_cache_dir": str(folder / "programs"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    assert main.main(["main", *TINY, f"--workdir={folder / 'run'}"]) == 0
+    yield folder / "run"
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it, where `answer` works."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def tree(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def truncate(checkpoint):
+    for file in (checkpoint / "state").rglob("*"):
+        if file.is_file():
+            os.truncate(file, 10)
+
+
+def test_another_config(answer, run):
+    before = tree(run)
+    for mode in ("train", "eval"):
+        printed = answer(*TINY, "--config.seed=1", "--config.method={'name':'at_bsl'}", f"--mode={mode}")
+        assert '(method.name: "at" -> "at_bsl"; seed: 0 -> 1): use another --workdir, or the old values' in printed
+    assert tree(run) == before
+    (run / "config.json").write_text("{")
+    assert "config.json is damaged" in answer(*TINY)
+
+
+def test_only_what_cannot_change_the_run_may_change(run, no_training, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: None)
+    free = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
+    assert main.main(["main", *TINY, *free, f"--workdir={run}"]) == 0
+    assert json.loads((run / "config.json").read_text())["eval"]["groups"] == "reat"
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_all_checkpoints_damaged(answer, run, mode):
+    for step in (1, 2):
+        truncate(run / "checkpoints" / "0_train" / str(step))
+    before = tree(run)
+    printed = answer(*TINY, f"--mode={mode}")
+    assert re.search(r"checkpoint 2 in \S* cannot be read .*checkpoint 1 in .* cannot be .* another --workdir", printed)
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_newest_checkpoint_damaged(run, mode, caplog, capsys):
+    """One warning; training repeats the lost step to the very same numbers."""
+    lines = (run / "metrics.jsonl").read_text()
+    truncate(run / "checkpoints" / "0_train" / "2")
+    assert main.main(["main", *TINY, f"--mode={mode}", f"--workdir={run}"]) == 0
+    warnings = [r.getMessage() for r in caplog.records if r.levelname != "INFO" and main.is_shown(r)]
+    assert len(warnings) == 1 and re.match(r"checkpoint 2 in \S* cannot be read .* checkpoint 1\.", warnings[0])
+    assert not capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == lines
+
+
+def test_checkpoint_of_another_network(answer, run):
+    (run / "config.json").unlink()  # which would be refused first
+    other = [*TINY, "--config.model.head.name=cosine"]
+    printed = answer(*other, "--mode=eval")
+    assert "run holds another network: params/head/bias is (10,) there, absent by config.model" in printed
+    assert "has checkpoints and no config.json" in answer(*other)
+    assert not (run / "config.json").exists()
+    printed = answer(*TINY, "--config.data.balanced_fraction=0.03", "--mode=eval")
+    assert "was trained with class counts 2 2 2 2 2 2 2 2 2 2, this config gives 3 3 3" in printed
+
+
+def test_damaged_metrics(answer, run):
+    (run / "metrics.jsonl").write_text('{"stage": "0_tr')
+    assert re.search(r"metrics\.jsonl is damaged .* or use another --workdir", answer(*TINY))
+
+
+def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):
+    """As orbax says it; the checkpoint before stays as it was."""
+
+    def full(*_, **__):
+        raise ValueError(
+            'RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database at local file "x":\n Failed writing: "x/d/1":'
+            " Failed to write 40501 bytes to file 14: No space left on device [os_error_code='28'] [source locations='a']"
+        )
+
+    shutil.rmtree(run / "checkpoints" / "0_train" / "2")
+    before = tree(run / "checkpoints")
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    printed = answer(*TINY)
+    assert re.search(r"cannot be written to \S*0_train \(No space left on device\)\. .* goes on from the last", printed)
+    assert tree(run / "checkpoints") == before
+
+
+def test_disk_full_at_a_metric(answer, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(loop, "train", full)
+    assert "metrics.jsonl: No space left on device. Nothing is half written" in answer(*TINY)
+
+
+def test_loss_that_is_no_number(answer, tmp_path):
+    (tmp_path / "run").mkdir()
+    printed = answer(*TINY, "--config.optim.epochs=30", "--config.optim.learning_rate=1e10")
+    assert re.search(r"train/\w+ is (nan|inf) in the steps before step \d+\. The last good .* is step \d", printed)
+    assert "a smaller config.optim.learning_rate" in printed
+
+
+@pytest.mark.parametrize("bug", [TypeError, KeyError, AssertionError, RuntimeError])
+def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
+    def train(*_):
+        raise bug("a bug")
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(bug):
+        main.main(["main", *TINY, f"--workdir={tmp_path / 'run'}"])
+
+
+def test_traceback_on_demand(monkeypatch):
+    monkeypatch.setenv("LT_ADV_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="--config is missing"):
+        main.main(["main"])
+
+
+def test_help(capsys):
+    assert main.main(["main", "--help"]) == 0
+    assert "--config=FILE" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ([DIGITS, "--config.optim.epohcs=3"], r"Error: Unknown entry .* Did you mean 'epochs'\?.*\n"),
+        ([DIGITS, "--config.attack.eps=8"], r"Error: config\.attack\.eps must be .*8/255 is 0\.03137\.\n"),
+    ],
+)
+def test_as_a_process(tmp_path, given, line):
+    """Exit code and stderr as a shell sees them."""
+    command = [sys.executable, "-m", "lt_adv.main", *given, f"--workdir={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 2 and not done.stdout and re.fullmatch(line, done.stderr)
+    assert not (tmp_path / "run").exists()
