@@ -56,7 +56,7 @@ def get(
 ) -> ConfigDict:
     """The config of plain adversarial training on `dataset`; `drop_epochs` are those of a run of `of` epochs.
 
-    A shorter or longer run drops at the same fractions. Any TensorFlow-Datasets name works as `dataset`.
+    A shorter or longer run drops at the same fractions, to the nearest epoch. Any name of TensorFlow-Datasets will do.
     """
     known = DATASETS.get(dataset, {"title": f"{dataset}-LT", "ratio": 50.0, "model": {"name": "resnet18"}})
     digits = dataset == "digits"
@@ -94,7 +94,7 @@ def get(
         "nesterov": False,
         "weight_decay": 5e-4,
         "schedule": "step",  # "cosine", "constant"
-        "drop_epochs": tuple(max(2, round(drop * epochs / of)) for drop in drop_epochs),
+        "drop_epochs": tuple(max(2, int(drop * epochs / of + 0.5)) for drop in drop_epochs),
         "drop_factor": 0.1,
         "first_epoch": 1,  # "drop at 60" leaves 59 epochs at the old rate
         "warmup_epochs": 0,

@@ -24,7 +24,7 @@ def get_config(arg=None):
     if variant not in ("N", "R"):
         raise ValueError(f"config argument variant={variant}: RoBal has the variants N and R.")
     digits = dataset == "digits"
-    # Ours, for sets that are not in the paper: CIFAR-100's values from 100 classes on, CIFAR-10's below.
+    # Ours, for sets that are not in the paper: CIFAR-100's values for Tiny-ImageNet, CIFAR-10's for all others.
     nearest = (
         dataset if dataset in ("cifar10", "cifar100") else ("cifar100" if dataset == "tiny_imagenet" else "cifar10")
     )

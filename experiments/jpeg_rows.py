@@ -10,13 +10,11 @@ experiments/results/jpeg_rows/.
 
 import json
 import os
-import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import jax
 from absl import app, flags
 
 IMAGES = flags.DEFINE_string("images", None, "The image folder.", required=True)
@@ -37,9 +35,13 @@ BUDGET = [
     "--config.attack.num_steps=5",
     "--config.attack.eps=0.031",
     "--config.attack.step_size=0.0078",
+    "--config.attack.start=uniform",
+    "--config.eval.attacks.fgsm.start=zero",
     "--config.eval.batch_size=500",
 ]
-SUBSET = ["--config.eval.subset_per_class=100", "--config.eval.report=subset1000"]
+# (mode, arguments) of the two evaluations: one as training ends, one of more attacks on fewer images.
+FULL = "train", ["--config.eval.only=('pgd20',)"]
+SUBSET = "eval", ["--config.eval.subset_per_class=100", "--config.eval.report=subset1000"]
 
 
 def command(row: str, seed: str, mode: str, extra: list[str]) -> list[str]:
@@ -61,27 +63,26 @@ def main(_) -> None:
     RESULTS.mkdir(parents=True, exist_ok=True)
     for seed in SEEDS.value:
         for row in ROWS.value:
-            for mode, extra in (("train", ["--config.eval.only=('pgd20',)"]), ("eval", SUBSET)):
+            for mode, extra in (FULL, SUBSET):
                 subprocess.run(command(row, seed, mode, extra), check=True)
             collect(row, seed)
 
 
 def collect(row: str, seed: str) -> None:
-    """Copy a run's reports, with the command and the machine; the plots of the first seed alone."""
+    """Copy a run's reports, with their commands and the commit; the plots of the first seed alone."""
     run = Path(WORKDIRS.value) / f"{row}-{EPOCHS.value}-seed{seed}"
-    shown = ["python", *command(row, seed, "train", ["--config.eval.only=('pgd20',)"])[1:]]
-    hidden = [part.replace(IMAGES.value, "<images>").replace(WORKDIRS.value, "workdirs/jpeg_rows") for part in shown]
-    for name, source in (("full", run), ("subset1000", run / "reports" / "subset1000")):
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
+    for name, source, mode, extra in (("full", run, *FULL), ("subset1000", run / "reports" / "subset1000", *SUBSET)):
         report = json.loads((source / "report.json").read_text())
-        machine = {
-            "device": str(jax.devices()[0].device_kind),
-            "cores": os.cpu_count(),
-            "python": platform.python_version(),
+        shown = " ".join(["python", *command(row, seed, mode, extra)[1:]])
+        record = {
+            "command": shown.replace(IMAGES.value, "<images>").replace(WORKDIRS.value, "workdirs/jpeg_rows"),
+            "machine": {"device": report["header"]["device"], "cores": os.cpu_count()},
+            "commit": report["context"].get("commit", commit),
+            "report": report,
         }
-        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout.strip()
-        record = {"command": " ".join(hidden), "machine": machine, "commit": commit, "report": report}
         (RESULTS / f"{row}-seed{seed}-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
-        if seed == SEEDS.value[0]:
+        if seed == "0":
             shutil.copytree(source / "plots", RESULTS / f"plots-{row}-{name}", dirs_exist_ok=True)
 
 

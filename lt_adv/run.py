@@ -15,17 +15,19 @@ from etils import epath
 import lt_adv
 from lt_adv import check, data, evaluation, models
 from lt_adv.models import adjustments
-from lt_adv.training import checkpoint, logging, loop
+from lt_adv.training import checkpoint, logging, loop, program
 from lt_adv.training import mesh as meshes
 
-FREE = ("eval.", "data.data_dir", "data.download")  # what may change between two starts in a working directory
+# What may change between two starts in a working directory. Training watches itself through the adjustment.
+FREE = ("eval.", "data.data_dir", "data.download")
+WATCHED = "eval.adjustment."
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Train (or go on), then evaluate. ValueError before anything is written for a config that cannot be, or does not
     fit the data, the devices or what is in the working directory."""
     check.values(config)
-    compare(config, workdir)
+    compare(config, workdir, training=True)
     dataset, mesh = data.load(config.data), meshes.make_mesh()
     split = data.long_tailed(dataset, config.data)
     check.fits(config, split, mesh.size)
@@ -36,7 +38,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     evaluate(config, workdir, dataset=dataset)
 
 
-def compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
     """ValueError, with the difference, if the working directory was started with another config."""
     path = workdir / "config.json"
     try:
@@ -45,7 +47,7 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
     if stored is None:
         return
-    theirs, mine = _comparable(stored), _comparable(config.to_dict())
+    theirs, mine = (_comparable(c, training=training) for c in (stored, config.to_dict()))
     changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
     if changed:
         shown = "; ".join(f"{name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}" for name in changed)
@@ -67,9 +69,12 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         raise ValueError(f"{workdir} cannot be written ({reason}): change that, or use another --workdir.") from error
 
 
-def _comparable(config: Mapping[str, Any]) -> dict[str, str]:
+def _comparable(config: Mapping[str, Any], *, training: bool = False) -> dict[str, str]:
     """{"optim.epochs": "80", ...}, of the entries that must not change."""
-    return {name: json.dumps(value) for name, value in check.flat(config).items() if not name.startswith(FREE)}
+    fixed = {
+        k: v for k, v in check.flat(config).items() if not k.startswith(FREE) or training and k.startswith(WATCHED)
+    }
+    return {name: json.dumps(value) for name, value in fixed.items()}
 
 
 def describe(config, split, workdir, mesh) -> None:
@@ -108,6 +113,9 @@ def evaluate(
         theirs = _short(meta["class_counts"])
         raise ValueError(f"{workdir} was trained with class counts {theirs}, this config gives {_short(counts)}.")
     check.network(config, split, variables, workdir)
+    if not _finished(config, meta):
+        where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
+        logging.console.print(f"Note: this evaluates {where}, not the end of training.", soft_wrap=True)
     test, subset = _test_images(options, split)
     chosen = options.only or options.attacks
     specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in chosen}
@@ -131,6 +139,7 @@ def evaluate(
         "class_counts_before": split.class_counts_before if split.validation is not None else None,
         "groups": options.groups,
         "training_seconds": meta["seconds"],
+        "commit": _commit(),
         "metrics": workdir / "metrics.jsonl",
     }
     if shown:
@@ -158,15 +167,29 @@ def _evaluated(config: ml_collections.ConfigDict, split: data.LongTailed):
     return adjustments.adjusted(model, config.eval.adjustment, split.class_counts)
 
 
-def _code_version() -> str:
-    """0.1.0+ab496aa in a clone (-dirty with changes that are not committed), 0.1.0 elsewhere."""
+def _commit() -> str | None:
+    """ab496aa in a clone, ab496aa-dirty with changes that are not committed, None elsewhere."""
     root = pathlib.Path(lt_adv.__file__).parent.parent
     try:
         command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-        found = (root / ".git").exists() and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        return (
+            (root / ".git").exists() and subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        ) or None
     except OSError:  # no git here
-        found = ""
-    return f"{lt_adv.__version__}+{found}" if found else lt_adv.__version__
+        return None
+
+
+def _code_digest() -> str:
+    """Of every line of this package: records made by other code never meet."""
+    root = pathlib.Path(lt_adv.__file__).parent
+    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(root.rglob("*.py")))).hexdigest()[:16]
+
+
+def _finished(config: ml_collections.ConfigDict, meta: Mapping[str, Any]) -> bool:
+    """Whether a checkpoint is the end of the last stage; the best one on validation counts as asked for."""
+    last_stage = len(program.stages(config)) - 1
+    ended = meta["step"] == meta["total_steps"] or config.eval.checkpoint == "best"
+    return ended and meta["stage"].startswith(f"{last_stage}_")
 
 
 def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
@@ -186,11 +209,15 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
         "checkpoint": config.eval.checkpoint,
         "checkpoint_step": meta["step"],
         "stage": meta["stage"],
+        "training": "finished"
+        if _finished(config, meta)
+        else f"UNFINISHED, step {meta['step']} of {meta['total_steps']}",
         "weights": "averaged" if config.average.name != "none" else "last step",
         "seed": config.seed,
         "evaluation_seed": config.eval.seed,
         "config_digest": hashlib.sha256(json.dumps(_comparable(config.to_dict())).encode()).hexdigest()[:16],
-        "lt_adv_version": _code_version(),
+        "lt_adv_version": lt_adv.__version__,
+        "code_digest": _code_digest(),
         "python_version": platform.python_version(),
     }
 

@@ -39,7 +39,7 @@ def test_builds(name, dataset):
     for fidelity in ("published", "released_code"):
         config.fidelity = fidelity
         assert sum(stage.epochs for stage in program.stages(config)) == config.optim.epochs
-        optim.schedule(config.optim, 10, config.optim.epochs, fidelity)
+        optim.schedule(config.optim, 10, config.optim.epochs, fidelity == "released_code")
     models.create(config.model, CLASSES.get(dataset, 10))
     adjustments.create(config.eval.adjustment)
     for spec in config.eval.attacks.values():
@@ -156,7 +156,7 @@ def test_result_rows_take_the_last_epoch_and_the_whole_test_set(name):
 
 def rates(config, epochs, fidelity="published", steps_per_epoch=7):
     """{epoch, from 1: learning rate}, the same at the first and at the last step of the epoch."""
-    schedule = optim.schedule(config.optim, steps_per_epoch, config.optim.epochs, fidelity)
+    schedule = optim.schedule(config.optim, steps_per_epoch, config.optim.epochs, fidelity == "released_code")
     found = {}
     for epoch in epochs:
         first, last = (float(schedule(step)) for step in ((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch - 1))

@@ -104,7 +104,7 @@ def test_killed_twice_and_terminated_once_is_bit_for_bit_an_unbroken_run(launch,
     assert (whole / "metrics.jsonl").read_text() == (broken / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6, 7, 10, 13, 14, 17, 20, 21, 24, 27, 28]
-    assert {"valid/clean/accuracy", "valid/pgd20/accuracy_tail", "train/accuracy_clean"} <= rows[-1].keys()
+    assert {"valid/clean/accuracy", "valid/pgd20/accuracy_tail", "train/balanced_accuracy_clean"} <= rows[-1].keys()
     reports = [json.loads((run / "report.json").read_text())["metrics"] for run in (whole, broken)]
     assert reports[0] == reports[1]
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -99,8 +99,10 @@ class Method:
     """Adversarial training with defaults that a paper overrides: perturb, loss, and rarely more.
 
     `num_steps` and `start` belong to the inner attack. `fidelity` is "published" (the sane reading) or "released_code"
-    (its quirks, as each method's docstring lists them).
+    (its quirks, as the method's docstring lists them; one that lists none has none).
     """
+
+    compounding_schedule: ClassVar[bool] = False  # whether the released code's learning rate compounds (training.optim)
 
     num_steps: int = 10
     start: str = "uniform"

@@ -19,8 +19,10 @@ class RoBal(base.Method):
 
     Differs from the released code, which `fidelity="released_code"` restores: there the start is one-sided,
     x + eps U[0, 1); the KL takes log(q + 1e-12); and the running statistics of batch norm move four times a step
-    (x_adv, x, x, x_adv) where ours move twice. The learning rate's quirk is in `training.optim`.
+    (x_adv, x, x, x_adv) where ours move twice; and the drops of the learning rate compound (see `training.optim`).
     """
+
+    compounding_schedule = True
 
     num_steps: int = 5
     margin: float = 0.1

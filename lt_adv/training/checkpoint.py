@@ -17,6 +17,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from lt_adv import lookup
 
+TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
 VARIABLES = ("params", "batch_stats")
 BEST = "valid/pgd20/accuracy"  # what the best checkpoint is the best in; the validation split is balanced
 
@@ -119,9 +120,6 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def best_step(self) -> int | None:
-        return self._manager.best_step() if self._best_metric else None
-
     def restore(self, step: int, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
         """(state, meta) of `step`, replicated over `mesh`; ValueError if it is damaged or of another network."""
         sharding = NamedSharding(mesh, PartitionSpec())
@@ -130,6 +128,8 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
             )
+        except TRANSIENT:
+            raise  # a store that does not answer has damaged nothing
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({_first_line(error)})") from error
         state, meta = restored["state"], restored["meta"]
@@ -138,9 +138,10 @@ class Checkpoints:
         return state, meta
 
     def restore_latest(self, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged checkpoint, deleting damaged newer ones with a warning; None if there is none at all.
+        """The newest undamaged checkpoint; None if there is none at all.
 
-        ValueError if there are checkpoints and none can be restored.
+        Damaged newer ones are moved to <workdir>/damaged, with a warning: the run writes these steps anew. ValueError
+        if there are checkpoints and none can be restored.
         """
         errors = []
         for step in reversed(self.steps()):
@@ -150,8 +151,14 @@ class Checkpoints:
                 errors.append(str(error))
                 continue
             for damaged, text in zip(reversed(self.steps()), errors, strict=False):
-                logging.warning("%s: set aside, going on from checkpoint %d.", text, step)
-                self._manager.delete(damaged)
+                aside = self.directory.parent.parent / "damaged" / f"{self.directory.name}-{damaged}"
+                logging.warning("%s: moved to %s, going on from checkpoint %d.", text, aside, step)
+                aside.parent.mkdir(parents=True, exist_ok=True)
+                if aside.exists():
+                    aside.rmtree()
+                (self.directory / str(damaged)).rename(aside)
+            if errors:
+                self._manager.reload()
             return restored
         if errors:
             raise ValueError(
@@ -178,19 +185,20 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
     if not found:
         raise FileNotFoundError(f"There is no checkpoint under {root}: train first, or correct --workdir.")
     if which == "best":
-        manager = ocp.CheckpointManager(found[-1][0], options=_options(2, BEST))
-        if (best := manager.best_step()) is None:
-            raise ValueError(
-                f"{root} has no best checkpoint: the run had no validation split (config.data.validation_per_class)."
-            )
+        options = ocp.CheckpointManagerOptions(best_fn=lambda m: m[BEST], read_only=True)  # a run may be writing there
+        with ocp.CheckpointManager(found[-1][0], options=options) as manager:
+            best = manager.best_step()
+        if best is None:
+            raise ValueError(f"{root} has no best checkpoint: the run had no config.data.validation_per_class.")
         found = [(found[-1][0], best)]
-        manager.close()
     elif which != "last":
         raise lookup.unknown("config.eval.checkpoint", which, ("last", "best"))
     errors = []
     for stage, step in reversed(found):
         try:
             read = _read(stage, step)
+        except TRANSIENT:
+            raise
         except Exception as error:  # as in Checkpoints.restore
             errors.append(f"checkpoint {step} in {stage} cannot be read ({_first_line(error)})")
             continue

@@ -48,7 +48,8 @@ class StopSignal:
 def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset, mesh: Mesh) -> None:
     """All stages of the configured method, from where the working directory left off.
 
-    Raises Preempted after a SIGTERM and NonFinite when training diverges; both leave a resumable working directory.
+    Raises Preempted after a SIGTERM, resumable at that step, and NonFinite when training diverges: the checkpoints
+    before stay, but the same command would diverge again.
     """
     lines = logging.Lines(workdir / "metrics.jsonl")
     speed = logging.Lines(workdir / "timing.jsonl")
@@ -90,7 +91,10 @@ def _watch(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict
     row = {}
     if "train" in monitors:
         row.update(
-            {k.replace("clean/accuracy", "train/accuracy_clean"): v for k, v in monitors["train"](variables).items()}
+            {
+                k.replace("clean/accuracy", "train/balanced_accuracy_clean"): v
+                for k, v in monitors["train"](variables).items()
+            }
         )
     if validate and "valid" in monitors:
         row.update({f"valid/{k}": v for k, v in monitors["valid"](variables).items()})
@@ -108,22 +112,32 @@ def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: lis
     if restored is not None:
         state, meta = restored
         seconds = meta["seconds"]
-        logging.console.print(f"Resumed {built.name} at step {int(state.step)} of {total}.")
+        _same_run(built, meta, workdir)
     first = int(state.step)
+    if first == total:
+        checkpoints.close()
+        return state
+    if restored is not None:
+        logging.console.print(f"Resumed {built.name} at step {first} of {total}.")
     for log in (lines, speed):
         log.keep(first, built.name, earlier)
-    monitors = _monitors(built) if first < total else {}
+    monitors = _monitors(built)
     saved = first if restored is not None else None
+    best_so_far = max((row[best] for row in lines.rows if row["stage"] == built.name and best in row), default=-1.0)
     clock, mark = time.perf_counter(), first
+    metrics: Any = None
+    behind: Any = None
 
     def save(step: int, row: dict[str, Any]) -> None:
         nonlocal saved
-        meta = {"stage": built.name, "step": step, "seconds": seconds, "class_counts": built.info.class_counts.tolist()}
+        meta = {"step": step, "seconds": seconds, **_identity(built)}
         checkpoints.save(step, state, meta, {best: row[best]} if best and best in row else None)
         saved = step
 
     with logging.Progress(built.name, built.info.epochs, per_epoch, config.optim.batch_size, first) as progress:
         for step in range(first, total):
+            jax.block_until_ready(behind)  # two steps in flight keep a device busy, and a SIGTERM is answered soon
+            behind = metrics
             with jax.transfer_guard("disallow"):
                 state, metrics = built.step(state, built.resident, built.teacher)
             done, stopping = step + 1, stop.is_set()
@@ -139,8 +153,10 @@ def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: lis
             if ends_window(step, per_epoch, config.log.every_steps):
                 lines.add({"stage": built.name, "step": done, "epoch": epoch, **row})
                 speed.add({"stage": built.name, "step": done, "images_per_second": rate, "seconds": seconds})
-            if stopping or done == total or (epoch_ended and epoch % config.checkpoint.every_epochs == 0):
+            improved = best in row and row[best] > best_so_far
+            if stopping or done == total or improved or (epoch_ended and epoch % config.checkpoint.every_epochs == 0):
                 save(done, row)
+            best_so_far = max(best_so_far, row.get(best, -1.0))
             progress.update(done, row, rate, epoch_ended)
             if stopping:
                 checkpoints.close()
@@ -150,6 +166,29 @@ def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: lis
     return state
 
 
+def _identity(built: program.Program) -> dict[str, Any]:
+    """What a checkpoint says of the run that it belongs to."""
+    return {
+        "stage": built.name,
+        "total_steps": built.num_steps,
+        "class_counts": built.info.class_counts.tolist(),
+        "data_digest": built.data.digest,
+        "devices": built.mesh.size,
+        "jax_version": jax.__version__,
+    }
+
+
+def _same_run(built: program.Program, meta: dict[str, Any], workdir: epath.Path) -> None:
+    """ValueError if the images are others than those of the checkpoint; a word if the bits may differ."""
+    now = _identity(built)
+    if meta["data_digest"] != now["data_digest"]:
+        raise ValueError(f"{workdir} was trained on other images than config.data gives now: use another --workdir.")
+    for name in ("devices", "jax_version"):
+        if meta[name] != now[name]:
+            text = f"{name.replace('_', ' ')} was {meta[name]} and is {now[name]}"
+            logging.console.print(f"Note: {text}: the numbers will be close to those of an unbroken run, not equal.")
+
+
 def _check_finite(row: dict[str, float], step: int, saved: int | None, checkpoints: Checkpoints) -> None:
     bad = [name for name in ("train/loss", "train/gradient_norm") if not np.isfinite(row[name])]
     if bad:
@@ -157,6 +196,6 @@ def _check_finite(row: dict[str, float], step: int, saved: int | None, checkpoin
         kept = f"The last good checkpoint is step {saved}" if saved else "There is no checkpoint yet"
         raise NonFinite(
             f"{bad[0]} is {row[bad[0]]} in the steps before step {step}. {kept}. "
-            "Hint: a smaller config.optim.learning_rate, a warm-up (config.optim.warmup_epochs), or float32 "
-            "(config.model.dtype)."
+            "In another --workdir, try a smaller config.optim.learning_rate, a warm-up (config.optim.warmup_epochs), "
+            "or float32 (config.model.dtype)."
         )

@@ -15,6 +15,8 @@ PARALLEL = ("pmap", "shard_map")
 
 def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     """All devices along the one axis "data". (`jax.make_mesh` would make the axis Explicit.)"""
+    if jax.process_count() > 1:
+        raise ValueError("Runs of several processes (jax.distributed) are not supported yet: start a single one.")
     return Mesh(np.array(devices if devices is not None else jax.devices()), (AXIS,))
 
 

@@ -12,16 +12,14 @@ from lt_adv import lookup
 SCHEDULES = ("step", "cosine", "constant")
 
 
-def schedule(
-    config: Mapping[str, Any], steps_per_epoch: int, epochs: int, fidelity: str = "published"
-) -> optax.Schedule:
+def schedule(config: Mapping[str, Any], steps_per_epoch: int, epochs: int, compounding: bool = False) -> optax.Schedule:
     """Learning rate at a step (from 0).
 
     "step": x `drop_factor` at the start of each epoch of `drop_epochs`. Epochs count from `first_epoch` = 1 as in RoBal
     and AT-BSL, so "drop at 60" leaves 59 epochs at the old rate; REAT and TAET count from 0. `warmup_epochs`: the rate
-    rises linearly, step by step. "cosine": to 0 at the last step.
+    rises linearly, step by step. "cosine": to 0 after the last step.
 
-    Under `fidelity="released_code"` "step" is what RoBal's code does: the drop of an epoch is applied to the rate of
+    With `compounding` "step" is what RoBal's released code does: the drop of an epoch is applied to the rate of
     the epoch before, so it compounds: x 0.1 in every epoch from 60 on, x 0.01 in every epoch from 75 on; the warm-up
     compounds in the same way.
     """
@@ -31,7 +29,7 @@ def schedule(
         raise lookup.unknown("config.optim.schedule", name, SCHEDULES)
     if name == "step":
         first, factor = config["first_epoch"], config["drop_factor"]
-        if fidelity == "released_code":
+        if compounding:
             return _compounding(config, steps_per_epoch, epochs)
         drops: dict[int, float] = {}
         for epoch in config["drop_epochs"]:
@@ -52,7 +50,7 @@ def _compounding(config: Mapping[str, Any], steps_per_epoch: int, epochs: int) -
     first = config["first_epoch"]
     factors = {}
     for epoch in range(first, first + epochs):
-        factor = epoch / config["warmup_epochs"] if epoch <= config["warmup_epochs"] else 1.0
+        factor = min((epoch - first + 1) / max(config["warmup_epochs"], 1), 1.0)
         for drop in config["drop_epochs"]:
             factor *= config["drop_factor"] if epoch >= drop else 1.0
         factors[(epoch - first) * steps_per_epoch] = factor

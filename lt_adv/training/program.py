@@ -35,7 +35,6 @@ class Program:
     info: Info
     apply: Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits as they are evaluated
     step: Callable[..., Any]
-    init_window: Callable[..., Any]
     resident: Any
     teacher: Any
     first_state: Callable[[], TrainState]
@@ -90,7 +89,8 @@ def build(
         image_shape=tuple(split.train.image.shape[1:]),
     )
     model = models.create(config.model, info.num_classes, axis_name=AXIS)
-    rate = optim.schedule(config.optim, info.steps_per_epoch, stage.epochs, config.fidelity)
+    compounding = stage.method.compounding_schedule and config.fidelity == "released_code"
+    rate = optim.schedule(config.optim, info.steps_per_epoch, stage.epochs, compounding)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     image = jnp.zeros((1, *info.image_shape), float)
     variables = flax.core.unfreeze(jax.eval_shape(lambda: model.init(key, image, train=False)))
@@ -130,7 +130,6 @@ def build(
         info=info,
         apply=adjustments.adjusted(model, config.eval.adjustment, split.class_counts),
         step=step,
-        init_window=init_window,
         resident=on_device,
         teacher=teacher,
         first_state=first_state,

@@ -47,12 +47,13 @@ def create(key, variables, tx, extra, *, averaged: bool) -> TrainState:
 def average_weight(average: dict[str, Any], step, steps_per_epoch: int):
     """The share w of the new weights in a <- a + w (p - a) after step number `step` (from 0).
 
-    "ema": 1 - decay at every step. "swa": the plain mean of the weights at the ends of the epochs from `start_epoch` on
-    (from 0), w = 1 / (epochs taken so far), 0 within an epoch. Running statistics are averaged alike (ours).
+    "ema": 1 - min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. "swa": the plain mean of
+    the weights at the ends of the epochs from `start_epoch` on (from 0), w = 1 / (epochs taken so far), 0 within an
+    epoch; before the first of these the average is the weights themselves. Running statistics are averaged too (ours).
     """
     if average["name"] == "ema":
-        return jnp.float32(1.0 - average["decay"])
-    epoch = step // steps_per_epoch
-    taken = epoch - average["start_epoch"] + 1
+        return 1.0 - jnp.minimum(jnp.float32(average["decay"]), (1.0 + step) / (10.0 + step))
+    taken = step // steps_per_epoch - average["start_epoch"] + 1  # the current epoch counted in
     ends = (step + 1) % steps_per_epoch == 0
-    return jnp.where(ends & (taken >= 1), 1.0 / jnp.maximum(taken, 1), 0.0).astype(jnp.float32)
+    mean = jnp.where(ends, 1.0 / jnp.maximum(taken, 1), 0.0)
+    return jnp.where((taken < 1) | ((taken == 1) & ~ends), 1.0, mean).astype(jnp.float32)

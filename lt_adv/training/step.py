@@ -83,8 +83,9 @@ def make_train_step(
     over the current window (see `ends_window`), on the device: fetch them at log steps only.
 
     Everything random is a function of (key, step, position in the whole batch): neither the number of devices nor a
-    restart changes it. Per-replica code over the axis "data"; the gradient of each device's loss is averaged, which is
-    exact for plain means, and for other losses if they gather first (`net.gather`).
+    restart changes it. (Dropout, where a network has it, is drawn by device.) Per-replica code over the axis "data":
+    the gradient of each device's loss is averaged, which is exact for plain means, and for other losses if they gather
+    first (`net.gather`).
     """
     if options.batch_size % mesh.size:
         raise ValueError(

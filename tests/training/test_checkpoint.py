@@ -75,6 +75,7 @@ def test_a_flipped_bit_is_found_and_the_step_before_taken(saved, state, caplog):
     restored, meta = Checkpoints(saved).restore_latest(state, meshes.make_mesh())
     chex.assert_trees_all_equal(host(restored), host(later(state, 1)))
     assert meta["step"] == 1 and "checkpoint 2" in caplog.text and "going on from checkpoint 1" in caplog.text
+    assert (saved.parent.parent / "damaged" / "0_train-2" / "state").exists()  # moved, not deleted
     assert not (saved / "2").exists() and read_variables(saved.parent.parent)[1]["step"] == 1
 
 
@@ -86,6 +87,27 @@ def test_silent_damage_needs_the_digest(saved, state):
     with pytest.raises(ValueError, match="checkpoint 2 .* is damaged: its digest differs"):
         checkpoints.restore(2, state, meshes.make_mesh())
     assert read_variables(saved.parent.parent)[1]["step"] == 1
+
+
+def test_a_store_that_does_not_answer_has_damaged_nothing(saved, state, monkeypatch):
+    checkpoints = Checkpoints(saved)
+
+    def fail(*args, **options):
+        raise ConnectionError("503")
+
+    monkeypatch.setattr(checkpoints._manager, "restore", fail)
+    with pytest.raises(ConnectionError):
+        checkpoints.restore_latest(state, meshes.make_mesh())
+    assert Checkpoints(saved).steps() == [1, 2]
+
+
+def test_a_step_set_aside_is_written_anew(saved, state):
+    shutil.rmtree(saved / "2" / "state")
+    checkpoints = Checkpoints(saved)
+    assert checkpoints.restore_latest(state, meshes.make_mesh())[1]["step"] == 1
+    checkpoints.save(2, later(state, 2), {**META, "step": 2})
+    checkpoints.close()
+    assert Checkpoints(saved).restore_latest(state, meshes.make_mesh())[1]["step"] == 2
 
 
 def test_truncated_files_fall_back_and_all_damaged_refuses(saved, state):
@@ -110,6 +132,8 @@ def test_keeps_the_latest_and_the_best(tmp_path, state):
         checkpoints.save(n, later(state, n), {**META, "step": n}, {BEST: accuracy})
     checkpoints.close()
     assert Checkpoints(stage, keep=1, best_metric=BEST).steps() == [2, 4]
+    (stage / "5.orbax-checkpoint-tmp").mkdir()  # what a run is writing while another process reads
+    assert read_variables(tmp_path, "best")[1]["step"] == 2 and (stage / "5.orbax-checkpoint-tmp").exists()
     assert read_variables(tmp_path, "best")[1]["step"] == 2 and read_variables(tmp_path)[1]["step"] == 4
 
 

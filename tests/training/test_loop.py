@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -90,6 +91,27 @@ def test_a_finished_run_started_again_trains_nothing_and_keeps_its_lines(run, te
     before = (workdir / "metrics.jsonl").read_text()
     built = run(stages, workdir)
     assert len(built) == 2 and (workdir / "metrics.jsonl").read_text() == before
+
+
+def test_resumed_in_the_second_stage_keeps_the_lines_of_both(run, teacher_and_student, tmp_path, capsys):
+    workdir, stages, _ = teacher_and_student
+    again = tmp_path / "again"
+    shutil.copytree(workdir, again)
+    last = max((again / "checkpoints" / "1_student").iterdir(), key=lambda d: int(d.name))
+    shutil.rmtree(last)
+    run(stages, again)
+    assert "Resumed 1_student" in capsys.readouterr().out
+    assert (again / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
+
+
+def test_other_images_are_refused(run, teacher_and_student, tmp_path, monkeypatch):
+    workdir, stages, _ = teacher_and_student
+    again = tmp_path / "again"
+    shutil.copytree(workdir, again)
+    long_tailed = data.long_tailed
+    monkeypatch.setattr(data, "long_tailed", lambda *args: dataclasses.replace(long_tailed(*args), digest="other"))
+    with pytest.raises(ValueError, match="was trained on other images"):
+        run(stages, again)
 
 
 def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student, tmp_path):

@@ -28,7 +28,9 @@ def test_sgd_as_pytorch_has_it(nesterov):
 def test_frozen_tensors_get_no_update_and_no_decay():
     params = {"backbone": {"conv": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
     tx = optim.create(CONFIG, lambda _: 0.1, params, freeze="backbone/")
-    updates, _ = tx.update({"backbone": {"conv": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}, tx.init(params), params)
+    updates, _ = tx.update(
+        {"backbone": {"conv": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}, tx.init(params), params
+    )
     assert not updates["backbone"]["conv"].any() and (updates["head"]["kernel"] < -0.1).all()
     with pytest.raises(ValueError, match="No parameter matches .*bacbone.* There are: backbone/conv, head/kernel"):
         optim.create(CONFIG, lambda _: 0.1, params, freeze="bacbone/")
