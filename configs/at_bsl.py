@@ -16,7 +16,6 @@ def get_config(arg=None):
     epochs = a["epochs"] or (30 if digits else 100)
     c = common.get(a["dataset"], epochs=epochs, drop_epochs=(75, 90), of=100)
     c.method = {"name": "at_bsl"}
-    c.attack.start = "gaussian"
     c.eval.attacks.fgsm.start = "gaussian"
     if c.model.name == "wide_resnet" and not digits:
         c.model.name = "resnet18"  # depth and width wait for --config.model.name=wide_resnet

@@ -85,7 +85,8 @@ def get(
     }
     c.model = {**known["model"], "dtype": "float32", "head": {"name": "linear"}}
     c.method = {"name": "at"}
-    c.attack = {"eps": eps, "step_size": step_size, "num_steps": 10, "start": "uniform"}
+    # The start is the method's own where none is given.
+    c.attack = {"eps": eps, "step_size": step_size, "num_steps": 10, "start": config_dict.placeholder(str)}
     c.optim = {
         "epochs": epochs,
         "batch_size": 128,

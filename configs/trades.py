@@ -16,7 +16,6 @@ def get_config(arg=None):
     c = common.get(a["dataset"], epochs=epochs, drop_epochs=(60, 75), of=80, eps=0.031, step_size=0.0078)
     c.method = {"name": "trades", "beta": 6.0}
     c.attack.num_steps = 5
-    c.attack.start = "gaussian"
     c.optim.batch_size = 64
     c.optim.weight_decay = 2e-4
     if digits:

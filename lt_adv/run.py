@@ -195,7 +195,7 @@ def _finished(config: ml_collections.ConfigDict, meta: Mapping[str, Any]) -> boo
 def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
     """What identifies an evaluation, beside what the evaluator sees itself. No times: they would start it anew."""
     options = {k: v for k, v in config.method.to_dict().items() if k != "name"}
-    adjustment, attack = config.eval.adjustment, config.attack
+    adjustment, attack, start = config.eval.adjustment, config.attack, program.stages(config)[-1].method.start
     return {
         "method": config.method.name + (f" ({', '.join(f'{k} {v:g}' for k, v in options.items())})" if options else ""),
         "model": _model(config.model),
@@ -204,7 +204,7 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
         "subset": subset,
         "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
         "fidelity": config.fidelity,
-        "training_attack": f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps",
+        "training_attack": f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps, start {start}",
         "epochs": config.optim.epochs,
         "checkpoint": config.eval.checkpoint,
         "checkpoint_step": meta["step"],

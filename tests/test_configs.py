@@ -115,7 +115,7 @@ def test_protocol_of_robals_study(name, dataset):
     config = get(name, dataset=dataset)
     assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 34, 10)
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (0.031, 0.0078, 5)
-    assert config.attack.start == ("gaussian" if name == "trades" else "uniform")
+    assert program.stages(config)[0].method.start == ("gaussian" if name == "trades" else "uniform")
     assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (80, 64, 2e-4)
     assert sgd(config) == (0.1, 0.9, False, (60, 75))
     attacks = config.eval.attacks
@@ -129,7 +129,10 @@ def test_protocol_of_robals_study(name, dataset):
 def test_protocol_of_at_bsl(dataset, model):
     config = get("at_bsl", dataset=dataset)
     assert (config.model.name, config.model.head.name, config.eval.adjustment.name) == (model, "linear", "none")
-    assert config.attack.to_dict() == {"eps": 8 / 255, "step_size": 2 / 255, "num_steps": 10, "start": "gaussian"}
+    assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (8 / 255, 2 / 255, 10)
+    assert program.stages(config)[0].method.start == "gaussian"
+    config.attack.start = "zero"  # given, it goes before the method's own
+    assert program.stages(config)[0].method.start == "zero"
     assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (100, 128, 5e-4)
     assert sgd(config) == (0.1, 0.9, False, (75, 90))
     attacks = config.eval.attacks
