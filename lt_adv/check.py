@@ -1,5 +1,6 @@
 """A config, looked at whole before anything is loaded, compiled or written: one line for what cannot be."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -56,6 +57,11 @@ def a(*kinds: type) -> Rule:
             raise ValueError(f"{path} must be of type {names}, not {value!r}.")
 
     return rule
+
+
+def file_name(path: str, value: Any) -> None:
+    if not (isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*|", value)):
+        raise ValueError(f"{path} must be a name, of letters, digits, '_', '-' and '.', not {value!r}.")
 
 
 def each(rule: Rule) -> Rule:
@@ -120,12 +126,13 @@ ENTRIES: Mapping[str, Rule] = {
     "log.every_steps": ONE_OR_MORE,
     "log.clean_per_class": ZERO_OR_MORE,
     "log.validate_every_epochs": ONE_OR_MORE,
+    "log.tensorboard": a(bool),
     "checkpoint.every_epochs": ONE_OR_MORE,
     "checkpoint.keep": ONE_OR_MORE,
     "eval.batch_size": ONE_OR_MORE,
     "eval.subset_per_class": ZERO_OR_MORE,
     "eval.only": each(a(str)),
-    "eval.report": a(str),
+    "eval.report": file_name,
     "eval.groups": one_of(longtail.GROUPS),
     "eval.checkpoint": one_of(("last", "best")),
     "eval.seed": SEED,

@@ -115,6 +115,7 @@ VALUES = [
     ("eval.subset_per_class=-1", r"config\.eval\.subset_per_class must be"),
     ("eval.subset_per_class=1000", r"No balanced subset of 1000 per class"),
     ("eval.only=pgd21", r"Unknown attack in config\.eval\.only: 'pgd21'\. Did you mean 'pgd20'\?"),
+    ("eval.report=../../elsewhere", r"config\.eval\.report must be a name, of letters, digits, '_', '-' and '\.', not"),
     ("eval.groups=third", r"Unknown config\.eval\.groups 'third'\. Did you mean 'thirds'\?"),
     ("eval.checkpoint=first", r"Unknown config\.eval\.checkpoint 'first'\. There are: best, last"),
     ("eval.checkpoint=best", r"config\.eval\.checkpoint is 'best', which needs config\.data\.validation_per_class"),
@@ -440,8 +441,8 @@ def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):
 
     def full(*_, **__):
         raise ValueError(
-            'RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database at local file "x":\n Failed writing: "x/d/1":'
-            " Failed to write 40501 bytes to file 14: No space left on device [os_error_code='28'] [source locations='a']"
+            'RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database at local file "x":\n Failed writing: "x/1":'
+            " Failed to write 40501 bytes to file 14: No space left on device [os_error_code='28'] [locations='a.cc']"
         )
 
     shutil.rmtree(run / "checkpoints" / "0_train" / "2")
