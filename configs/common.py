@@ -101,7 +101,7 @@ def get(
         "warmup_epochs": 0,
     }
     c.average = {"name": "none", "decay": 0.999, "start_epoch": 0}  # "ema", "swa"
-    c.log = {"every_steps": 50, "clean_per_class": 50, "validate_every_epochs": 1}
+    c.log = {"every_steps": 50, "clean_per_class": 50, "validate_every_epochs": 1, "tensorboard": False}
     c.checkpoint = {"every_epochs": 1, "keep": 2}
     c.eval = {
         "batch_size": 256,

@@ -52,6 +52,23 @@ class Lines:
         write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
 
+class TensorBoard:
+    """The numbers of the log lines as scalars; ImportError, with the extra's name, without tensorboardX."""
+
+    def __init__(self, workdir: epath.Path):
+        try:
+            from tensorboardX import SummaryWriter
+        except ImportError:
+            raise ImportError("config.log.tensorboard needs tensorboardX: pip install -e '.[tensorboard]'.") from None
+        self._writer = SummaryWriter(str(workdir / "tensorboard"))
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._writer.add_scalar(f"{row['stage']}/{name}", value, row["step"])
+        self._writer.flush()
+
+
 class Progress:
     """Epoch, images/s, time left, loss, clean and robust accuracy: a live line in a terminal, elsewhere a line an epoch
     (of short epochs, one every few seconds)."""

@@ -122,6 +122,7 @@ def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: lis
     for log in (lines, speed):
         log.keep(first, built.name, earlier)
     monitors = _monitors(built)
+    boards = [logging.TensorBoard(workdir)] if config.log.tensorboard else []
     saved = first if restored is not None else None
     best_so_far = max((row[best] for row in lines.rows if row["stage"] == built.name and best in row), default=-1.0)
     clock, mark = time.perf_counter(), first
@@ -151,7 +152,8 @@ def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: lis
             if epoch_ended:
                 row |= _watch(monitors, state.variables, epoch % config.log.validate_every_epochs == 0 or done == total)
             if ends_window(step, per_epoch, config.log.every_steps):
-                lines.add({"stage": built.name, "step": done, "epoch": epoch, **row})
+                for log in (lines, *boards):
+                    log.add({"stage": built.name, "step": done, "epoch": epoch, **row})
                 speed.add({"stage": built.name, "step": done, "images_per_second": rate, "seconds": seconds})
             improved = best in row and row[best] > best_so_far
             if stopping or done == total or improved or (epoch_ended and epoch % config.checkpoint.every_epochs == 0):

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import shutil
+import sys
+import types
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +126,30 @@ def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student,
     for name in ("params", "batch_stats"):
         jax.tree.map(np.testing.assert_array_equal, before[name]["backbone"], after[name]["backbone"])
     assert np.abs(before["params"]["head"]["kernel"] - after["params"]["head"]["kernel"]).max() > 1e-3
+
+
+def test_tensorboard_gets_the_numbers_of_the_lines(run, config, teacher_and_student, tmp_path, monkeypatch):
+    """The writer is tensorboardX's; here it is a list. Without the package: one line that names the extra."""
+    scalars, teacher = [], teacher_and_student[1][0]
+
+    class SummaryWriter:
+        def __init__(self, folder):
+            assert folder == str(tmp_path / "tensorboard")
+
+        def add_scalar(self, *scalar):
+            scalars.append(scalar)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
+    monkeypatch.setattr(config.log, "tensorboard", True)
+    run((teacher,), tmp_path)
+    row = rows(tmp_path)[-1]
+    assert ("0_teacher/train/loss", row["train/loss"], row["step"]) in scalars
+    monkeypatch.setitem(sys.modules, "tensorboardX", None)
+    with pytest.raises(ImportError, match=r"pip install -e '\.\[tensorboard\]'"):
+        run((teacher,), tmp_path / "again")
 
 
 def test_merge_says_what_does_not_fit(caplog):
