@@ -99,7 +99,13 @@ def jpeg_rows(results: Path = RESULTS) -> str:
     if not found:
         return f"CIFAR-10 (JPEG copy): {NOT_YET}; `python -m experiments.jpeg_rows` measures them."
     parts = sorted({part for _, part in found}, key=lambda part: part != FULL)
-    return "\n\n".join(text for part in parts for text in _part(found, part))
+    blocks = [text for part in parts for text in _part(found, part)]
+    pictures = {t: f"jpeg_rows/plots-{c}-{FULL}/accuracy_by_class.png" for c, t in JPEG_ROWS.items()}
+    pictures = {title: path for title, path in pictures.items() if (results / path).exists()}
+    if pictures:
+        shown = [f"![Accuracy by class, {title}](experiments/results/{path})" for title, path in pictures.items()]
+        blocks.append(table(list(pictures), [shown], left=len(pictures)))
+    return "\n\n".join(blocks)
 
 
 def _part(found: Results, part: str) -> list[str]:

@@ -121,6 +121,15 @@ def test_results_become_rows(measured):
     assert robal["PGD-20 tail"] == "12.5 ± 0.0" and robal["PGD-20 head"] == "" and "worst case" not in head
 
 
+def test_pictures_of_results_are_shown(measured):
+    assert "![" not in tables.jpeg_rows(measured)
+    picture = measured / "jpeg_rows" / "plots-at-full" / "accuracy_by_class.png"
+    picture.parent.mkdir()
+    picture.touch()
+    shown = tables.jpeg_rows(measured).splitlines()
+    assert shown[-3] == "| AT |" and "(experiments/results/jpeg_rows/plots-at-full/accuracy_by_class.png)" in shown[-1]
+
+
 def test_index_says_what_was_measured(measured):
     lines = {line.split("`")[1]: line for line in tables.index(results=measured).splitlines()[2:]}
     assert "10 epochs, 2 seeds: clean 42.0 ± 2.0, PGD-20 20.5 ± 0.5 | 012345678 |" in lines["robal"]
