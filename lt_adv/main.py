@@ -34,6 +34,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print("Error:", one_line(error), file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("Interrupted. The same command goes on from the last checkpoint or record.", file=sys.stderr)
+        return 130
     return 0
 
 

@@ -479,6 +479,15 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
         main.main(["main", *TINY, f"--workdir={tmp_path / 'run'}"])
 
 
+def test_interrupt(monkeypatch, capsys, tmp_path):
+    def train(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(runs, "train", train)
+    assert main.main(["main", DIGITS, f"--workdir={tmp_path}"]) == 130
+    assert "The same command goes on" in capsys.readouterr().err
+
+
 def test_traceback_on_demand(monkeypatch):
     monkeypatch.setenv("LT_ADV_TRACEBACK", "1")
     with pytest.raises(ValueError, match="--config is missing"):
