@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -173,43 +174,63 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     return found
 
 
-def _series(history: Sequence[Mapping[str, Any]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    time = "epoch" if any("epoch" in entry for entry in history) else "step"
-    points = [
-        (float(entry[time]), float(entry[name]))
-        for entry in history
-        if isinstance(entry.get(name), int | float) and isinstance(entry.get(time), int | float)
+def _clock(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], str]:
+    """Where each line stands: epochs, in fractions, one stage after the other; steps where there are no epochs."""
+    if not any("epoch" in entry for entry in history):
+        return [float(entry.get("step", i)) for i, entry in enumerate(history)], "step"
+    stages: dict[Any, list[Mapping[str, Any]]] = {}
+    for entry in history:
+        stages.setdefault(entry.get("stage"), []).append(entry)
+    start, times = 0.0, {}
+    for entries in stages.values():
+        # A line in epoch e comes at step e n or before, so the largest step / epoch is n, the steps of an epoch.
+        length = max((e["step"] / e["epoch"] for e in entries if e.get("step") and e.get("epoch")), default=None)
+        for entry in entries:
+            within = entry["step"] / length if length and "step" in entry else entry.get("epoch", 0)
+            times[id(entry)] = start + within
+        start = max(times[id(entry)] for entry in entries)
+    return [times[id(entry)] for entry in history], "epoch"
+
+
+def _series(history: Sequence[Mapping[str, Any]], name: str, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    """The finite values of a metric and when they were taken."""
+    rows = [
+        (t, entry[name]) for t, entry in zip(times, history, strict=True) if isinstance(entry.get(name), int | float)
     ]
-    array = np.array(sorted(point for point in points if np.isfinite(point).all())).reshape(-1, 2)
-    return array[:, 0], array[:, 1]
+    time, values = np.array(rows, float).reshape(-1, 2).T
+    finite = np.isfinite(values)
+    return time[finite], values[finite]
+
+
+PANELS = {  # title -> (which metrics, what a line is called once these words are taken out)
+    "Training loss": (r"train/loss.*", ""),
+    "Robust training accuracy in %": (r"train/accuracy(_head|_body|_tail)?", "accuracy"),
+    "Clean training accuracy, balanced, in %": (r"train/balanced_accuracy_clean.*", "balanced accuracy clean"),
+    "Validation accuracy in %": (r"valid/.*/accuracy(_tail)?", "accuracy"),
+}
 
 
 def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training curves from metric lines: loss, training and evaluation accuracy; a panel without data is left out."""
+    """Training curves from metric lines: loss, training and validation accuracy; a panel without data is left out."""
     names = sorted({name for entry in history for name in entry})
-    panels = {
-        "Training loss": [name for name in names if name.startswith("train/") and "loss" in name],
-        "Training accuracy in %": [name for name in names if name.startswith("train/accuracy")],
-        "Evaluation accuracy in %": [
-            name for name in names if name.startswith("eval/") and name.endswith(("/accuracy", "/accuracy_tail"))
-        ],
-    }
-    panels = {head: [n for n in wanted if len(_series(history, n)[0])] for head, wanted in panels.items()}
-    panels = {head: wanted for head, wanted in panels.items() if wanted} or {"No metrics yet": []}
+    times, unit = _clock(history)
+    panels = {}
+    for head, (pattern, silent) in PANELS.items():
+        wanted = [n for n in names if re.fullmatch(pattern, n) and len(_series(history, n, times)[0])]
+        if wanted:
+            panels[head] = [(n, _series(history, n, times), silent.split()) for n in wanted]
+    panels = panels or {"No metrics yet": []}
     figure = _figure(4.6 * len(panels), 3.4)
-    for axes, (head, wanted) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
+    for axes, (head, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         factor, ends = 1.0 if "loss" in head else 100.0, []
-        for i, name in enumerate(wanted):
-            time, values = _series(history, name)
-            colour = LINES[i % len(LINES)]
-            axes.plot(
-                time, factor * values, color=colour, linewidth=1.6, marker="o" if len(time) < 15 else "", markersize=3
-            )
-            words = name.split("/", 1)[1].replace("accuracy", "").replace("/", " ").replace("_", " ").split()
-            ends.append((float(factor * values[-1]), " ".join(words) or "accuracy", colour))
+        for (name, (time, values), silent), colour in zip(lines, LINES, strict=False):
+            few = len(time) < 15
+            axes.plot(time, factor * values, color=colour, linewidth=1.6, marker="o" if few else "", markersize=3)
+            words = [w for w in re.split("[/_ ]", name.split("/", 1)[1]) if w not in silent]
+            ends.append((float(factor * values[-1]), " ".join(words) or "all", colour))
         _style(axes)
         axes.set_title(head, loc="left", fontsize=10, color=INK, fontweight="bold")
-        axes.set_xlabel("epoch" if any("epoch" in entry for entry in history) else "step", fontsize=8, color=SOFT)
+        axes.set_xlabel(unit, fontsize=8, color=SOFT)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         _label_ends(axes, ends)
     return figure

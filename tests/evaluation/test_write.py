@@ -132,10 +132,17 @@ def test_curves_with_missing_keys():
     history = [{"step": 1}, {"epoch": 1, "train/loss": 2.0}, {"epoch": 2, "train/loss": float("nan"), "note": "text"}]
     assert [axes.get_title("left") for axes in plots.curves(history).axes] == ["Training loss"]
     assert len(plots.curves(history).axes[0].lines[0].get_xdata()) == 1  # the NaN is not drawn
-    steps = plots.curves([{"step": 5, "eval/pgd20/accuracy_tail": 0.5}, {"step": 9, "eval/pgd20/accuracy_tail": 0.6}])
+    steps = plots.curves([{"step": 5, "valid/pgd20/accuracy_tail": 0.5}, {"step": 9, "valid/pgd20/accuracy_tail": 0.6}])
     assert steps.axes[0].get_xlabel() == "step"
     assert steps.axes[0].lines[0].get_ydata().tolist() == [50.0, 60.0]
     assert plots.png(plots.curves([{"step": 1}]))
+
+
+def test_curves_stand_at_fractions_of_epochs_and_stages_follow_each_other():
+    lines = [("a", 2, 1), ("a", 4, 1), ("a", 6, 2), ("a", 8, 2), ("b", 5, 1), ("b", 10, 1)]
+    history = [{"stage": s, "step": n, "epoch": e, "train/loss": 1.0} for s, n, e in lines]
+    axes = plots.curves(history).axes[0]
+    assert axes.lines[0].get_xdata().tolist() == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0] and axes.get_xlabel() == "epoch"
 
 
 def test_from_evaluation_to_report(run, tmp_path):
