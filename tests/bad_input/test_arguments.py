@@ -1,28 +1,16 @@
-"""Bad input through `main`: one line on stderr, what is wrong and what to do, exit code 2, nothing half written."""
+"""Bad arguments and config entries through `main`: one line on stderr that says what is wrong, and exit code 2."""
 
-import errno
-import json
-import os
 import re
-import shutil
 import subprocess
 import sys
-from pathlib import Path
 
-import jax
-import numpy as np
-import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import Mesh
-from PIL import Image
 
 from configs import common
 from lt_adv import arguments, check, main
 from lt_adv import run as runs
-from lt_adv.training import logging, loop
-
-ROOT = Path(__file__).parents[1]
-DIGITS = "--config=configs/robal.py:dataset=digits"
+from lt_adv.training import loop
+from tests.bad_input.conftest import DIGITS, ROOT
 
 # (arguments, what the line says), as regular expressions; --config is DIGITS where none is given.
 COMMAND_LINES = [
@@ -133,37 +121,6 @@ VALUES = [
 ]
 
 
-@pytest.fixture
-def answer(capsys, tmp_path, monkeypatch):
-    """`answer(*arguments)`: the one line that `main` prints, after checking all that holds for every such line."""
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
-
-    def call(*given):
-        workdir = tmp_path / "run"
-        was_there = workdir.exists()
-        named = any(arg.startswith("--workdir") for arg in given)
-        code = main.main(["main", *([] if named else [f"--workdir={workdir}"]), *given])
-        printed = capsys.readouterr()
-        assert code == 2, printed
-        assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1, printed.err
-        assert len(printed.err) < 1000 and "Traceback" not in printed.err + printed.out
-        assert workdir.exists() == was_there
-        return printed.err
-
-    return call
-
-
-@pytest.fixture
-def no_training(monkeypatch):
-    """Training that is reached, and goes no further."""
-
-    def reached(*_):
-        raise loop.Preempted("training is reached")
-
-    monkeypatch.setattr(loop, "train", reached)
-
-
 @pytest.mark.parametrize(("given", "line"), COMMAND_LINES, ids=[" ".join(given) for given, _ in COMMAND_LINES])
 def test_command_line(answer, given, line):
     assert re.search(line, answer(*given))
@@ -238,237 +195,6 @@ def test_config_file(answer, tmp_path, source, line):
     assert re.search(line, answer(f"--config={path}"))
 
 
-def test_archive_is_not_there(answer, tmp_path):
-    printed = answer("--config=configs/robal.py")
-    folder = tmp_path / "data" / "downloads" / "manual"
-    assert f"cifar-10-binary.tar.gz is not in {folder}: put it there (sha256 c4a38c50" in printed
-    assert "--config=configs/robal.py:dataset=digits" in printed
-
-
-@pytest.fixture
-def pictures(tmp_path):
-    """An image folder of two classes; `pictures(side)` adds a picture of another size."""
-
-    def write(split, name, number, side):
-        folder = tmp_path / "pictures" / split / name
-        folder.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(np.full((side, side, 3), number, np.uint8)).save(folder / f"{number}.png")
-
-    for split in ("train", "test"):
-        for name in ("cat", "dog"):
-            for number in range(4):
-                write(split, name, number, 8)
-    return lambda side: write("train", "dog", 9, side)
-
-
-FOLDER = ["--config=configs/at.py:dataset=image_folder", "--config.optim.batch_size=8", "--config.data.imbalance=none"]
-
-
-def test_images_of_different_sizes(answer, no_training, pictures, tmp_path):
-    pictures(9)
-    printed = answer(*FOLDER, f"--config.data.path={tmp_path / 'pictures'}")
-    assert re.search(r"cat/0\.png is 8 x 8, \S*dog/9\.png is 9 x 9; --config\.data\.image_size=N", printed)
-
-
-def test_padding_beyond_the_image(answer, no_training, pictures, tmp_path, capsys):
-    given = [*FOLDER, f"--config.data.path={tmp_path / 'pictures'}"]
-    assert "config.data.pad must be a whole number in [0, 8), not 8" in answer(*given, "--config.data.pad=8")
-    assert main.main(["main", *given, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"]) == 0
-
-
-def test_image_folder_is_not_there(answer, tmp_path):
-    assert "There is no folder" in answer(*FOLDER, f"--config.data.path={tmp_path / 'nowhere'}")
-
-
-def test_class_without_training_images(answer, tmp_path):
-    image, label = np.zeros((16, 4, 4, 1), np.uint8), np.arange(16) % 2
-    path = tmp_path / "gap.npz"
-    arrays = {"train_image": image, "train_label": 2 * label, "test_image": image, "test_label": label}
-    np.savez(path, class_names=list("abc"), **arrays)
-    given = ["--config=configs/at.py:dataset=npz", f"--config.data.path={path}", "--config.data.imbalance=none"]
-    assert "The class 'b' has no training image" in answer(*given)
-
-
-def test_batch_that_the_devices_cannot_share(answer, monkeypatch):
-    monkeypatch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()), ("data",)))
-    printed = answer(DIGITS, "--config.optim.batch_size=65")
-    assert "config.optim.batch_size = 65 is not a multiple of the 8 devices" in printed
-
-
-def test_working_directory_cannot_be(answer, tmp_path):
-    (tmp_path / "file").write_text("mine")
-    for where in (tmp_path / "file", tmp_path / "file" / "below", "/proc/run"):
-        assert f"{where} cannot be written (" in answer(DIGITS, f"--workdir={where}")
-    assert (tmp_path / "file").read_text() == "mine"
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_config_cannot_be_stored(answer, monkeypatch, tmp_path, number):
-    def fail(path, text):
-        raise OSError(number, os.strerror(number), str(path))
-
-    monkeypatch.setattr(logging, "write_atomically", fail)
-    assert f"run cannot be written ({os.strerror(number)}): change that, or use another --workdir" in answer(DIGITS)
-
-
-def test_half_a_file_is_removed(tmp_path, monkeypatch):
-    from etils import epath
-
-    path = epath.Path(tmp_path) / "file"
-    logging.write_atomically(path, "old")
-    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match="full"):
-        logging.write_atomically(path, "new")
-    assert [f.name for f in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
-
-
-def test_nothing_to_evaluate(answer, tmp_path):
-    assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")
-    (tmp_path / "run").mkdir()
-    assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")
-    assert not list((tmp_path / "run").iterdir())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Compiling for eight takes twice as long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
-        yield
-
-
-# A run of two epochs of one step: small enough to be made once, and to be gone on with.
-TINY = [
-    "--config=configs/at.py:dataset=digits,epochs=2",
-    "--config.data.imbalance=balanced",
-    "--config.data.balanced_fraction=0.02",
-    "--config.optim.batch_size=16",
-    "--config.attack.num_steps=0",
-    "--config.checkpoint.every_epochs=1",
-    "--config.eval.attacks={}",
-    "--config.eval.subset_per_class=1",
-    "--config.eval.batch_size=16",
-]
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Its working directory. Programs are cached, for the tests that go on with it."""
-    folder = tmp_path_factory.mktemp("made")
-    options = {"jax_compilation_cache_dir": str(folder / "programs"), "jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in options}
-    for name, value in options.items():
-        jax.config.update(name, value)
-    assert main.main(["main", *TINY, f"--workdir={folder / 'run'}"]) == 0
-    yield folder / "run"
-    for name, value in before.items():
-        jax.config.update(name, value)
-
-
-@pytest.fixture
-def run(made, tmp_path):
-    """A copy of it, where `answer` works."""
-    return Path(shutil.copytree(made, tmp_path / "run"))
-
-
-def tree(folder):
-    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
-
-
-def truncate(checkpoint):
-    for file in (checkpoint / "state").rglob("*"):
-        if file.is_file():
-            os.truncate(file, 10)
-
-
-def test_another_config(answer, run):
-    before = tree(run)
-    for mode in ("train", "eval"):
-        printed = answer(*TINY, "--config.seed=1", "--config.method={'name':'at_bsl'}", f"--mode={mode}")
-        assert '(method.name: "at" -> "at_bsl"; seed: 0 -> 1): use another --workdir, or the old values' in printed
-    assert tree(run) == before
-    (run / "config.json").write_text("{")
-    assert "config.json is damaged" in answer(*TINY)
-
-
-def test_only_what_cannot_change_the_run_may_change(run, no_training, monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: None)
-    free = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
-    assert main.main(["main", *TINY, *free, f"--workdir={run}"]) == 0
-    assert json.loads((run / "config.json").read_text())["eval"]["groups"] == "reat"
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_all_checkpoints_damaged(answer, run, mode):
-    for step in (1, 2):
-        truncate(run / "checkpoints" / "0_train" / str(step))
-    before = tree(run)
-    printed = answer(*TINY, f"--mode={mode}")
-    assert re.search(r"checkpoint 2 in \S* cannot be read .*checkpoint 1 in .* cannot be .* another --workdir", printed)
-    assert tree(run) == before
-
-
-@pytest.mark.parametrize("mode", ["train", "eval"])
-def test_newest_checkpoint_damaged(run, mode, caplog, capsys):
-    """One warning; training repeats the lost step to the very same numbers."""
-    lines = (run / "metrics.jsonl").read_text()
-    truncate(run / "checkpoints" / "0_train" / "2")
-    assert main.main(["main", *TINY, f"--mode={mode}", f"--workdir={run}"]) == 0
-    warnings = [r.getMessage() for r in caplog.records if r.levelname != "INFO" and main.is_shown(r)]
-    assert len(warnings) == 1 and re.match(r"checkpoint 2 in \S* cannot be read .* checkpoint 1\.", warnings[0])
-    assert not capsys.readouterr().err
-    assert (run / "metrics.jsonl").read_text() == lines
-
-
-def test_checkpoint_of_another_network(answer, run):
-    (run / "config.json").unlink()  # which would be refused first
-    other = [*TINY, "--config.model.head.name=cosine"]
-    printed = answer(*other, "--mode=eval")
-    assert "run holds another network: params/head/bias is (10,) there, absent by config.model" in printed
-    assert "has checkpoints and no config.json" in answer(*other)
-    assert not (run / "config.json").exists()
-    printed = answer(*TINY, "--config.data.balanced_fraction=0.03", "--mode=eval")
-    assert "was trained with class counts 2 2 2 2 2 2 2 2 2 2, this config gives 3 3 3" in printed
-
-
-def test_damaged_metrics(answer, run):
-    (run / "metrics.jsonl").write_text('{"stage": "0_tr')
-    assert re.search(r"metrics\.jsonl is damaged .* or use another --workdir", answer(*TINY))
-
-
-def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):
-    """As orbax says it; the checkpoint before stays as it was."""
-
-    def full(*_, **__):
-        raise ValueError(
-            'RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database at local file "x":\n Failed writing: "x/1":'
-            " Failed to write 40501 bytes to file 14: No space left on device [os_error_code='28'] [locations='a.cc']"
-        )
-
-    shutil.rmtree(run / "checkpoints" / "0_train" / "2")
-    before = tree(run / "checkpoints")
-    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
-    printed = answer(*TINY)
-    assert re.search(r"cannot be written to \S*0_train \(No space left on device\)\. .* goes on from the last", printed)
-    assert tree(run / "checkpoints") == before
-
-
-def test_disk_full_at_a_metric(answer, monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
-
-    (tmp_path / "run").mkdir()
-    monkeypatch.setattr(loop, "train", full)
-    assert "metrics.jsonl: No space left on device. Nothing is half written" in answer(*TINY)
-
-
-def test_loss_that_is_no_number(answer, tmp_path):
-    (tmp_path / "run").mkdir()
-    printed = answer(*TINY, "--config.optim.epochs=30", "--config.optim.learning_rate=1e10")
-    assert re.search(r"train/\w+ is (nan|inf) in the steps before step \d+\. The last good .* is step \d", printed)
-    assert "a smaller config.optim.learning_rate" in printed
-
-
 @pytest.mark.parametrize("bug", [TypeError, KeyError, AssertionError, RuntimeError])
 def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
     def train(*_):
@@ -476,7 +202,7 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
 
     monkeypatch.setattr(loop, "train", train)
     with pytest.raises(bug):
-        main.main(["main", *TINY, f"--workdir={tmp_path / 'run'}"])
+        main.main(["main", DIGITS, f"--workdir={tmp_path / 'run'}"])
 
 
 def test_interrupt(monkeypatch, capsys, tmp_path):

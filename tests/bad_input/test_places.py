@@ -1,0 +1,107 @@
+"""Data and working directories that are not what they should be: one line, and nothing half written."""
+
+import errno
+import os
+import re
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from PIL import Image
+
+from lt_adv import main
+from lt_adv import run as runs
+from lt_adv.training import logging
+from tests.bad_input.conftest import DIGITS
+
+
+def test_archive_is_not_there(answer, tmp_path):
+    printed = answer("--config=configs/robal.py")
+    folder = tmp_path / "data" / "downloads" / "manual"
+    assert f"cifar-10-binary.tar.gz is not in {folder}: put it there (sha256 c4a38c50" in printed
+    assert "--config=configs/robal.py:dataset=digits" in printed
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """An image folder of two classes; `pictures(side)` adds a picture of another size."""
+
+    def write(split, name, number, side):
+        folder = tmp_path / "pictures" / split / name
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((side, side, 3), number, np.uint8)).save(folder / f"{number}.png")
+
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            for number in range(4):
+                write(split, name, number, 8)
+    return lambda side: write("train", "dog", 9, side)
+
+
+FOLDER = ["--config=configs/at.py:dataset=image_folder", "--config.optim.batch_size=8", "--config.data.imbalance=none"]
+
+
+def test_images_of_different_sizes(answer, no_training, pictures, tmp_path):
+    pictures(9)
+    printed = answer(*FOLDER, f"--config.data.path={tmp_path / 'pictures'}")
+    assert re.search(r"cat/0\.png is 8 x 8, \S*dog/9\.png is 9 x 9; --config\.data\.image_size=N", printed)
+
+
+def test_padding_beyond_the_image(answer, no_training, pictures, tmp_path, capsys):
+    given = [*FOLDER, f"--config.data.path={tmp_path / 'pictures'}"]
+    assert "config.data.pad must be a whole number in [0, 8), not 8" in answer(*given, "--config.data.pad=8")
+    assert main.main(["main", *given, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"]) == 0
+
+
+def test_image_folder_is_not_there(answer, tmp_path):
+    assert "There is no folder" in answer(*FOLDER, f"--config.data.path={tmp_path / 'nowhere'}")
+
+
+def test_class_without_training_images(answer, tmp_path):
+    image, label = np.zeros((16, 4, 4, 1), np.uint8), np.arange(16) % 2
+    path = tmp_path / "gap.npz"
+    arrays = {"train_image": image, "train_label": 2 * label, "test_image": image, "test_label": label}
+    np.savez(path, class_names=list("abc"), **arrays)
+    given = ["--config=configs/at.py:dataset=npz", f"--config.data.path={path}", "--config.data.imbalance=none"]
+    assert "The class 'b' has no training image" in answer(*given)
+
+
+def test_batch_that_the_devices_cannot_share(answer, monkeypatch):
+    monkeypatch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()), ("data",)))
+    printed = answer(DIGITS, "--config.optim.batch_size=65")
+    assert "config.optim.batch_size = 65 is not a multiple of the 8 devices" in printed
+
+
+def test_working_directory_cannot_be(answer, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for where in (tmp_path / "file", tmp_path / "file" / "below", "/proc/run"):
+        assert f"{where} cannot be written (" in answer(DIGITS, f"--workdir={where}")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_config_cannot_be_stored(answer, monkeypatch, tmp_path, number):
+    def fail(path, text):
+        raise OSError(number, os.strerror(number), str(path))
+
+    monkeypatch.setattr(logging, "write_atomically", fail)
+    assert f"run cannot be written ({os.strerror(number)}): change that, or use another --workdir" in answer(DIGITS)
+
+
+def test_half_a_file_is_removed(tmp_path, monkeypatch):
+    from etils import epath
+
+    path = epath.Path(tmp_path) / "file"
+    logging.write_atomically(path, "old")
+    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
+    with pytest.raises(OSError, match="full"):
+        logging.write_atomically(path, "new")
+    assert [f.name for f in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
+
+
+def test_nothing_to_evaluate(answer, tmp_path):
+    assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")
+    (tmp_path / "run").mkdir()
+    assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")
+    assert not list((tmp_path / "run").iterdir())

@@ -1,0 +1,158 @@
+"""Runs that cannot go on, or whose files were damaged: one line, and nothing lost."""
+
+import errno
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from jax.sharding import Mesh
+
+from lt_adv import main
+from lt_adv import run as runs
+from lt_adv.training import loop
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """Compiling for eight takes twice as long."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        yield
+
+
+# A run of two epochs of one step: small enough to be made once, and to be gone on with.
+TINY = [
+    "--config=configs/at.py:dataset=digits,epochs=2",
+    "--config.data.imbalance=balanced",
+    "--config.data.balanced_fraction=0.02",
+    "--config.optim.batch_size=16",
+    "--config.attack.num_steps=0",
+    "--config.checkpoint.every_epochs=1",
+    "--config.eval.attacks={}",
+    "--config.eval.subset_per_class=1",
+    "--config.eval.batch_size=16",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Its working directory. Programs are cached, for the tests that go on with it."""
+    folder = tmp_path_factory.mktemp("made")
+    options = {"jax_compilation_cache_dir": str(folder / "programs"), "jax_persistent_cache_min_compile_time_secs": 0.0}
+    before = {name: getattr(jax.config, name) for name in options}
+    for name, value in options.items():
+        jax.config.update(name, value)
+    assert main.main(["main", *TINY, f"--workdir={folder / 'run'}"]) == 0
+    yield folder / "run"
+    for name, value in before.items():
+        jax.config.update(name, value)
+
+
+@pytest.fixture
+def run(made, tmp_path):
+    """A copy of it, where `answer` works."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def tree(folder):
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def truncate(checkpoint):
+    for file in (checkpoint / "state").rglob("*"):
+        if file.is_file():
+            os.truncate(file, 10)
+
+
+def test_another_config(answer, run):
+    before = tree(run)
+    for mode in ("train", "eval"):
+        printed = answer(*TINY, "--config.seed=1", "--config.method={'name':'at_bsl'}", f"--mode={mode}")
+        assert '(method.name: "at" -> "at_bsl"; seed: 0 -> 1): use another --workdir, or the old values' in printed
+    assert tree(run) == before
+    (run / "config.json").write_text("{")
+    assert "config.json is damaged" in answer(*TINY)
+
+
+def test_only_what_cannot_change_the_run_may_change(run, no_training, monkeypatch, tmp_path):
+    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: None)
+    free = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
+    assert main.main(["main", *TINY, *free, f"--workdir={run}"]) == 0
+    assert json.loads((run / "config.json").read_text())["eval"]["groups"] == "reat"
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_all_checkpoints_damaged(answer, run, mode):
+    for step in (1, 2):
+        truncate(run / "checkpoints" / "0_train" / str(step))
+    before = tree(run)
+    printed = answer(*TINY, f"--mode={mode}")
+    assert re.search(r"checkpoint 2 in \S* cannot be read .*checkpoint 1 in .* cannot be .* another --workdir", printed)
+    assert tree(run) == before
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_newest_checkpoint_damaged(run, mode, caplog, capsys):
+    """One warning; training repeats the lost step to the very same numbers."""
+    lines = (run / "metrics.jsonl").read_text()
+    truncate(run / "checkpoints" / "0_train" / "2")
+    assert main.main(["main", *TINY, f"--mode={mode}", f"--workdir={run}"]) == 0
+    warnings = [r.getMessage() for r in caplog.records if r.levelname != "INFO" and main.is_shown(r)]
+    assert len(warnings) == 1 and re.match(r"checkpoint 2 in \S* cannot be read .* checkpoint 1\.", warnings[0])
+    assert not capsys.readouterr().err
+    assert (run / "metrics.jsonl").read_text() == lines
+
+
+def test_checkpoint_of_another_network(answer, run):
+    (run / "config.json").unlink()  # which would be refused first
+    other = [*TINY, "--config.model.head.name=cosine"]
+    printed = answer(*other, "--mode=eval")
+    assert "run holds another network: params/head/bias is (10,) there, absent by config.model" in printed
+    assert "has checkpoints and no config.json" in answer(*other)
+    assert not (run / "config.json").exists()
+    printed = answer(*TINY, "--config.data.balanced_fraction=0.03", "--mode=eval")
+    assert "was trained with class counts 2 2 2 2 2 2 2 2 2 2, this config gives 3 3 3" in printed
+
+
+def test_damaged_metrics(answer, run):
+    (run / "metrics.jsonl").write_text('{"stage": "0_tr')
+    assert re.search(r"metrics\.jsonl is damaged .* or use another --workdir", answer(*TINY))
+
+
+def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):
+    """As orbax says it; the checkpoint before stays as it was."""
+
+    def full(*_, **__):
+        raise ValueError(
+            'RESOURCE_EXHAUSTED: Error writing "params/0" in OCDBT database at local file "x":\n Failed writing: "x/1":'
+            " Failed to write 40501 bytes to file 14: No space left on device [os_error_code='28'] [locations='a.cc']"
+        )
+
+    shutil.rmtree(run / "checkpoints" / "0_train" / "2")
+    before = tree(run / "checkpoints")
+    monkeypatch.setattr(ocp.CheckpointManager, "save", full)
+    printed = answer(*TINY)
+    assert re.search(r"cannot be written to \S*0_train \(No space left on device\)\. .* goes on from the last", printed)
+    assert tree(run / "checkpoints") == before
+
+
+def test_disk_full_at_a_metric(answer, monkeypatch, tmp_path):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(loop, "train", full)
+    assert "metrics.jsonl: No space left on device. Nothing is half written" in answer(*TINY)
+
+
+def test_loss_that_is_no_number(answer, tmp_path):
+    (tmp_path / "run").mkdir()
+    printed = answer(*TINY, "--config.optim.epochs=30", "--config.optim.learning_rate=1e10")
+    assert re.search(r"train/\w+ is (nan|inf) in the steps before step \d+\. The last good .* is step \d", printed)
+    assert "a smaller config.optim.learning_rate" in printed
