@@ -83,7 +83,8 @@ def collect(row: str, seed: str) -> None:
         }
         (RESULTS / f"{row}-seed{seed}-{name}.json").write_text(json.dumps(record, indent=1) + "\n")
         if seed == "0":
-            shutil.copytree(source / "plots", RESULTS / f"plots-{row}-{name}", dirs_exist_ok=True)
+            unshown = shutil.ignore_patterns("examples.png")  # the pictures themselves are not ours to publish
+            shutil.copytree(source / "plots", RESULTS / f"plots-{row}-{name}", ignore=unshown, dirs_exist_ok=True)
 
 
 if __name__ == "__main__":
