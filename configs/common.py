@@ -65,6 +65,7 @@ def get(
     c = ConfigDict()
     c.seed = 0
     c.parallel = "pmap"  # or "shard_map"
+    c.cpu_devices = config_dict.placeholder(int)  # one per core, as far as the batch can be shared
     c.fidelity = "published"  # or "released_code": the quirks of the authors' code
     c.data = {
         "name": dataset,
@@ -86,7 +87,13 @@ def get(
     c.model = {**known["model"], "dtype": "float32", "head": {"name": "linear"}}
     c.method = {"name": "at"}
     # The start is the method's own where none is given.
-    c.attack = {"eps": eps, "step_size": step_size, "num_steps": 10, "start": config_dict.placeholder(str)}
+    c.attack = {
+        "eps": eps,
+        "step_size": step_size,
+        "num_steps": 10,
+        "start": config_dict.placeholder(str),
+        "dtype": config_dict.placeholder(str),  # of the network inside the training attack; that of the model
+    }
     c.optim = {
         "epochs": epochs,
         "batch_size": 128,
@@ -105,6 +112,7 @@ def get(
     c.checkpoint = {"every_epochs": 1, "keep": 2}
     c.eval = {
         "batch_size": 256,
+        "dtype": "float32",  # of the evaluated network, whatever it was trained in
         "subset_per_class": 0,  # 0: the whole test set
         "only": (),  # names of attacks; all of them
         "report": "",  # a name: reports/<name>/report.json; none: report.json

@@ -86,6 +86,7 @@ ONE_OR_MORE, ZERO_OR_MORE, SEED = whole("[1, inf)"), whole("[0, inf)"), whole("[
 ENTRIES: Mapping[str, Rule] = {
     "seed": SEED,
     "parallel": one_of(meshes.PARALLEL),
+    "cpu_devices": optional(ONE_OR_MORE),
     "fidelity": one_of(base.FIDELITIES),
     "data.name": a(str),
     "data.title": a(str),
@@ -109,6 +110,7 @@ ENTRIES: Mapping[str, Rule] = {
     "attack.step_size": LENGTH,
     "attack.num_steps": optional(ZERO_OR_MORE),
     "attack.start": optional(one_of(starts.STARTS)),
+    "attack.dtype": optional(one_of(models.DTYPES)),
     "optim.epochs": ONE_OR_MORE,
     "optim.batch_size": ONE_OR_MORE,
     "optim.learning_rate": POSITIVE,
@@ -130,6 +132,7 @@ ENTRIES: Mapping[str, Rule] = {
     "checkpoint.every_epochs": ONE_OR_MORE,
     "checkpoint.keep": ONE_OR_MORE,
     "eval.batch_size": ONE_OR_MORE,
+    "eval.dtype": one_of(models.DTYPES),
     "eval.subset_per_class": ZERO_OR_MORE,
     "eval.only": each(a(str)),
     "eval.report": file_name,
@@ -164,7 +167,9 @@ def values(config: ml_collections.ConfigDict) -> None:
         if path in ENTRIES:
             ENTRIES[path](f"config.{path}", value)
         elif not path.startswith(OPTIONS):
-            raise lookup.unknown("entry of config:", path, ENTRIES)
+            section = path.partition(".")[0]
+            near = [name for name in ENTRIES if name.partition(".")[0] == section]
+            raise lookup.unknown("entry of config:", path, near or {name.partition(".")[0] for name in ENTRIES})
         elif isinstance(value, float):
             number("(-inf, inf)")(f"config.{path}", value)
         elif value is not None:

@@ -3,8 +3,8 @@
 import hashlib
 import json
 import pathlib
-import platform
 import subprocess
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,20 +13,19 @@ import ml_collections
 from etils import epath
 
 import lt_adv
-from lt_adv import check, data, evaluation, models
-from lt_adv.models import adjustments
+from lt_adv import check, data, evaluation, platform
 from lt_adv.training import checkpoint, logging, loop, program
 from lt_adv.training import mesh as meshes
 
 # What may change between two starts in a working directory. Training watches itself through the adjustment.
-FREE = ("eval.", "data.data_dir", "data.download")
-WATCHED = "eval.adjustment."
+FREE = ("eval.", "data.data_dir", "data.download", "cpu_devices")
+WATCHED = ("eval.adjustment.", "eval.dtype")
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Train (or go on), then evaluate. ValueError before anything is written for a config that cannot be, or does not
     fit the data, the devices or what is in the working directory."""
-    check.values(config)
+    prepare(config)
     compare(config, workdir, training=True)
     dataset, mesh = data.load(config.data), meshes.make_mesh()
     split = data.long_tailed(dataset, config.data)
@@ -36,6 +35,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     describe(config, split, workdir, mesh)
     loop.train(config, workdir, dataset, mesh)
     evaluate(config, workdir, dataset=dataset)
+
+
+def prepare(config: ml_collections.ConfigDict) -> None:
+    """ValueError for values that cannot be; then jax may start."""
+    check.values(config)
+    platform.prepare(config.optim.batch_size, config.cpu_devices)
 
 
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
@@ -104,7 +109,7 @@ def evaluate(
     The report goes to the working directory itself, or to reports/<config.eval.report> where that is named.
     """
     options = config.eval
-    check.values(config)
+    prepare(config)
     compare(config, workdir)
     variables, meta = checkpoint.read_variables(workdir, options.checkpoint)
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
@@ -119,7 +124,7 @@ def evaluate(
     test, subset = _test_images(options, split)
     chosen = options.only or options.attacks
     specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in chosen}
-    mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), _evaluated(config, split)
+    mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), program.evaluated(config, split)
     records = evaluation.evaluate(
         key,
         apply,
@@ -161,12 +166,6 @@ def _test_images(options: ml_collections.ConfigDict, split: data.LongTailed) -> 
     return split.test.take(chosen), f"class-balanced subset, {options.subset_per_class} per class, seed 0"
 
 
-def _evaluated(config: ml_collections.ConfigDict, split: data.LongTailed):
-    """(variables, x) -> logits of the configured network with its post-hoc adjustment."""
-    model = models.create(config.model, len(split.class_names))
-    return adjustments.adjusted(model, config.eval.adjustment, split.class_counts)
-
-
 def _commit() -> str | None:
     """ab496aa in a clone, ab496aa-dirty with changes that are not committed, None elsewhere."""
     root = pathlib.Path(lt_adv.__file__).parent.parent
@@ -198,13 +197,14 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
     adjustment, attack, start = config.eval.adjustment, config.attack, program.stages(config)[-1].method.start
     return {
         "method": config.method.name + (f" ({', '.join(f'{k} {v:g}' for k, v in options.items())})" if options else ""),
-        "model": _model(config.model),
+        "model": _model(config),
         "dataset": f"{config.data.title}, {config.data.imbalance} profile",
         "dataset_digest": split.digest[:16],
         "subset": subset,
         "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
         "fidelity": config.fidelity,
-        "training_attack": f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps, start {start}",
+        "training_attack": f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps, start {start}"
+        + (f", in {attack.dtype}" if attack.dtype else ""),
         "epochs": config.optim.epochs,
         "checkpoint": config.eval.checkpoint,
         "checkpoint_step": meta["step"],
@@ -218,10 +218,12 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
         "config_digest": hashlib.sha256(json.dumps(_comparable(config.to_dict())).encode()).hexdigest()[:16],
         "lt_adv_version": lt_adv.__version__,
         "code_digest": _code_digest(),
-        "python_version": platform.python_version(),
+        "python_version": sys.version.partition(" ")[0],
     }
 
 
-def _model(model: ml_collections.ConfigDict) -> str:
+def _model(config: ml_collections.ConfigDict) -> str:
+    model, evaluated = config.model, config.eval.dtype
     size = f"-{model.depth}-{model.width}" if model.name == "wide_resnet" else ""
-    return f"{model.name}{size}, head {model.head.name}, {model.dtype}"
+    dtype = model.dtype if model.dtype == evaluated else f"trained in {model.dtype}, evaluated in {evaluated}"
+    return f"{model.name}{size}, head {model.head.name}, {dtype}"

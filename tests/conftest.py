@@ -8,6 +8,7 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # or a test that calls main would turn it on for those after it
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import numpy as np

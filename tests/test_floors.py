@@ -24,7 +24,8 @@ ROOMS: dict[str, set[str]] = {
     "evaluation": {"lookup", "attacks", "data"},
     "arguments": {"lookup"},
     "check": {"lookup", "attacks", "models", "data", "methods", "training", "evaluation"},
-    "run": {"__init__", "lookup", "models", "data", "training", "evaluation", "check"},
+    "run": {"__init__", "lookup", "data", "training", "evaluation", "check", "platform"},
+    "platform": set(),
     "main": {"training", "arguments", "run"},
 }
 NUMERIC = {"jax", "numpy", "optax"}
@@ -42,6 +43,7 @@ PACKAGES: dict[str, set[str]] = {
     "arguments": {"absl", "etils", "ml_collections"},
     "check": NUMERIC | {"etils", "flax", "ml_collections"},
     "run": NUMERIC | {"etils", "flax", "ml_collections"},
+    "platform": {"jax"},
     "main": set(),
 }
 FILES = sorted((ROOT / "lt_adv").rglob("*.py"))

@@ -1,5 +1,5 @@
 """Networks: `create(model_config, num_classes)` -> a flax module giving (logits, {"features"})."""
 
-from lt_adv.models.classifier import Classifier, create
+from lt_adv.models.classifier import DTYPES, Classifier, create
 
-__all__ = ["Classifier", "create"]
+__all__ = ["DTYPES", "Classifier", "create"]

@@ -107,7 +107,12 @@ def build(
         groups=longtail.groups(counts),
         freeze_batch_stats=stage.freeze_batch_stats,
     )
-    step, init_window = steps.make_train_step(stage.method, model.apply, tx, rate, info, options, mesh, config.parallel)
+    attacked = model
+    if config.attack.dtype:
+        attacked = models.create({**config.model, "dtype": config.attack.dtype}, info.num_classes, axis_name=AXIS)
+    step, init_window = steps.make_train_step(
+        stage.method, model.apply, tx, rate, info, options, mesh, config.parallel, attack_apply=attacked.apply
+    )
     teacher = meshes.replicate(previous, mesh) if stage.teacher == "previous" else {}
     on_device = resident.put(split.train, mesh)
     if class_aware:
@@ -128,13 +133,19 @@ def build(
         config=config,
         data=split,
         info=info,
-        apply=adjustments.adjusted(model, config.eval.adjustment, split.class_counts),
+        apply=evaluated(config, split),
         step=step,
         resident=on_device,
         teacher=teacher,
         first_state=first_state,
         mesh=mesh,
     )
+
+
+def evaluated(config: ml_collections.ConfigDict, split: data.LongTailed) -> Callable[[Any, jax.Array], jax.Array]:
+    """(variables, x) -> logits of the configured network as it is evaluated: in its dtype, adjusted after training."""
+    model = models.create({**config.model, "dtype": config.eval.dtype}, len(split.class_names))
+    return adjustments.adjusted(model, config.eval.adjustment, split.class_counts)
 
 
 def merge(fresh: Any, source: Any, origin: str) -> Any:

@@ -75,12 +75,14 @@ def make_train_step(
     options: StepOptions,
     mesh: Mesh,
     parallel: str = "pmap",
+    attack_apply: Callable[..., Any] | None = None,
 ) -> tuple[Callable[[TrainState, Any, Any], tuple[TrainState, Any]], Callable[[TrainState, Any, Any], Any]]:
     """(`step(state, data, teacher) -> (state, metrics)`, `init_window(state, data, teacher)`), the first compiled once
     and its state donated; the second gives the `window` of a state that has taken no step.
 
     `data` is what `resident.put` made, `teacher` the frozen variables of another network or {}. `metrics` are the means
-    over the current window (see `ends_window`), on the device: fetch them at log steps only.
+    over the current window (see `ends_window`), on the device: fetch them at log steps only. `attack_apply`, if given,
+    is the same network in another dtype, which `method.perturb` sees instead.
 
     Everything random is a function of (key, step, position in the whole batch): neither the number of devices nor a
     restart changes it. (Dropout, where a network has it, is drawn by device.) Per-replica code over the axis "data":
@@ -116,7 +118,7 @@ def make_train_step(
         # Varying parameters keep each device's gradient its own until the one pmean below (shard_map would sum them).
         params = lax.pcast(state.params, AXIS, to="varying")
 
-        def network(p):
+        def network(p, apply=apply):
             return Net(
                 apply,
                 p,
@@ -127,7 +129,9 @@ def make_train_step(
                 freeze_batch_stats=options.freeze_batch_stats,
             )
 
-        x_adv = method.perturb(attack_keys, network(params), batch, state.extra, clock) if attack else batch.image
+        x_adv = batch.image
+        if attack:
+            x_adv = method.perturb(attack_keys, network(params, attack_apply or apply), batch, state.extra, clock)
 
         def objective(p):
             net = network(p)

@@ -47,7 +47,9 @@ def split(seed: int = 0) -> Split:
     return Split(image, label, np.arange(len(label), dtype=np.int64))
 
 
-def make(method, devices, parallel="pmap", *, teacher=None, freeze=None, optim_options=None, **options):
+def make(
+    method, devices, parallel="pmap", *, teacher=None, freeze=None, optim_options=None, attack_apply=None, **options
+):
     """(step, first state, data, teacher) over `devices` devices."""
     mesh = meshes.make_mesh(jax.devices()[:devices])
     batch_size = 16
@@ -60,7 +62,9 @@ def make(method, devices, parallel="pmap", *, teacher=None, freeze=None, optim_o
     rate = optim.schedule(config, info.steps_per_epoch, info.epochs)
     tx = optim.create(config, rate, variables["params"], freeze)
     options = StepOptions(batch_size=batch_size, eps=0.1, step_size=0.05, pad=1, log_every=2, **options)
-    step, init_window = make_train_step(method, model.apply, tx, rate, info, options, mesh, parallel)
+    step, init_window = make_train_step(
+        method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply
+    )
     teacher = meshes.replicate(teacher or {}, mesh)
     data = resident.put(split(), mesh)
     averaged = bool(options.average) and options.average["name"] != "none"

@@ -149,3 +149,20 @@ def test_bad_options():
 def test_repeats_bit_for_bit_and_depends_on_the_key():
     (a, _), (b, _) = run(RoBal(num_steps=1), 2, steps=2), run(RoBal(num_steps=1), 2, steps=2)
     chex.assert_trees_all_equal(a, b)
+
+
+def test_the_attack_can_see_the_network_in_another_dtype():
+    """`attack_apply` is what `perturb` sees and nothing else does: one that is upside down makes the loss smaller."""
+    model = Small()
+
+    def upside_down(variables, x, train):
+        assert not train
+        logits, out = model.apply(variables, x, train=train)
+        return -logits, out
+
+    def first_loss(**options):
+        return run(AT(num_steps=3, start="zero"), 2, steps=1, **options)[1][0]["loss"]
+
+    plain = first_loss()
+    assert first_loss(attack_apply=model.apply) == plain
+    assert first_loss(attack_apply=upside_down) < plain - 0.05

@@ -1,0 +1,85 @@
+"""What a fresh process is told before jax starts."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lt_adv import platform
+
+ASK = """
+import json, sys
+import jax
+from lt_adv import platform
+platform.prepare(int(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+jax.jit(lambda x: x + 1)(1.0)
+print(json.dumps([jax.device_count(), jax.config.jax_compilation_cache_dir]))
+"""
+
+
+def ask(tmp_path, *arguments, **environment):
+    """(devices, cache directory) of a process with nothing of these tests in its environment."""
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("XLA", "JAX"))}
+    environment = {**inherited, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), **environment}
+    command = [sys.executable, "-c", ASK, *map(str, arguments)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert not done.stderr, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize(
+    "batch_size, cores, devices",
+    [(64, 1, 1), (64, 2, 2), (64, 3, 2), (64, 8, 4), (128, 8, 8), (30, 8, 1), (48, 4, 3), (7, 8, 1), (4096, 256, 256)],
+)
+def test_share(batch_size, cores, devices):
+    assert platform.share(batch_size, cores) == devices
+
+
+def test_a_device_for_each_core_and_programs_are_kept(tmp_path):
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    devices, directory = ask(tmp_path, 16 * cores)
+    assert devices == cores
+    assert Path(directory).parent == tmp_path / "lt_adv"
+    assert any(Path(directory).iterdir())
+
+
+def test_asked_for(tmp_path):
+    assert ask(tmp_path, 64, 3)[0] == 3
+
+
+@pytest.mark.parametrize(
+    "environment", [{"JAX_NUM_CPU_DEVICES": "5"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}]
+)
+def test_the_environment_comes_first(tmp_path, environment):
+    assert ask(tmp_path, 64, 3, **environment)[0] == 5
+
+
+def test_a_cache_of_ones_own(tmp_path):
+    mine = tmp_path / "mine"
+    assert ask(tmp_path, 64, 1, JAX_COMPILATION_CACHE_DIR=str(mine))[1] == str(mine)
+    assert not (tmp_path / "lt_adv").exists()
+
+
+def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path):
+    """A file where the directory should be: what root, too, cannot write."""
+    (tmp_path / "lt_adv").write_text("")
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("XLA", "JAX"))}
+    environment = {**inherited, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ASK, "64", "1"], env=environment, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout)[0] == 1
+
+
+def test_a_process_that_computes_already_keeps_its_devices():
+    import jax
+
+    before, directory = jax.device_count(), jax.config.jax_compilation_cache_dir
+    try:
+        platform.prepare(64, 3)
+        assert jax.device_count() == before
+    finally:
+        jax.config.update("jax_compilation_cache_dir", directory)
