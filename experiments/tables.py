@@ -4,7 +4,8 @@
     python -m experiments.tables --check    exit 1 if they are out of date
 
 A result is one file experiments/results/<study>/<config>-seed<n>-<part>.json with the entries `report` (a report.json),
-`command`, `machine` and `commit`; the part "full" is the whole test set, any other a fixed class-balanced subset.
+`command`, `machine` and `commit`; the part "full" is the whole test set, any other a fixed class-balanced subset. Those
+of speed are experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them.
 """
 
 import argparse
@@ -14,8 +15,11 @@ import re
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+from experiments.benchmark import tables as speed
 
 ROOT = Path(__file__).parents[1]
 README, CONFIGS, RESULTS = ROOT / "README.md", ROOT / "configs", ROOT / "experiments" / "results"
@@ -129,7 +133,17 @@ def _part(found: Results, part: str) -> list[str]:
     return [text, table(["", "Seeds", *columns], body)]
 
 
-TABLES: Mapping[str, Callable[[], str]] = {"index": index, "jpeg_rows": jpeg_rows}
+def benchmark(kind: str, results: Path = RESULTS) -> str:
+    """What `experiments.benchmark <kind>` measured, a row or more per file."""
+    found = speed.read(results / "benchmark").get(kind)
+    if not found:
+        return f"`{kind}`: {NOT_YET}; `python -m experiments.benchmark {speed.COMMANDS[kind]}` measures it."
+    head, rows = speed.TABLES[kind](found)
+    return table(head, rows, left=3)
+
+
+SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
+TABLES: Mapping[str, Callable[[], str]] = {"index": index, "jpeg_rows": jpeg_rows, **SPEED}
 
 
 def rendered(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:

@@ -1,0 +1,129 @@
+"""How fast, measured side by side in fresh processes; one JSON file per measurement.
+
+    python -m experiments.benchmark step    --config=configs/robal.py:dataset=cifar10 [--config.x.y=z ...]
+    python -m experiments.benchmark data    --config=...    the input pipeline alone, and loading the images
+    python -m experiments.benchmark attack  --config=...    PGD through attacks.compile and as the twin's eager loop
+    python -m experiments.benchmark start   --config=...    seconds from the command to the first finished step
+    python -m experiments.benchmark scaling --config=...    against batch size, depth, attack steps, devices
+
+--runs=5           rounds; in each everything is measured once, in turn
+--seconds=20       of timed steps in a process, after the warm-up
+--name=NAME        of the file [<kind>-<method>-<network>-<dtype>-<batch size>]
+--out=PATH         its folder [experiments/results/benchmark]
+--frameworks=...   of step: jax, released, tuned, or some of them; the last two need the extra torch
+--num-steps=...    of attack [10,20,100] and of scaling
+--batch-size=..., --depth=..., --devices=...    of scaling
+
+What fails is recorded with its reason, the rest goes on, and the exit code is 1 at the end; 2, after one line, for
+arguments that cannot be meant.
+"""
+
+import argparse
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from experiments import tables as readme
+from experiments.benchmark import kinds, record, summary, tables
+from lt_adv import arguments, lookup
+
+FRAMEWORKS = ("jax", "released", "tuned")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(message)
+
+
+def positive(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            value = kind(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__}, not {text!r}") from None
+        if not 0 < value < float("inf"):
+            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
+        return value
+
+    return convert
+
+
+def some(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    """Of "64,128" [64, 128]; nothing twice."""
+    return lambda text: list(dict.fromkeys(kind(part) for part in text.split(",")))
+
+
+def framework(text: str) -> str:
+    if text not in FRAMEWORKS:
+        raise argparse.ArgumentTypeError(str(lookup.unknown("framework", text, FRAMEWORKS)))
+    return text
+
+
+def name(text: str) -> str:
+    if not re.fullmatch(r"[\w.-]+", text):
+        raise argparse.ArgumentTypeError(f"must be of letters, digits, '.', '_' and '-', not {text!r}")
+    return text
+
+
+def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
+    """(options, the arguments that make the config, the config); ValueError of one line for what is not clear."""
+    whole = some(positive(int))
+    parser = Parser(prog="python -m experiments.benchmark", allow_abbrev=False, add_help=False)
+    chosen = parser.add_subparsers(dest="kind", required=True, metavar="/".join(kinds.KINDS), parser_class=Parser)
+    for kind in kinds.KINDS:
+        sub = chosen.add_parser(kind, allow_abbrev=False, add_help=False)
+        sub.add_argument("--runs", type=positive(int), default=5)
+        sub.add_argument("--seconds", type=positive(float), default=20.0)
+        sub.add_argument("--name", type=name)
+        sub.add_argument("--out", type=Path, default=record.RESULTS)
+        if kind == "step":
+            sub.add_argument("--frameworks", type=some(framework), default=list(FRAMEWORKS))
+        if kind == "attack":
+            sub.add_argument("--num-steps", type=whole, default=[10, 20, 100])
+        if kind == "scaling":
+            for option in ("--batch-size", "--depth", "--num-steps", "--devices"):
+                sub.add_argument(option, type=whole, default=[])
+    options, rest = parser.parse_known_args(argv)
+    if options.kind == "scaling" and not (options.batch_size or options.depth or options.num_steps or options.devices):
+        raise ValueError("scaling needs at least one of --batch-size, --depth, --num-steps and --devices.")
+    for given in rest:
+        if given.startswith("-") and not re.match(r"--?(no)?config\b", given):
+            known = [f"--{option.replace('_', '-')}" for option in vars(options) if option != "kind"]
+            raise lookup.unknown("option", given.partition("=")[0], [*known, "--config"])
+    return options, rest, arguments.parse(["benchmark", *rest]).config
+
+
+def main(argv: Sequence[str]) -> int:
+    if {"-h", "--help"} & set(argv):
+        print(__doc__)
+        return 0
+    try:
+        options, config_arguments, config = parse(argv)
+        from lt_adv import check  # imports jax: bad arguments are answered before
+
+        check.values(config)
+    except ValueError as error:
+        print("Error:", " ".join(str(error).split()), file=sys.stderr)
+        return 2
+    made = record.new(options.kind, argv, config)
+    about = made["config"]
+    usual = f"{options.kind}-{about['method']}-{about['network']}-{about['dtype']}-{about['batch_size']}"
+    path = options.out / f"{options.name or usual}.json"
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit: what was measured is shown all the same
+    try:
+        kinds.KINDS[options.kind](made, config_arguments, options, lambda: record.write(path, made))
+    except KeyboardInterrupt:
+        made["error"] = "stopped before the last round"
+        record.write(path, made)
+    print(readme.table(*tables.TABLES[options.kind]([made]), left=3))
+    print(path)
+    for line in summary.errors(made):
+        print("Failed:", line, file=sys.stderr)
+    return 1 if summary.errors(made) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,121 @@
+"""The records under experiments/results/benchmark/ as rows of the README's tables."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Record = Mapping[str, Any]
+Rows = tuple[list[str], list[list[str]]]
+UNKNOWN = "–"
+COMMANDS = {
+    "step": "step --config=configs/at_bsl.py:dataset=cifar10",
+    "data": "data --config=configs/at_bsl.py:dataset=cifar10",
+    "attack": "attack --config=configs/at_bsl.py:dataset=cifar10 --num-steps=10,20,100",
+    "start": "start --config=configs/robal.py:dataset=digits",
+    "scaling": "scaling --config=configs/at_bsl.py:dataset=cifar10 --batch-size=64,128,256 --num-steps=1,5,10",
+}
+
+
+def read(folder: Path) -> dict[str, list[Record]]:
+    """Kind -> its records, in the order of their names."""
+    found: dict[str, list[Record]] = {}
+    for path in sorted(folder.glob("*.json")):
+        record = json.loads(path.read_text())
+        found.setdefault(record["kind"], []).append(record)
+    return found
+
+
+def number(value: float | None, unit: float = 1) -> str:
+    """Three digits, or all that stand before the point; a dash for what is not known."""
+    if value is None:
+        return UNKNOWN
+    value /= unit
+    digits = max(0, 2 - len(str(int(abs(value)))) + 1) if abs(value) >= 1 else 2
+    return f"{value:,.{digits}f}"
+
+
+def times(ratio: Mapping[str, float] | None) -> str:
+    """1.24x (1.20 to 1.31): the ratio of the medians, and those of the single rounds."""
+    return f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else UNKNOWN
+
+
+def device(record: Record) -> str:
+    """What it ran on: "2 cores of AMD EPYC" or "NVIDIA H200"; several devices are counted."""
+    found, machine = record["peak"], record["machine"]
+    if found.get("platform") == "cpu":
+        return f"{machine['cores']} core{'s' * (machine['cores'] > 1)} of {machine['cpu']}"
+    return f"{found['devices']} x {found['device']}" if found.get("devices", 1) > 1 else found.get("device", UNKNOWN)
+
+
+def what(record: Record) -> list[str]:
+    config = record["config"]
+    return [device(record), config["network"], f"{config['method']}-{config['num_steps']}"]
+
+
+def precision(config: Mapping[str, Any]) -> str:
+    return config["dtype"] + (f", attack {config['attack_dtype']}" * (config["attack_dtype"] != config["dtype"]))
+
+
+def step(records: Sequence[Record]) -> Rows:
+    """JAX beside the twin; memory and compile times in the order JAX / as released / tuned."""
+    head = ["Device", "Network", "Method-steps", "Precision", "Batch", "JAX, ms", "PyTorch as released, ms"]
+    head += ["PyTorch tuned, ms", "Faster than released", "Faster than tuned", "JAX, images/s", "Share of peak"]
+    head += ["Peak memory, GiB", "Compile, s", "Compile with cache, s"]
+    rows = []
+    for record in records:
+        entries = [record["summary"].get(name, {}) for name in ("jax", "released", "tuned")]
+        share, ratio = entries[0].get("share_of_peak"), record["ratio"]
+        row = [*what(record), precision(record["config"]), str(record["config"]["batch_size"])]
+        row += [number(entry.get("ms")) for entry in entries]
+        row += [times(ratio.get(name)) for name in ("released", "tuned")]
+        row += [number(entries[0].get("images_per_second")), UNKNOWN if share is None else f"{100 * share:.0f} %"]
+        for name, unit in (("memory", 2**30), ("compile_cold_seconds", 1), ("compile_warm_seconds", 1)):
+            row.append(" / ".join(number(entry.get(name), unit) for entry in entries))
+        rows.append(row)
+    return head, rows
+
+
+def attack(records: Sequence[Record]) -> Rows:
+    head = ["Device", "Network", "Batch", "Attack", "JAX, ms per attack step", "PyTorch eager, ms", "Faster"]
+    rows = []
+    for record in records:
+        for steps, ratio in record["ratio"].items():
+            jax, torch = (record["summary"].get(f"{name} {steps}", {}) for name in ("jax", "torch"))
+            row = [*what(record)[:2], str(record["images"]), f"PGD-{steps}"]
+            row += [number(jax.get("ms_per_step")), number(torch.get("ms_per_step")), times(ratio)]
+            rows.append([*row, number(jax.get("images_per_second"))])
+    return [*head, "JAX, images/s"], rows
+
+
+def data(records: Sequence[Record]) -> Rows:
+    head = ["Device", "Images", "Batch", "Draw, gather, augment: images/s", "Load, s", "Load once decoded, s"]
+    rows = []
+    for record in records:
+        entries = record["summary"]
+        row = [device(record), record["config"]["dataset"], str(record["config"]["batch_size"])]
+        row.append(number(entries.get("pipeline", {}).get("images_per_second")))
+        rows.append([*row, *(number(entries.get(f"load {name}", {}).get("seconds")) for name in ("cold", "warm"))])
+    return head, rows
+
+
+def start(records: Sequence[Record]) -> Rows:
+    rows = []
+    for record in records:
+        entries = (record["summary"].get(name, {}) for name in ("cold", "warm"))
+        rows.append([*what(record), *(number(entry.get("seconds")) for entry in entries)])
+    return ["Device", "Network", "Method-steps", "Command to first step, s", "With a filled compile cache, s"], rows
+
+
+def scaling(records: Sequence[Record]) -> Rows:
+    rows = []
+    for record in records:
+        for name, entry in record["summary"].items():
+            option, value = name.split()
+            row = [*what(record)[:2], record["config"]["method"], f"{option.replace('_', ' ')} {value}"]
+            row += [number(entry.get("ms")), number(entry.get("images_per_second"))]
+            rows.append([*row, number(entry.get("flops_per_second"), 1e9)])
+    return ["Device", "Network", "Method", "Changed", "ms per step", "Images/s", "GFLOP/s"], rows
+
+
+TABLES: Mapping[str, Callable[[Sequence[Record]], Rows]] = {t.__name__: t for t in (step, data, attack, start, scaling)}

@@ -1,0 +1,93 @@
+#!/usr/bin/env bash
+# The measurements of gpu_queue.md, entry by entry, each within ten minutes on one large GPU.
+#
+#   experiments/gpu_queue.sh prepare [image folder]    where there is a network, for a machine without one: fills .gpu/
+#   experiments/gpu_queue.sh <entry> ...               where the GPU is; without an entry all of them
+#
+# Results go to $OUT, or experiments/results/benchmark/; a short table comes last. Images: $IMAGES, a folder with
+# train/<class>/*, test/<class>/*, or what `prepare` packed, or random ones, which are as good for timing. $RUNS rounds
+# (3) of $TIMED seconds (5), at most $LIMIT seconds for an entry (570), with $PYTHON (python3).
+set -uo pipefail
+cd "$(dirname "$0")/.."
+python=${PYTHON:-python3} out=${OUT:-experiments/results/benchmark}
+limit=${LIMIT:-570}
+entries=(resnet18-bfloat16 resnet18-float32 wrn-34-10-batch64 wrn-34-10-batch128 attack start data scaling)
+
+prepare() { # what a machine without network lacks: pure Python packages, images, the name of the commit
+    rm -rf .gpu && mkdir -p .gpu/wheels || exit
+    "$python" -m pip download -q --no-deps --only-binary=:all: --python-version=3.12 -d .gpu/wheels \
+        'ml-collections>=1.1,<2' 'absl-py>=2.3,<3' 'etils>=1.14,<2' || exit
+    [ $# -eq 0 ] || tar -C "$1" --sort=name -czf .gpu/images.tar.gz train test || exit
+    git describe --always --dirty --exclude='*' >.gpu/commit || exit
+    du -sh .gpu
+}
+
+set_up() { # packages beside those of the machine, images, and where decoded ones are kept
+    scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT
+    export TFDS_DATA_DIR=$scratch/data LT_ADV_COMMIT=${LT_ADV_COMMIT:-$(cat .gpu/commit 2>/dev/null)}
+    if [ -d .gpu/wheels ]; then
+        "$python" -m pip install -q --no-index --no-deps --no-compile --target "$scratch/site" .gpu/wheels/*.whl || exit
+        export PYTHONPATH=$scratch/site${PYTHONPATH:+:$PYTHONPATH}
+    fi
+    local images=${IMAGES:-}
+    if [ -z "$images" ] && [ -f .gpu/images.tar.gz ]; then
+        images=$scratch/images && mkdir "$images" && tar -C "$images" -xzf .gpu/images.tar.gz || exit
+    fi
+    if [ -n "$images" ]; then
+        data=(--config.data.name=image_folder --config.data.path="$images" --config.data.title="CIFAR-10-LT (image folder)")
+    else
+        "$python" -c "$RANDOM_IMAGES" "$scratch/random.npz" || exit
+        data=(--config.data.name=npz --config.data.path="$scratch/random.npz" --config.data.title="random images")
+    fi
+    device=$( (nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null || echo cpu) | head -n 1 | tr -c '[:alnum:]\n' -)
+}
+RANDOM_IMAGES='
+import sys, numpy as np
+rng = np.random.default_rng(0)
+images = {f"{k}_image": rng.integers(0, 256, (n, 32, 32, 3), np.uint8) for k, n in (("train", 50000), ("test", 10000))}
+labels = {f"{k}_label": np.arange(n) % 10 for k, n in (("train", 50000), ("test", 10000))}
+np.savez(sys.argv[1], **images, **labels)'
+
+benchmark() { # kind, config, further arguments
+    local kind=$1 config=$2
+    shift 2
+    timeout --kill-after=20 "$limit" "$python" -m experiments.benchmark "$kind" --config="$config" "${data[@]}" \
+        --runs="${RUNS:-3}" --seconds="${TIMED:-5}" --name="$entry-$device" --out="$out" "$@"
+}
+
+measure() {
+    local resnet=configs/at_bsl.py:dataset=cifar10 wrn=configs/robal.py:dataset=cifar10
+    case $entry in
+        resnet18-bfloat16) benchmark step $resnet --config.model.dtype=bfloat16 ;;
+        resnet18-float32) benchmark step $resnet --frameworks=jax,released ;; # "tuned" is bfloat16 on a GPU
+        wrn-34-10-batch64) benchmark step $wrn --config.model.dtype=bfloat16 ;;
+        wrn-34-10-batch128) benchmark step $wrn --config.model.dtype=bfloat16 --config.optim.batch_size=128 ;;
+        attack) benchmark attack $resnet --num-steps=10,20,100 ;;
+        start) benchmark start $wrn --config.model.dtype=bfloat16 ;;
+        data) benchmark data $resnet ;;
+        scaling) benchmark scaling $resnet --config.model.dtype=bfloat16 --batch-size=64,128,256,512 --num-steps=1,5,10 ;;
+        smoke) # a tiny network through the same machinery, on whatever there is
+            benchmark step $wrn --config.model.depth=10 --config.model.width=1 --config.optim.batch_size=16 ;;
+    esac
+}
+
+if [ "${1:-}" = prepare ]; then
+    prepare "${@:2}"
+    exit
+fi
+[ $# -gt 0 ] || set -- "${entries[@]}"
+for entry in "$@"; do
+    [[ " ${entries[*]} smoke " == *" $entry "* ]] && continue
+    echo "Unknown entry $entry. There are: prepare ${entries[*]} smoke." >&2
+    exit 2
+done
+set_up
+mkdir -p "$out"
+failed=()
+for entry in "$@"; do
+    measure >"$scratch/$entry.table" || failed+=("$entry")
+done
+for entry in "$@"; do
+    printf '\n%s\n' "$entry" && cat "$scratch/$entry.table"
+done
+[ ${#failed[@]} -eq 0 ] || { echo "Failed, in part or as a whole: ${failed[*]}" >&2 && exit 1; }

@@ -1,0 +1,155 @@
+"""The FLOPs of small functions by hand, and of the networks whose cost is known."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import PartitionSpec as P
+
+from experiments.benchmark import flops
+from lt_adv import arguments, data, models
+from lt_adv.attacks import loop
+from lt_adv.training import mesh as meshes
+from lt_adv.training import program
+
+
+def of(function, *shapes):
+    return flops.count(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)))
+
+
+def convolution(x, w, stride=1, groups=1):
+    dimensions = ("NHWC", "HWIO", "NHWC")
+    return lax.conv_general_dilated(
+        x, w, (stride,) * 2, ((1, 1), (1, 1)), dimension_numbers=dimensions, feature_group_count=groups
+    )
+
+
+def test_a_product_by_hand():
+    assert of(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
+    assert of(lambda a: jnp.tanh(a) + a.sum(), (3, 5)) == 0
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+def test_a_convolution_and_its_gradients_cost_the_same(stride):
+    x, w = (2, 8, 8, 3), (3, 3, 3, 5)
+    forward = 2 * 2 * (8 // stride) ** 2 * 5 * 3 * 3 * 3
+    assert of(lambda x, w: convolution(x, w, stride), x, w) == forward
+    for argument in (0, 1):  # the forward is traced as well
+        assert of(jax.grad(lambda x, w: convolution(x, w, stride).sum(), argument), x, w) == 2 * forward
+    assert of(jax.grad(lambda x, w: (convolution(x, w, stride) ** 2).sum(), (0, 1)), x, w) == 3 * forward
+
+
+def test_a_grouped_convolution_is_cheaper():
+    assert of(lambda x, w: convolution(x, w, groups=3), (1, 4, 4, 6), (3, 3, 2, 9)) == 2 * 16 * 9 * 9 * 2
+
+
+def test_loops_and_branches():
+    w, one = jnp.eye(6), 2 * 6 * 6 * 6
+
+    def turn(_, a):
+        return a @ w
+
+    assert of(lambda a: lax.fori_loop(0, 7, turn, a), (6, 6)) == 7 * one
+    assert of(lambda a: lax.fori_loop(0, 7, turn, a, unroll=True), (6, 6)) == 7 * one
+    assert of(lambda a: lax.scan(lambda a, _: (a @ w @ w, None), a, length=3)[0], (6, 6)) == 6 * one
+    assert of(lambda a: lax.cond(a.sum() > 0, lambda a: a @ w, lambda a: a @ w @ w, a), (6, 6)) == 2 * one
+    assert of(lambda a: lax.while_loop(lambda a: a.sum() < 9, lambda a: a + 1, a) @ w, (6, 6)) == one
+    with pytest.raises(ValueError, match="How often while"):
+        of(lambda a: lax.while_loop(lambda a: a.sum() < 9, lambda a: a @ w, a), (6, 6))
+
+
+def test_calls_are_entered_and_equal_work_counts_once():
+    one = 2 * 6 * 6 * 6
+
+    @jax.custom_vjp
+    def squared(a):
+        return a @ a
+
+    squared.defvjp(lambda a: (a @ a, a), lambda a, g: (g @ a.T + a.T @ g,))
+    assert of(squared, (6, 6)) == one and of(jax.grad(lambda a: squared(a).sum()), (6, 6)) == 3 * one
+    assert of(jax.jit(lambda a: jax.checkpoint(lambda a: a @ a)(a)), (6, 6)) == one
+    assert of(lambda a: jax.jit(lambda a: a @ a)(a) + a @ a, (6, 6)) == one
+    assert of(lambda a, b: a @ b + b @ a, (6, 6), (6, 6)) == 2 * one
+    first, second = np.eye(6), np.ones((6, 6))
+    assert of(lambda a: a @ first + a @ second, (6, 6)) == 2 * one
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+def test_devices_share_the_work(devices):
+    mesh = meshes.make_mesh(jax.devices()[:devices])
+    share = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
+    assert of(share, (8, 5), (5, 7)) == 2 * 8 * 5 * 7
+
+
+@pytest.fixture(scope="module")
+def build():
+    rng = np.random.default_rng(0)
+
+    def split(n):
+        image = rng.integers(0, 256, (n, 32, 32, 3), np.uint8)
+        return data.Split(image, (np.arange(n) % 10).astype(np.int32), np.arange(n))
+
+    images = data.Dataset("random", split(1000), split(10), tuple("abcdefghij"), "digest")
+
+    def build(config, *entries):
+        given = ["", f"--config=configs/{config}", "--config.optim.batch_size=16", *entries]
+        config = arguments.parse(given).config
+        return program.build(0, program.stages(config)[0], config, images, meshes.make_mesh(jax.devices()[:1]))
+
+    return build
+
+
+def by_hand(depth, width):
+    """Multiply-adds of a WRN on 32 x 32 images, layer by layer."""
+    total, inputs, side = 32 * 32 * 9 * 3 * 16, 16, 32
+    for stage, channels in enumerate((16 * width, 32 * width, 64 * width)):
+        side //= 2 if stage else 1
+        for _ in range((depth - 4) // 6):
+            total += side**2 * 9 * (inputs * channels + channels**2)
+            total += side**2 * inputs * channels * (inputs != channels)
+            inputs = channels
+    return total + inputs * 10
+
+
+@pytest.mark.parametrize(("depth", "width"), [(10, 2), (28, 10), (34, 10)])
+def test_the_forward_of_a_wide_resnet(depth, width):
+    config = {"name": "wide_resnet", "depth": depth, "width": width}
+    assert flops.forward(config, (32, 32, 3), 10) == 2 * by_hand(depth, width)
+    assert flops.forward({**config, "dtype": "bfloat16"}, (32, 32, 3), 10) == 2 * by_hand(depth, width)
+    assert models.create(config, 10).backbone.depth == depth
+
+
+# (config, entries, GFLOP an image of a step, forwards that this is worth): per attack step a forward and a gradient to
+# the image; in the update per forward two gradients, less the image's.
+STEPS = [
+    ("at_bsl.py:dataset=cifar10", [], 25.6, 23),
+    ("robal.py:dataset=cifar10", ["--config.model.depth=28"], 168, 16),
+    ("robal.py:dataset=cifar10", [], 213, 16),
+    ("trades.py:dataset=cifar10", ["--config.model.depth=10"], None, 17),
+]
+
+
+@pytest.mark.parametrize(("config", "entries", "expected", "passes"), STEPS)
+def test_the_cost_of_a_step(build, config, entries, expected, passes):
+    built = build(config, *entries)
+    step = flops.step(built)
+    forward = flops.forward(built.config.model, (32, 32, 3), 10)
+    assert step / forward == pytest.approx(passes, rel=0.01) and step < passes * forward
+    if expected:
+        assert step / 1e9 == pytest.approx(expected, rel=0.01)
+
+
+SMALL = ["--config.model.depth=10", "--config.model.width=1"]
+
+
+def test_rolled_and_unrolled_attacks_cost_the_same(build, monkeypatch):
+    unrolled = flops.step(build("robal.py:dataset=cifar10", *SMALL))
+    monkeypatch.setattr(loop, "unrolls", lambda: False)
+    assert flops.step(build("robal.py:dataset=cifar10", *SMALL)) == unrolled
+
+
+def test_what_the_released_code_repeats_counts_once(build):
+    released = build("robal.py:dataset=cifar10", *SMALL, "--config.fidelity=released_code")
+    assert flops.step(released) == flops.step(build("robal.py:dataset=cifar10", *SMALL))
