@@ -19,7 +19,6 @@ Neither a random start nor x_init is clipped before the first step. After each s
 into the box. No gradient flows through the result. ValueError at trace time for options that cannot be meant.
 """
 
-import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -30,7 +29,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import norms
-from lt_adv.attacks.loop import Iteration, iterative
+from lt_adv.attacks.convolutions import canonical
 from lt_adv.attacks.objectives import cross_entropy, margin
 from lt_adv.attacks.starts import starting_point
 
@@ -38,7 +37,6 @@ LogitsFn = Callable[[Array], Array]
 Objective = Callable[[Array, Array], Array]
 
 
-@iterative
 def fgsm(
     key: Array,
     logits_fn: LogitsFn,
@@ -51,7 +49,7 @@ def fgsm(
     start: str = "zero",
     x_init: Array | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-) -> Iteration:
+) -> Array:
     """Fast gradient sign method: x_adv = clip(x + eps sign(grad_x L(x, y))), one step of the whole radius.
 
     Arguments are described at the top of the module.
@@ -67,7 +65,6 @@ def fgsm(
     )  # fmt: skip
 
 
-@iterative
 def pgd(
     key: Array,
     logits_fn: LogitsFn,
@@ -82,7 +79,7 @@ def pgd(
     start: str = "uniform",
     x_init: Array | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-) -> Iteration:
+) -> Array:
     """Projected gradient descent on the negative objective: x_{t+1} = P(x_t + a sign(grad_x L(x_t, y))).
 
     Arguments are described at the top of the module.
@@ -98,7 +95,6 @@ def pgd(
     )  # fmt: skip
 
 
-@iterative
 def mim(
     key: Array,
     logits_fn: LogitsFn,
@@ -114,7 +110,7 @@ def mim(
     start: str = "uniform",
     x_init: Array | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-) -> Iteration:
+) -> Array:
     """Momentum iterative method: g_{t+1} = m g_t + grad / mean|grad|, x_{t+1} = P(x_t + a sign(g_{t+1})).
 
     Arguments are described at the top of the module; `decay` is m.
@@ -132,7 +128,6 @@ def mim(
     )  # fmt: skip
 
 
-@iterative
 def cw(
     key: Array,
     logits_fn: LogitsFn,
@@ -147,7 +142,7 @@ def cw(
     start: str = "uniform",
     x_init: Array | None = None,
     bounds: tuple[float, float] = (0.0, 1.0),
-) -> Iteration:
+) -> Array:
     """PGD on the Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0): "CW-inf" of the robustness literature.
 
     Arguments are described at the top of the module; `confidence` is k, in units of logits.
@@ -178,8 +173,8 @@ def _ascend(
     x_init: Array | None,
     bounds: tuple[float, float],
     decay: float | None = None,
-) -> Iteration:
-    """The attacks above as one iteration over (x_adv, momentum); without `decay` there is no momentum to carry."""
+) -> Array:
+    """The attacks above as one loop over (x_adv, momentum); without `decay` there is no momentum to carry."""
     ball, x, y = norms.get(norm), jnp.asarray(x), jnp.asarray(y)
     low, high = bounds
     _check(x, y, x_init, num_steps, low, high)
@@ -201,9 +196,9 @@ def _ascend(
             raise ValueError(f"objective must return [batch] = {x.shape[:1]}, got shape {values.shape}.")
         return jnp.sum(values)  # a sum: each example's gradient is its own, whatever the batch size
 
-    def step(carry: tuple[Array, Any]) -> tuple[Array, Any]:
+    def step(_: int, carry: tuple[Array, Any]) -> tuple[Array, Any]:
         x_adv, momentum = carry
-        gradient = jax.grad(total)(x_adv)
+        gradient = canonical(jax.grad(total))(x_adv)
         if decay is not None:
             gradient = momentum = decay * momentum + norms.unit_mean(gradient)
         # Stopped at each step, not at the end: an outer gradient then has no loop to differentiate.
@@ -211,7 +206,7 @@ def _ascend(
 
     momentum = () if decay is None else jnp.zeros_like(x_adv)
     x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
-    return Iteration((x_adv, momentum), step, operator.itemgetter(0), num_steps)
+    return lax.fori_loop(0, num_steps, step, (x_adv, momentum))[0]
 
 
 def _check(x: Array, y: Array, x_init: Array | None, num_steps: int, low: float, high: float) -> None:

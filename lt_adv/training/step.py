@@ -13,6 +13,7 @@ from jax import lax
 from jax.sharding import Mesh
 
 from lt_adv import lookup
+from lt_adv.attacks.convolutions import canonical
 from lt_adv.data import augment, resident
 from lt_adv.methods import Batch, Clock, Info, Method
 from lt_adv.training import mesh as meshes
@@ -138,7 +139,8 @@ def make_train_step(
             value, (extra, metrics) = method.loss(loss_keys, net, batch, lax.stop_gradient(x_adv), state.extra, clock)
             return value, (extra, metrics, net.batch_stats)
 
-        (value, (extra, metrics, batch_stats)), gradient = jax.value_and_grad(objective, has_aux=True)(params)
+        value_and_gradient = canonical(jax.value_and_grad(objective, has_aux=True))
+        (value, (extra, metrics, batch_stats)), gradient = value_and_gradient(params)
         gradient = lax.pmean(gradient, AXIS)
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         new_params = optax.apply_updates(state.params, updates)

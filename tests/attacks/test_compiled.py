@@ -1,4 +1,4 @@
-"""`attacks.compile`: how often it compiles, counted by XLA itself, and that chunks change nothing."""
+"""`attacks.compile`: how often it compiles, counted by XLA itself, and what it makes of a loop."""
 
 from functools import partial
 
@@ -9,7 +9,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lt_adv import attacks
-from lt_adv.attacks import loop
 
 KEY = jax.random.key(3)
 OPTIONS = {"eps": 0.1, "step_size": 0.02}
@@ -73,15 +72,6 @@ def test_one_compilation_for_all_weights(compilations, num_steps, place):
     assert not np.array_equal(first, second)
 
 
-@pytest.mark.parametrize(("attack", "num_steps"), [(attacks.pgd, 25), (attacks.mim, 25), (attacks.cw, 13)])
-def test_chunks_change_no_bit(attack, num_steps):
-    options = OPTIONS | {"num_steps": num_steps} | ({"decay": 0.9} if attack is attacks.mim else {})
-    assert loop.chunk_length(num_steps) < num_steps
-    chunked = attacks.compile(attack, apply, **options)(KEY, weights(1), X, Y)
-    whole = jax.jit(lambda key, w, x, y: attack(key, partial(apply, w), x, y, **options))(KEY, weights(1), X, Y)
-    np.testing.assert_array_equal(chunked, whole)
-
-
 @pytest.mark.parametrize("num_steps", [3, 20])
 def test_sharded_over_devices(num_steps):
     attack = attacks.compile(attacks.mim, apply, num_steps=num_steps, **OPTIONS)
@@ -95,23 +85,9 @@ def whiles(compiled):
     return compiled.lower(jax.random.split(KEY, 8), weights(1), X, Y).as_text().count("stablehlo.while")
 
 
-def test_rolled_where_loops_are_rolled(monkeypatch):
-    expected = attacks.compile(attacks.pgd, apply, num_steps=20, start="zero", **OPTIONS)(KEY, weights(1), X, Y)
-    monkeypatch.setattr(loop, "unrolls", lambda: False)
-    assert loop.chunk_length(100) == 100
-    rolled = attacks.compile(attacks.pgd, apply, num_steps=20, start="zero", **OPTIONS)
-    assert whiles(rolled) == 1
-    np.testing.assert_allclose(rolled(KEY, weights(1), X, Y), expected, atol=1e-6)
-
-
-def test_unrolled_on_cpu():
-    assert whiles(attacks.compile(attacks.pgd, apply, num_steps=5, start="zero", **OPTIONS)) == 0
-
-
-def test_chunk_lengths_divide():
-    for num_steps in range(11, 60):
-        assert num_steps % loop.chunk_length(num_steps) == 0 and loop.chunk_length(num_steps) <= 10
-    assert [loop.chunk_length(n) for n in (0, 1, 10, 20, 25, 100)] == [0, 1, 10, 10, 5, 10]
+@pytest.mark.parametrize("num_steps", [2, 100])
+def test_a_loop_is_one_loop(num_steps):
+    assert whiles(attacks.compile(attacks.pgd, apply, num_steps=num_steps, start="zero", **OPTIONS)) == 1
 
 
 def test_inside_another_jit():

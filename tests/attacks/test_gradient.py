@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lt_adv import attacks
-from lt_adv.attacks import loop
 from lt_adv.attacks.starts import STARTS, example_keys
 
 SHAPE, CLASSES = (4, 4, 2), 5
@@ -153,9 +152,8 @@ def test_one_key_is_a_key_for_each_index():
     assert not np.array_equal(run(KEY, x, y, 0.1, 0.0)[0] - x[0], run(KEY, x, y, 0.1, 0.0)[1] - x[1])
 
 
-@pytest.mark.parametrize(("name", "rolled"), [("mim", False), ("mim", True), ("pgd", True)])
-def test_same_under_every_transformation(monkeypatch, name, rolled):
-    monkeypatch.setattr(loop, "unrolls", lambda: not rolled)
+@pytest.mark.parametrize("name", ["mim", "pgd"])
+def test_same_under_every_transformation(name):
     x, y, keys = images(16), labels(16), example_keys(KEY, 16)
     eps = np.linspace(0.05, 0.2, 16, dtype=np.float32)
 
@@ -164,8 +162,7 @@ def test_same_under_every_transformation(monkeypatch, name, rolled):
 
     expected = jax.jit(attack)(WEIGHTS, keys, x, y, eps)
     compare = partial(np.testing.assert_allclose, desired=np.asarray(expected), atol=1e-6)
-    if not rolled:
-        compare(attack(WEIGHTS, keys, x, y, eps))  # no jit at all
+    compare(attack(WEIGHTS, keys, x, y, eps))  # no jit at all
 
     by_two = jax.tree.map(lambda a: a.reshape(8, 2, *a.shape[1:]), (keys, x, y, eps))
     axes = (None, 0, 0, 0, 0)
@@ -179,9 +176,7 @@ def test_same_under_every_transformation(monkeypatch, name, rolled):
     compare(jax.jit(attack)(*(jax.device_put(a, NamedSharding(mesh, spec)) for a, spec in inputs)))
 
 
-@pytest.mark.parametrize("rolled", [False, True])
-def test_x_init_may_be_replicated_where_x_is_sharded(monkeypatch, rolled):
-    monkeypatch.setattr(loop, "unrolls", lambda: not rolled)
+def test_x_init_may_be_replicated_where_x_is_sharded():
     mesh = Mesh(np.array(jax.devices()), ("data",))
 
     def attack(x, y):
@@ -192,10 +187,9 @@ def test_x_init_may_be_replicated_where_x_is_sharded(monkeypatch, rolled):
     np.testing.assert_allclose(jax.jit(sharded)(images(8), labels(8)), attack(images(8), labels(8)), atol=1e-6)
 
 
-@pytest.mark.parametrize(("name", "rolled"), [("mim", False), ("mim", True), ("pgd", False)])
-def test_no_gradient_flows_through(monkeypatch, name, rolled):
+@pytest.mark.parametrize("name", ["mim", "pgd"])
+def test_no_gradient_flows_through(name):
     """An outer loss may contain an attack on its own parameters: x_adv counts as data (in L2 its steps have slopes)."""
-    monkeypatch.setattr(loop, "unrolls", lambda: not rolled)
     x, y = images(4), labels(4)
 
     def attack(weights):
