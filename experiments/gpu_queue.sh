@@ -6,7 +6,8 @@
 #
 # Results go to $OUT, or experiments/results/benchmark/; a short table comes last. Images: $IMAGES, a folder with
 # train/<class>/*, test/<class>/*, or what `prepare` packed, or random ones, which are as good for timing. $RUNS rounds
-# (3) of $TIMED seconds (5), at most $LIMIT seconds for an entry (570), with $PYTHON (python3).
+# (3) of $TIMED seconds (5), at most $LIMIT seconds for an entry (570), with $PYTHON (python3). $MORE: further arguments
+# for all entries, to try them at a small size.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-experiments/results/benchmark}
@@ -52,7 +53,7 @@ benchmark() { # kind, config, further arguments
     local kind=$1 config=$2
     shift 2
     timeout --kill-after=20 "$limit" "$python" -m experiments.benchmark "$kind" --config="$config" "${data[@]}" \
-        --runs="${RUNS:-3}" --seconds="${TIMED:-5}" --name="$entry-$device" --out="$out" "$@"
+        --runs="${RUNS:-3}" --seconds="${TIMED:-5}" --name="$entry-$device" --out="$out" "$@" ${MORE:-}
 }
 
 measure() {

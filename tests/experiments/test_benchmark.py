@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from experiments.benchmark import __main__ as door
-from experiments.benchmark import kinds, record, summary, worker
+from experiments.benchmark import kinds, record, summary, timing, worker
 from lt_adv import arguments, data
 
 ROOT = Path(__file__).parents[2]
@@ -52,7 +52,7 @@ def test_the_runs_and_what_is_made_of_them(measured):
     first, second = (run for run in found["runs"] if run["series"] == "jax")
     assert (first["round"], second["round"]) == (0, 1)
     for run in (first, second):
-        assert len(run["first"]) == worker.WARM_UP and len(run["ms"]) >= worker.FEWEST and min(run["ms"]) > 0
+        assert len(run["first"]) == timing.WARM_UP and len(run["ms"]) >= timing.FEWEST and min(run["ms"]) > 0
         assert run["memory"] > 1e7 and np.isfinite(run["loss"]) and run["devices"] == 1 and run["xla"]["flops"] > 0
     jax = found["summary"]["jax"]
     assert jax["ms_min"] <= jax["ms"] <= jax["ms_max"]
@@ -114,10 +114,10 @@ def test_steps_are_timed_after_the_warm_up(monkeypatch):
         return len(taken)
 
     waited = []
-    monkeypatch.setattr(worker.time, "perf_counter", lambda: now[0])
-    found = worker.measure(step, waited.append, seconds=1.0)
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: now[0])
+    found = timing.measure(step, waited.append, seconds=1.0)
     assert found["steps"] == 2 and found["ms"] == [125.0] * 4
-    assert len(taken) == worker.WARM_UP + 8 and waited == [*range(1, worker.WARM_UP + 1), 8, 10, 12, 14]
+    assert len(taken) == timing.WARM_UP + 8 and waited == [*range(1, timing.WARM_UP + 1), 8, 10, 12, 14]
     assert found["compile_seconds"] == pytest.approx(4.875) and found["first"][0] == pytest.approx(5.0)
 
 
@@ -139,14 +139,14 @@ def test_the_twin_is_stepped_like_jax(monkeypatch):
     monkeypatch.setattr(Twin, "made", [])
     monkeypatch.setattr(worker, "torch_device", lambda: (None, "cpu", lambda handle: None))
     monkeypatch.setitem(sys.modules, "experiments.torch_twin.step", types.SimpleNamespace(Trainer=Twin))
-    monkeypatch.setattr(worker, "BLOCK", 1e-9)
+    monkeypatch.setattr(timing, "BLOCK", 1e-9)
     monkeypatch.chdir(ROOT)
     config = arguments.parse(["", *TINY]).config
     found = worker.torch_step(config, setting="tuned", seconds=1e-9)
     (twin,) = Twin.made
     images = len(data.long_tailed(data.load(config.data), config.data).train)
     assert twin.given == (16, images, "tuned", "cpu") and found["loss"] == 0.5 and found["memory"] > 1e6
-    assert twin.steps == worker.WARM_UP + worker.FEWEST * found["steps"]
+    assert twin.steps == timing.WARM_UP + timing.FEWEST * found["steps"]
 
 
 def test_a_loss_that_is_no_number_is_no_measurement():

@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.benchmark import flops
 from lt_adv import arguments, data, models
-from lt_adv.attacks import loop
 from lt_adv.training import mesh as meshes
 from lt_adv.training import program
 
@@ -144,10 +143,12 @@ def test_the_cost_of_a_step(build, config, entries, expected, passes):
 SMALL = ["--config.model.depth=10", "--config.model.width=1"]
 
 
-def test_rolled_and_unrolled_attacks_cost_the_same(build, monkeypatch):
-    unrolled = flops.step(build("robal.py:dataset=cifar10", *SMALL))
-    monkeypatch.setattr(loop, "unrolls", lambda: False)
-    assert flops.step(build("robal.py:dataset=cifar10", *SMALL)) == unrolled
+def test_each_attack_step_is_a_forward_and_a_gradient(build):
+    def step(number):
+        return flops.step(build("robal.py:dataset=cifar10", *SMALL, f"--config.attack.num_steps={number}"))
+
+    forward = 2 * by_hand(10, 1)
+    assert step(1) - step(0) == 2 * forward and step(3) - step(0) == 3 * 2 * forward
 
 
 def test_what_the_released_code_repeats_counts_once(build):
