@@ -1,6 +1,7 @@
 """How a step is timed: JAX's and PyTorch's in the same way."""
 
 import math
+import statistics
 import time
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,8 @@ def measure(step: Callable[[], Any], wait: Callable[[Any], Any], seconds: float)
     """Times `step() -> handle`, which need not be done before `wait(handle)` returns.
 
     {"first": seconds of each step of the warm-up, "steps": in a block, "ms": per step, of each block}; as many blocks
-    as fill `seconds`. {"compile_seconds"} is how much longer the warm-up took than as many steps at their median.
+    as fill `seconds`. {"compile_seconds"}: how much longer than the median the first step took, and those after it that
+    took more than twice the median; what a step of seconds varies by is in it.
     """
     first = []
     for _ in range(WARM_UP):
@@ -30,5 +32,6 @@ def measure(step: Callable[[], Any], wait: Callable[[Any], Any], seconds: float)
             handle = step()
         wait(handle)
         ms.append(1e3 * (time.perf_counter() - start) / steps)
-    compiling = sum(first) - WARM_UP * sorted(ms)[len(ms) // 2] / 1e3
-    return {"first": first, "steps": steps, "ms": ms, "compile_seconds": max(0.0, compiling)}
+    usual = statistics.median(ms) / 1e3
+    compiling = [first[0] - usual] + [taken - usual for taken in first[1:] if taken > 2 * usual]
+    return {"first": first, "steps": steps, "ms": ms, "compile_seconds": max(0.0, sum(compiling))}
