@@ -34,7 +34,7 @@ def pad_crop_flip(image: Tensor, pad: int, generator: torch.Generator) -> Tensor
     """[b, h, w, c] -> the same shape and dtype; one gather for crop and flip."""
     (batch, height, width, _), device = image.shape, image.device
     offset = torch.randint(2 * pad + 1, (2, batch, 1), generator=generator, device=device)
-    flip = torch.randint(2, (batch, 1), generator=generator, device=device, dtype=torch.bool)
+    flip = torch.rand(batch, 1, generator=generator, device=device) < 0.5
     row = offset[0] + torch.arange(height, device=device)
     column = torch.arange(width, device=device)
     column = offset[1] + torch.where(flip, column.flip(0), column)

@@ -161,8 +161,8 @@ class Trainer:
 class Graphed:
     """`update(*tensors) -> loss` as one CUDA graph.
 
-    The first calls are ordinary ones on a side stream: they compile, choose algorithms and allocate what stays. The
-    next one is recorded, which computes nothing, and from then on replayed. Shapes must stay the same.
+    The first three calls are ordinary ones on a side stream: they compile, choose algorithms and allocate what stays.
+    The fourth is recorded, which computes nothing, and from then on replayed. Shapes must stay the same.
     """
 
     WARM_UP = 3
