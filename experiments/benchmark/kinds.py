@@ -53,6 +53,11 @@ def step(record: Record, config: Sequence[str], options: Namespace, save: Save) 
     _rounds(record, config, options, lambda _: chosen, finish)
 
 
+def profile(record: Record, config: Sequence[str], options: Namespace, save: Save) -> None:
+    """What a training step spends its time on, by kind of operation, in as many processes as there are runs."""
+    _rounds(record, config, options, lambda _: {"jax": Work("jax_profile")}, save)
+
+
 def attack(record: Record, config: Sequence[str], options: Namespace, save: Save) -> None:
     """PGD through `attacks.compile` and as the twin's eager loop, in turn, for each number of steps."""
     works = {}
@@ -184,4 +189,4 @@ def _brief(found: Mapping[str, Any]) -> str:
     return found["error"] if "error" in found else f"{found['seconds']:.2f} s"
 
 
-KINDS: Mapping[str, Callable[..., None]] = {k.__name__: k for k in (step, data, attack, start, scaling)}
+KINDS: Mapping[str, Callable[..., None]] = {k.__name__: k for k in (step, profile, data, attack, start, scaling)}

@@ -10,6 +10,7 @@ Rows = tuple[list[str], list[list[str]]]
 UNKNOWN = "–"
 COMMANDS = {
     "step": "step --config=configs/at_bsl.py:dataset=cifar10",
+    "profile": "profile --config=configs/robal.py:dataset=cifar10",
     "data": "data --config=configs/at_bsl.py:dataset=cifar10",
     "attack": "attack --config=configs/at_bsl.py:dataset=cifar10 --num-steps=10,20,100",
     "start": "start --config=configs/robal.py:dataset=digits",
@@ -76,6 +77,17 @@ def step(records: Sequence[Record]) -> Rows:
     return head, rows
 
 
+def profile(records: Sequence[Record], top: int = 8) -> Rows:
+    """The longest kinds of operation of the first process that worked."""
+    rows = []
+    for record in records:
+        run = next((run for run in record["runs"] if "operations" in run), None)
+        for entry in run["operations"][:top] if run else []:
+            share = f"{100 * entry['ms'] / (1e3 * run['seconds']):.0f} %"
+            rows.append([*what(record), entry["name"], share, number(entry["ms"]), number(entry["count"])])
+    return ["Device", "Network", "Method-steps", "Operation", "Share", "ms per step, of all threads", "Times"], rows
+
+
 def attack(records: Sequence[Record]) -> Rows:
     head = ["Device", "Network", "Batch", "Attack", "JAX, ms per attack step", "PyTorch eager, ms", "Faster"]
     rows = []
@@ -118,4 +130,6 @@ def scaling(records: Sequence[Record]) -> Rows:
     return ["Device", "Network", "Method", "Changed", "ms per step", "Images/s", "GFLOP/s"], rows
 
 
-TABLES: Mapping[str, Callable[[Sequence[Record]], Rows]] = {t.__name__: t for t in (step, data, attack, start, scaling)}
+TABLES: Mapping[str, Callable[[Sequence[Record]], Rows]] = {
+    t.__name__: t for t in (step, profile, data, attack, start, scaling)
+}

@@ -57,6 +57,22 @@ def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict
     return found | {"loss": loss, "devices": built.mesh.size, "memory": memory(), "xla": xla_costs()}
 
 
+def jax_profile(config: Any, *, top: int = 20) -> dict[str, Any]:
+    """{"operations": the `top` kinds of operation that a training step spends its time on, "ms": all of them}."""
+    from experiments.benchmark import profiled
+
+    built = build(config)
+    state = built.first_state()
+
+    def step() -> Any:
+        nonlocal state
+        state, metrics = built.step(state, built.resident, built.teacher)
+        return metrics
+
+    found = profiled.operations(step)
+    return {"operations": found[:top], "seconds": sum(entry["ms"] for entry in found) / 1e3, "devices": built.mesh.size}
+
+
 def torch_step(config: Any, *, setting: str, seconds: float) -> dict[str, Any]:
     """The same step of the PyTorch twin, `setting` "released" or "tuned"."""
     torch, device, wait = torch_device()
@@ -259,7 +275,10 @@ def finite(loss: float) -> float:
     return loss
 
 
-WORKS = {work.__name__: work for work in (jax_step, torch_step, peak, flops, pipeline, load, jax_attack, torch_attack)}
+WORKS = {
+    work.__name__: work
+    for work in (jax_step, jax_profile, torch_step, peak, flops, pipeline, load, jax_attack, torch_attack)
+}
 
 
 def main(argv: Sequence[str]) -> int:
