@@ -12,7 +12,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-experiments/results/benchmark}
 limit=${LIMIT:-570}
-entries=(resnet18-bfloat16 resnet18-float32 wrn-34-10-batch64 wrn-34-10-batch128 attack start data scaling)
+entries=(resnet18-bfloat16 resnet18-float32 wrn-34-10-batch64 wrn-34-10-batch128 resnet18-profile wrn-34-10-profile attack start data scaling)
 
 prepare() { # what a machine without network lacks: pure Python packages, images, the name of the commit
     rm -rf .gpu && mkdir -p .gpu/wheels || exit
@@ -63,6 +63,8 @@ measure() {
         resnet18-float32) benchmark step $resnet --frameworks=jax,released ;; # "tuned" is bfloat16 on a GPU
         wrn-34-10-batch64) benchmark step $wrn --config.model.dtype=bfloat16 ;;
         wrn-34-10-batch128) benchmark step $wrn --config.model.dtype=bfloat16 --config.optim.batch_size=128 ;;
+        resnet18-profile) benchmark profile $resnet --config.model.dtype=bfloat16 ;;
+        wrn-34-10-profile) benchmark profile $wrn --config.model.dtype=bfloat16 ;;
         attack) benchmark attack $resnet --num-steps=10,20,100 ;;
         start) benchmark start $wrn --config.model.dtype=bfloat16 ;;
         data) benchmark data $resnet ;;
