@@ -119,6 +119,14 @@ class Method:
         del info
         return {}
 
+    def init_params(self, params: Any, info: Info) -> Any:
+        """Fresh parameters {"backbone", "head"} as training begins with them: for starts that depend on `info`.
+
+        They come before anything of another run or stage is merged in. As the network has them by default.
+        """
+        del info
+        return params
+
     def perturb(self, key: Array, net: Net, batch: Batch, extra: Extra, clock: Clock) -> Array:
         """Training examples, [b, h, w, c]: PGD on the cross-entropy of the evaluation-mode network by default.
 

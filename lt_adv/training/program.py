@@ -120,6 +120,7 @@ def build(
 
     def first_state() -> TrainState:
         start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())
+        start["params"] = stage.method.init_params(start["params"], info)
         if stage.init != "fresh":
             source = previous if stage.init == "previous" else checkpoint.read_variables(stage.init)[0]
             start = merge(start, source, stage.init)
