@@ -116,6 +116,6 @@ RELEASED: Mapping[str, Method] = {
 }
 
 
-def start(name: str, options: Any) -> str:
-    """Where the attack starts; RoBal's released code starts on one side."""
-    return "one_sided" if name == "robal" and options.fidelity == "released_code" else options.start
+def start(options: Any) -> str:
+    """Where the attack starts; the released code of RoBal's study starts on one side."""
+    return (options.fidelity == "released_code" and options.released_start) or options.start

@@ -200,7 +200,7 @@ def options_of(config: ml_collections.ConfigDict) -> tuple[Any, str]:
         if (found := config[section].get(entry, value)) != value:
             raise ValueError(f"config.{path} = {found!r}: the PyTorch twin has {value!r} alone.")
     (stage,) = program.stages(config)
-    return stage.method, methods.start(name, stage.method)
+    return stage.method, methods.start(stage.method)
 
 
 def learning_rates(config: ml_collections.ConfigDict, options: Any, steps_per_epoch: int) -> list[float]:

@@ -13,7 +13,14 @@ class AT(base.Method):
     """min_theta E max_{|d| <= eps} CE(z(x + d), y).
 
     Inner: PGD on cross-entropy, network in evaluation mode. Outer: cross-entropy on x_adv, in training mode.
+
+    Differs from the released code of RoBal's study (Wu et al., CVPR 2021), which `fidelity="released_code"` restores:
+    there the start is one-sided, x + eps U[0, 1), and the drops of the learning rate compound (see `training.optim`).
+    The rows of that study with another outer loss are subclasses.
     """
+
+    compounding_schedule = True
+    released_start = "one_sided"
 
     def loss(self, key, net, batch, x_adv, extra, clock):
         logits, _ = net.train(x_adv)

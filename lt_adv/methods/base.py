@@ -24,6 +24,7 @@ class Info:
     steps_per_epoch: int
     epochs: int
     image_shape: tuple[int, ...]
+    num_features: int  # of the penultimate layer
 
     @property
     def num_classes(self) -> int:
@@ -103,6 +104,7 @@ class Method:
     """
 
     compounding_schedule: ClassVar[bool] = False  # whether the released code's learning rate compounds (training.optim)
+    released_start: ClassVar[str | None] = None  # of the attack in the released code, where it is another
 
     num_steps: int = 10
     start: str = "uniform"
@@ -137,6 +139,7 @@ class Method:
 
     def pgd(self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Any = attacks.cross_entropy) -> Array:
         """The inner attack, shared by the methods: `y` is whatever `objective(logits, y)` compares the logits with."""
+        released = self.released_start if self.fidelity == "released_code" else None
         return attacks.pgd(
             key,
             lambda x: net.eval(x)[0],
@@ -145,7 +148,7 @@ class Method:
             eps=batch.eps,
             step_size=batch.step_size,
             num_steps=self.num_steps,
-            start=self.start,
+            start=released or self.start,
             objective=objective,
         )
 
@@ -161,8 +164,8 @@ class Method:
         return extra
 
     def stages(self, config: Any) -> tuple[Stage, ...]:
-        """What is trained, in order."""
-        return (Stage(method=self, epochs=config.optim.epochs),)
+        """What is trained, in order: one stage by default, from `config.init_from` where that names a finished run."""
+        return (Stage(method=self, epochs=config.optim.epochs, init=config.init_from or "fresh"),)
 
 
 def correct(logits: Array, label: Array) -> Array:

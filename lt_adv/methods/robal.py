@@ -23,6 +23,7 @@ class RoBal(base.Method):
     """
 
     compounding_schedule = True
+    released_start = "one_sided"
 
     num_steps: int = 5
     margin: float = 0.1
@@ -30,10 +31,6 @@ class RoBal(base.Method):
     tau_b: float = 1.2
     tau_m: float = 0.0
     beta: float = 6.0
-
-    def perturb(self, key, net, batch, extra, clock):
-        method = dataclasses.replace(self, start="one_sided") if self.fidelity == "released_code" else self
-        return method.pgd(key, net, batch, batch.label)
 
     def loss(self, key, net, batch, x_adv, extra, clock):
         released = self.fidelity == "released_code"

@@ -118,7 +118,7 @@ def our_step(config: ml_collections.ConfigDict) -> Step:
         image = train.image[rows].astype(float) / 255
         attack_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), 0), 1)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(attack_key, jnp.arange(BATCH))
-        start = methods.start(config.method.name, stage.method)
+        start = methods.start(stage.method)
         noise = starts.starting_point(keys, jnp.zeros_like(image), config.attack.eps, start, norms.get("linf"))
 
         model = create(config.model, info.num_classes, axis_name=AXIS)
