@@ -23,21 +23,14 @@ def get_config(arg=None):
     dataset, variant = a["dataset"], a["variant"]
     if variant not in ("N", "R"):
         raise ValueError(f"config argument variant={variant}: RoBal has the variants N and R.")
-    digits = dataset == "digits"
     # Ours, for sets that are not in the paper: CIFAR-100's values for Tiny-ImageNet, CIFAR-10's for all others.
     nearest = (
         dataset if dataset in ("cifar10", "cifar100") else ("cifar100" if dataset == "tiny_imagenet" else "cifar10")
     )
     (margin, tau_b, tau_m, gamma, beta), inference = VARIANTS[nearest, variant]
-    epochs = a["epochs"] or (30 if digits else 80)
-    c = common.get(dataset, epochs=epochs, drop_epochs=(60, 75), of=80, eps=0.031, step_size=0.0078)
+    c = common.robal_study(dataset, a["epochs"])
     c.method = {"name": "robal", "margin": margin, "scale": 10.0, "tau_b": tau_b, "tau_m": tau_m, "beta": beta}
     c.model.head = {"name": "cosine_plus", "scale": 1.0, "gamma": gamma}
-    c.attack.num_steps = 5
-    c.optim.batch_size = 64
-    c.optim.weight_decay = 2e-4
     if inference:
         c.eval.adjustment = {"name": "boundary", "scale": inference[0], "tau_p": inference[1]}
-    if digits:
-        common.small(c)
     return c

@@ -11,13 +11,6 @@ from configs import common
 
 def get_config(arg=None):
     a = common.parse(arg, dataset="cifar10", epochs=0)
-    digits = a["dataset"] == "digits"
-    epochs = a["epochs"] or (30 if digits else 80)
-    c = common.get(a["dataset"], epochs=epochs, drop_epochs=(60, 75), of=80, eps=0.031, step_size=0.0078)
+    c = common.robal_study(a["dataset"], a["epochs"])
     c.method = {"name": "trades", "beta": 6.0}
-    c.attack.num_steps = 5
-    c.optim.batch_size = 64
-    c.optim.weight_decay = 2e-4
-    if digits:
-        common.small(c)
     return c
