@@ -4,8 +4,9 @@
     python -m experiments.tables --check    exit 1 if they are out of date
 
 A result is one file experiments/results/<study>/<config>-seed<n>-<part>.json with the entries `report` (a report.json),
-`command`, `machine` and `commit`; the part "full" is the whole test set, any other a fixed class-balanced subset. Those
-of speed are experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them.
+`command`, `machine` and `commit`; the part "full" is the whole test set, any other a fixed class-balanced subset. What
+`experiments.study` makes of its results is table.json beside them. Those of speed are
+experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them.
 """
 
 import argparse
@@ -20,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import tables as speed
+from experiments.study import tables as study_tables
 
 ROOT = Path(__file__).parents[1]
 README, CONFIGS, RESULTS = ROOT / "README.md", ROOT / "configs", ROOT / "experiments" / "results"
-FULL, NOT_YET = "full", "not measured yet"
+FULL, SUBSET, NOT_YET = "full", "subset", "not measured yet"
 GROUPS = ("head", "body", "tail")
 JPEG_ROWS = {"robal": "RoBal-N", "at_bsl": "AT-BSL", "at": "AT"}
 CONDITIONS = {"clean": "clean", "fgsm": "FGSM", "pgd20": "PGD-20", "pgd100": "PGD-100", "mim20": "MIM-20"}
@@ -75,20 +77,23 @@ def index(configs: Path = CONFIGS, results: Path = RESULTS) -> str:
         if path.stem in ("__init__", "common"):
             continue
         claim = fields(path)
-        full = [study[path.stem, FULL] for study in studies if (path.stem, FULL) in study]
+        seen = [study.get((path.stem, FULL)) or study.get((path.stem, SUBSET)) for study in studies]
+        known = [runs for runs in seen if runs]
         measured = [claim["Measured"]] if "Measured" in claim else []
-        measured += [measurement(runs) for runs in full]
-        commits = {run["commit"][:9] for runs in full for run in runs if run.get("commit")}
+        measured += [measurement(runs) for runs in known]
+        commits = {run["commit"][:9] for runs in known for run in runs if run.get("commit")}
         row = [f"[`{path.stem}`](configs/{path.name})", f"{claim['title']}. {claim['Paper']}", claim["Expected"]]
         rows.append([*row, "; ".join(measured) or NOT_YET, " ".join(sorted(commits)) or "–"])
     return table(["Config", "Paper and row", "Expected (published)", "Measured", "Commit"], rows, left=5)
 
 
 def measurement(runs: Sequence[Mapping[str, Any]]) -> str:
-    """One line about the runs of a config on the whole test set."""
+    """One line about the runs of a config, which says where it is of a part of the test set."""
     header = runs[0]["report"]["header"]
     accuracies = ", ".join(f"{CONDITIONS[c]} {figure(runs, f'eval/{c}/accuracy')}" for c in ("clean", "pgd20"))
     number = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
+    if "subset" in header["subset"]:
+        number += f", {header['images']} test images"
     return f"{header['dataset']}, {network(header)}, {header['epochs']} epochs, {number}: {accuracies}"
 
 
@@ -101,7 +106,7 @@ def jpeg_rows(results: Path = RESULTS) -> str:
     """RoBal-N, AT-BSL and AT at the same budget: the whole test set, then the subset with all attacks."""
     found = read(results / "jpeg_rows")
     if not found:
-        return f"CIFAR-10 (JPEG copy): {NOT_YET}; `python -m experiments.jpeg_rows` measures them."
+        return f"CIFAR-10 (JPEG copy): {NOT_YET}."
     parts = sorted({part for _, part in found}, key=lambda part: part != FULL)
     blocks = [text for part in parts for text in _part(found, part)]
     pictures = {t: f"jpeg_rows/plots-{c}-{FULL}/accuracy_by_class.png" for c, t in JPEG_ROWS.items()}
@@ -133,6 +138,40 @@ def _part(found: Results, part: str) -> list[str]:
     return [text, table(["", "Seeds", *columns], body)]
 
 
+def precision(results: Path = RESULTS) -> str:
+    """Balanced accuracies of `experiments.precision`: mean over seeds, half their range, per precision."""
+    head = ["Device", "Config", "Precision", "Seeds", "clean", "PGD-20", "PGD-20 tail"]
+    rows = []
+    for path in sorted((results / "precision").glob("*.json")):
+        record = json.loads(path.read_text())
+        for name in dict.fromkeys(run["precision"] for run in record["runs"]):
+            runs = [{"report": run} for run in record["runs"] if run["precision"] == name]
+            row = [record["header"]["device"], path.stem, name, str(len(runs))]
+            rows.append([*row, *(figure(runs, metric) for metric in runs[0]["report"]["metrics"])])
+    return (
+        table(head, rows, left=3) if rows else f"Precision: {NOT_YET}; `python -m experiments.precision` measures it."
+    )
+
+
+def study(results: Path = RESULTS) -> str:
+    """Every study of `experiments.study`: all images and the tail as tables, and its pictures."""
+    blocks = []
+    for path in sorted(results.glob("*/table.json")):
+        made = json.loads(path.read_text())
+        blocks.append(f"**{made['study']}.** {study_tables.sentence(made)}")
+        parts = study_tables.slices(made)
+        for caption in ("All test images", "Tail"):
+            if caption in parts:
+                head, rows = parts[caption]
+                blocks.append(table([caption, *head[1:]], rows))
+        if made["failed"]:
+            blocks.append("Failed: " + "; ".join(f"{run}: {reason}" for run, reason in made["failed"].items()) + ".")
+        pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
+        blocks += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures]
+    command = "python -m experiments.study --preset=cpu --config.data.path=<folder of images>"
+    return "\n\n".join(blocks) or f"Study: {NOT_YET}; `{command}` measures it."
+
+
 def benchmark(kind: str, results: Path = RESULTS) -> str:
     """What `experiments.benchmark <kind>` measured, a row or more per file."""
     found = speed.read(results / "benchmark").get(kind)
@@ -143,7 +182,13 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
 
 
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
-TABLES: Mapping[str, Callable[[], str]] = {"index": index, "jpeg_rows": jpeg_rows, **SPEED}
+TABLES: Mapping[str, Callable[[], str]] = {
+    "index": index,
+    "jpeg_rows": jpeg_rows,
+    "study": study,
+    "precision": precision,
+    **SPEED,
+}
 
 
 def rendered(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
