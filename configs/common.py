@@ -91,6 +91,10 @@ def get(
     }
     c.model = {**known["model"], "dtype": "float32", "head": {"name": "linear"}}
     c.method = {"name": "at"}
+    c.addons = ()  # "robustlt", "awp": around any method, the outermost last; each has a section of its name
+    many = dataset in ("cifar100", "tiny_imagenet")  # RobustLT's values for these; CIFAR-10's for all others are ours
+    c.robustlt = {"alpha": 0.4, "warmup": 0.6} if many else {"alpha": 0.3, "warmup": 0.8}
+    c.awp = {"gamma": 0.005}
     # The start is the method's own where none is given.
     c.attack = {
         "eps": eps,

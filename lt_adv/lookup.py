@@ -16,9 +16,10 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> ValueError:
 
 
 def names(package: str) -> list[str]:
-    """The modules of a package that can be asked for by name (`base` and private ones cannot)."""
+    """The modules of a package that can be asked for by name (`base`, private ones and folders cannot)."""
     path = importlib.import_module(package).__path__
-    return sorted(m.name for m in pkgutil.iter_modules(path) if m.name != "base" and not m.name.startswith("_"))
+    found = (m.name for m in pkgutil.iter_modules(path) if not m.ispkg)
+    return sorted(name for name in found if name != "base" and not name.startswith("_"))
 
 
 def module(package: str, name: str) -> ModuleType:

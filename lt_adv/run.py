@@ -88,7 +88,8 @@ def describe(config, split, workdir, mesh) -> None:
     cut = split.class_counts_before
     devices = f"{mesh.size} x {device.device_kind}  {config.parallel}"
     logging.console.print(f"lt_adv {lt_adv.__version__}  jax {jax.__version__}  {devices}")
-    names = f"method {config.method.name}  model {config.model.name}  data {config.data.name}"
+    method = " + ".join((config.method.name, *config.addons))
+    names = f"method {method}  model {config.model.name}  data {config.data.name}"
     logging.console.print(f"{names}  workdir {workdir}")
     counts = f"class counts {_short(split.class_counts)}"
     if split.validation is not None:
@@ -193,10 +194,9 @@ def _finished(config: ml_collections.ConfigDict, meta: Mapping[str, Any]) -> boo
 
 def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
     """What identifies an evaluation, beside what the evaluator sees itself. No times: they would start it anew."""
-    options = {k: v for k, v in config.method.to_dict().items() if k != "name"}
     adjustment, attack, start = config.eval.adjustment, config.attack, program.stages(config)[-1].method.start
     return {
-        "method": config.method.name + (f" ({', '.join(f'{k} {v:g}' for k, v in options.items())})" if options else ""),
+        "method": _method(config),
         "model": _model(config),
         "dataset": f"{config.data.title}, {config.data.imbalance} profile",
         "dataset_digest": split.digest[:16],
@@ -220,6 +220,16 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
         "code_digest": _code_digest(),
         "python_version": sys.version.partition(" ")[0],
     }
+
+
+def _method(config: ml_collections.ConfigDict) -> str:
+    """trades (beta 6) + robustlt (alpha 0.3, warmup 0.8) + awp (gamma 0.005)."""
+
+    def said(name: str, **options: Any) -> str:
+        values = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
+        return name + (f" ({values})" if values else "")
+
+    return " + ".join([said(**config.method), *(said(name, **config[name]) for name in config.addons)])
 
 
 def _model(config: ml_collections.ConfigDict) -> str:

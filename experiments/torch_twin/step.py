@@ -199,6 +199,8 @@ def options_of(config: ml_collections.ConfigDict) -> tuple[Any, str]:
         section, entry = path.split(".")
         if (found := config[section].get(entry, value)) != value:
             raise ValueError(f"config.{path} = {found!r}: the PyTorch twin has {value!r} alone.")
+    if config.addons:
+        raise ValueError(f"config.addons = {config.addons!r}: the PyTorch twin has none.")
     (stage,) = program.stages(config)
     return stage.method, methods.start(stage.method)
 

@@ -13,7 +13,7 @@ from lt_adv.losses.classification import (
     logit_adjustment,
     robal_margin,
 )
-from lt_adv.losses.pairs import kl_divergence
+from lt_adv.losses.pairs import kl_divergence, mart, soft_cross_entropy, squared_distance
 from lt_adv.losses.priors import class_balanced_weights, ldam_margins, log_prior
 
 __all__ = [
@@ -27,5 +27,8 @@ __all__ = [
     "ldam_margins",
     "log_prior",
     "logit_adjustment",
+    "mart",
     "robal_margin",
+    "soft_cross_entropy",
+    "squared_distance",
 ]

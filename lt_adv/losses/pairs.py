@@ -26,3 +26,61 @@ def kl_divergence(p_logits: Array, q_logits: Array, *, epsilon: float = 0.0) -> 
     log_p = jax.nn.log_softmax(p_logits)
     log_q = jnp.log(jax.nn.softmax(q_logits) + epsilon) if epsilon else jax.nn.log_softmax(q_logits)
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
+
+
+def squared_distance(p_logits: Array, q_logits: Array) -> Array:
+    """||p - q||^2 = sum_c (p_c - q_c)^2, p and q the softmax of the logits: what ALP sums over a batch.
+
+    Args:
+      p_logits: [batch, classes].
+      q_logits: [batch, classes].
+
+    Returns:
+      [batch], zero where p = q, at most 2.
+
+    Reference: Kannan et al., "Adversarial logit pairing", 2018, for the pairing. Differs from it: probabilities and not
+    logits, as in the code of the robust long-tail study.
+    """
+    return jnp.sum(jnp.square(jax.nn.softmax(p_logits) - jax.nn.softmax(q_logits)), axis=-1)
+
+
+def soft_cross_entropy(probs: Array, logits: Array) -> Array:
+    """Cross-entropy of soft labels, -sum_c p_c log softmax(z)_c.
+
+    Args:
+      probs: p, [batch, classes], rows summing to one; one-hot rows give the cross-entropy of labels.
+      logits: z, [batch, classes].
+
+    Returns:
+      [batch], in nats.
+    """
+    return -jnp.sum(probs * jax.nn.log_softmax(logits), axis=-1)
+
+
+def mart(clean_logits: Array, adversarial_logits: Array, labels: Array, *, beta: float = 5.0) -> Array:
+    """MART's loss, with p = softmax of the clean logits and q = softmax of the adversarial ones:
+
+      -log q_y - log(1 - max_{k != y} q_k) + beta KL(p || q) (1 - p_y).
+
+    The first two terms are the boosted cross-entropy. The gradient flows through all of p and q.
+
+    Args:
+      clean_logits: [batch, classes], at least two classes.
+      adversarial_logits: [batch, classes].
+      labels: y, integers [batch].
+      beta: weight of the divergence, the paper's lambda.
+
+    Returns:
+      [batch], in nats. Finite, with finite gradients, for finite logits: 1 - q_k and 1 - p_y are the sums of the other
+      probabilities and never a difference.
+
+    Reference: Wang et al., "Improving adversarial robustness requires revisiting misclassified examples", ICLR 2020.
+    Differs from the released code, which adds constants inside the logarithms.
+    """
+    label = labels[:, None] == jnp.arange(adversarial_logits.shape[-1])
+    rival = jnp.argmax(jnp.where(label, -jnp.inf, adversarial_logits), axis=-1)[:, None] == jnp.arange(label.shape[-1])
+    log_p, log_q = jax.nn.log_softmax(clean_logits), jax.nn.log_softmax(adversarial_logits)
+    log_not_rival = jax.nn.logsumexp(log_q, axis=-1, where=~rival)
+    boosted = -jnp.sum(jnp.where(label, log_q, 0), axis=-1) - log_not_rival
+    not_label = jnp.sum(jnp.where(label, 0, jnp.exp(log_p)), axis=-1)
+    return boosted + beta * kl_divergence(clean_logits, adversarial_logits) * not_label

@@ -16,9 +16,9 @@ def names() -> list[str]:
     return lookup.names(__name__)
 
 
-def method_class(name: str) -> type[Method]:
-    """The one Method defined in `lt_adv/methods/<name>.py`."""
-    module = lookup.module(__name__, name)
+def method_class(name: str, package: str = __name__) -> type[Method]:
+    """The one Method defined in `lt_adv/methods/<name>.py`, or in the module `name` of another package."""
+    module = lookup.module(package, name)
     found = [
         c
         for _, c in inspect.getmembers(module, inspect.isclass)

@@ -40,6 +40,7 @@ class Batch:
     index: Array  # int [b], of the original data set
     eps: Array  # float [b]
     step_size: Array  # float [b]
+    x_init: Array | None = None  # where the attack starts, set by a wrapper; otherwise the method's own start
 
 
 @struct.dataclass
@@ -67,6 +68,12 @@ class Net(Protocol):
 
     def at(self, params: Any) -> "Net":
         """The same network at other weights."""
+
+    def aside(self) -> "Net":
+        """The same network, whose forwards write nothing: for one that training is not to count."""
+
+    def by_batch(self) -> "Net":
+        """The same network, which normalises by the statistics of the batch in `eval` too, and writes nothing."""
 
     def gather(self, tree: Any) -> Any:
         """The whole batch over all devices, in its global order: for losses that are no plain mean over examples."""
@@ -150,6 +157,7 @@ class Method:
             num_steps=self.num_steps,
             start=released or self.start,
             objective=objective,
+            x_init=batch.x_init,
         )
 
     def loss(

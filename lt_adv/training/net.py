@@ -19,6 +19,7 @@ class Net:
         self._cell = {"batch_stats": batch_stats, "forwards": 0}
         self._key = key  # of dropout alone; one stream per device, all else is drawn per example
         self._freeze = freeze_batch_stats
+        self._writes, self._by_batch = True, False
         self.params = params
         self.info = info
         self.teacher = None
@@ -33,19 +34,29 @@ class Net:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def eval(self, x):
-        return self._apply(self._variables(), x, train=False)
+        return self.train(x) if self._by_batch else self._apply(self._variables(), x, train=False)
 
     def train(self, x):
         if self._freeze:
-            return self.eval(x)
+            return self._apply(self._variables(), x, train=False)
         rngs = {"dropout": jax.random.fold_in(self._key, self._cell["forwards"])}
         out, new = self._apply(self._variables(), x, train=True, mutable=["batch_stats"], rngs=rngs)
-        self._cell.update(batch_stats=new["batch_stats"], forwards=self._cell["forwards"] + 1)
+        if self._writes:
+            self._cell.update(batch_stats=new["batch_stats"], forwards=self._cell["forwards"] + 1)
         return out
 
     def at(self, params):
+        return self._but(params=params)
+
+    def aside(self):
+        return self._but(_writes=False)
+
+    def by_batch(self):
+        return self._but(_writes=False, _by_batch=True)
+
+    def _but(self, **changes):
         net = Net.__new__(Net)
-        net.__dict__.update(self.__dict__, params=params)
+        net.__dict__.update(self.__dict__, **changes)
         return net
 
     def gather(self, tree):

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lt_adv import data, methods, models
 from lt_adv.data import longtail, resident
-from lt_adv.methods import Info, Stage
+from lt_adv.methods import Info, Stage, addons
 from lt_adv.models import adjustments
 from lt_adv.training import checkpoint, optim
 from lt_adv.training import mesh as meshes
@@ -46,10 +46,10 @@ class Program:
 
 
 def stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
-    """The stages of the configured method."""
+    """The stages of the configured method, inside the configured add-ons."""
     inner = {name: config.attack[name] for name in ("num_steps", "start") if config.attack.get(name) is not None}
     method = methods.create(config.method.to_dict(), fidelity=config.fidelity, **inner)
-    return method.stages(config)
+    return addons.wrap(method, config.addons, config).stages(config)
 
 
 def steps_per_epoch(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> int:

@@ -1,0 +1,38 @@
+"""AWP: adversarial weight perturbation (Wu et al., NeurIPS 2020), an add-on to any method."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lt_adv.methods.addons import base
+
+
+@dataclasses.dataclass(frozen=True)
+class AWP(base.AddOn):
+    """min_theta L(theta + v), v_l = gamma |theta_l| g_l / |g_l| for every tensor l, g = grad L(theta): one ascent step.
+
+    L is the inner method's loss of the whole batch, at the x_adv that the inner method found at theta; v is a constant
+    to the gradient. Tensors of one dimension (biases, batch norm) are not perturbed, nor is one without gradient.
+    gamma = 0 is the inner method. A step costs one more gradient of the loss.
+
+    Running statistics move as often as the inner method moves them, by its forwards at theta + v: those that look for v
+    normalise by the batch and write nothing, as the copy of the network does in the released code. The metrics, and
+    what the method keeps in `extra`, are those at theta + v. That code can also wait for some epochs; ours does not.
+    """
+
+    gamma: float = 0.005
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        def inner(net):
+            return self.inner.loss(key, net, batch, x_adv, extra, clock)
+
+        theta = jax.lax.stop_gradient(net.params)
+        ascent = net.mean(jax.grad(lambda params: inner(net.aside().at(params))[0])(theta))
+        v = jax.tree.map(self._along, theta, ascent)
+        return inner(net.at(jax.tree.map(jnp.add, net.params, v)))
+
+    def _along(self, w, g):
+        length = jnp.linalg.norm(g)
+        direction = g / jnp.where(length > 0, length, 1)
+        return self.gamma * jnp.linalg.norm(w) * direction if w.ndim > 1 else jnp.zeros_like(w)

@@ -1,0 +1,45 @@
+"""What every add-on shares: it is its inner method in all that it does not change."""
+
+import dataclasses
+
+from lt_adv.methods.base import Method
+
+
+@dataclasses.dataclass(frozen=True)
+class AddOn(Method):
+    """A method around an inner method, to which it passes everything on.
+
+    What `Method` declares (the settings of the attack, what the released code does) is the inner method's and cannot be
+    given. An add-on overrides `perturb` or `loss`, and is in every stage that the inner method has.
+    """
+
+    num_steps: int = dataclasses.field(init=False)
+    start: str = dataclasses.field(init=False)
+    fidelity: str = dataclasses.field(init=False)
+    inner: Method
+
+    def __post_init__(self):
+        for name in Method.__annotations__:
+            object.__setattr__(self, name, getattr(self.inner, name))
+        super().__post_init__()
+
+    def init(self, info):
+        return self.inner.init(info)
+
+    def init_params(self, params, info):
+        return self.inner.init_params(params, info)
+
+    def perturb(self, key, net, batch, extra, clock):
+        return self.inner.perturb(key, net, batch, extra, clock)
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        return self.inner.loss(key, net, batch, x_adv, extra, clock)
+
+    def epoch_end(self, extra, clock):
+        return self.inner.epoch_end(extra, clock)
+
+    def stages(self, config):
+        return tuple(
+            dataclasses.replace(stage, method=dataclasses.replace(self, inner=stage.method))
+            for stage in self.inner.stages(config)
+        )

@@ -1,0 +1,38 @@
+"""ALP: adversarial logit pairing, in the form of RoBal's study, which pairs probabilities."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import at, base
+
+
+@dataclasses.dataclass(frozen=True)
+class ALP(at.AT):
+    """min_theta E CE(z(x_adv), y) + (beta / N) ||P(x_adv) - P(x)||_F, P the softmax of all N images of the batch.
+
+    The Frobenius norm is one root over the whole batch, on all devices, so the pairing weakens as 1 / sqrt(N). Inner:
+    as AT. Outer: training mode, the gradient flows through both sides. beta = 0 is AT, but for the running statistics,
+    which see x as well.
+
+    Sources: Kannan et al., "Adversarial logit pairing", 2018, which pairs logits by a mean of squares beside the clean
+    cross-entropy; the norm, the softmax, and x_adv alone in the cross-entropy are the code's of RoBal's study (Wu et
+    al., CVPR 2021). That code leaves beta at 0 and has no config: 6, the weight of the divergence in TRADES and RoBal,
+    is ours. Under `fidelity="released_code"`, beside what AT lists, x_adv moves the running statistics a second time.
+    """
+
+    beta: float = 6.0
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, _ = net.train(x_adv)
+        clean, _ = net.train(batch.image)
+        if self.fidelity == "released_code":
+            net.train(x_adv)
+        adversarial = jnp.mean(losses.cross_entropy(logits, batch.label))
+        squares = net.gather(losses.squared_distance(clean, logits))
+        total = jnp.sum(squares)
+        apart = total > 0  # where x_adv = x the root has no derivative
+        pairing = jnp.where(apart, jnp.sqrt(jnp.where(apart, total, 1)), 0) / len(squares)
+        metrics = {"accuracy": base.correct(logits, batch.label), "loss_pairing": pairing}
+        return adversarial + self.beta * pairing, (extra, metrics)

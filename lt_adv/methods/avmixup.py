@@ -1,0 +1,43 @@
+"""AVmixup: adversarial vertex mixup (Lee et al., CVPR 2020)."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import at, base
+
+
+@dataclasses.dataclass(frozen=True)
+class AVMixup(at.AT):
+    """min_theta E CE(z(m x + (1 - m) v), m phi(y, lambda1) + (1 - m) phi(y, lambda2)), m ~ U(0, 1) for each image.
+
+    v = x + gamma (x_adv - x) is the adversarial vertex, gamma times as far from x as x_adv; phi(y, l) gives l to the
+    label and (1 - l) / (C - 1) to each other class. Inner: as AT. Outer: training mode, on the mixture alone, clipped
+    to [0, 1] (the vertex is not). The metric "accuracy" is that on the mixture. `fidelity`: as AT.
+
+    gamma 2, lambda1 1 and lambda2 0.1 are the defaults in the code of RoBal's study, which has no config.
+    """
+
+    gamma: float = 2.0
+    lambda1: float = 1.0
+    lambda2: float = 0.1
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("lambda1", "lambda2"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"config.method.{name} must be a number in [0, 1], not {getattr(self, name)}.")
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        m = jax.vmap(lambda k: jax.random.uniform(k, dtype=x_adv.dtype))(key)
+        share = m[:, None, None, None]
+        vertex = batch.image + self.gamma * (x_adv - batch.image)
+        mixture = jnp.clip(share * batch.image + (1 - share) * vertex, 0, 1)
+        confidence = (m * self.lambda1 + (1 - m) * self.lambda2)[:, None]  # phi is linear in lambda
+        classes = jnp.arange(net.info.num_classes)
+        target = jnp.where(batch.label[:, None] == classes, confidence, (1 - confidence) / (len(classes) - 1))
+        logits, _ = net.train(mixture)
+        value = jnp.mean(losses.soft_cross_entropy(target, logits))
+        return value, (extra, {"accuracy": base.correct(logits, batch.label)})

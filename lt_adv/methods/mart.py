@@ -1,0 +1,31 @@
+"""MART: misclassification aware adversarial training (Wang et al., ICLR 2020)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import base
+
+
+@dataclasses.dataclass(frozen=True)
+class Mart(base.Method):
+    """min_theta E BCE(z(x_adv), y) + beta KL(softmax z(x) || softmax z(x_adv)) (1 - p_y(x)), beta the paper's lambda.
+
+    The boosted cross-entropy BCE = -log p_y - log(1 - max_{k != y} p_k) also pushes the strongest wrong class down; the
+    last factor weighs the divergence by how far the clean image is from being classified. The gradient flows through
+    all three. Inner: PGD on the cross-entropy, evaluation mode, start x + 0.001 N(0, 1) as in the released code. Outer:
+    training mode, x before x_adv.
+
+    Differs from the released code: no constants inside the logarithms (there log(1.0001 - p + 1e-12)), the same values
+    being computed without cancellation. RoBal's study names MART too, but the branch of its code cannot run.
+    """
+
+    start: str = "gaussian"
+    beta: float = 5.0
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        clean, _ = net.train(batch.image)
+        logits, _ = net.train(x_adv)
+        value = jnp.mean(losses.mart(clean, logits, batch.label, beta=self.beta))
+        return value, (extra, {"accuracy": base.correct(logits, batch.label)})

@@ -1,0 +1,105 @@
+"""Plain training, MART, ALP and AVmixup: what their losses are made of, by hand and in their limits."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_adv import losses
+from lt_adv.methods.alp import ALP
+from lt_adv.methods.at import AT
+from lt_adv.methods.avmixup import AVMixup
+from lt_adv.methods.mart import Mart
+from lt_adv.methods.natural import Natural
+from tests.training.helpers import assert_same, run
+
+RNG = np.random.default_rng(2)
+IMAGE, X_ADV = RNG.uniform(0.2, 0.8, (2, 8, 2, 2, 1))
+LABEL, WEIGHT = np.arange(8) % 4, RNG.normal(size=(4, 4))
+KEYS = jax.vmap(jax.random.key)(jnp.arange(8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+def logits(x):
+    return jnp.reshape(jnp.asarray(x), (len(x), -1)) @ jnp.asarray(WEIGHT)
+
+
+def loss(method, x_adv=X_ADV):
+    """(value, metrics, images that the network was trained on) with a linear network."""
+    seen = []
+    net = types.SimpleNamespace(
+        train=lambda x: (seen.append(x), (logits(x), {}))[1],
+        gather=lambda tree: tree,
+        info=types.SimpleNamespace(num_classes=4),
+    )
+    batch = types.SimpleNamespace(image=jnp.asarray(IMAGE), label=jnp.asarray(LABEL))
+    value, (_, metrics) = method.loss(KEYS, net, batch, jnp.asarray(x_adv), {}, None)
+    return float(value), metrics, seen
+
+
+def ce(x):
+    return float(losses.cross_entropy(logits(x), LABEL).mean())
+
+
+def test_natural_sees_clean_images_alone():
+    value, _, (seen,) = loss(Natural(num_steps=7))
+    np.testing.assert_array_equal(seen, IMAGE)
+    assert value == pytest.approx(ce(IMAGE), rel=1e-12)
+    batch = types.SimpleNamespace(image=IMAGE)
+    assert Natural().perturb(KEYS, None, batch, {}, None) is IMAGE
+
+
+def test_mart_trains_on_both():
+    value, metrics, seen = loss(Mart(beta=2.0))
+    np.testing.assert_array_equal(seen, [IMAGE, X_ADV])
+    assert value == pytest.approx(float(losses.mart(logits(IMAGE), logits(X_ADV), LABEL, beta=2.0).mean()), rel=1e-12)
+    assert metrics["accuracy"].tolist() == (np.argmax(logits(X_ADV), -1) == LABEL).tolist()
+
+
+def test_alp_is_one_norm_over_the_batch():
+    p, q = (np.asarray(jax.nn.softmax(logits(x))) for x in (IMAGE, X_ADV))
+    value, metrics, _ = loss(ALP(beta=3.0))
+    assert float(metrics["loss_pairing"]) == pytest.approx(np.linalg.norm(p - q) / 8, rel=1e-12)
+    assert value == pytest.approx(ce(X_ADV) + 3 * np.linalg.norm(p - q) / 8, rel=1e-12)
+    assert loss(ALP(beta=0.0))[0] == pytest.approx(loss(AT())[0], rel=1e-12)
+    assert [len(loss(ALP(fidelity=f))[2]) for f in ("published", "released_code")] == [2, 3]
+
+
+def test_alp_has_a_gradient_where_the_attack_moves_nothing():
+    state, rows = run(ALP(num_steps=0, start="zero"), 1, steps=1)
+    assert rows[0]["loss_pairing"] == 0 and rows[0]["gradient_norm"] > 0
+    assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+
+
+def test_avmixup_mixes_image_and_label_alike():
+    method = AVMixup(gamma=2.0, lambda1=0.9, lambda2=0.3)
+    value, _, (seen,) = loss(method)
+    vertex = IMAGE + 2 * (X_ADV - IMAGE)
+    unclipped = np.abs(vertex - 0.5) < 0.5
+    # (seen - v) / (x - v) is the image's one m wherever nothing was clipped.
+    m = [np.median(((seen - vertex) / (IMAGE - vertex))[i][unclipped[i]]) for i in range(8)]
+    assert np.all((np.array(m) > 0) & (np.array(m) < 1)) and len(set(np.round(m, 6))) == 8
+    mix = np.array(m)[:, None, None, None]
+    np.testing.assert_allclose(seen, np.clip(mix * IMAGE + (1 - mix) * vertex, 0, 1), rtol=1e-9)
+    confidence = np.array(m) * 0.9 + (1 - np.array(m)) * 0.3
+    target = np.where(np.eye(4)[LABEL] == 1, confidence[:, None], (1 - confidence[:, None]) / 3)
+    np.testing.assert_allclose(target.sum(-1), 1)
+    assert value == pytest.approx(float(losses.soft_cross_entropy(target, logits(seen)).mean()), rel=1e-9)
+
+
+def test_avmixup_without_vertex_is_plain_training():
+    """gamma 0 leaves the image, lambdas of 1 leave the label: every weight moves as in `natural`."""
+    assert_same(run(AVMixup(gamma=0.0, lambda2=1.0, num_steps=1), 1), run(Natural(), 1), 1e-12)
+
+
+@pytest.mark.parametrize("name", ["lambda1", "lambda2"])
+def test_avmixup_wants_shares(name):
+    with pytest.raises(ValueError, match=rf"config\.method\.{name} must be a number in \[0, 1\], not 1\.5"):
+        AVMixup(**{name: 1.5})
