@@ -85,6 +85,7 @@ def get(
         "class_counts": (),  # explicit
         "validation_per_class": 0,
         "split_seed": 0,
+        "equalise": 0.0,  # > 0: so much of the largest class's count for every class, tail repeated and head cut
         "sampler": "uniform",  # "class_aware"
         "augment": "none" if digits else "crop_flip",
         "pad": 4,

@@ -99,6 +99,7 @@ ENTRIES: Mapping[str, Rule] = {
     "data.balanced_fraction": number("(0, 1]"),
     "data.class_counts": each(ONE_OR_MORE),
     "data.validation_per_class": ZERO_OR_MORE,
+    "data.equalise": number("[0, 1]"),
     "data.split_seed": SEED,
     "data.sampler": one_of(steps.SAMPLERS),
     "data.augment": one_of(steps.AUGMENTS),

@@ -39,7 +39,8 @@ class Dataset:
 
 @dataclasses.dataclass(frozen=True)
 class LongTailed:
-    """A `Dataset` cut to a long tail; `class_counts` are those of `train`, after validation images were taken out.
+    """A `Dataset` cut to a long tail; `class_counts` are those of `train`, after validation images were taken out
+    (and it was equalised, where that was asked for: then an image may be in it more than once).
 
     `digest` (sha256) identifies the data set and which of its images were chosen for training and validation.
     """

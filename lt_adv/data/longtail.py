@@ -112,6 +112,24 @@ def cut_validation(
     return selected[~held_out], selected[held_out]
 
 
+def equalise(label: np.ndarray, selected: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+    """Positions of a balanced set made of `selected`, class-major: floor(share n_max) images of every class.
+
+    A class that has more loses some, drawn once; one that has fewer repeats all it has, each image as often as the
+    others, give or take one. ValueError for a share outside (0, 1] and for one that leaves nothing.
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"equalise must be a share of the largest class, in (0, 1], not {share}.")
+    chosen_label = np.asarray(label)[selected]
+    members = [selected[chosen_label == c] for c in np.unique(chosen_label)]
+    largest = max(map(len, members))
+    count = int(share * largest)
+    if not count:
+        raise ValueError(f"equalise {share} leaves no image of a class: the largest has {largest}.")
+    rng = np.random.RandomState(seed)
+    return np.concatenate([np.resize(rng.permutation(m), count) for m in members])
+
+
 def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str, np.ndarray]:
     """{"head": ids, "body": ids, "tail": ids}: class ids by count, most common first, ties in label order.
 
@@ -148,10 +166,11 @@ def largest_count(sizes: np.ndarray, **profile: Any) -> int:
 
 
 def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
-    """Cuts `dataset.train` to the profile in `data_config`, then takes validation images out; the test set stays whole.
+    """Cuts `dataset.train` to the profile in `data_config`, takes validation images out, then equalises where asked to;
+    the test set stays whole.
 
     Keys: class_counts (explicit; wins over the profile), imbalance ("none"), imbalance_ratio, balanced_fraction,
-    validation_per_class (0), split_seed (0). ValueError, in one line, for what cannot be.
+    validation_per_class (0), equalise (0: no), split_seed (0). ValueError, in one line, for what cannot be.
     """
     label, num_classes = dataset.train.label, len(dataset.class_names)
     sizes = np.bincount(label, minlength=num_classes)
@@ -170,9 +189,12 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
         selected = select(label, counts, seed)
     before = np.bincount(label[selected], minlength=num_classes)
     kept, held_out = cut_validation(label, selected, data_config.get("validation_per_class", 0), seed)
+    share = data_config.get("equalise", 0.0)
+    if share:
+        kept = equalise(label, kept, share, seed)
 
     # A set that is kept whole stays memory-mapped instead of being copied.
-    whole = imbalance == "none" and not explicit and not len(held_out)
+    whole = imbalance == "none" and not explicit and not len(held_out) and not share
     train = dataset.train if whole else dataset.train.take(kept)
     chosen = hashlib.sha256(dataset.digest.encode())
     for positions in (kept, held_out):

@@ -133,6 +133,44 @@ def test_selection_and_validation_depend_on_the_seed():
     assert cuts[0] == cuts[1] != cuts[2]
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.floats(0.1, 1.0), st.integers(0, 5))
+def test_equalised_sets_repeat_the_tail_evenly_and_cut_the_head(counts, share, seed):
+    label = np.random.RandomState(1).permutation(np.repeat(np.arange(len(counts)), 40))
+    selected = longtail.select(label, counts, seed)
+    count = int(share * max(counts))
+    if not count:
+        with pytest.raises(ValueError, match="leaves no image of a class"):
+            longtail.equalise(label, selected, share, seed)
+        return
+    equal = longtail.equalise(label, selected, share, seed)
+    np.testing.assert_array_equal(label[equal], np.repeat(np.arange(len(counts)), count))
+    assert set(equal) <= set(selected) and np.array_equal(equal, longtail.equalise(label, selected, share, seed))
+    for c, available in enumerate(counts):
+        times = np.bincount(equal[label[equal] == c], minlength=len(label))[selected[label[selected] == c]]
+        assert times.sum() == count and np.ptp(times) <= 1
+        assert times.max() == -(-count // available)
+
+
+@pytest.mark.parametrize("share", [-0.5, 1.5, float("nan")])
+def test_impossible_shares(share):
+    with pytest.raises(ValueError, match="share of the largest class"):
+        longtail.equalise(np.array([0, 0, 1]), np.arange(3), share)
+
+
+def test_a_balanced_set_is_made_of_the_training_images_alone():
+    """IR 4: floor(gamma n_min) with gamma = IR / 2 is half of the largest class."""
+    data = dataset(np.tile(np.arange(3), 40))
+    config = {"imbalance": "exponential", "imbalance_ratio": 4, "validation_per_class": 2}
+    plain, equal = (longtail.long_tailed(data, {**config, **more}) for more in ({}, {"equalise": 0.5}))
+    assert equal.class_counts == (19, 19, 19) and equal.class_counts_before == plain.class_counts_before
+    assert set(equal.train.index) <= set(plain.train.index) and equal.digest != plain.digest
+    np.testing.assert_array_equal(equal.validation.index, plain.validation.index)
+    whole = longtail.long_tailed(data, {"imbalance": "none", "equalise": 0.25})
+    assert whole.class_counts == (10, 10, 10) and len(set(whole.train.index)) == 30
+    assert not np.array_equal((whole.train.index[:10] - 1000) // 3, np.arange(10)), "drawn, not the first"
+
+
 @pytest.mark.parametrize(
     ("counts", "definition", "expected"),
     [
