@@ -1,9 +1,11 @@
 """Losses as pure functions: arrays in, one value per example out, never reduced. Needs jax alone.
 
 `loss(logits, labels, *, class_counts=..., ...) -> [batch]`, `kl_divergence(p_logits, q_logits) -> [batch]`, and the
-functions of class_counts they are made of.
+functions of class_counts they are made of. Those of `batchwise` need the whole batch at once, and the loss of TAET
+is a scalar, in which no example has a share of its own.
 """
 
+from lt_adv.losses.batchwise import hierarchical_equalisation, tail_alignment, tail_alignment_released
 from lt_adv.losses.classification import (
     balanced_softmax,
     class_dependent_temperature,
@@ -13,22 +15,27 @@ from lt_adv.losses.classification import (
     logit_adjustment,
     robal_margin,
 )
-from lt_adv.losses.pairs import kl_divergence, mart, soft_cross_entropy, squared_distance
-from lt_adv.losses.priors import class_balanced_weights, ldam_margins, log_prior
+from lt_adv.losses.pairs import distillation, kl_divergence, mart, soft_cross_entropy, squared_distance
+from lt_adv.losses.priors import class_balanced_weights, ldam_margins, log_prior, rebalanced_weights
 
 __all__ = [
     "balanced_softmax",
     "class_balanced_weights",
     "class_dependent_temperature",
     "cross_entropy",
+    "distillation",
     "focal",
+    "hierarchical_equalisation",
     "kl_divergence",
     "ldam",
     "ldam_margins",
     "log_prior",
     "logit_adjustment",
     "mart",
+    "rebalanced_weights",
     "robal_margin",
     "soft_cross_entropy",
     "squared_distance",
+    "tail_alignment",
+    "tail_alignment_released",
 ]

@@ -28,6 +28,27 @@ def kl_divergence(p_logits: Array, q_logits: Array, *, epsilon: float = 0.0) -> 
     return jnp.sum(jnp.exp(log_p) * (log_p - log_q), axis=-1)
 
 
+def distillation(logits: Array, teacher_logits: Array, *, temperature: float = 1.0) -> Array:
+    """Knowledge distillation, t^2 KL(softmax(z_T / t) || softmax(z / t)), the teacher's logits z_T held fixed.
+
+    t^2 keeps the gradient's size as t grows: the limit is half the mean square of z - z_T, centred over the classes.
+
+    Args:
+      logits: z, [batch, classes].
+      teacher_logits: z_T, [batch, classes].
+      temperature: t, a Python number.
+
+    Returns:
+      [batch], in nats times t^2, zero where the two predictions are the same.
+
+    Reference: Hinton et al., "Distilling the knowledge in a neural network", 2015.
+    """
+    if not temperature > 0:
+        raise ValueError(f"temperature must be positive, got {temperature}.")
+    taught = jax.lax.stop_gradient(teacher_logits)
+    return temperature**2 * kl_divergence(taught / temperature, logits / temperature)
+
+
 def squared_distance(p_logits: Array, q_logits: Array) -> Array:
     """||p - q||^2 = sum_c (p_c - q_c)^2, p and q the softmax of the logits: what ALP sums over a batch.
 

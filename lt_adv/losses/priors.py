@@ -45,3 +45,21 @@ def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype:
     n = counts(class_counts, dtype=dtype)
     weights = (1 - beta) / (1 - beta**n)
     return weights / weights.mean()
+
+
+def rebalanced_weights(class_counts: ArrayLike, predicted_counts: ArrayLike, dtype: DTypeLike = float) -> Array:
+    """REAT's class weights, w_c proportional to 1 / (E_c + 1e-5), [classes], of mean one.
+
+      E_c = (1 - beta_c^m_c) / (1 - beta_c),    beta_c = (n_c - 1) / n_c,
+
+    the effective number of the m_c training examples that an epoch of attacks turned into class c: `predicted_counts`,
+    each at least 0. A class that nothing is turned into has the largest weight, that of E_c = 0.
+
+    Reference: Li et al., "Alleviating the effect of data imbalance on adversarial training", 2023.
+    """
+    n = counts(class_counts, dtype=dtype)
+    m = jnp.asarray(predicted_counts, dtype)
+    # 1 - beta^m without cancellation, for beta near 1; 0^0 = 1 for a class of one image.
+    effective = -n * jnp.expm1(jax.scipy.special.xlog1py(m, -1 / n))
+    weights = 1 / (effective + 1e-5)
+    return weights / weights.mean()
