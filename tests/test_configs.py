@@ -182,8 +182,8 @@ def test_schedule_of_the_released_code():
     config = get("robal", dataset="cifar10")
     expected = {59: 1e-1, 60: 1e-2, 61: 1e-3, 62: 1e-4, 74: 1e-16, 75: 1e-18, 76: 1e-20, 80: 1e-28}
     assert rates(config, expected, "released_code") == expected
-    config.optim.warmup_epochs = 4  # rate of an epoch = that of the one before x epoch / 4, up to epoch 4
-    expected = {1: 0.1 / 4, 2: 0.1 / 8, 3: 0.3 / 32, 4: 0.3 / 32, 5: 0.3 / 32}
+    config.optim.warmup_epochs = 4  # rate of an epoch = that of the one before x (epoch + 1) / 4, before epoch 4
+    expected = {1: 0.1 * 2 / 4, 2: 0.1 * 2 / 4 * 3 / 4, 3: 0.3 / 8, 4: 0.3 / 8, 5: 0.3 / 8}
     assert rates(config, expected, "released_code") == expected
 
 

@@ -21,7 +21,7 @@ def schedule(config: Mapping[str, Any], steps_per_epoch: int, epochs: int, compo
 
     With `compounding` "step" is what RoBal's released code does: the drop of an epoch is applied to the rate of
     the epoch before, so it compounds: x 0.1 in every epoch from 60 on, x 0.01 in every epoch from 75 on; the warm-up
-    compounds in the same way.
+    compounds in the same way, with the factors 2 / `warmup_epochs`, 3 / `warmup_epochs`, ... 1, one an epoch.
     """
     rate, name = config["learning_rate"], config["schedule"]
     warmup = config["warmup_epochs"]
@@ -50,9 +50,11 @@ def _compounding(config: Mapping[str, Any], steps_per_epoch: int, epochs: int) -
     first = config["first_epoch"]
     factors = {}
     for epoch in range(first, first + epochs):
-        factor = min((epoch - first + 1) / max(config["warmup_epochs"], 1), 1.0)
+        factor = 1.0
         for drop in config["drop_epochs"]:
             factor *= config["drop_factor"] if epoch >= drop else 1.0
+        if epoch < config["warmup_epochs"]:
+            factor = (epoch + 1) / config["warmup_epochs"]
         factors[(epoch - first) * steps_per_epoch] = factor
     start = factors.pop(0)
     return optax.piecewise_constant_schedule(
