@@ -109,7 +109,11 @@ def test_robal_has_the_papers_values(row):
     assert (config.data.imbalance, config.data.imbalance_ratio) == ("exponential", ratio)
 
 
-@pytest.mark.parametrize("name", ["robal", "at", "trades"])
+ROWS = ["robal", "at", "trades", "cosine", "margin", "ldam", "cdt", "logit_adjustment", "class_balanced_focal"]
+ROWS += ["deferred_margin", "deferred_reweighting"]  # with the schedule of the others; focal and resampling: own ones
+
+
+@pytest.mark.parametrize("name", ROWS)
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_protocol_of_robals_study(name, dataset):
     config = get(name, dataset=dataset)

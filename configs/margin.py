@@ -1,0 +1,17 @@
+"""Cosine head with a uniform margin (HE).
+
+Paper      Pang et al., NeurIPS 2020; protocol of Wu et al., CVPR 2021
+Command    python -m lt_adv.main --config=configs/margin.py:dataset=cifar10
+Arguments  dataset, epochs
+Expected   no published number under this protocol that we could read
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    a = common.parse(arg, dataset="cifar10", epochs=0)
+    c = common.robal_study(a["dataset"], a["epochs"])
+    c.method = {"name": "margin", "margin": 0.2, "scale": 10.0}
+    c.model.head = {"name": "cosine", "scale": 1.0}  # the scale stands in the loss
+    return c

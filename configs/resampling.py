@@ -1,0 +1,16 @@
+"""Class-aware re-sampling of the whole training: a uniform class, then a uniform image of it.
+
+Paper      Wu et al., CVPR 2021
+Command    python -m lt_adv.main --config=configs/resampling.py:dataset=cifar10
+Arguments  dataset, epochs (of C n_max draws: on CIFAR-10-LT ratio 50, 25 cost as much as 89 of the other rows)
+Expected   no published number under this protocol that we could read
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    a = common.parse(arg, dataset="cifar10", epochs=0)
+    c = common.robal_study(a["dataset"], a["epochs"], drop_epochs=(15, 20), of=25)
+    c.data.sampler = "class_aware"
+    return c

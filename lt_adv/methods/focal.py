@@ -1,0 +1,53 @@
+"""Focal loss, plain (Lin et al., ICCV 2017) and class-balanced (Cui et al., CVPR 2019): rows of RoBal's study."""
+
+import dataclasses
+
+import jax.numpy as jnp
+import numpy as np
+
+from lt_adv import losses
+from lt_adv.methods import at, base
+
+
+@dataclasses.dataclass(frozen=True)
+class Focal(at.AT):
+    """min_theta E w_y sum_c -(1 - p_c)^gamma log p_c, p_c = sigmoid(z_c(x_adv)) for c = y and 1 - sigmoid for others.
+
+    w_c is proportional to (1 - beta) / (1 - beta^n_c), of mean one over the classes; beta = 0 is the plain focal loss.
+    The attack climbs the softmax cross-entropy of z. With `prior_bias` the bias of the linear head starts from
+    -log((1 - pi) / pi), so that sigmoid(z_c) starts near the frequency pi_c; the released code has it in its focal row,
+    and not in its class-balanced one. Differs from the released code as `AT` does.
+    """
+
+    gamma: float = 2.0
+    beta: float = 0.0
+    prior_bias: bool = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.gamma < 0:
+            raise ValueError(f"config.method.gamma must not be negative, not {self.gamma}.")
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"config.method.beta must be a number in [0, 1), not {self.beta}.")
+
+    def stages(self, config):
+        head = config.model.head.name
+        if self.prior_bias and head != "linear":
+            raise ValueError(
+                f"config.method.prior_bias starts a bias that config.model.head.name = {head!r} does not have: "
+                "choose 'linear', or config.method.prior_bias=False."
+            )
+        return super().stages(config)
+
+    def init_params(self, params, info):
+        if not self.prior_bias:
+            return params
+        pi = info.class_counts / np.sum(info.class_counts)
+        bias = jnp.asarray(-np.log((1 - pi) / pi), params["head"]["bias"].dtype)
+        return {**params, "head": {**params["head"], "bias": bias}}
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, _ = net.train(x_adv)
+        weights = losses.class_balanced_weights(net.info.class_counts, self.beta)
+        values = losses.focal(logits, batch.label, gamma=self.gamma, activation="sigmoid")
+        return jnp.mean(weights[batch.label] * values), (extra, {"accuracy": base.correct(logits, batch.label)})

@@ -1,0 +1,28 @@
+"""LDAM, and its deferred margin: Cao et al., NeurIPS 2019, as rows of RoBal's study (Wu et al., CVPR 2021)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import at, base
+
+
+@dataclasses.dataclass(frozen=True)
+class LDAM(at.AT):
+    """min_theta E CE(s (z(x_adv) - m_y [j = y]), y), m_c = max_margin (n_min / n_c)^(1/4).
+
+    There is no margin before `from_epoch`, counted from 1 as that code counts. The attack climbs the cross-entropy of
+    z. Differs from the released code as `AT` does.
+    """
+
+    max_margin: float = 0.5
+    scale: float = 1.0
+    from_epoch: int = 1
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, _ = net.train(x_adv)
+        margin = jnp.where(clock.epoch + 1 >= self.from_epoch, self.max_margin, 0.0)
+        counts = net.info.class_counts
+        values = losses.ldam(logits, batch.label, class_counts=counts, max_margin=margin, scale=self.scale)
+        return jnp.mean(values), (extra, {"accuracy": base.correct(logits, batch.label)})

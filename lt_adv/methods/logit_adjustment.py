@@ -1,0 +1,26 @@
+"""Logit adjustment in training: Menon et al., ICLR 2021, as a row of RoBal's study (Wu et al., CVPR 2021)."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import at, base
+
+
+@dataclasses.dataclass(frozen=True)
+class LogitAdjustment(at.AT):
+    """min_theta E CE(z(x_adv) + tau log pi, y), with a linear head that has no bias.
+
+    The prior stands in the outer loss alone; tau = 1 is the loss of AT-BSL. Differs from the released code as `AT`
+    does, and in one thing that no fidelity restores: the "bias-free" layer there adds a random bias,
+    U(+-1/sqrt d), that is never trained.
+    """
+
+    tau: float = 1.0
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, _ = net.train(x_adv)
+        counts = net.info.class_counts
+        values = losses.logit_adjustment(logits, batch.label, class_counts=counts, tau=self.tau)
+        return jnp.mean(values), (extra, {"accuracy": base.correct(logits, batch.label)})

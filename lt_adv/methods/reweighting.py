@@ -1,0 +1,34 @@
+"""Class-balanced re-weighting (Cui et al., CVPR 2019), deferred or not (Cao et al., NeurIPS 2019), in RoBal's study."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import at, base
+
+
+@dataclasses.dataclass(frozen=True)
+class Reweighting(at.AT):
+    """min_theta sum_i w_{y_i} CE(z(x_adv_i), y_i) / sum_i w_{y_i} over a batch, w_c = (1 - beta) / (1 - beta^n_c).
+
+    All weights are equal before `from_epoch`, counted from 1 as that code counts. The attack climbs the plain
+    cross-entropy. Differs from the released code as `AT` does.
+    """
+
+    beta: float = 0.9999
+    from_epoch: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.beta < 1:
+            raise ValueError(f"config.method.beta must be a number in [0, 1), not {self.beta}.")
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, _ = net.train(x_adv)
+        weights = losses.class_balanced_weights(net.info.class_counts, self.beta)
+        weights = jnp.where(clock.epoch + 1 >= self.from_epoch, weights, 1.0)[batch.label]
+        # A weighted mean is no plain mean over examples: its divisor is that of the whole batch.
+        values, weights = net.gather((losses.cross_entropy(logits, batch.label), weights))
+        value = jnp.sum(weights * values) / jnp.sum(weights)
+        return value, (extra, {"accuracy": base.correct(logits, batch.label)})
