@@ -31,13 +31,13 @@ def png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _figure(width: float, height: float) -> Figure:
+def blank(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
-def _style(axes: Axes, grid: str | None = "y") -> None:
+def style(axes: Axes, grid: str | None = "y") -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     axes.tick_params(which="both", length=0, labelsize=8, colors=INK)
@@ -46,7 +46,7 @@ def _style(axes: Axes, grid: str | None = "y") -> None:
         axes.grid(axis=grid, color=RULE, linewidth=0.7)
 
 
-def _title(axes: Axes, text: str, words: Sequence[tuple[str, str]], pad: float = 8.0) -> None:
+def headline(axes: Axes, text: str, words: Sequence[tuple[str, str]], pad: float = 8.0) -> None:
     """A title line, with coloured words at its right end that serve as the legend."""
     axes.set_title(text, loc="left", fontsize=11, color=INK, fontweight="bold", pad=pad)
     anchor, point, offset = axes.transAxes, (1.0, 1.0), (0.0, pad)
@@ -76,7 +76,7 @@ def classes(summary: Mapping[str, Any]) -> Figure:
         layers += [(attack, title(attack), MIDDLE, 0.58), ("worst", "worst case", DARK, 0.28)]
     lines = -(-len(rows) // PER_ROW)
     per_line = -(-len(rows) // lines)
-    figure = _figure(min(14.0, 3.5 + 0.55 * per_line), 4.6 if lines == 1 else 3.5 * lines)
+    figure = blank(min(14.0, 3.5 + 0.55 * per_line), 4.6 if lines == 1 else 3.5 * lines)
     grid = figure.subplots(2 * lines, 1, gridspec_kw={"height_ratios": [3, 1] * lines})
     counts = [row["class_count"] for row in rows]
     group_of = {c: group for group, names in summary["groups"].items() if group != "definition" for c in names}
@@ -92,7 +92,7 @@ def classes(summary: Mapping[str, Any]) -> Figure:
         upper.set_yticks([0, 25, 50, 75, 100])
         upper.set_xticks([])
         upper.set_ylabel("accuracy in %", fontsize=8, color=SOFT)
-        _style(upper)
+        style(upper)
         _groups(upper, [group_of.get(row["name"], "") for row in part])
         lower.plot(place, [row["class_count"] for row in part], color=SOFT, linewidth=0.8, marker="o", markersize=3)
         lower.set_yscale("log")
@@ -106,14 +106,14 @@ def classes(summary: Mapping[str, Any]) -> Figure:
                     f"{row['class_count']:,}", (i, row["class_count"]), (0, 4), textcoords="offset points",
                     ha="center", fontsize=7, color=SOFT,
                 )  # fmt: skip
-        _style(lower)
+        style(lower)
         crowded = per_line > 12 or max(len(row["name"]) for row in part) > 12
         lower.set_xticks(place, [_shorten(row["name"]) for row in part], rotation=90 if crowded else 0)
         lower.tick_params(axis="x", labelsize=8 if per_line <= 30 else 6.5)
         for axes in (upper, lower):
             axes.set_xlim(-0.7, per_line - 0.3)
     words = [(label, PALE if colour == LIGHT else colour) for _, label, colour, _ in layers]
-    _title(grid[0], "Accuracy by class", words, pad=18.0)
+    headline(grid[0], "Accuracy by class", words, pad=18.0)
     return figure
 
 
@@ -139,7 +139,7 @@ def _groups(axes: Axes, groups: list[str]) -> None:
 def errors(summary: Mapping[str, Any]) -> Figure:
     """Natural and boundary error, stacked to the robust error, for all images and for each group."""
     parts = summary["decomposition"]
-    figure = _figure(7.5, 1.3 + 0.5 * len(parts))
+    figure = blank(7.5, 1.3 + 0.5 * len(parts))
     axes = figure.subplots()
     for i, part in enumerate(parts.values()):
         if part["robust_error"] is None:
@@ -156,8 +156,8 @@ def errors(summary: Mapping[str, Any]) -> Figure:
     axes.set_xlim(0, 108)
     axes.set_xticks([0, 25, 50, 75, 100])
     axes.set_xlabel("share of test images in %", fontsize=8, color=SOFT)
-    _style(axes, grid="x")
-    _title(axes, "Robust error", [("natural", PALE), ("+ boundary", ACCENT), ("= robust", INK)])
+    style(axes, grid="x")
+    headline(axes, "Robust error", [("natural", PALE), ("+ boundary", ACCENT), ("= robust", INK)])
     return figure
 
 
@@ -220,7 +220,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
         if wanted:
             panels[head] = [(n, _series(history, n, times), silent.split()) for n in wanted]
     panels = panels or {"No metrics yet": []}
-    figure = _figure(4.6 * len(panels), 3.4)
+    figure = blank(4.6 * len(panels), 3.4)
     for axes, (head, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         factor, ends = 1.0 if "loss" in head else 100.0, []
         for (name, (time, values), silent), colour in zip(lines, LINES, strict=False):
@@ -228,7 +228,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
             axes.plot(time, factor * values, color=colour, linewidth=1.6, marker="o" if few else "", markersize=3)
             words = [w for w in re.split("[/_ ]", name.split("/", 1)[1]) if w not in silent]
             ends.append((float(factor * values[-1]), " ".join(words) or "all", colour))
-        _style(axes)
+        style(axes)
         axes.set_title(head, loc="left", fontsize=10, color=INK, fontweight="bold")
         axes.set_xlabel(unit, fontsize=8, color=SOFT)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -255,7 +255,7 @@ def examples(pictures: Mapping[str, Any], class_names: Sequence[str], class_coun
     magnification for all images, which the picture names.
     """
     number, eps = len(pictures["label"]), float(pictures["eps"])
-    figure = _figure(1.25 * number + 0.6, 5.0)
+    figure = blank(1.25 * number + 0.6, 5.0)
     grid = figure.subplots(3, number, squeeze=False)
     clean, adversarial = pictures["clean"], pictures["adversarial"]
     largest = float(np.abs(adversarial - clean).max())

@@ -1,0 +1,127 @@
+"""The rows of the study, and its presets. Every file of configs/ has a row here, which a test asserts."""
+
+import dataclasses
+from collections.abc import Iterable
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table: a file of configs/ with arguments and overrides.
+
+    One that `evaluates` looks at the network of its `base`, another row, in its own way. Any other one with a base is
+    trained from that network: "{base}" in its arguments is the working directory. `share` of the study's epochs are its
+    own; 0 leaves it the number of its config.
+    """
+
+    title: str
+    config: str
+    arguments: str = ""  # beside dataset and epochs
+    overrides: tuple[str, ...] = ()
+    base: str | None = None
+    evaluates: bool = False
+    share: float = 1.0
+
+    @property
+    def published(self) -> bool:
+        """Whether it is what its config's docstring speaks of."""
+        return not any("config.addons" in override for override in self.overrides)
+
+
+def posthoc(title: str, adjustment: str) -> Row:
+    return Row(title, "posthoc", f"adjustment={adjustment}", base="at", evaluates=True)
+
+
+def tuned(title: str, config: str) -> Row:
+    return Row(title, config, "baseline={base}", base="at", share=0)
+
+
+ROBUSTLT, AWP = ("--config.addons=('robustlt',)",), ("--config.addons=('awp',)",)
+ROWS = {
+    "natural": Row("Plain training", "natural", overrides=("--config.attack.num_steps=0",)),
+    # frameworks of adversarial training
+    "at": Row("AT", "at"),
+    "trades": Row("TRADES", "trades"),
+    "mart": Row("MART", "mart"),
+    "alp": Row("ALP", "alp"),
+    "avmixup": Row("AVmixup", "avmixup"),
+    "at_awp": Row("AT + AWP", "at", overrides=AWP),
+    # long-tailed recognition, at training time
+    "cosine": Row("Cosine", "cosine"),
+    "margin": Row("Cosine + margin (HE)", "margin"),
+    "ldam": Row("LDAM", "ldam"),
+    "cdt": Row("CDT", "cdt"),
+    "logit_adjustment": Row("Logit adjustment", "logit_adjustment"),
+    "focal": Row("Focal", "focal"),
+    "class_balanced_focal": Row("Class-balanced focal", "class_balanced_focal"),
+    "resampling": Row("Re-sampling", "resampling", share=25 / 80),  # its epochs are longer
+    "deferred_reweighting": Row("Deferred re-weighting", "deferred_reweighting"),
+    "deferred_margin": Row("Deferred margin", "deferred_margin"),
+    # by fine-tuning
+    "finetune_resampling": tuned("Re-sampling, fine-tuned", "finetune_resampling"),
+    "finetune_reweighting": tuned("Re-weighting, fine-tuned", "finetune_reweighting"),
+    "lws": tuned("LWS, fine-tuned", "lws"),
+    # at inference
+    "posthoc_cdt": posthoc("CDT, post hoc", "cdt"),
+    "tau_norm": posthoc("Tau-normalisation", "tau_norm"),
+    "posthoc_logit_adjustment": posthoc("Logit adjustment, post hoc", "logit_adjustment"),
+    "tde": Row("TDE", "tde"),
+    # for both at once
+    "robal": Row("RoBal-N", "robal", "variant=N"),
+    "robal_r": Row("RoBal-R", "robal", "variant=R"),
+    "reat": Row("REAT", "reat"),
+    "taet": Row("TAET", "taet"),
+    "at_bsl": Row("AT-BSL", "at_bsl"),
+    "at_bsl_randaugment": Row("AT-BSL + RandAugment", "at_bsl", "augment=randaugment"),
+    "at_bsl_autoaugment": Row("AT-BSL + AutoAugment", "at_bsl", "augment=autoaugment"),
+    "at_bsl_robustlt": Row("AT-BSL + RobustLT", "at_bsl", overrides=ROBUSTLT),
+    "self_distillation": Row("Self-distillation", "self_distillation"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """What a study is asked for where the command line says nothing else; its overrides come before given ones."""
+
+    dataset: str
+    epochs: int
+    seeds: tuple[int, ...]
+    overrides: tuple[str, ...]
+
+
+ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa")
+# The same network, optimiser and training attack for all rows, at half the size of the images: only methods differ.
+CPU = (
+    "--config.data.name=image_folder",
+    "--config.data.title=CIFAR-10-LT (JPEG copy, 16 x 16)",
+    "--config.data.image_size=16",
+    "--config.data.pad=2",
+    "--config.model.name=wide_resnet",
+    "--config.model.depth=10",
+    "--config.model.width=1",
+    "--config.optim.batch_size=64",
+    "--config.optim.weight_decay=2e-4",
+    "--config.attack.num_steps=5",
+    "--config.attack.eps=0.031",
+    "--config.attack.step_size=0.0078",
+    *(f"--config.eval.attacks.{name}.eps=0.031" for name in ATTACKS),
+    *(f"--config.eval.attacks.{name}.step_size=0.0078" for name in ATTACKS if name != "fgsm"),
+    "--config.eval.attacks.fgsm.start=zero",
+    "--config.eval.only=('fgsm','pgd20','cw20','lsa')",
+    "--config.eval.subset_per_class=100",
+    "--config.eval.batch_size=500",
+)
+PRESETS = {"cpu": Preset("cifar10", 10, (0, 1), CPU)}
+
+
+def with_bases(names: Iterable[str]) -> tuple[str, ...]:
+    """The rows in the order they were asked for, each after the row that it needs."""
+    ordered: dict[str, None] = {}
+
+    def add(name: str) -> None:
+        if base := ROWS[name].base:
+            add(base)
+        ordered[name] = None
+
+    for name in names:
+        add(name)
+    return tuple(ordered)

@@ -1,0 +1,184 @@
+"""The study's arithmetic, tables and pictures, from reports whose figures are known."""
+
+import io
+import json
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+
+from experiments import tables as readme
+from experiments.study import plots, summary, sweep, tables
+from experiments.study.rows import ROWS, Row
+from lt_adv.evaluation.plots import png
+from tests.experiments.study_parts import COUNTS, report
+
+PUBLISHED = {"at": "clean 58.25, PGD-20 27.28", "robal": "clean 72.73"}
+ADJUSTED = {"at_shifted": Row("AT, shifted", "posthoc", base="at", evaluates=True)}
+
+
+def run(seed, seconds=60.0, **figures):
+    found = {"report": report(seed, **figures), "seed": seed, "training_seconds": seconds, "commit": "0123456789ab"}
+    return found
+
+
+@pytest.fixture
+def results(monkeypatch):
+    for name, row in ADJUSTED.items():
+        monkeypatch.setitem(ROWS, name, row)
+    return {
+        "at": [run(0, 60.0), run(1, 70.0)],
+        "robal": [run(2, right=0.9, robust=0.6)],
+        "at_shifted": [run(3, right=0.7)],
+    }
+
+
+@pytest.fixture
+def made(results):
+    sweeps = {name: [run(0, swept=True)] for name in ("at", "robal")}
+    return {"study": "s", **summary.summarise(results, sweeps, {"cdt-seed0-full": "no such thing"}, PUBLISHED)}
+
+
+def test_mean_and_deviation_of_a_sample():
+    assert summary.spread([0.4, 0.5, 0.75]) == {
+        "mean": pytest.approx(0.55),
+        "deviation": pytest.approx(np.std([0.4, 0.5, 0.75], ddof=1)),
+        "values": [0.4, 0.5, 0.75],
+    }
+    assert summary.spread([0.4])["deviation"] is None
+    found = summary.figures([{"a": 0.25, "b": None, "c": 1.0}, {"a": 0.75, "b": 0.5}])
+    assert set(found) == {"a"}, "a mean over fewer seeds would not be that of the row"
+    assert (found["a"]["mean"], found["a"]["deviation"]) == (0.5, pytest.approx(0.125**0.5))
+
+
+def test_the_summary_is_plain_and_complete(made, results):
+    assert json.loads(json.dumps(made, allow_nan=False)) == made
+    at = made["rows"]["at"]
+    for metric in ("eval/worst/accuracy_tail", "eval/clean/balanced_accuracy", "eval/boundary_error_head"):
+        values = [run["report"]["metrics"][metric] for run in results["at"]]
+        assert at["figures"][metric]["values"] == values
+        assert at["figures"][metric]["mean"] == pytest.approx(sum(values) / 2)
+    assert at["seeds"] == [0, 1] and at["training_seconds"]["mean"] == 65 and at["commits"] == ["0123456789ab"]
+    assert [c["class_count"] for c in at["classes"]] == list(COUNTS)
+    seen = [run["report"]["classes"][3]["accuracy"]["worst"] for run in results["at"]]
+    assert at["classes"][3]["accuracy"]["worst"] == pytest.approx(sum(seen) / 2)
+    assert [scale for scale, _ in at["scales"]] == list(sweep.SCALES) and made["rows"]["at_shifted"]["scales"] == []
+    assert at["scales"][-1][1] == run(0, swept=True)["report"]["metrics"]["eval/scale_100/accuracy"]
+    assert at["published"] == PUBLISHED["at"] and made["rows"]["at_shifted"]["published"] == ""
+    assert made["rows"]["at_shifted"]["evaluates"] == "at" and at["evaluates"] is None
+
+
+def test_what_the_rows_have_in_common(results):
+    found = summary.about(results)
+    assert (found["epochs"], found["network"], found["eps"], found["different"]) == (3, "WRN-10-1", 0.1, [])
+    results["robal"][0]["report"]["header"]["epochs"] = 80
+    assert summary.about(results) == {**found, "different": ["epochs"]}
+    assert "Not the same for all rows: epochs." in tables.sentence({"about": summary.about(results)})
+    assert tables.sentence({"about": summary.about({})}) == "No row has a result."
+
+
+def cells(head, row):
+    return dict(zip(head, row, strict=True))
+
+
+def test_the_main_table(made, results):
+    head, rows = tables.accuracies(made)
+    assert head[:7] == ["", "clean", "FGSM", "PGD-20", "CW-20", "LSA", "worst case"]
+    at, robal, shifted = (cells(head, row) for row in rows)
+    first, second = (run["report"]["metrics"]["eval/clean/accuracy"] for run in results["at"])
+    assert first != second
+    assert at["clean"] == f"{50 * (first + second):.1f} ± {100 * abs(first - second) / 2**0.5:.1f}"
+    assert at["Seeds"] == "2" and at["Training in s"] == "65 ± 7"
+    assert "±" not in robal["clean"] and robal["Training in s"] == "60"
+    assert at["Published (source: the config)"] == PUBLISHED["at"]
+    assert shifted["Published (source: the config)"] == "–" and shifted[""] == "AT, shifted"
+
+
+def test_a_condition_that_one_row_has_is_a_column(made):
+    made["rows"]["robal"]["figures"]["eval/autoattack/accuracy"] = summary.spread([0.125])
+    head, rows = tables.accuracies(made)
+    assert cells(head, rows[1])["AutoAttack"] == "12.5" and cells(head, rows[0])["AutoAttack"] == ""
+
+
+def test_slices(made):
+    found = tables.slices(made)
+    assert list(found) == ["All test images", "Balanced: mean over classes", "Head", "Body", "Tail"]
+    head, rows = found["Tail"]
+    assert head == ["", "clean", "FGSM", "PGD-20", "CW-20", "LSA", "worst case"]
+    tail = made["rows"]["robal"]["figures"]["eval/pgd20/accuracy_tail"]["mean"]
+    assert cells(head, rows[1])["PGD-20"] == f"{100 * tail:.1f}"
+    for row in made["rows"].values():  # a definition of groups that has no body
+        row["figures"] = {name: it for name, it in row["figures"].items() if not name.endswith("_body")}
+    assert list(tables.slices(made)) == ["All test images", "Balanced: mean over classes", "Head", "Tail"]
+
+
+def test_pictures_show_every_row(made):
+    drawn = plots.draw(made)
+    assert set(drawn) == {"robustness", "classes", "errors", "logit_scale"}
+    for name, figure in drawn.items():
+        picture = imread(io.BytesIO(png(figure)))
+        assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.01, name
+    titles = [row["title"] for row in made["rows"].values()]
+    for axes in drawn["robustness"].axes:
+        assert sorted(text.get_text() for text in axes.texts) == sorted(titles)
+        assert len(axes.containers) == 3
+    assert [axes.get_title("left") for axes in drawn["classes"].axes] == titles
+    assert [axes.get_title("left") for axes in drawn["logit_scale"].axes][:2] == titles[:2]
+    assert [label.get_text() for label in drawn["errors"].axes[0].get_yticklabels()] == titles
+
+
+def test_pictures_show_the_figures(made):
+    drawn = plots.draw(made)
+    robal = made["rows"]["robal"]["figures"]
+    whole, tail = drawn["robustness"].axes
+    for axes, suffix in ((whole, ""), (tail, "_tail")):
+        (x,), (y,) = axes.containers[1].lines[0].get_data()
+        assert x == 100 * robal[f"eval/clean/accuracy{suffix}"]["mean"]
+        assert y == 100 * robal[f"eval/worst/accuracy{suffix}"]["mean"]
+    natural, boundary = (bars[0].get_width() for bars in drawn["errors"].axes[3].containers[2:4])  # 2nd row, tail
+    assert natural == pytest.approx(100 * robal["eval/natural_error_tail"]["mean"])
+    assert natural + boundary == pytest.approx(100 * robal["eval/robust_error_tail"]["mean"])
+    x, y = drawn["logit_scale"].axes[1].lines[1].get_data()
+    assert list(x) == list(sweep.SCALES) and y[2] == 100 * made["rows"]["robal"]["scales"][2][1]
+    worst = drawn["classes"].axes[1].lines[3].get_ydata()
+    assert worst[-1] == 100 * made["rows"]["robal"]["classes"][-1]["accuracy"]["worst"]
+
+
+def test_no_sweep_no_picture_of_it(results):
+    assert "logit_scale" not in plots.draw(summary.summarise(results, {}, {}, {}))
+
+
+def test_labels_do_not_cover_each_other(made, monkeypatch):
+    """Twenty-five rows close together."""
+    rng = np.random.default_rng(0)
+    rows = {}
+    for i in range(25):
+        x, y = 40 + 3 * rng.standard_normal(), 20 + 2 * rng.standard_normal()
+        figures = {f"eval/{c}/accuracy": summary.spread([v / 100]) for c, v in (("clean", x), ("worst", y))}
+        rows[f"r{i}"] = {"title": f"A method {i}", "figures": figures, "evaluates": None, "scales": []}
+    (axes,) = plots.robustness(rows).axes
+    for text in axes.texts:
+        text.arrow_patch = None  # its line is not part of a name
+    boxes = [text.get_window_extent() for text in axes.texts]
+    assert len(boxes) == 25
+    covered = sum(plots._overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
+    assert covered < 0.02 * sum(box.width * box.height for box in boxes)
+
+
+def test_many_classes(monkeypatch):
+    rows = {"at": [run(0, classes=100)], "robal": [run(1, classes=100)]}
+    figure = plots.draw(summary.summarise(rows, {}, {}, {}))["classes"]
+    assert len(figure.axes[0].lines[0].get_xdata()) == 100 and len(png(figure)) > 10_000
+
+
+def test_the_readme_has_the_studies(made, tmp_path):
+    assert "not measured yet" in readme.study(tmp_path)
+    (tmp_path / "s" / "plots").mkdir(parents=True)
+    (tmp_path / "s" / "plots" / "robustness.png").touch()
+    (tmp_path / "s" / "table.json").write_text(json.dumps(made))
+    text = readme.study(tmp_path)
+    assert "Digits-LT, exponential profile; WRN-10-1, 3 epochs, eps 0.1" in text and "| RoBal-N |" in text
+    assert "cdt-seed0-full: no such thing" in text
+    assert "(experiments/results/s/plots/robustness.png)" in text and "plots/errors.png" not in text
+    with_tail = text.index("Tail") < text.rindex("| RoBal-N |")
+    assert with_tail and text.count("| RoBal-N |") == 2
