@@ -55,10 +55,11 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
     speed = logging.Lines(workdir / "timing.jsonl")
     previous: Any = None
     names: list[str] = []
+    seconds = 0.0
     with StopSignal() as stop:
         for number, stage in enumerate(program.stages(config)):
             built = program.build(number, stage, config, dataset, mesh, previous)
-            state = _run(built, workdir, lines, speed, names, stop)
+            state, seconds = _run(built, workdir, lines, speed, names, stop, seconds)
             previous = jax.device_get(state.variables)
             names.append(built.name)
 
@@ -101,14 +102,15 @@ def _watch(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict
     return row
 
 
-def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: list[str], stop: StopSignal) -> Any:
-    """One stage, to its end; returns its last state."""
+def _run(
+    built: program.Program, workdir: epath.Path, lines, speed, earlier: list[str], stop: StopSignal, seconds: float
+) -> tuple[Any, float]:
+    """One stage, to its end; returns its last state, and `seconds`, those of the stages before, with its own added."""
     config, per_epoch, total = built.config, built.info.steps_per_epoch, built.num_steps
     best = BEST if built.data.validation is not None else None
     checkpoints = Checkpoints(workdir / "checkpoints" / built.name, keep=config.checkpoint.keep, best_metric=best)
     state = built.first_state()
     restored = checkpoints.restore_latest(state, built.mesh)
-    seconds = 0.0
     if restored is not None:
         state, meta = restored
         seconds = meta["seconds"]
@@ -116,7 +118,7 @@ def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: lis
     first = int(state.step)
     if first == total:
         checkpoints.close()
-        return state
+        return state, seconds
     if restored is not None:
         logging.console.print(f"Resumed {built.name} at step {first} of {total}.")
     for log in (lines, speed):
@@ -165,7 +167,7 @@ def _run(built: program.Program, workdir: epath.Path, lines, speed, earlier: lis
                 raise Preempted(f"SIGTERM: saved at step {done} of {total}. The same command goes on from there.")
             clock, mark = time.perf_counter(), done
     checkpoints.close()
-    return state
+    return state, seconds
 
 
 def _identity(built: program.Program) -> dict[str, Any]:

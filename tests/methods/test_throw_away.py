@@ -10,7 +10,7 @@ from jax import lax
 
 from lt_adv import attacks, losses
 from lt_adv.methods import base
-from tests.training.helpers import COUNTS, Small, assert_same, make, run
+from tests.training.helpers import COUNTS, assert_same, frozen_teacher, make, run
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -102,15 +102,10 @@ class Radius(base.Method):
         return value, (extra, {**metrics, "radius": radius})
 
 
-def teacher():
-    variables = Small().init(jax.random.key(11), jnp.zeros((1, 6, 6, 1), float), train=False)
-    return jax.tree.map(lambda a: a.astype(float), variables)
-
-
 CASES = {
     "epoch_counts": (EpochCounts(num_steps=1), {}),
     "class_means": (ClassMeans(num_steps=1), {}),
-    "distil": (Distil(num_steps=1), {"teacher": teacher}),
+    "distil": (Distil(num_steps=1), {"teacher": frozen_teacher}),
     "moved": (Moved(num_steps=1), {}),
     "radius": (Radius(inner=Distil(num_steps=1)), {}),
     "frozen": (Distil(num_steps=1), {"freeze": "Conv_0/", "freeze_batch_stats": True}),

@@ -40,6 +40,12 @@ class Small(nn.Module):
         return logits, {"features": features}
 
 
+def frozen_teacher():
+    """Variables of another `Small` than those that `make` starts from."""
+    variables = Small().init(jax.random.key(11), jnp.zeros((1, 6, 6, 1), float), train=False)
+    return jax.tree.map(lambda a: a.astype(float), variables)
+
+
 def split(seed: int = 0) -> Split:
     rng = np.random.default_rng(seed)
     label = np.repeat(np.arange(4), COUNTS).astype(np.int32)

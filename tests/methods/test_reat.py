@@ -1,0 +1,86 @@
+"""REAT: what is counted, what the counts do (and do not) to the attack, the limit in which it is AT-BSL."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import reat
+from lt_adv.methods.at_bsl import ATBSL
+from lt_adv.methods.reat import REAT
+from lt_adv.training import program
+from tests.training.helpers import COUNTS, assert_same, make, run
+
+
+@pytest.fixture(autouse=True)
+def float64():
+    with jax.enable_x64(True):
+        yield
+
+
+@dataclasses.dataclass(frozen=True)
+class Spy(REAT):
+    """REAT that keeps what its last step predicted."""
+
+    def init(self, info):
+        return {**super().init(info), "seen": jnp.zeros(16, int)}
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        seen = net.gather(jnp.argmax(net.train(x_adv)[0], -1))
+        value, (extra, metrics) = super().loss(key, net, batch, x_adv, extra, clock)
+        return value, ({**extra, "seen": seen}, metrics)
+
+    def epoch_end(self, extra, clock):
+        return {**extra, **super().epoch_end(extra, clock)}
+
+
+def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
+    step, state, data, teacher = make(Spy(num_steps=1), 2)  # two steps are an epoch
+    extras = [jax.device_get(state.extra)]
+    for _ in range(4):
+        state, _ = step(state, data, teacher)
+        extras.append(jax.device_get(state.extra))
+    np.testing.assert_array_equal(extras[0]["predicted"], COUNTS)
+    for first in (1, 3):
+        once, twice = (np.bincount(extras[first + n]["seen"], minlength=4) for n in (0, 1))
+        np.testing.assert_array_equal(extras[first]["running"], once)
+        np.testing.assert_array_equal(extras[first]["predicted"], extras[first - 1]["predicted"])
+        np.testing.assert_array_equal(extras[first + 1]["predicted"], once + twice)
+        assert (once + twice).sum() == 32 and not extras[first + 1]["running"].any()
+    assert len({tuple(extra["predicted"].tolist()) for extra in extras}) == 3
+
+
+def test_without_tail_alignment_it_is_at_bsl_from_a_uniform_start():
+    """The weights of the inner loss never reach an L-inf attack: they scale a gradient whose sign is taken."""
+    (state, rows), (expected, others) = (
+        run(method, 1, steps=4) for method in (REAT(num_steps=2, tail_weight=0.0), ATBSL(num_steps=2, start="uniform"))
+    )
+    assert np.ptp(state.extra["predicted"]) > 0
+    for name in ("params", "batch_stats"):
+        assert_same(getattr(state, name), getattr(expected, name), 1e-12)
+    np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in others], rtol=1e-12)
+
+
+def test_readings_and_weight_of_tail_alignment():
+    ours, released = (
+        run(REAT(num_steps=1, tail_weight=0.5, fidelity=fidelity), 1, steps=1)[1][0]
+        for fidelity in ("published", "released_code")
+    )
+    for row in (ours, released):
+        assert row["loss"] == pytest.approx(row["loss_balanced"] + 0.5 * row["loss_tail"], rel=1e-12)
+    assert ours["loss_balanced"] == pytest.approx(released["loss_balanced"], rel=1e-12)
+    assert ours["loss_tail"] > 0 and 0 < abs(released["loss_tail"]) < 0.1 * ours["loss_tail"]
+    with pytest.raises(ValueError, match="tail_margin must be positive, not 0"):
+        REAT(tail_margin=0.0)
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
+def test_protocol(dataset):
+    config = reat.get_config(f"dataset={dataset}")
+    (stage,) = program.stages(config)
+    assert (stage.method.start, stage.epochs, config.model.name) == ("uniform", 80, "resnet18")
+    assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (8 / 255, 2 / 255, 10)
+    optim = config.optim
+    assert (optim.batch_size, optim.weight_decay, optim.drop_epochs, optim.first_epoch) == (128, 5e-4, (60, 75), 0)

@@ -1,0 +1,79 @@
+"""TAET: two stages that are one schedule, and a loss that needs the whole batch."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import taet
+from lt_adv.methods.natural import Natural
+from lt_adv.methods.taet import TAET
+from lt_adv.training import optim, program
+from tests.training.helpers import run
+
+
+@pytest.mark.parametrize("dataset", ["cifar10", "tiny_imagenet"])
+def test_protocol(dataset):
+    config = taet.get_config(f"dataset={dataset}")
+    clean, adversarial = program.stages(config)
+    assert isinstance(clean.method, Natural) and isinstance(adversarial.method, TAET)
+    assert (clean.epochs, adversarial.epochs, adversarial.init) == (40, 60, "previous")
+    method = adversarial.method
+    assert (method.start, method.num_steps, method.a, method.b, method.g) == ("gaussian", 10, 0.1, 0.1, 0.1)
+    assert (config.attack.eps, config.attack.step_size) == (0.031, 0.003)
+    assert (config.optim.batch_size, config.optim.weight_decay, config.optim.learning_rate) == (128, 5e-4, 0.1)
+
+
+@pytest.mark.parametrize("drops", [(75, 90), (20, 60), (40,), ()])
+def test_drops_count_over_both_stages(drops):
+    config = taet.get_config("dataset=cifar10")
+    config.optim.drop_epochs = drops
+    rates, per_epoch = [], 3
+    for stage in program.stages(config):
+        own = config.copy_and_resolve_references()
+        own.update_from_flattened_dict(dict(stage.overrides))
+        schedule = optim.schedule(own.optim, per_epoch, stage.epochs)
+        rates += [float(schedule(step)) for step in range(stage.epochs * per_epoch)]
+    whole = optim.schedule(config.optim, per_epoch, 100)
+    np.testing.assert_allclose(rates, [whole(step) for step in range(300)], rtol=1e-5)
+    assert len(set(np.round(rates, 9))) == len(drops) + 1
+
+
+def test_warm_up_and_average_count_over_both_stages():
+    config = taet.get_config("dataset=cifar10")
+    config.optim.warmup_epochs = 5
+    for start, shifted in ((75, 35), (10, 0)):
+        config.average.start_epoch = start
+        clean, adversarial = program.stages(config)
+        assert "optim.warmup_epochs" not in clean.overrides and adversarial.overrides["optim.warmup_epochs"] == 0
+        assert adversarial.overrides["average.start_epoch"] == shifted
+
+
+@pytest.mark.parametrize("epochs", [1, 40])
+def test_too_few_epochs_are_one_line(epochs):
+    config = taet.get_config("dataset=cifar10")
+    config.optim.epochs = epochs
+    with pytest.raises(
+        ValueError, match=rf"config\.method\.clean_epochs must be .*config\.optim\.epochs = {epochs}, not 40"
+    ):
+        program.stages(config)
+
+
+def test_only_the_level_is_a_mean_of_class_means():
+    """a = 1 alone, one step: the loss against class means of the cross-entropy, from the images that it saw."""
+    with jax.enable_x64(True):
+
+        class Spy(TAET):
+            def init(self, info):
+                return {"values": jnp.zeros(16, float), "label": jnp.zeros(16, int)}
+
+            def loss(self, key, net, batch, x_adv, extra, clock):
+                log_p = jax.nn.log_softmax(net.train(x_adv)[0])
+                values = -jnp.take_along_axis(log_p, batch.label[:, None], 1)[:, 0]
+                value, (_, metrics) = super().loss(key, net, batch, x_adv, extra, clock)
+                return value, ({"values": net.gather(values), "label": net.gather(batch.label).astype(int)}, metrics)
+
+        state, rows = run(Spy(num_steps=1, a=1.0, b=0.0, g=0.0), 4, steps=1)
+        seen = state.extra
+        means = [np.mean(v) if len(v := seen["values"][seen["label"] == c]) else 0.0 for c in range(4)]
+        assert rows[0]["loss"] == pytest.approx(np.mean(means), rel=1e-9)
