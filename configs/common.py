@@ -71,6 +71,7 @@ def get(
     c.seed = 0
     c.parallel = "pmap"  # or "shard_map"
     c.cpu_devices = config_dict.placeholder(int)  # one per core, as far as the batch can be shared
+    c.init_from = ""  # working directory of a finished run, whose parameters training starts from
     c.fidelity = "published"  # or "released_code": the quirks of the authors' code
     c.data = {
         "name": dataset,
@@ -84,8 +85,8 @@ def get(
         "balanced_fraction": 0.1,  # of "balanced"
         "class_counts": (),  # explicit
         "validation_per_class": 0,
-        "split_seed": 0,
         "equalise": 0.0,  # > 0: so much of the largest class's count for every class, tail repeated and head cut
+        "split_seed": 0,
         "sampler": "uniform",  # "class_aware"
         "augment": "none" if digits else "crop_flip",
         "pad": 4,
@@ -155,4 +156,14 @@ def robal_study(dataset: str, epochs: int = 0, *, drop_epochs: tuple[int, ...] =
     c.optim.weight_decay = 2e-4
     if digits:
         small(c)
+    return c
+
+
+def finetuning(dataset: str, baseline: str, epochs: int = 1) -> ConfigDict:
+    """A row of RoBal's study that goes on from the end of a run, at the first learning rate.
+
+    `baseline` is its working directory; by default that of configs/at.py with the same `dataset` alone.
+    """
+    c = robal_study(dataset, epochs, drop_epochs=())
+    c.init_from = baseline or f"workdirs/at-dataset={dataset}"
     return c

@@ -83,7 +83,7 @@ def _find(path: str, config: ConfigDict) -> None:
 
 
 def _workdir(config: str) -> str:
-    """workdirs/robal-dataset=digits for configs/robal.py:dataset=digits."""
+    """workdirs/robal-dataset=digits for configs/robal.py:dataset=digits; one folder, also for an argument with "/"."""
     path, colon, arguments = config.partition(":")
     name = os.path.splitext(os.path.basename(path))[0]
-    return os.path.join("workdirs", name + f"{colon and '-'}{arguments.replace(',', '-')}")
+    return os.path.join("workdirs", name + f"{colon and '-'}{arguments.replace(',', '-').replace('/', '_')}")

@@ -5,7 +5,6 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import flax
-import jax
 import ml_collections
 
 from lt_adv import data, lookup, models
@@ -15,8 +14,8 @@ from lt_adv.evaluation import protocol
 from lt_adv.evaluation.records import CLEAN, WORST
 from lt_adv.methods import base
 from lt_adv.models import adjustments
+from lt_adv.training import checkpoint, optim, program
 from lt_adv.training import mesh as meshes
-from lt_adv.training import optim, program
 from lt_adv.training import step as steps
 
 Rule = Callable[[str, Any], None]  # (path of an entry, its value); raises ValueError
@@ -85,6 +84,7 @@ ONE_OR_MORE, ZERO_OR_MORE, SEED = whole("[1, inf)"), whole("[0, inf)"), whole("[
 # Every entry that all configs have. The options of a model, head, method, adjustment or attack are looked at by these.
 ENTRIES: Mapping[str, Rule] = {
     "seed": SEED,
+    "init_from": a(str),
     "parallel": one_of(meshes.PARALLEL),
     "cpu_devices": optional(ONE_OR_MORE),
     "fidelity": one_of(base.FIDELITIES),
@@ -166,7 +166,29 @@ def flat(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def values(config: ml_collections.ConfigDict) -> None:
-    """ValueError unless every entry is there, known, and of some use, whatever the data."""
+    """ValueError unless every entry is there, known, and of some use, whatever the data; so in every stage."""
+    _entries(config)
+    stages = program.stages(config)  # knows the methods and their options
+    for stage in stages:
+        _stage(config, stage)
+    if config.init_from and config.init_from not in {stage.init for stage in stages}:
+        raise ValueError(f"config.init_from: method {config.method.name} does not begin with another run.")
+    models.create(config.model, num_classes=2)
+    adjustment = config.eval.adjustment
+    adjustments.create(adjustment, config.model.head.name)
+    if adjustment.name == "tde" and config.method.name != "tde":
+        raise ValueError(f"The adjustment 'tde' needs what method tde keeps, and method {config.method.name} does not.")
+    for name, spec in config.eval.attacks.items():
+        _attack(name, spec, f"config.eval.attacks.{name}")
+    for name in config.eval.only:
+        one_of(list(config.eval.attacks))("attack in config.eval.only:", name)
+    if config.eval.checkpoint == "best" and not config.data.validation_per_class:
+        raise ValueError("config.eval.checkpoint is 'best', which needs config.data.validation_per_class above 0.")
+    if config.average.name == "swa":
+        whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
+
+
+def _entries(config: ml_collections.ConfigDict) -> None:
     entries = flat(config.to_dict())
     for path, value in entries.items():
         if path in ENTRIES:
@@ -181,17 +203,17 @@ def values(config: ml_collections.ConfigDict) -> None:
             a(str, int, tuple, list)(f"config.{path}", value)
     if missing := [path for path in ENTRIES if path not in entries]:
         raise ValueError(f"config.{missing[0]} is missing: configs begin with common.get, which sets every entry.")
-    program.stages(config)  # knows the methods and their options
-    models.create(config.model, num_classes=2)
-    adjustments.create(config.eval.adjustment)
-    for name, spec in config.eval.attacks.items():
-        _attack(name, spec, f"config.eval.attacks.{name}")
-    for name in config.eval.only:
-        one_of(list(config.eval.attacks))("attack in config.eval.only:", name)
-    if config.eval.checkpoint == "best" and not config.data.validation_per_class:
-        raise ValueError("config.eval.checkpoint is 'best', which needs config.data.validation_per_class above 0.")
-    if config.average.name == "swa":
-        whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
+
+
+def _stage(config: ml_collections.ConfigDict, stage: base.Stage) -> None:
+    try:
+        if stage.overrides:
+            _entries(program.configured(config, stage))
+        re.compile(stage.freeze or "")
+    except re.error as error:
+        raise ValueError(f"Stage {stage.name!r}: {stage.freeze!r} is no regular expression ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"Stage {stage.name!r}: {error}") from error
 
 
 def _attack(name: str, spec: Any, path: str) -> None:
@@ -218,15 +240,26 @@ def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int
     program.steps_per_epoch(config, split, devices)
 
 
+def stage_fits(own: ml_collections.ConfigDict, stage: base.Stage, split: data.LongTailed, devices: int) -> None:
+    """ValueError unless the stage, whose own config and images these are, can be trained."""
+    fits(own, split, devices)
+    variables, _ = program.shapes(own, split)
+    optim.frozen_mask(variables["params"], stage.freeze)
+    if stage.init not in ("fresh", "previous"):
+        there = {name: tree for name, tree in checkpoint.look(stage.init)[0].items() if name in variables}
+        program.mergeable(_flat(variables), _flat(there), stage.init)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """{"params/head/kernel": array or its description, ...}"""
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
 def network(config: ml_collections.ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
     """ValueError unless `variables`, which come from `origin`, are those of the configured network."""
-    model = models.create(config.model, len(split.class_names))
-    image = jax.ShapeDtypeStruct((1, *split.test.image.shape[1:]), float)
-    wanted = jax.eval_shape(model.init, jax.random.key(0), image)
-    here, there = (
-        {name: tuple(leaf.shape) for name, leaf in flax.traverse_util.flatten_dict(tree, sep="/").items()}
-        for tree in (wanted, variables)
-    )
+    wanted, _ = program.shapes(config, split)
+    there = {name: tree for name, tree in variables.items() if name != "extra"}
+    here, there = ({name: tuple(leaf.shape) for name, leaf in _flat(tree).items()} for tree in (wanted, there))
     for name in sorted({*here, *there}):
         if here.get(name) != there.get(name):
             shapes = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} by config.model"

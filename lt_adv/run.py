@@ -27,9 +27,12 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     fit the data, the devices or what is in the working directory."""
     prepare(config)
     compare(config, workdir, training=True)
+    origin(config)
     dataset, mesh = data.load(config.data), meshes.make_mesh()
     split = data.long_tailed(dataset, config.data)
-    check.fits(config, split, mesh.size)
+    for stage in program.stages(config):
+        own = program.configured(config, stage)
+        check.stage_fits(own, stage, data.long_tailed(dataset, own.data) if stage.overrides else split, mesh.size)
     _test_images(config.eval, split)
     claim(config, workdir)
     describe(config, split, workdir, mesh)
@@ -41,6 +44,21 @@ def prepare(config: ml_collections.ConfigDict) -> None:
     """ValueError for values that cannot be; then jax may start."""
     check.values(config)
     platform.prepare(config.optim.batch_size, config.cpu_devices)
+
+
+def origin(config: ml_collections.ConfigDict) -> None:
+    """ValueError unless the run that training is to begin with, if there is one, is there and finished."""
+    for stage in program.stages(config):
+        if stage.init in ("fresh", "previous"):
+            continue
+        begins = f"Stage {stage.name!r} begins with the run in {stage.init!r} (config.init_from)"
+        try:
+            _, meta = checkpoint.look(stage.init)
+        except FileNotFoundError as error:
+            raise ValueError(f"{begins}, where there is none: train it first, or name another.") from error
+        if not _finished(meta, "last"):
+            where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
+            raise ValueError(f"{begins}, which is at {where}: let it finish, or name another.")
 
 
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
@@ -119,7 +137,7 @@ def evaluate(
         theirs = _short(meta["class_counts"])
         raise ValueError(f"{workdir} was trained with class counts {theirs}, this config gives {_short(counts)}.")
     check.network(config, split, variables, workdir)
-    if not _finished(config, meta):
+    if not _finished(meta, options.checkpoint):
         where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
         logging.console.print(f"Note: this evaluates {where}, not the end of training.", soft_wrap=True)
     test, subset = _test_images(options, split)
@@ -185,11 +203,10 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(root.rglob("*.py")))).hexdigest()[:16]
 
 
-def _finished(config: ml_collections.ConfigDict, meta: Mapping[str, Any]) -> bool:
+def _finished(meta: Mapping[str, Any], which: str) -> bool:
     """Whether a checkpoint is the end of the last stage; the best one on validation counts as asked for."""
-    last_stage = len(program.stages(config)) - 1
-    ended = meta["step"] == meta["total_steps"] or config.eval.checkpoint == "best"
-    return ended and meta["stage"].startswith(f"{last_stage}_")
+    ended = meta["step"] == meta["total_steps"] or which == "best"
+    return ended and meta["stage"].startswith(f"{meta['stages'] - 1}_")
 
 
 def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
@@ -210,7 +227,7 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
         "checkpoint_step": meta["step"],
         "stage": meta["stage"],
         "training": "finished"
-        if _finished(config, meta)
+        if _finished(meta, config.eval.checkpoint)
         else f"UNFINISHED, step {meta['step']} of {meta['total_steps']}",
         "weights": "averaged" if config.average.name != "none" else "last step",
         "seed": config.seed,

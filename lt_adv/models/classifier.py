@@ -20,6 +20,7 @@ BACKBONES: Mapping[str, Callable[..., nn.Module]] = {
 HEADS: Mapping[str, Callable[..., nn.Module]] = {
     "linear": heads.Linear,
     "linear_no_bias": partial(heads.Linear, use_bias=False),
+    "lws": heads.LearnableScale,
     "cosine": heads.Cosine,
     "cosine_plus": partial(heads.Cosine, gamma=1 / 32),
 }

@@ -39,6 +39,24 @@ class Linear(nn.Module):
         return logits + self.param("bias", bias_init)
 
 
+class LearnableScale(nn.Module):
+    """z_c = s_c w_c . f, no bias, s from 1: learnable weight scaling (LWS, Kang et al. 2020).
+
+    At its start, with the kernel of a linear head, it is that head without its bias; training is to freeze the kernel.
+    """
+
+    num_classes: int
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        features = features.astype(wide_dtype(self.dtype))
+        shape = features.shape[-1], self.num_classes
+        kernel = self.param("kernel", fan_in_uniform, shape, features.dtype)
+        scale = self.param("scale", nn.initializers.ones, (self.num_classes,), features.dtype)
+        return scale * jnp.dot(features, kernel, precision="highest")
+
+
 class Cosine(nn.Module):
     """z_c = s (f / |f|^eta) . (w_c / (|w_c|^eta + gamma)), no bias, w ~ U(+-1/sqrt(d)).
 
@@ -58,12 +76,13 @@ class Cosine(nn.Module):
     def __call__(self, features: Array) -> Array:
         features = features.astype(wide_dtype(self.dtype))
         kernel = self.param("kernel", fan_in_uniform, (features.shape[-1], self.num_classes), features.dtype)
-        directions = features / _length(features, axis=-1) ** self.eta
-        prototypes = kernel / (_length(kernel, axis=0) ** self.eta + self.gamma)
+        directions = features / length(features, axis=-1) ** self.eta
+        prototypes = kernel / (length(kernel, axis=0) ** self.eta + self.gamma)
         return self.scale * jnp.dot(directions, prototypes, precision="highest")
 
 
-def _length(x: Array, axis: int) -> Array:
+def length(x: Array, axis: int) -> Array:
+    """Euclidean length along an axis, which is kept; 1 for a zero vector, so that dividing by it changes nothing."""
     # A zero vector is given length 1 inside the square root, whose derivative at 0 is infinite.
     squares = jnp.sum(x * x, axis=axis, keepdims=True)
     return jnp.sqrt(jnp.where(squares > 0, squares, 1))

@@ -173,17 +173,13 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[str, Any], dict[str, Any]]:
-    """({"params", "batch_stats"} as numpy arrays, meta) from a run's working directory: what its evaluation uses.
+    """({"params", "batch_stats", "extra"} as numpy arrays, meta) of a run: what its evaluation uses.
 
     Any run's, whatever its method, optimiser and number of devices: nothing else of the state is read. Averaged weights
     where the run kept an average. `which`: "last", or "best" on the validation split. A damaged checkpoint is passed
     over with a warning. FileNotFoundError if there is no checkpoint, ValueError if none can be read.
     """
-    root = epath.Path(workdir) / "checkpoints"
-    stages = sorted(root.glob("[0-9]*_*"), key=lambda s: int(s.name.split("_")[0]))
-    found = [(s, step) for s in stages for step in sorted(int(d.name) for d in s.iterdir() if d.name.isdigit())]
-    if not found:
-        raise FileNotFoundError(f"There is no checkpoint under {root}: train first, or correct --workdir.")
+    root, found = _stored(workdir)
     if which == "best":
         options = ocp.CheckpointManagerOptions(best_fn=lambda m: m[BEST], read_only=True)  # a run may be writing there
         with ocp.CheckpointManager(found[-1][0], options=options) as manager:
@@ -208,15 +204,54 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
     raise ValueError(f"No checkpoint can be read: {'; '.join(errors)}. Train again, in another --workdir.")
 
 
+def look(workdir: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `read_variables` gives for the last checkpoint, but with each array's shape in its place: little is read."""
+    _, found = _stored(workdir)
+    stage, step = found[-1]
+    try:
+        return _variables(_wanted(stage, step)), _meta(stage, step)
+    except TRANSIENT:
+        raise
+    except Exception as error:  # as in Checkpoints.restore
+        raise ValueError(f"checkpoint {step} in {stage} cannot be read ({_first_line(error)})") from error
+
+
+def _stored(workdir: epath.PathLike) -> tuple[epath.Path, list[tuple[epath.Path, int]]]:
+    """The folder of a run's checkpoints, and (folder of the stage, step) of each, in the order they were written."""
+    root = epath.Path(workdir) / "checkpoints"
+    if "://" not in str(root):
+        root = root.expanduser().absolute()  # orbax wants it absolute
+    stages = sorted(root.glob("[0-9]*_*"), key=lambda s: int(s.name.split("_")[0]))
+    found = [(s, step) for s in stages for step in sorted(int(d.name) for d in s.iterdir() if d.name.isdigit())]
+    if not found:
+        raise FileNotFoundError(f"There is no checkpoint under {root}: train first, or correct --workdir.")
+    return root, found
+
+
+def _wanted(stage: epath.Path, step: int) -> dict[str, Any]:
+    """The part of the stored state that an evaluation uses, as orbax describes it."""
+    # A Checkpointer would warn of metadata that no manager writes.
+    tree = ocp.PyTreeCheckpointHandler().metadata(stage / str(step) / "state").tree
+    names = ("average",) if tree.get("average") else VARIABLES
+    return {name: tree[name] for name in (*names, "extra") if name in tree}
+
+
+def _variables(item: dict[str, Any]) -> dict[str, Any]:
+    extra = item.pop("extra", {})
+    return {**item.get("average", item), "extra": extra}
+
+
+def _meta(stage: epath.Path, step: int) -> dict[str, Any]:
+    return json.loads((stage / str(step) / "meta" / "metadata").read_text())
+
+
 def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    reader = ocp.PyTreeCheckpointHandler()  # a Checkpointer would warn of metadata that no manager writes
-    path = stage / str(step) / "state"
-    tree = reader.metadata(path).tree
-    averaged = bool(tree.get("average"))
-    item = {"average": tree["average"]} if averaged else {name: tree[name] for name in VARIABLES if name in tree}
+    item = _wanted(stage, step)
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
-    restored = reader.restore(path, args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True))
-    meta = json.loads((stage / str(step) / "meta" / "metadata").read_text())
+    restored = ocp.PyTreeCheckpointHandler().restore(
+        stage / str(step) / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
+    )
+    meta = _meta(stage, step)
     if wrong := _differing(restored, meta):
         raise ValueError(f"its digest differs at {wrong[0]}")
-    return restored["average"] if averaged else restored, meta
+    return _variables(restored), meta

@@ -152,7 +152,7 @@ def _run(
             now = time.perf_counter()
             rate, seconds = (done - mark) * config.optim.batch_size / (now - clock), seconds + now - clock
             if epoch_ended:
-                row |= _watch(monitors, state.variables, epoch % config.log.validate_every_epochs == 0 or done == total)
+                row |= _watch(monitors, state.evaluated, epoch % config.log.validate_every_epochs == 0 or done == total)
             if ends_window(step, per_epoch, config.log.every_steps):
                 for log in (lines, *boards):
                     log.add({"stage": built.name, "step": done, "epoch": epoch, **row})
@@ -174,6 +174,7 @@ def _identity(built: program.Program) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to."""
     return {
         "stage": built.name,
+        "stages": len(program.stages(built.config)),
         "total_steps": built.num_steps,
         "class_counts": built.info.class_counts.tolist(),
         "data_digest": built.data.digest,

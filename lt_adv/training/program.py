@@ -67,6 +67,22 @@ def steps_per_epoch(config: ml_collections.ConfigDict, split: data.LongTailed, d
     return drawn // size
 
 
+def configured(config: ml_collections.ConfigDict, stage: Stage) -> ml_collections.ConfigDict:
+    """A copy of the config as it holds in one stage."""
+    config = config.copy_and_resolve_references()
+    with config.unlocked():
+        config.update_from_flattened_dict(dict(stage.overrides))
+    return config
+
+
+def shapes(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[dict[str, Any], int]:
+    """(variables, width of the features) of the configured network, as shapes: nothing is computed."""
+    model = models.create(config.model, len(split.class_counts))
+    image = jax.ShapeDtypeStruct((1, *split.train.image.shape[1:]), float)
+    (_, out), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
+    return flax.core.unfreeze(variables), out["features"].shape[-1]
+
+
 def build(
     number: int,
     stage: Stage,
@@ -76,24 +92,23 @@ def build(
     previous: Mapping[str, Any] | None = None,
 ) -> Program:
     """Stage `number` of a run; `previous` are the variables that the stage before ended with."""
-    config = config.copy_and_resolve_references()
-    with config.unlocked():
-        config.update_from_flattened_dict(dict(stage.overrides))
+    config = configured(config, stage)
     split = data.long_tailed(dataset, config.data)
     class_aware = config.data.sampler == "class_aware"
     counts = np.asarray(split.class_counts)
+    variables, num_features = shapes(config, split)
     info = Info(
         class_counts=counts,
         steps_per_epoch=steps_per_epoch(config, split, mesh.size),
         epochs=stage.epochs,
         image_shape=tuple(split.train.image.shape[1:]),
+        num_features=num_features,
     )
     model = models.create(config.model, info.num_classes, axis_name=AXIS)
     compounding = stage.method.compounding_schedule and config.fidelity == "released_code"
     rate = optim.schedule(config.optim, info.steps_per_epoch, stage.epochs, compounding)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     image = jnp.zeros((1, *info.image_shape), float)
-    variables = flax.core.unfreeze(jax.eval_shape(lambda: model.init(key, image, train=False)))
     tx = optim.create(config.optim, rate, variables["params"], stage.freeze)
     options = steps.StepOptions(
         batch_size=config.optim.batch_size,
@@ -123,7 +138,7 @@ def build(
         start["params"] = stage.method.init_params(start["params"], info)
         if stage.init != "fresh":
             source = previous if stage.init == "previous" else checkpoint.read_variables(stage.init)[0]
-            start = merge(start, source, stage.init)
+            start = merge(start, {name: source[name] for name in start if name in source}, stage.init)
         state = states.create(key, start, tx, stage.method.init(info), averaged=options.average["name"] != "none")
         state = meshes.replicate(state, mesh)
         return meshes.replicate(state.replace(window=init_window(state, on_device, teacher)), mesh)
@@ -149,19 +164,24 @@ def evaluated(config: ml_collections.ConfigDict, split: data.LongTailed) -> Call
     return adjustments.adjusted(model, config.eval.adjustment, split.class_counts)
 
 
-def merge(fresh: Any, source: Any, origin: str) -> Any:
-    """`fresh` with every array that `source` has under the same name; what was new or unused is said, once each.
-
-    ValueError if a name is in both with different shapes, or in neither.
-    """
-    new, old = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (fresh, source))
-    for name in new.keys() & old.keys():
+def mergeable(new: Mapping[str, Any], old: Mapping[str, Any], origin: str) -> None:
+    """ValueError if a name is in both with different shapes, or in neither."""
+    for name in sorted(new.keys() & old.keys()):
         if new[name].shape != old[name].shape:
             raise ValueError(
                 f"{origin}: {name} has shape {old[name].shape} there, {new[name].shape} here: is it the same network?"
             )
     if not new.keys() & old.keys():
         raise ValueError(f"{origin}: none of its arrays has a name of this network.")
+
+
+def merge(fresh: Any, source: Any, origin: str) -> Any:
+    """`fresh` with every array that `source` has under the same name; what was new or unused is said, once each.
+
+    ValueError if a name is in both with different shapes, or in neither.
+    """
+    new, old = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (fresh, source))
+    mergeable(new, old, origin)
     for what, names in (("new", new.keys() - old.keys()), ("unused", old.keys() - new.keys())):
         if names:
             logging.warning("%s: %s: %s", origin, what, ", ".join(sorted(names)))

@@ -24,8 +24,13 @@ class TrainState:
 
     @property
     def variables(self) -> dict[str, Any]:
-        """What the evaluator uses: the averaged weights where an average is kept, the last ones otherwise."""
+        """The network as it is used: the averaged weights where an average is kept, the last ones otherwise."""
         return dict(self.average) if self.average else {"params": self.params, "batch_stats": self.batch_stats}
+
+    @property
+    def evaluated(self) -> dict[str, Any]:
+        """What the evaluator uses: the network, and `extra` for an adjustment that needs it."""
+        return {**self.variables, "extra": self.extra}
 
 
 def create(key, variables, tx, extra, *, averaged: bool) -> TrainState:

@@ -41,6 +41,18 @@ def test_linear_golden(golden, assert_golden):
         assert_golden(no_bias + bias, reference["head.linear"])
 
 
+def test_learnable_scale_begins_as_the_linear_head_without_its_bias(golden, assert_golden):
+    reference = golden("losses_and_heads")
+    with jax.enable_x64(True):
+        features, weight = (jnp.asarray(reference[f"head.{key}"]) for key in ("features", "weight"))
+        head = heads.LearnableScale(10, dtype="float64")
+        scale = head.init(jax.random.key(0), features)["params"]["scale"]
+        logits = head.apply({"params": {"kernel": weight.T, "scale": scale}}, features)
+        assert_golden(logits + reference["head.bias"], reference["head.linear"])
+        doubled = head.apply({"params": {"kernel": weight.T, "scale": scale.at[3].set(2)}}, features)
+        assert_golden(doubled, np.asarray(logits) * np.where(np.arange(10) == 3, 2, 1))
+
+
 @pytest.mark.parametrize("gamma", [0.0, GAMMA])
 def test_cosine_ignores_the_length_of_features_and_without_gamma_that_of_weights(golden, gamma):
     reference = golden("losses_and_heads")

@@ -59,7 +59,8 @@ def make(
     """(step, first state, data, teacher) over `devices` devices."""
     mesh = meshes.make_mesh(jax.devices()[:devices])
     batch_size = 16
-    info = Info(class_counts=COUNTS, steps_per_epoch=len(split()) // batch_size, epochs=3, image_shape=(6, 6, 1))
+    per_epoch = len(split()) // batch_size
+    info = Info(class_counts=COUNTS, steps_per_epoch=per_epoch, epochs=3, image_shape=(6, 6, 1), num_features=6)
     model = Small()
     key = jax.random.key(3)
     variables = model.init(key, jnp.zeros((1, 6, 6, 1), float), train=False)

@@ -12,7 +12,7 @@ from etils import epath
 
 from lt_adv.training import mesh as meshes
 from lt_adv.training import state as states
-from lt_adv.training.checkpoint import BEST, Checkpoints, digest, read_variables
+from lt_adv.training.checkpoint import BEST, Checkpoints, digest, look, read_variables
 from tests.training.helpers import Small
 
 
@@ -139,12 +139,17 @@ def test_keeps_the_latest_and_the_best(tmp_path, state):
 
 def test_reads_variables_alone_and_averages_where_kept(tmp_path, saved, state):
     variables, _ = read_variables(saved.parent.parent)
-    chex.assert_trees_all_equal(variables, jax.device_get(later(state, 2).variables))
+    expected = jax.device_get(later(state, 2).evaluated)
+    assert expected["extra"]["counts"].tolist() == [0, 1, 2, 3]
+    chex.assert_trees_all_equal(variables, expected)
+    shapes, meta = look(saved.parent.parent)
+    assert jax.tree.map(lambda a: tuple(a.shape), shapes) == jax.tree.map(np.shape, variables) and meta["step"] == 2
     averaged = state.replace(average=jax.tree.map(lambda a: a * 3, state.variables))
     checkpoints = Checkpoints(tmp_path / "averaged" / "checkpoints" / "0_train")
     checkpoints.save(1, averaged, {**META, "step": 1})
     checkpoints.close()
-    chex.assert_trees_all_equal(read_variables(tmp_path / "averaged")[0], jax.device_get(averaged.average))
+    expected = jax.device_get(averaged.average) | {"extra": {"counts": np.arange(4)}}
+    chex.assert_trees_all_equal(read_variables(tmp_path / "averaged")[0], expected)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8, "bfloat16", bool])

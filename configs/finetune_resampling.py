@@ -1,0 +1,17 @@
+"""Class-aware re-sampling of the classifier: one epoch from the baseline, whose backbone stays as it is.
+
+Paper      Kang et al., ICLR 2020; protocol of Wu et al., CVPR 2021
+Command    python -m lt_adv.main --config=configs/finetune_resampling.py:dataset=cifar10
+Arguments  dataset, baseline (the working directory of a finished run; by default that of configs/at.py), epochs
+Expected   no published number under this protocol that we could read
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    a = common.parse(arg, dataset="cifar10", baseline="", epochs=1)
+    c = common.finetuning(a["dataset"], a["baseline"], a["epochs"])
+    c.method = {"name": "finetune", "freeze": "backbone/"}
+    c.data.sampler = "class_aware"
+    return c

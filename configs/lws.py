@@ -1,0 +1,18 @@
+"""Learnable weight scaling (LWS): one epoch from the baseline that trains a scale per class, and nothing else.
+
+Paper      Kang et al., ICLR 2020; protocol of Wu et al., CVPR 2021
+Command    python -m lt_adv.main --config=configs/lws.py:dataset=cifar10
+Arguments  dataset, baseline (the working directory of a finished run; by default that of configs/at.py), epochs
+Expected   no published number under this protocol that we could read
+"""
+
+from configs import common
+
+
+def get_config(arg=None):
+    a = common.parse(arg, dataset="cifar10", baseline="", epochs=1)
+    c = common.finetuning(a["dataset"], a["baseline"], a["epochs"])
+    c.method = {"name": "finetune", "freeze": "backbone/|head/kernel"}
+    c.model.head = {"name": "lws"}
+    c.data.sampler = "class_aware"
+    return c

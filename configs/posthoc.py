@@ -1,0 +1,27 @@
+"""Post-hoc adjustments: the baseline (configs/at.py) evaluated with adjusted logits, without training again.
+
+The report goes to reports/<adjustment>/ of the baseline's working directory. What the baseline was trained with
+(--config.data..., --config.model...) must be given again.
+
+Paper      Ye et al., 2020 (cdt: class-dependent temperature), Kang et al., ICLR 2020 (tau_norm: normalised weights),
+           Menon et al., ICLR 2021 (logit_adjustment); protocol of Wu et al., CVPR 2021
+Command    python -m lt_adv.main --config=configs/posthoc.py:dataset=cifar10,adjustment=tau_norm
+           --mode=eval --workdir=workdirs/at-dataset=cifar10
+Arguments  dataset, adjustment (cdt, tau_norm, logit_adjustment), epochs (those of the baseline)
+Expected   no published number under this protocol that we could read
+"""
+
+from configs import common
+
+TAU = {"cdt": 0.3, "tau_norm": 1.0, "logit_adjustment": 1.0}
+
+
+def get_config(arg=None):
+    a = common.parse(arg, dataset="cifar10", adjustment="tau_norm", epochs=0)
+    name = a["adjustment"]
+    if name not in TAU:
+        raise ValueError(f"config argument adjustment={name}: there are {', '.join(TAU)}.")
+    c = common.robal_study(a["dataset"], a["epochs"])
+    c.eval.adjustment = {"name": name, "tau": TAU[name]}
+    c.eval.report = name
+    return c

@@ -1,0 +1,39 @@
+"""TDE: total direct effect of a causal graph (Tang et al., NeurIPS 2020), as a row of RoBal's study."""
+
+import dataclasses
+
+import jax.numpy as jnp
+
+from lt_adv import losses
+from lt_adv.methods import at, base
+
+
+@dataclasses.dataclass(frozen=True)
+class TDE(at.AT):
+    """Adversarial training of a cosine head that keeps a running mean of feature directions, m <- mu m + E f / |f|.
+
+    f are the features of x_adv in the outer forward, E the mean over the whole batch; there is no factor 1 - mu, so m
+    grows to 1 / (1 - mu) times the mean direction. Training does not use m; `config.eval.adjustment` "tde" removes its
+    effect at inference.
+
+    Differs from the released code as `AT` does, and in m under either fidelity: ours begins at 0, where that code
+    leaves it uninitialised, and moves once a step, where that code moves it in every forward, those of the attack too.
+    """
+
+    mu: float = 0.9
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.mu < 1:
+            raise ValueError(f"config.method.mu must be a number in [0, 1), not {self.mu}.")
+
+    def init(self, info):
+        return {"feature_mean": jnp.zeros(info.num_features, float)}
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        logits, out = net.train(x_adv)
+        lengths = jnp.linalg.norm(out["features"], axis=-1, keepdims=True)
+        directions = out["features"] / jnp.where(lengths > 0, lengths, 1)
+        mean = self.mu * extra["feature_mean"] + net.mean(jnp.mean(directions, axis=0))
+        value = jnp.mean(losses.cross_entropy(logits, batch.label))
+        return value, ({"feature_mean": mean}, {"accuracy": base.correct(logits, batch.label)})

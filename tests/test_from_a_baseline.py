@@ -1,0 +1,174 @@
+"""Rows that begin with a finished run: fine-tuned from it, or evaluated again with adjusted logits; and TDE's own."""
+
+import json
+import logging
+import re
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from configs import finetune_resampling, lws
+from lt_adv import main
+from lt_adv import run as runs
+from lt_adv.methods.at import AT
+from lt_adv.methods.base import Stage
+from lt_adv.training import program
+from lt_adv.training.checkpoint import read_variables
+from tests.bad_input.conftest import ROOT, answer, no_training  # noqa: F401 (fixtures)
+
+# Two epochs of one step, no attack: what is tested is where a run begins and what it moves.
+TINY = [
+    "--config.data.class_counts=(4,4,2,2,2,2,2,2,1,1)",
+    "--config.optim.batch_size=16",
+    "--config.attack.num_steps=0",
+    "--config.eval.attacks={}",
+    "--config.eval.subset_per_class=5",
+    "--config.eval.batch_size=50",
+    "--config.log.clean_per_class=0",
+    "--config.checkpoint.every_epochs=1",
+]
+AT_TWO = "--config=configs/at.py:dataset=digits,epochs=2"
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory):
+    """`start(config, name, ...)`: the working directory `name` after a run; one device."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def call(config, name, *more):
+        assert main.main(["main", config, f"--workdir={folder / name}", *TINY, *more]) == 0
+        return folder / name
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patch.chdir(ROOT)
+        yield call
+
+
+@pytest.fixture(scope="module")
+def baseline(start):
+    return start(AT_TWO, "baseline")
+
+
+def moved(before, after):
+    """{path: how much an array that both have has moved}."""
+    flat = [dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after)]
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): np.abs(flat[1][path] - a).max()
+        for path, a in flat[0].items()
+        if path in flat[1]
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "trained", "unshared"),
+    [
+        ("finetune_resampling", ("params/head/",), None),
+        ("lws", (), ("new: params/head/scale", "unused: params/head/bias")),
+        ("finetune_reweighting", ("params/", "batch_stats/"), None),
+    ],
+)
+def test_fine_tuning_moves_what_it_is_to_move(start, baseline, caplog, name, trained, unshared):
+    with caplog.at_level(logging.WARNING):
+        run = start(f"--config=configs/{name}.py:dataset=digits,baseline={baseline}", name)
+    before, after = read_variables(baseline)[0], read_variables(run)[0]
+    for path, distance in moved(before, after).items():
+        assert (distance > 0) == path.startswith(trained), path
+    for text in unshared or ():
+        assert text in caplog.text
+    if name == "lws":
+        scale = after["params"]["head"]["scale"]
+        assert (scale != 1).all() and np.abs(scale - 1).max() < 1
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["epoch"] == 1 and rows[-1]["train/learning_rate"] == pytest.approx(0.1)
+    steps = 10 * 4 // 16 if "class_aware" in (run / "config.json").read_text() else 1
+    assert rows[-1]["step"] == steps
+    assert json.loads((run / "report.json").read_text())["header"]["training"] == "finished"
+
+
+@pytest.mark.parametrize("config", [finetune_resampling, lws])
+def test_the_released_code_lets_statistics_move(config):
+    c = config.get_config("dataset=digits")
+    assert c.init_from == "workdirs/at-dataset=digits"
+    for c.fidelity, frozen in (("published", True), ("released_code", False)):
+        (stage,) = program.stages(c)
+        assert stage.freeze_batch_stats == frozen and stage.freeze.startswith("backbone/")
+        assert stage.init == c.init_from and stage.epochs == 1
+
+
+@pytest.mark.parametrize("name", ["cdt", "tau_norm", "logit_adjustment"])
+def test_post_hoc_evaluates_the_baseline_again(start, baseline, name):
+    before = {f: f.read_bytes() for f in sorted((baseline / "checkpoints").rglob("*")) if f.is_file()}
+    plain = (baseline / "report.json").read_text()
+    start(f"--config=configs/posthoc.py:dataset=digits,epochs=2,adjustment={name}", "baseline", "--mode=eval")
+    assert {f: f.read_bytes() for f in before} == before and (baseline / "report.json").read_text() == plain
+    header = json.loads((baseline / "reports" / name / "report.json").read_text())["header"]
+    tau = {"cdt": 0.3}.get(name, 1.0)
+    assert header["adjustment"] == f"{name}, tau {tau}" and header["method"] == "at"
+    assert header["weights_digest"] == json.loads(plain)["header"]["weights_digest"]
+
+
+def test_tde_keeps_a_mean_that_its_evaluation_uses(start):
+    run = start("--config=configs/tde.py:dataset=digits,epochs=2", "tde", "--config.log.clean_per_class=1")
+    mean = read_variables(run)[0]["extra"]["feature_mean"]
+    # Directions have length 1, so two steps give at most 1.9; those of features after a ReLU have a mean well above 0.
+    assert mean.shape == (64,) and 0.5 < np.linalg.norm(mean) <= 1.9
+    assert json.loads((run / "report.json").read_text())["header"]["adjustment"] == "alpha 0.1, tde"
+
+
+LWS = "--config=configs/lws.py:dataset=digits"
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        ([LWS, "--config.init_from=nowhere"], r"begins with the run in 'nowhere' .*where there is none: train it"),
+        ([LWS, "--config.init_from="], "config.init_from is missing: method finetune begins with the network of"),
+        ([LWS, "--config.method.freeze=(backbone"], r"'\(backbone' is no regular expression"),
+        ([LWS, "--config.method.freeze=bakbone"], r"No parameter matches the frozen pattern 'bakbone'\. There are: "),
+        (
+            [LWS, "--config.model.width=2"],
+            r"batch_stats/backbone/\S+ has shape \(.*\) there, \(.*\) here: is it the same",
+        ),
+        ([AT_TWO, "--config.eval.adjustment.name=tde"], "The adjustment 'tde' is for the heads cosine, cosine_plus"),
+        (
+            ["--config=configs/cosine.py:dataset=digits", "--config.eval.adjustment.name=tde"],
+            "The adjustment 'tde' needs what method tde keeps, and method at does not",
+        ),
+    ],
+)
+def test_bad_beginnings(start, baseline, answer, no_training, given, line):  # noqa: F811
+    begins = [] if given[0] != LWS or "init_from" in given[1] else [f"--config.init_from={baseline}"]
+    assert re.search(line, answer(*given, *begins, *TINY))
+
+
+def test_a_baseline_that_is_not_finished(start, baseline, answer, no_training, tmp_path):  # noqa: F811
+    stopped = Path(shutil.copytree(baseline, tmp_path / "stopped"))
+    shutil.rmtree(stopped / "checkpoints" / "0_train" / "2")
+    printed = answer(LWS, *TINY, f"--config.init_from={stopped}")
+    assert "which is at step 1 of 2 of stage 0_train: let it finish" in printed
+
+
+@pytest.mark.parametrize(
+    ("overrides", "line"),
+    [
+        ({"optim.drop_epochs": ("x",)}, r"Stage 'second': each of config\.optim\.drop_epochs must be"),
+        ({"optim.epohcs": 1}, r"Stage 'second': Unknown entry of config: 'optim\.epohcs'"),
+        ({"optim.batch_size": 23}, r"config\.optim\.batch_size = 23 is more than the 22 training images"),
+        ({"data.class_counts": (5, 5)}, r"class_counts has 2 entries, the data set has 10 classes"),
+    ],
+)
+def test_what_a_stage_overrides_is_looked_at(start, answer, no_training, monkeypatch, overrides, line):  # noqa: F811
+    stages = Stage(method=AT(), epochs=1), Stage(method=AT(), epochs=1, name="second", overrides=overrides)
+    monkeypatch.setattr(program, "stages", lambda _: stages)
+    assert re.search(line, answer(AT_TWO, *TINY))
+
+
+def test_a_method_that_does_not_begin_with_another_run(answer, baseline, monkeypatch):  # noqa: F811
+    monkeypatch.setattr(program, "stages", lambda _: (Stage(method=AT(), epochs=1),))
+    printed = answer(AT_TWO, *TINY, f"--config.init_from={baseline}")
+    assert "config.init_from: method at does not begin with another run" in printed
