@@ -1,13 +1,11 @@
 """Post-hoc adjustments: the baseline (configs/at.py) evaluated with adjusted logits, without training again.
 
-The report goes to reports/<adjustment>/ of the baseline's working directory. What the baseline was trained with
-(--config.data..., --config.model...) must be given again.
-
 Paper      Ye et al., 2020 (cdt: class-dependent temperature), Kang et al., ICLR 2020 (tau_norm: normalised weights),
            Menon et al., ICLR 2021 (logit_adjustment); protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/posthoc.py:dataset=cifar10,adjustment=tau_norm
            --mode=eval --workdir=workdirs/at-dataset=cifar10
-Arguments  dataset, adjustment (cdt, tau_norm, logit_adjustment), epochs (those of the baseline)
+Arguments  dataset, epochs and all else as the baseline was trained; adjustment (cdt, tau_norm, logit_adjustment),
+           which also names the report: reports/<adjustment>/ in its working directory
 Expected   no published number under this protocol that we could read
 """
 
