@@ -9,7 +9,7 @@ import ml_collections
 
 from lt_adv import data, lookup, models
 from lt_adv.attacks import norms, starts
-from lt_adv.data import longtail
+from lt_adv.data import augment, longtail
 from lt_adv.evaluation import protocol
 from lt_adv.evaluation.records import CLEAN, WORST
 from lt_adv.methods import base
@@ -102,7 +102,7 @@ ENTRIES: Mapping[str, Rule] = {
     "data.equalise": number("[0, 1]"),
     "data.split_seed": SEED,
     "data.sampler": one_of(steps.SAMPLERS),
-    "data.augment": one_of(steps.AUGMENTS),
+    "data.augment": one_of(augment.AUGMENTS),
     "data.pad": ZERO_OR_MORE,
     "model.name": a(str),
     "model.head.name": a(str),
@@ -234,7 +234,7 @@ def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int
     if not min(split.class_counts):
         name = split.class_names[split.class_counts.index(0)]
         raise ValueError(f"The class {name!r} has no training image: take it out, or give it some.")
-    if config.data.augment == "crop_flip":  # a larger one would give crops with nothing of the image
+    if config.data.augment != "none":  # a larger one would give crops with nothing of the image
         whole(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
     models.create(config.model, len(split.class_names))
     program.steps_per_epoch(config, split, devices)

@@ -157,10 +157,8 @@ def pipeline(config: Any, *, seconds: float) -> dict[str, Any]:
     def batch(number: jax.Array, on_device: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         key = jax.random.fold_in(jax.random.key(config.seed), number // per_epoch)
         rows = resident.batch_indices(key, number % per_epoch, num_examples=len(split.train), batch_size=size)
-        image = on_device["image"][rows]
-        if config.data.augment == "crop_flip":
-            keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), jnp.arange(size))
-            image = augment.pad_crop_flip(keys, image, pad=config.data.pad)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, number), jnp.arange(size))
+        image = augment.augment(config.data.augment, keys, on_device["image"][rows], pad=config.data.pad)
         return number + 1, (image.astype(float) / 255, on_device["label"][rows])
 
     number = jnp.zeros((), jnp.int32)

@@ -13,7 +13,7 @@ from torch import Tensor
 from experiments.torch_twin import attack, methods, models, weights
 from experiments.torch_twin.data import Batches
 from lt_adv import lookup
-from lt_adv.data import LongTailed
+from lt_adv.data import LongTailed, augment
 from lt_adv.training import optim, program
 
 SETTINGS = ("released", "tuned")
@@ -199,6 +199,8 @@ def options_of(config: ml_collections.ConfigDict) -> tuple[Any, str]:
         section, entry = path.split(".")
         if (found := config[section].get(entry, value)) != value:
             raise ValueError(f"config.{path} = {found!r}: the PyTorch twin has {value!r} alone.")
+    if config.data.augment in augment.POLICIES:
+        raise ValueError(f"config.data.augment = {config.data.augment!r}: the PyTorch twin has crop_flip or none.")
     if config.addons:
         raise ValueError(f"config.addons = {config.addons!r}: the PyTorch twin has none.")
     (stage,) = program.stages(config)

@@ -3,6 +3,19 @@
 import jax
 import jax.numpy as jnp
 
+from lt_adv.data import randaugment
+
+POLICIES = {"randaugment": randaugment.randaugment, "autoaugment": randaugment.autoaugment}
+AUGMENTS = ("crop_flip", *POLICIES, "none")
+
+
+def augment(name: str, keys: jax.Array, image: jax.Array, *, pad: int) -> jax.Array:
+    """`name` of AUGMENTS on uint8 [b, h, w, 1 or 3]: a policy, where it is one, comes before crop and flip."""
+    if name in POLICIES:
+        own = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)  # 0 and 1 are those of crop and flip
+        image = POLICIES[name](own, image)
+    return image if name == "none" else pad_crop_flip(keys, image, pad=pad)
+
 
 def pad_crop_flip(keys: jax.Array, image: jax.Array, *, pad: int = 4) -> jax.Array:
     """Zero-pads by `pad` pixels, crops back to the original size at a uniform place, mirrors with probability 1/2.

@@ -20,7 +20,6 @@ from lt_adv.training import mesh as meshes
 from lt_adv.training.net import AXIS, Net
 from lt_adv.training.state import TrainState, average_weight
 
-AUGMENTS = ("crop_flip", "none")
 SAMPLERS = ("uniform", "class_aware")
 
 
@@ -40,8 +39,8 @@ class StepOptions:
     freeze_batch_stats: bool = False
 
     def __post_init__(self):
-        if self.augment not in AUGMENTS:
-            raise lookup.unknown("config.data.augment", self.augment, AUGMENTS)
+        if self.augment not in augment.AUGMENTS:
+            raise lookup.unknown("config.data.augment", self.augment, augment.AUGMENTS)
         if self.sampler not in SAMPLERS:
             raise lookup.unknown("config.data.sampler", self.sampler, SAMPLERS)
 
@@ -108,9 +107,7 @@ def make_train_step(
         streams = [jax.random.fold_in(step_key, n) for n in range(3)]
         augment_keys, attack_keys, loss_keys = (jax.vmap(jax.random.fold_in, (None, 0))(s, position) for s in streams)
 
-        image = data["image"][rows]
-        if options.augment == "crop_flip":
-            image = augment.pad_crop_flip(augment_keys, image, pad=options.pad)
+        image = augment.augment(options.augment, augment_keys, data["image"][rows], pad=options.pad)
         image = image.astype(float) / 255
         label = data["label"][rows]
         full = jnp.ones_like(image[:, 0, 0, 0])
