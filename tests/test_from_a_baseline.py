@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from configs import finetune_resampling, lws
+from configs import at, finetune_resampling, finetune_reweighting, lws
 from lt_adv import main
 from lt_adv import run as runs
 from lt_adv.methods.at import AT
 from lt_adv.methods.base import Stage
-from lt_adv.training import program
+from lt_adv.training import optim, program
 from lt_adv.training.checkpoint import read_variables
 from tests.bad_input.conftest import ROOT, answer, no_training  # noqa: F401 (fixtures)
 
@@ -98,6 +98,17 @@ def test_the_released_code_lets_statistics_move(config):
         (stage,) = program.stages(c)
         assert stage.freeze_batch_stats == frozen and stage.freeze.startswith("backbone/")
         assert stage.init == c.init_from and stage.epochs == 1
+
+
+@pytest.mark.parametrize("config", [finetune_resampling, finetune_reweighting, lws])
+def test_one_epoch_at_the_first_rate_of_the_study(config):
+    c, baseline = config.get_config("dataset=cifar10,baseline=elsewhere"), at.get_config("dataset=cifar10")
+    assert c.init_from == "elsewhere" and c.optim.epochs == 1
+    for compounding in (False, True):
+        rate = optim.schedule(c.optim, 7, 1, compounding)
+        assert float(rate(0)) == float(rate(6)) == pytest.approx(0.1)
+    assert (c.optim.batch_size, c.optim.weight_decay) == (64, 2e-4) and c.attack == baseline.attack
+    assert {**c.model, "head": None} == {**baseline.model, "head": None} and c.eval == baseline.eval
 
 
 @pytest.mark.parametrize("name", ["cdt", "tau_norm", "logit_adjustment"])

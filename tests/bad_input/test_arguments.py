@@ -11,6 +11,7 @@ from lt_adv import arguments, check, main
 from lt_adv import run as runs
 from lt_adv.training import loop
 from tests.bad_input.conftest import DIGITS, ROOT
+from tests.test_configs import NAMES
 
 # (arguments, what the line says), as regular expressions; --config is DIGITS where none is given.
 COMMAND_LINES = [
@@ -25,6 +26,7 @@ COMMAND_LINES = [
     (["--config=configs/robal.py:epochs=0"], r"'epochs=0': epochs must be at least 1"),
     (["--config=configs/robal.py:epochs=ten"], r"'epochs=ten': epochs must be of type int"),
     (["--config=configs/at.py:epochs=1,epochs=2"], r"'epochs=2': epochs is given twice"),
+    (["--config=configs/at_bsl.py:augment=randaug"], r"Unknown config\.data\.augment 'randaug'\. Did you mean 'randaug"),
     ([DIGITS, "--config.optim.epohcs=3"], r"Unknown entry of config\.optim: 'epohcs'\. Did you mean 'epochs'\?"),
     ([DIGITS, "--config.optm.epochs=3"], r"Unknown entry of config: 'optm'\. Did you mean 'optim'\?"),
     ([DIGITS, "--config.seed.x=3"], r"config\.seed is a value and has no entries"),
@@ -177,7 +179,7 @@ def test_edge_is_accepted(no_training, capsys, tmp_path, monkeypatch, override):
 
 
 @pytest.mark.parametrize("dataset", [*common.DATASETS, "svhn_cropped"])
-@pytest.mark.parametrize("name", ["at", "at_bsl", "robal", "trades"])
+@pytest.mark.parametrize("name", NAMES)
 def test_every_config_is_accepted(name, dataset, monkeypatch):
     monkeypatch.chdir(ROOT)
     check.values(arguments.load(f"configs/{name}.py:dataset={dataset}"))
