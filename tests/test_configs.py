@@ -145,6 +145,13 @@ def test_protocol_of_at_bsl(dataset, model):
     assert set(steps(attacks).values()) == {(20, 2 / 255), (100, 2 / 255)}
 
 
+@pytest.mark.parametrize("augment", ["", "crop_flip", "randaugment", "autoaugment"])
+def test_at_bsl_augments(augment):
+    images, digits = (get("at_bsl", dataset=dataset, augment=augment).data for dataset in ("cifar10", "digits"))
+    assert (images.augment, images.pad) == (augment or "crop_flip", 4)
+    assert (digits.augment, digits.pad) == (augment or "none", 1)
+
+
 def sgd(config):
     o = config.optim
     assert (o.schedule, o.first_epoch, o.drop_factor, o.warmup_epochs) == ("step", 1, 0.1, 0)
