@@ -110,7 +110,13 @@ def our_step(config: ml_collections.ConfigDict) -> Step:
     split, mesh, key = images_of(config), meshes.make_mesh(jax.devices()[:1]), jax.random.key(5)
     train, (stage,), before = split.train, program.stages(config), first_variables(config)
     counts = np.array(split.class_counts)
-    info = Info(class_counts=counts, steps_per_epoch=len(train) // BATCH, epochs=1, image_shape=train.image.shape[1:])
+    info = Info(
+        class_counts=counts,
+        steps_per_epoch=len(train) // BATCH,
+        epochs=1,
+        image_shape=train.image.shape[1:],
+        num_features=program.shapes(config, split)[1],
+    )
     with jax.enable_x64(True):
         # What the step draws from its keys.
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
