@@ -21,7 +21,6 @@ from lt_adv.methods.addons.robustlt import RobustLT, class_radii
 from lt_adv.methods.alp import ALP
 from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
-from lt_adv.methods.trades import Trades
 from lt_adv.training import program
 from lt_adv.training.net import AXIS, Net
 from tests.training.helpers import COUNTS, Small, assert_same, run
@@ -29,7 +28,7 @@ from tests.training.helpers import COUNTS, Small, assert_same, run
 SETTINGS = {"robustlt": {"alpha": 0.3, "warmup": 0.3}, "awp": {"gamma": 0.05}}  # warm after one of the three epochs
 EVERY = addons.names()
 # Each alone, and all together around a loss that is no mean over examples.
-CASES = {name: (Trades(num_steps=1), (name,)) for name in EVERY} | {"all": (ALP(num_steps=1), EVERY)}
+CASES = {name: (AT(num_steps=1), (name,)) for name in EVERY} | {"all": (ALP(num_steps=1), EVERY)}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -113,7 +112,7 @@ def test_bad_names():
 
 def test_awp_of_gamma_0_is_the_inner_method():
     """Running statistics included: the forwards that look for the direction do not count."""
-    inner = Trades(num_steps=1)
+    inner = AT(num_steps=1)
     assert_same(run(AWP(inner, gamma=0.0), 1), run(inner, 1), 1e-12)
 
 
@@ -135,7 +134,7 @@ def test_awp_is_the_gradient_at_weights_moved_along_the_gradient():
 
         return jax.grad(value)(jax.tree.map(jnp.asarray, params))
 
-    found = jax.tree.map(lambda a: a[0], jax.vmap(gradient, axis_name=AXIS)(jnp.zeros(1)))
+    found = jax.tree.map(lambda a: a[0], jax.jit(jax.vmap(gradient, axis_name=AXIS))(jnp.zeros(1)))
     w, g = params["kernel"], (params["kernel"] - 1) ** 3
     moved = w + 0.1 * np.linalg.norm(w) * g / np.linalg.norm(g)
     np.testing.assert_allclose(found["kernel"], (moved - 1) ** 3, rtol=1e-12)
