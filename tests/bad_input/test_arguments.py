@@ -26,7 +26,7 @@ COMMAND_LINES = [
     (["--config=configs/robal.py:epochs=0"], r"'epochs=0': epochs must be at least 1"),
     (["--config=configs/robal.py:epochs=ten"], r"'epochs=ten': epochs must be of type int"),
     (["--config=configs/at.py:epochs=1,epochs=2"], r"'epochs=2': epochs is given twice"),
-    (["--config=configs/at_bsl.py:augment=randaug"], r"Unknown config\.data\.augment 'randaug'\. Did you mean 'randaug"),
+    (["--config=configs/at_bsl.py:augment=crop"], r"Unknown config\.data\.augment 'crop'\."),
     ([DIGITS, "--config.optim.epohcs=3"], r"Unknown entry of config\.optim: 'epohcs'\. Did you mean 'epochs'\?"),
     ([DIGITS, "--config.optm.epochs=3"], r"Unknown entry of config: 'optm'\. Did you mean 'optim'\?"),
     ([DIGITS, "--config.seed.x=3"], r"config\.seed is a value and has no entries"),
