@@ -207,9 +207,7 @@ def _written(path: Path) -> int | None:
 def training_seconds(study: Study, row: str, seed: int) -> float:
     """Of all stages, and of the network that training began from."""
     path = _workdir(study.workdirs, row, seed) / "timing.jsonl"
-    lines = [json.loads(line) for line in path.read_text().splitlines()]
-    own = sum({line["stage"]: line["seconds"] for line in lines}.values())
-    base = ROWS[row].base
+    own, base = json.loads(path.read_text().splitlines()[-1])["seconds"], ROWS[row].base
     return own + (training_seconds(study, base, seed) if base else 0.0)
 
 

@@ -47,7 +47,8 @@ def robustness(rows: Rows) -> Figure:
             colour = ACCENT if key == BASELINE else DARK
             axes.errorbar(
                 100 * x["mean"], 100 * y["mean"], 100 * (y["deviation"] or 0), 100 * (x["deviation"] or 0), fmt="o",
-                color=colour, markerfacecolor="white" if row["evaluates"] else colour, markersize=5, elinewidth=0.8,
+                color=colour, markerfacecolor="white" if row["evaluates"] else colour, markersize=5,
+                elinewidth=0.8, ecolor=LIGHT,
             )  # fmt: skip
         axes.margins(0.12)
         style(axes, "both")
@@ -112,12 +113,10 @@ def classes(rows: Rows) -> Figure:
                 few = len(values) <= 20
                 axes.plot(values, linewidth=1.4, marker="o" if few else "", markersize=2.5, **line)
         axes.set_ylim(0, 100)
-        axes.set_xticks([0, len(row["classes"]) - 1], ["most frequent", "rarest"])
-        for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=True):
-            label.set_horizontalalignment(side)
+        axes.set_xticks([])
 
     words = [("clean", MIDDLE), ("worst case", DARK), (f"{_baseline(rows)['title']}, both", PALE)]
-    return _panels(rows, panel, "Accuracy by class in %", words)
+    return _panels(rows, panel, "Accuracy in % by class, from the most frequent to the rarest", words)
 
 
 def scales(rows: Rows) -> Figure:
@@ -133,6 +132,7 @@ def scales(rows: Rows) -> Figure:
         axes.axvline(1, color=PALE, linewidth=0.7)
         axes.set_xscale("log")
         axes.minorticks_off()
+        axes.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
 
     baseline = f"PGD-20, {_baseline(swept)['title']}"
     words = [("PGD-20 on scaled logits", DARK), (baseline, PALE), (STRONGEST[attack], ACCENT)]
@@ -153,6 +153,8 @@ def _panels(rows: Rows, panel: Callable[..., None], text: str, words: Sequence[t
         panel(axes, row, _baseline(rows))
         style(axes)
         axes.tick_params(labelsize=7)
+        if axes in grid[len(rows) - columns : len(rows)]:
+            axes.tick_params(labelbottom=True)  # nothing stands below
         axes.set_title(row["title"], loc="left", fontsize=8.5, color=INK)
     for axes in grid[len(rows) :]:
         axes.set_axis_off()

@@ -3,7 +3,7 @@
     python -m lt_adv.main --mode=eval --config=experiments/study/sweep.py:configs/at.py:dataset=digits --workdir=...
 
 PGD that becomes stronger on rescaled logits was held up by their scale, not by robustness: its accuracy at s = 1 is no
-evidence of any. Radius and step are those of pgd20, and follow it.
+evidence of any. Radius, step and number of steps are those of pgd20, and follow it.
 """
 
 from lt_adv import arguments
@@ -19,7 +19,7 @@ def name(scale: float) -> str:
 def get_config(arg=None):
     c = arguments.load(arg or "")
     pgd = c.eval.attacks.pgd20
-    followed = {option: pgd.get_ref(option) for option in ("eps", "step_size")}
+    followed = {option: pgd.get_ref(option) for option in ("eps", "step_size", "num_steps")}
     for scale in SCALES:
         c.eval.attacks[name(scale)] = {**pgd.to_dict(), **followed, "logit_scale": scale}
     c.eval.only = tuple(map(name, SCALES))

@@ -195,7 +195,7 @@ def test_a_result_says_where_it_is_from(study):
     assert found["command"].startswith(f"python -m lt_adv.main --config={config} --workdir=workdirs/s/tuned-seed0 ")
     assert "--config.data.path=.../here" in found["command"]
     assert found["commit"] == "0123456789ab" and found["machine"]["device"] == "1 x cpu"
-    assert found["training_seconds"] == 2 * 5.5, "both stages, of the base too"
+    assert found["training_seconds"] == 2 * 5.5, "all stages, of the base too"
     assert not re.search(r"[= ']/\w", json.dumps({k: v for k, v in found.items() if k != "report"}))
 
 

@@ -165,7 +165,15 @@ def test_labels_do_not_cover_each_other(made, monkeypatch):
     assert covered < 0.02 * sum(box.width * box.height for box in boxes)
 
 
-def test_many_classes(monkeypatch):
+def test_more_rows_than_a_line_of_panels_holds(made):
+    rows = {f"r{i}": {**made["rows"]["at"], "title": f"Method {i}"} for i in range(7)}
+    for draw, labels in ((plots.classes, 0), (plots.scales, 4)):
+        axes = draw(rows).axes
+        assert [it.get_title("left") for it in axes[:7]] == [f"Method {i}" for i in range(7)] and len(axes) == 10
+        assert [len(it.get_xticklabels()) for it in axes[:7]] == [0, 0, *[labels] * 5], "what nothing stands below"
+
+
+def test_many_classes():
     rows = {"at": [run(0, classes=100)], "robal": [run(1, classes=100)]}
     figure = plots.draw(summary.summarise(rows, {}, {}, {}))["classes"]
     assert len(figure.axes[0].lines[0].get_xdata()) == 100 and len(png(figure)) > 10_000
