@@ -9,32 +9,35 @@ from experiments.study import __main__ as door
 ROOT = Path(__file__).parents[2]
 
 
-def test_two_rows_of_digits(tmp_path, monkeypatch, capfd):
+def test_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    given = ["--rows=at,robal", "--dataset=digits", "--epochs=2", "--scales=1,10", "--name=small"]
+    given = ["--dataset=digits", "--epochs=2", "--name=small"]
     given += [f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--config.eval.only=('pgd20',)"]
-    given += ["--config.eval.subset_per_class=20", "--config.attack.num_steps=2"]
-    assert door.main(given) == 0, capfd.readouterr()
+    given += ["--config.eval.subset_per_class=20", "--config.attack.num_steps=1"]
+    given += ["--config.eval.attacks.pgd20.num_steps=2", "--config.log.clean_per_class=0"]
+    assert door.main([*given, "--rows=tau_norm", "--scales=none"]) == 0, capfd.readouterr()
+    assert capfd.readouterr().out.startswith("2 of 2 runs are left.")
+    assert door.main([*given, "--rows=at", "--scales=10"]) == 0, capfd.readouterr()
+    assert capfd.readouterr().out.startswith("1 of 2 runs are left."), "the network is there, the sweep is new"
     folder = tmp_path / "small"
     table = json.loads((folder / "table.json").read_text())
-    assert list(table["rows"]) == ["at", "robal"] and not table["failed"]
+    assert list(table["rows"]) == ["at", "tau_norm"] and not table["failed"]
     assert table["about"]["images"] == 200 and table["about"]["epochs"] == 2 and table["about"]["eps"] == 0.1
     for name, row in table["rows"].items():
         figures = {k: v["mean"] for k, v in row["figures"].items()}
-        assert figures["eval/clean/accuracy"] > 0.2, "two epochs are enough to be above chance"
         assert figures["eval/worst/accuracy"] <= figures["eval/pgd20/accuracy"]
-        assert row["training_seconds"]["mean"] > 0 and [scale for scale, _ in row["scales"]] == [1, 10]
+        assert row["training_seconds"]["mean"] > 0
         log = (tmp_path / "runs" / f"{name}-seed0-subset.log").read_text()
         assert "Report:" in log
         result = (folder / f"{name}-seed0-subset.json").read_text()
         assert str(tmp_path) not in result and json.loads(result)["report"]["context"]["training_seconds"] > 0
+    assert [scale for scale, _ in table["rows"]["at"]["scales"]] == [10] and not table["rows"]["tau_norm"]["scales"]
+    clean, adjusted = (table["rows"][name]["figures"]["eval/clean/accuracy"]["mean"] for name in ("at", "tau_norm"))
+    assert clean > 0.2 and adjusted != clean, "two epochs are enough to be above chance"
     text = (folder / "table.md").read_text()
     pictures = re.findall(r"!\[\w+\]\((.*?)\)", text)
     assert sorted(pictures) == [f"plots/{name}.png" for name in ("classes", "errors", "logit_scale", "robustness")]
     assert all((folder / picture).stat().st_size > 10_000 for picture in pictures)
-    capfd.readouterr()
-    assert door.main(given) == 0 and capfd.readouterr().out.startswith("0 of 4 runs are left.")
-    assert json.loads((folder / "table.json").read_text()) == table
