@@ -205,6 +205,8 @@ def _code_digest() -> str:
 
 def _finished(meta: Mapping[str, Any], which: str) -> bool:
     """Whether a checkpoint is the end of the last stage; the best one on validation counts as asked for."""
+    if "stages" not in meta:
+        raise ValueError(f"The checkpoint of stage {meta['stage']} is of an earlier version, which cannot be read.")
     ended = meta["step"] == meta["total_steps"] or which == "best"
     return ended and meta["stage"].startswith(f"{meta['stages'] - 1}_")
 

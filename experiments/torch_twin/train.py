@@ -94,6 +94,7 @@ def train(given: arguments.Arguments, setting: str, device: str) -> None:
     epochs, per_epoch = config.optim.epochs, trainer.steps_per_epoch
     meta: dict[str, Any] = {
         "stage": f"0_train by PyTorch {torch.__version__}, {setting}, on {device}",
+        "stages": 1,
         "total_steps": epochs * per_epoch,
         "class_counts": list(split.class_counts),
         "data_digest": split.digest,

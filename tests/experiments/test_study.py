@@ -28,10 +28,8 @@ TABLE = {
 def study(tmp_path, monkeypatch):
     """`study(*arguments)`: (exit code, the runs of this call), with the rows of TABLE."""
     monkeypatch.chdir(ROOT)
-    for name in list(ROWS):
-        monkeypatch.delitem(ROWS, name)
-    for name, row in TABLE.items():
-        monkeypatch.setitem(ROWS, name, row)
+    rows = dict(ROWS)
+    _become(TABLE)
     monkeypatch.setattr(door, "draw", lambda *_: None)  # slow, and tested beside the tables
 
     def call(*given, **runs):
@@ -42,7 +40,14 @@ def study(tmp_path, monkeypatch):
         return door.main([*usual, *given]), fake
 
     call.folder = tmp_path / "s"
-    return call
+    yield call
+    _become(rows)
+
+
+def _become(rows):
+    """ROWS in the order of `rows`, which the tables of other tests follow: monkeypatch would restore it reversed."""
+    ROWS.clear()
+    ROWS.update(rows)
 
 
 def test_every_config_has_a_row_and_every_row_a_config():
