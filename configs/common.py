@@ -85,6 +85,7 @@ def get(
         "balanced_fraction": 0.1,  # of "balanced"
         "class_counts": (),  # explicit
         "validation_per_class": 0,
+        "validation_from": "train",  # "unused": first from what the long tail leaves out
         "equalise": 0.0,  # > 0: so much of the largest class's count for every class, tail repeated and head cut
         "split_seed": 0,
         "sampler": "uniform",  # "class_aware"
@@ -124,7 +125,8 @@ def get(
     c.eval = {
         "batch_size": 256,
         "dtype": "float32",  # of the evaluated network, whatever it was trained in
-        "subset_per_class": 0,  # 0: the whole test set
+        "split": "test",  # "validation", for whatever is chosen
+        "subset_per_class": 0,  # 0: the whole split
         "only": (),  # names of attacks; all of them
         "report": "",  # a name: reports/<name>/report.json; none: report.json
         "groups": "thirds",

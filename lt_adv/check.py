@@ -99,6 +99,7 @@ ENTRIES: Mapping[str, Rule] = {
     "data.balanced_fraction": number("(0, 1]"),
     "data.class_counts": each(ONE_OR_MORE),
     "data.validation_per_class": ZERO_OR_MORE,
+    "data.validation_from": one_of(longtail.ORIGINS),
     "data.equalise": number("[0, 1]"),
     "data.split_seed": SEED,
     "data.sampler": one_of(steps.SAMPLERS),
@@ -138,6 +139,7 @@ ENTRIES: Mapping[str, Rule] = {
     "checkpoint.keep": ONE_OR_MORE,
     "eval.batch_size": ONE_OR_MORE,
     "eval.dtype": one_of(models.DTYPES),
+    "eval.split": one_of(("test", "validation")),
     "eval.subset_per_class": ZERO_OR_MORE,
     "eval.only": each(a(str)),
     "eval.report": file_name,
@@ -182,8 +184,9 @@ def values(config: ml_collections.ConfigDict) -> None:
         _attack(name, spec, f"config.eval.attacks.{name}")
     for name in config.eval.only:
         one_of(list(config.eval.attacks))("attack in config.eval.only:", name)
-    if config.eval.checkpoint == "best" and not config.data.validation_per_class:
-        raise ValueError("config.eval.checkpoint is 'best', which needs config.data.validation_per_class above 0.")
+    for name, value in (("checkpoint", "best"), ("split", "validation")):
+        if config.eval[name] == value and not config.data.validation_per_class:
+            raise ValueError(f"config.eval.{name} is {value!r}, which needs config.data.validation_per_class above 0.")
     if config.average.name == "swa":
         whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
 

@@ -33,7 +33,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     for stage in program.stages(config):
         own = program.configured(config, stage)
         check.stage_fits(own, stage, data.long_tailed(dataset, own.data) if stage.overrides else split, mesh.size)
-    _test_images(config.eval, split)
+    _images(config.eval, split)
     claim(config, workdir)
     describe(config, split, workdir, mesh)
     loop.train(config, workdir, dataset, mesh)
@@ -110,7 +110,7 @@ def describe(config, split, workdir, mesh) -> None:
     names = f"method {method}  model {config.model.name}  data {config.data.name}"
     logging.console.print(f"{names}  workdir {workdir}")
     counts = f"class counts {_short(split.class_counts)}"
-    if split.validation is not None:
+    if cut != split.class_counts:
         counts += f" after the validation cut ({_short(cut)} before)"
     logging.console.print(f"{counts}  imbalance ratio {max(split.class_counts) / min(split.class_counts):.1f}")
 
@@ -140,7 +140,7 @@ def evaluate(
     if not _finished(meta, options.checkpoint):
         where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
         logging.console.print(f"Note: this evaluates {where}, not the end of training.", soft_wrap=True)
-    test, subset = _test_images(options, split)
+    images, subset = _images(options, split)
     chosen = options.only or options.attacks
     specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in chosen}
     mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), program.evaluated(config, split)
@@ -148,7 +148,7 @@ def evaluate(
         key,
         apply,
         variables,
-        test,
+        images,
         attacks=specs,
         batch_size=options.batch_size,
         directory=workdir / "eval",
@@ -160,7 +160,7 @@ def evaluate(
     shown = next((name for name in ("pgd20", *specs) if name in specs), None)
     context = {
         "class_counts": counts,
-        "class_counts_before": split.class_counts_before if split.validation is not None else None,
+        "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
         "groups": options.groups,
         "training_seconds": meta["seconds"],
         "commit": _commit(),
@@ -168,7 +168,7 @@ def evaluate(
     }
     if shown:
         context["examples"] = evaluation.examples(
-            key, apply, variables, test, records, attack=shown, spec=specs[shown], class_counts=counts, mesh=mesh
+            key, apply, variables, images, records, attack=shown, spec=specs[shown], class_counts=counts, mesh=mesh
         )
     directory = workdir / "reports" / options.report if options.report else workdir
     summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
@@ -177,12 +177,14 @@ def evaluate(
     return summary
 
 
-def _test_images(options: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[data.Split, str]:
-    """The test images to evaluate on, and which they are in words."""
+def _images(options: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[data.Split, str]:
+    """The images to evaluate on, and which they are in words."""
+    images = split.test if options.split == "test" else split.validation
     if not options.subset_per_class:
-        return split.test, "the whole test split"
-    chosen = evaluation.balanced_subset(split.test.label, options.subset_per_class)
-    return split.test.take(chosen), f"class-balanced subset, {options.subset_per_class} per class, seed 0"
+        return images, f"the whole {options.split} split"
+    chosen = evaluation.balanced_subset(images.label, options.subset_per_class)
+    words = f"class-balanced subset, {options.subset_per_class} per class, seed 0"
+    return images.take(chosen), words if options.split == "test" else f"{words}, of the validation split"
 
 
 def _commit() -> str | None:

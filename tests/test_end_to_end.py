@@ -104,6 +104,12 @@ def test_killed_twice_and_terminated_once_is_bit_for_bit_an_unbroken_run(launch,
     reports = [json.loads((run / "report.json").read_text())["metrics"] for run in (whole, broken)]
     assert reports[0] == reports[1]
 
+    chosen = ("--mode=eval", "--config.eval.split=validation", "--config.eval.report=valid", *SHORT)
+    result = launch(config, whole, *chosen)
+    assert result.returncode == 0, result.stderr
+    header = json.loads((whole / "reports" / "valid" / "report.json").read_text())["header"]
+    assert header["images_per_class"] == [2] * 10 and header["subset"] == "the whole validation split"
+
 
 def test_robal_lifts_the_tail_of_digits(launch, tmp_path):
     """The README's run: RoBal's tail under PGD-20 is at least 4 points above AT's (three seeds gave 9 to 16)."""

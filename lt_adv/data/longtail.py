@@ -14,6 +14,7 @@ from lt_adv import lookup
 from lt_adv.data.dataset import Dataset, LongTailed
 
 PROFILES = ("exponential", "step", "balanced", "none")
+ORIGINS = ("train", "unused")  # of a validation split
 GROUPS = ("thirds", "reat", "robustlt", "tenths")
 
 
@@ -91,25 +92,31 @@ def select(label: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarra
 
 
 def cut_validation(
-    label: np.ndarray, selected: np.ndarray, per_class: int, seed: int = 0
+    label: np.ndarray, selected: np.ndarray, per_class: int, seed: int = 0, origin: str = "train"
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(train, validation) positions: `per_class` images of every class go from `selected` to a balanced validation set.
+    """(train, validation) positions: a balanced validation set of `per_class` images of every class.
 
-    Both keep the order of `selected`. ValueError where a class would be left with no training image.
+    `origin` "train": all are taken from `selected`. "unused": as many as there are come from the images that the long
+    tail has left out, so that rare classes lose none. Training images keep their order. ValueError where a class would
+    be left with no training image.
     """
     if per_class != int(per_class) or per_class < 0:
         raise ValueError(f"validation_per_class must be a whole number from 0, not {per_class}.")
-    chosen_label = np.asarray(label)[selected]
     rng = np.random.RandomState(seed)
-    held_out = np.zeros(len(selected), bool)
-    for c in np.unique(chosen_label):
-        members = np.flatnonzero(chosen_label == c)
-        if len(members) <= per_class:
+    label, used, held_out = np.asarray(label), np.zeros(len(label), bool), np.zeros(len(label), bool)
+    used[selected] = True
+    for c in np.unique(label[selected]):
+        members = selected[label[selected] == c]
+        order = rng.permutation(members)
+        if origin == "unused":
+            order = np.concatenate([rng.permutation(np.flatnonzero(~used & (label == c))), order])
+        if len(order) - per_class < 1 or np.all(np.isin(members, order[:per_class])):
             raise ValueError(
                 f"validation_per_class {per_class} leaves no training image of class {c}, which has {len(members)}."
             )
-        held_out[rng.permutation(members)[:per_class]] = True
-    return selected[~held_out], selected[held_out]
+        held_out[order[:per_class]] = True
+    both = np.concatenate([selected, np.flatnonzero(~used)])
+    return selected[~held_out[selected]], both[held_out[both]]
 
 
 def equalise(label: np.ndarray, selected: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
@@ -170,7 +177,7 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
     the test set stays whole.
 
     Keys: class_counts (explicit; wins over the profile), imbalance ("none"), imbalance_ratio, balanced_fraction,
-    validation_per_class (0), equalise (0: no), split_seed (0). ValueError, in one line, for what cannot be.
+    validation_per_class (0), validation_from ("train"), equalise (0: no), split_seed (0). ValueError, in one line, for what cannot be.
     """
     label, num_classes = dataset.train.label, len(dataset.class_names)
     sizes = np.bincount(label, minlength=num_classes)
@@ -188,7 +195,8 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
         counts = class_counts(num_classes, largest_count(sizes, **profile), **profile)
         selected = select(label, counts, seed)
     before = np.bincount(label[selected], minlength=num_classes)
-    kept, held_out = cut_validation(label, selected, data_config.get("validation_per_class", 0), seed)
+    per_class, origin = data_config.get("validation_per_class", 0), data_config.get("validation_from", "train")
+    kept, held_out = cut_validation(label, selected, per_class, seed, origin)
     share = data_config.get("equalise", 0.0)
     if share:
         kept = equalise(label, kept, share, seed)

@@ -63,7 +63,7 @@ def facts(summary: Mapping[str, Any]) -> dict[str, str]:
         "Model": known.pop("model", None),
         "Method": known.pop("method", None),
         "Dataset": known.pop("dataset", None),
-        "Test images": f"{known['images']} ({per_class}), {known.pop('subset', None) or 'the whole test split'}",
+        "Images": f"{known['images']} ({per_class}), {known.pop('subset', None) or 'the whole test split'}",
         "Class counts": _counts(known.pop("class_counts")),
         "Class counts before the validation cut": _counts(known.pop("class_counts_before", None)),
         "Checkpoint step": known.pop("checkpoint_step", None),
@@ -119,7 +119,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = No
     ]
     lines += _table(["", "Images", "Natural", "Boundary", "Robust"], rows)
     lines += ["", "Boundary error: right on the clean image, wrong under an attack.", "", "## Classes", ""]
-    head = ["Class", "Training images", "Test images", *map(title, summary["conditions"])]
+    head = ["Class", "Training images", "Evaluated images", *map(title, summary["conditions"])]
     head += ["Natural", "Boundary", "Robust"]
     rows = [
         [row["name"], str(row["class_count"]), str(row["images"])]

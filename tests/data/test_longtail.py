@@ -125,6 +125,23 @@ def test_selection_and_validation_properties(sizes, seed, data):
         longtail.cut_validation(label, selected, min(counts), seed)
 
 
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.integers(1, 9), min_size=2, max_size=6), st.integers(0, 12), st.integers(0, 5))
+def test_validation_from_unused_images_spares_the_rare_classes(counts, per_class, seed):
+    label = np.random.RandomState(0).permutation(np.repeat(np.arange(len(counts)), 10))
+    selected = longtail.select(label, counts, seed)
+    short = [max(0, per_class - (10 - count)) for count in counts]  # what has to come from training images
+    if any(s >= count for s, count in zip(short, counts, strict=True)):
+        with pytest.raises(ValueError, match="no training image"):
+            longtail.cut_validation(label, selected, per_class, seed, "unused")
+        return
+    train, validation = longtail.cut_validation(label, selected, per_class, seed, "unused")
+    assert not set(train) & set(validation) and len(set(validation)) == len(validation)
+    np.testing.assert_array_equal(np.bincount(label[validation], minlength=len(counts)), per_class)
+    np.testing.assert_array_equal(np.bincount(label[train], minlength=len(counts)), np.subtract(counts, short))
+    np.testing.assert_array_equal(train, [i for i in selected if i in set(train)])
+
+
 def test_selection_and_validation_depend_on_the_seed():
     label = np.repeat([0, 1], 50)
     chosen = [longtail.select(label, [10, 10], seed).tolist() for seed in (0, 0, 1)]

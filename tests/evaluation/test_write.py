@@ -56,7 +56,7 @@ def test_markdown(hand_made):
         "> **Warning.** clean: 1 of 3 classes are never predicted on 6 images: cat.",
         "- **Model:** wide_resnet 10-1",
         "- **Method:** robal",
-        "- **Test images:** 6 (1 to 3 per class), the whole test split",
+        "- **Images:** 6 (1 to 3 per class), the whole test split",
         "- **Class counts:** 10, 100, 1 (total 111, ratio 100)",
         "- **Class counts before the validation cut:** 12, 102, 3 (total 117, ratio 34)",
         "- **Checkpoint step:** 1200",
@@ -82,7 +82,7 @@ def test_a_subset_is_named(hand_made):
     header = {**hand_made.header, "subset": "2 per class, seed 0", "images_per_class": [2, 2, 2]}
     named = Records(header, hand_made.index, hand_made.label, hand_made.clean, hand_made.attacks)
     text = markdown({**summarise(named, CONTEXT["class_counts"]), "context": CONTEXT})
-    assert "- **Test images:** 6 (2 per class), 2 per class, seed 0" in text
+    assert "- **Images:** 6 (2 per class), 2 per class, seed 0" in text
 
 
 def test_terminal(hand_made):
