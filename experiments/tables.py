@@ -78,7 +78,7 @@ def index(configs: Path = CONFIGS, results: Path = RESULTS) -> str:
             continue
         claim = fields(path)
         seen = [study.get((path.stem, FULL)) or study.get((path.stem, SUBSET)) for study in studies]
-        known = [runs for runs in seen if runs]
+        known = [runs for runs in seen if runs and "validation" not in runs[0]["report"]["header"]["subset"]]
         measured = [claim["Measured"]] if "Measured" in claim else []
         measured += [measurement(runs) for runs in known]
         commits = {run["commit"][:9] for runs in known for run in runs if run.get("commit")}
@@ -160,7 +160,7 @@ def study(results: Path = RESULTS) -> str:
         made = json.loads(path.read_text())
         blocks.append(f"**{made['study']}.** {study_tables.sentence(made)}")
         parts = study_tables.slices(made)
-        for caption in ("All test images", "Tail"):
+        for caption in ("All images", "Tail"):
             if caption in parts:
                 head, rows = parts[caption]
                 blocks.append(table([caption, *head[1:]], rows))

@@ -3,11 +3,13 @@
     python -m experiments.study --rows=at,robal --seeds=0,1 --dataset=digits [--epochs=3] [--config.x.y=z ...]
     python -m experiments.study --preset=cpu --config.data.path=<folder with train/<class>/*.jpg, test/<class>/*.jpg>
 
---rows=...         rows of experiments/study/rows.py, or all [all]; a row that another one needs is run before it
+--rows=...         rows of experiments/study/rows.py, or all of the preset [all]; a row that another one needs is run
+                   before it
 --seeds=0,1        [0, or the preset's]
 --dataset=NAME     as in dataset= of the configs [cifar10, or the preset's]
 --epochs=10        of every row, fine-tuning apart [each config's own, or the preset's]
 --preset=cpu       a budget: WRN-10-1, images of 16 x 16, 10 epochs, 1,000 test images
+--preset=ablation  the same budget for our own choices, and 1,000 validation images: the test set is not seen
 --config.x.y=z     another value for an entry of all configs
 --scales=0.1,1,10  scales of the logits at which PGD-20 is swept on the first seed, or none [all of sweep.py]
 --name=NAME        of the study [that of the preset or data set]
@@ -79,10 +81,11 @@ def parse(argv: Sequence[str]) -> jobs.Study:
             known = [f"--{option}" for option in vars(options)]
             raise lookup.unknown("option", given.partition("=")[0], [*known, "--config.x.y=z"])
     preset = PRESETS.get(options.preset)
+    everything = preset and preset.rows or tuple(row for row in ROWS if not ROWS[row].varies)
     title = options.name or options.preset or options.dataset or "cifar10"
     return jobs.Study(
         name=title,
-        rows=tuple(ROWS if "all" in options.rows else options.rows),
+        rows=tuple(everything if "all" in options.rows else options.rows),
         seeds=tuple(options.seeds or (preset.seeds if preset else (0,))),
         dataset=options.dataset or (preset.dataset if preset else "cifar10"),
         epochs=options.epochs or (preset.epochs if preset else None),

@@ -10,7 +10,7 @@ class Row:
 
     One that `evaluates` looks at the network of its `base`, another row, in its own way. Any other one with a base is
     trained from that network: "{base}" in its arguments is the working directory. `share` of the study's epochs are its
-    own; 0 leaves it the number of its config.
+    own; 0 leaves it the number of its config. One that `varies` another differs from it in one choice, which is ours.
     """
 
     title: str
@@ -20,11 +20,12 @@ class Row:
     base: str | None = None
     evaluates: bool = False
     share: float = 1.0
+    varies: str | None = None
 
     @property
     def published(self) -> bool:
         """Whether it is what its config's docstring speaks of."""
-        return not any("config.addons" in override for override in self.overrides)
+        return self.varies is None and not any("config.addons" in override for override in self.overrides)
 
 
 def posthoc(title: str, adjustment: str) -> Row:
@@ -78,14 +79,47 @@ ROWS = {
 }
 
 
+def variants(of: str, **choices: Iterable[object]) -> dict[str, Row]:
+    """Rows that differ from the row `of` in one option of its method."""
+    row = ROWS[of]
+    return {
+        f"{of}_{option}_{value}": dataclasses.replace(
+            row,
+            title=f"{row.title}, {option.replace('_', ' ')} {value}",
+            overrides=(*row.overrides, f"--config.method.{option}={value}"),
+            varies=of,
+        )
+        for option, values in choices.items()
+        for value in values
+    }
+
+
+# What the papers leave open, and we chose by the validation split of the preset "ablation".
+ABLATIONS = {
+    **variants(
+        "self_distillation",
+        distillation=(0.5, 2.0, 4.0),
+        temperature=(2.0, 4.0),
+        teacher_input=("clean",),
+        matching=(1.0,),
+    ),
+    **variants("reat", tail_weight=(0.0, 0.1, 4.0), tail_margin=(0.1,)),
+}
+ROWS |= ABLATIONS
+
+
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a study is asked for where the command line says nothing else; its overrides come before given ones."""
+    """What a study is asked for where the command line says nothing else; its overrides come before given ones.
+
+    No `rows`: all that vary no other one.
+    """
 
     dataset: str
     epochs: int
     seeds: tuple[int, ...]
     overrides: tuple[str, ...]
+    rows: tuple[str, ...] = ()
 
 
 ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa")
@@ -110,7 +144,19 @@ CPU = (
     "--config.eval.subset_per_class=100",
     "--config.eval.batch_size=500",
 )
-PRESETS = {"cpu": Preset("cifar10", 10, (0, 1), CPU)}
+VALIDATION = (
+    "--config.data.validation_per_class=100",
+    "--config.data.validation_from=unused",
+    "--config.log.validate_every_epochs=10",
+    "--config.eval.split=validation",
+    "--config.eval.subset_per_class=0",
+)
+PRESETS = {
+    "cpu": Preset("cifar10", 10, (0, 1), CPU),
+    "ablation": Preset(
+        "cifar10", 10, (0,), CPU + VALIDATION, ("at_bsl", "self_distillation", "reat", *ABLATIONS)
+    ),
+}
 
 
 def with_bases(names: Iterable[str]) -> tuple[str, ...]:

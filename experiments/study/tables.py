@@ -6,7 +6,7 @@ from typing import Any
 CONDITIONS = {"clean": "clean", "fgsm": "FGSM", "pgd20": "PGD-20", "cw20": "CW-20", "lsa": "LSA"}
 CONDITIONS |= {"autoattack": "AutoAttack", "worst": "worst case"}
 SLICES = {  # what is counted -> the metric's name
-    "All test images": "accuracy",
+    "All images": "accuracy",
     "Balanced: mean over classes": "balanced_accuracy",
     "Head": "accuracy_head",
     "Body": "accuracy_body",
@@ -52,7 +52,7 @@ def sentence(summary: Mapping[str, Any]) -> str:
         return "No row has a result."
     eps = f", eps {about['eps']!r} = {255 * about['eps']:.6g}/255" if "eps" in about else ""
     text = f"{about['dataset']}; {about['network']}, {about['epochs']} epochs{eps}; "
-    text += f"{about['images']} test images ({about['subset']}); {about['device']}, jax {about['jax_version']}."
+    text += f"{about['images']} images ({about['subset']}); {about['device']}, jax {about['jax_version']}."
     if about["different"]:
         text += f" Not the same for all rows: {', '.join(about['different']).replace('_', ' ')}."
     return text + " Accuracy in per cent; ± is the standard deviation over the seeds."

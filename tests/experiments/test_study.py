@@ -79,7 +79,7 @@ def test_the_cpu_budget_is_one_for_all(monkeypatch):
     monkeypatch.chdir(ROOT)
     asked = door.parse(["--preset=cpu", "--config.data.path=some/images"])
     assert (asked.name, asked.seeds, asked.epochs, asked.part) == ("cpu", (0, 1), 10, "subset")
-    assert asked.rows == tuple(ROWS) and asked.workdirs == Path("workdirs/cpu")
+    assert asked.rows == tuple(name for name in ROWS if not ROWS[name].varies) and asked.workdirs == Path("workdirs/cpu")
     for name, row in ROWS.items():
         config = arguments.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
         assert (config.data.name, config.data.path, config.data.image_size) == ("image_folder", "some/images", 16)
@@ -89,6 +89,17 @@ def test_the_cpu_budget_is_one_for_all(monkeypatch):
         assert config.attack.eps == 0.031
         if row.share == 1:
             assert config.optim.epochs == 10 and config.optim.batch_size == 64
+
+
+def test_choices_of_ours_never_see_the_test_set(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    asked = door.parse(["--preset=ablation", "--config.data.path=some/images"])
+    for name in asked.rows:
+        config = arguments.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
+        assert config.eval.split == "validation" and config.data.validation_per_class == 100
+    varied = {ROWS[name].varies for name in asked.rows} - {None}
+    assert varied == {"self_distillation", "reat"} <= set(asked.rows)
+    assert all(ROWS[name].config == ROWS[ROWS[name].varies].config for name in asked.rows if ROWS[name].varies)
 
 
 def test_a_row_comes_after_the_one_that_it_needs(study):

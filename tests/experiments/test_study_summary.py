@@ -102,14 +102,14 @@ def test_a_condition_that_one_row_has_is_a_column(made):
 
 def test_slices(made):
     found = tables.slices(made)
-    assert list(found) == ["All test images", "Balanced: mean over classes", "Head", "Body", "Tail"]
+    assert list(found) == ["All images", "Balanced: mean over classes", "Head", "Body", "Tail"]
     head, rows = found["Tail"]
     assert head == ["", "clean", "FGSM", "PGD-20", "CW-20", "LSA", "worst case"]
     tail = made["rows"]["robal"]["figures"]["eval/pgd20/accuracy_tail"]["mean"]
     assert cells(head, rows[1])["PGD-20"] == f"{100 * tail:.1f}"
     for row in made["rows"].values():  # a definition of groups that has no body
         row["figures"] = {name: it for name, it in row["figures"].items() if not name.endswith("_body")}
-    assert list(tables.slices(made)) == ["All test images", "Balanced: mean over classes", "Head", "Tail"]
+    assert list(tables.slices(made)) == ["All images", "Balanced: mean over classes", "Head", "Tail"]
 
 
 def test_pictures_show_every_row(made):
