@@ -1,20 +1,16 @@
 """What the README says is so: its examples run, its commands parse, its tables are up to date."""
 
-import inspect
 import json
 import re
 import shlex
 import sys
-import types
 from pathlib import Path
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from experiments import tables
-from lt_adv import arguments, check, losses, methods
+from lt_adv import arguments, check, losses
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -29,23 +25,6 @@ def test_the_attack_example_runs():
     assert moved.shape == (4, 8, 8, 1) and moved.max() == pytest.approx(8 / 255, abs=1e-6)
     loss = [losses.cross_entropy(scope["apply"](scope["variables"], scope[x]), scope["y"]) for x in ("x", "x_adv")]
     assert np.all(loss[1] > loss[0])
-
-
-def test_the_method_example_is_a_method(monkeypatch):
-    (example,) = (block for block in EXAMPLES if "base.Method" in block)
-    module = types.ModuleType("lt_adv.methods.at_ldam")
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-    exec(example, module.__dict__)
-    (cls,) = (c for _, c in inspect.getmembers(module, inspect.isclass) if c.__module__ == module.__name__)
-    assert issubclass(cls, methods.Method) and cls.__doc__
-    logits, label = jnp.array([[1.0, 0.0], [0.0, 3.0]]), jnp.array([0, 0])
-    info = types.SimpleNamespace(class_counts=np.array([16, 1]))
-    net = types.SimpleNamespace(train=lambda x: (logits, {}), info=info)
-    batch = types.SimpleNamespace(label=label)
-    value, (extra, metrics) = cls().loss(jax.random.key(0), net, batch, None, {}, None)
-    shifted = logits - jnp.array([[0.25, 0.0], [0.25, 0.0]])  # 0.5 (n_min / n_c) ** (1/4) of class 0
-    assert float(value) == pytest.approx(float(losses.cross_entropy(shifted, label).mean()))
-    assert extra == {} and metrics["accuracy"].tolist() == [1, 0]
 
 
 @pytest.mark.parametrize("file", ["README.md", "experiments/gpu_queue.md"])

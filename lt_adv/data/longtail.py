@@ -177,7 +177,8 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
     the test set stays whole.
 
     Keys: class_counts (explicit; wins over the profile), imbalance ("none"), imbalance_ratio, balanced_fraction,
-    validation_per_class (0), validation_from ("train"), equalise (0: no), split_seed (0). ValueError, in one line, for what cannot be.
+    validation_per_class (0), validation_from ("train"), equalise (0: no), split_seed (0). ValueError, in one line, for
+    what cannot be.
     """
     label, num_classes = dataset.train.label, len(dataset.class_names)
     sizes = np.bincount(label, minlength=num_classes)

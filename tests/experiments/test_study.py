@@ -79,7 +79,8 @@ def test_the_cpu_budget_is_one_for_all(monkeypatch):
     monkeypatch.chdir(ROOT)
     asked = door.parse(["--preset=cpu", "--config.data.path=some/images"])
     assert (asked.name, asked.seeds, asked.epochs, asked.part) == ("cpu", (0, 1), 10, "subset")
-    assert asked.rows == tuple(name for name in ROWS if not ROWS[name].varies) and asked.workdirs == Path("workdirs/cpu")
+    assert asked.rows == tuple(name for name in ROWS if not ROWS[name].varies)
+    assert asked.workdirs == Path("workdirs/cpu")
     for name, row in ROWS.items():
         config = arguments.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
         assert (config.data.name, config.data.path, config.data.image_size) == ("image_folder", "some/images", 16)

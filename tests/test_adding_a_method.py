@@ -1,0 +1,53 @@
+"""The page that says how to add a method is followed to the letter, in a copy of the repository."""
+
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "lt_adv" / "methods" / "README.md"
+TEXT = PAGE.read_text()
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The repository with the files of the page."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("lt_adv", "configs", "tests"):
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__", "golden"))
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    files = re.findall(r"^`([\w/.]+)`\n\n```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    assert [Path(name).parts[0] for name, _ in files] == ["lt_adv", "configs", "tests"]
+    for name, text in files:
+        assert not (folder / name).exists()
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_every_command_of_the_page_runs(copy):
+    (block,) = re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
+    said = []
+    for line in block.splitlines():
+        given = [sys.executable, *shlex.split(line)[1:]]
+        result = subprocess.run(given, cwd=copy, capture_output=True, text=True, timeout=600)
+        assert result.returncode == 0, result.stdout + result.stderr
+        said.append(result.stdout)
+    report = json.loads((copy / "workdirs/hard_classes-dataset=digits,epochs=2/report.json").read_text())
+    assert report["header"]["method"] == "hard_classes (gamma 1)" and report["metrics"]["eval/clean/accuracy"] > 0.3
+    # Its own test, and each test of the contract that takes a method: two ways to use eight devices, and two more.
+    assert re.search(r"^5 passed", said[-1], re.MULTILINE), said[-1]
+
+
+def test_the_page_has_no_dead_link_and_names_all_that_may_be_overridden():
+    links = re.findall(r"\]\(([^)#]+)\)", TEXT)
+    assert links and all((PAGE.parent / link).exists() for link in links)
+    from lt_adv.methods import base
+
+    public = {name for name, value in vars(base.Method).items() if callable(value) and not name.startswith("_")}
+    assert public - {"pgd"} == set(re.findall(r"`(\w+)`", "".join(re.findall(r"^\| (`.*?) \|", TEXT, re.MULTILINE))))
