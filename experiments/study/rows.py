@@ -1,6 +1,7 @@
 """The rows of the study, and its presets. Every file of configs/ has a row here, which a test asserts."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 
 
@@ -80,30 +81,28 @@ ROWS = {
 
 
 def variants(of: str, **choices: Iterable[object]) -> dict[str, Row]:
-    """Rows that differ from the row `of` in one option of its method."""
-    row = ROWS[of]
-    return {
-        f"{of}_{option}_{value}": dataclasses.replace(
-            row,
-            title=f"{row.title}, {option.replace('_', ' ')} {value}",
-            overrides=(*row.overrides, f"--config.method.{option}={value}"),
-            varies=of,
-        )
-        for option, values in choices.items()
-        for value in values
-    }
+    """Rows that differ from the row `of` in one entry of its config: method__temperature=(1.0, 2.0) is two of them."""
+    row, found = ROWS[of], {}
+    for path, values in choices.items():
+        option = path.rpartition("__")[2]
+        for value in values:
+            override = f"--config.{path.replace('__', '.')}={value}".replace(" ", "")
+            title = f"{row.title}, {option.replace('_', ' ')} {value}"
+            name = re.sub(r"[^\w.]", "", f"{of}_{option}_{value}")
+            found[name] = dataclasses.replace(row, title=title, overrides=(*row.overrides, override), varies=of)
+    return found
 
 
-# What the papers leave open, and we chose by the validation split of the preset "ablation".
+# What the papers leave open: a choice of ours each, by the validation split of the preset "ablation".
 ABLATIONS = {
     **variants(
         "self_distillation",
-        distillation=(0.5, 2.0, 4.0),
-        temperature=(2.0, 4.0),
-        teacher_input=("clean",),
-        matching=(1.0,),
+        method__distillation=(0.5, 2.0, 4.0),
+        method__temperature=(2.0, 4.0),
+        method__teacher_input=("clean",),
+        method__matching=(1.0,),
     ),
-    **variants("reat", tail_weight=(0.0, 0.1, 4.0), tail_margin=(0.1,)),
+    **variants("reat", method__tail_weight=(0.0, 0.1, 4.0), method__tail_margin=(0.1,)),
 }
 ROWS |= ABLATIONS
 
@@ -123,7 +122,8 @@ class Preset:
 
 
 ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa")
-# The same network, optimiser and training attack for all rows, at half the size of the images: only methods differ.
+# One network, optimiser and radius for all rows, at half the size of the images. What belongs to a method stays its own:
+# the start of its attack, when the learning rate drops, and the epochs of a teacher, which come on top.
 CPU = (
     "--config.data.name=image_folder",
     "--config.data.title=CIFAR-10-LT (JPEG copy, 16 x 16)",
