@@ -1,7 +1,8 @@
-"""What jax is told before its first computation: how many devices a CPU is, and where compiled programs are kept.
+"""Where a program runs: its cores, the commit of its code, and what jax is told before its first computation (how many
+devices a CPU is, and where compiled programs are kept).
 
-Whatever the environment says in jax's own words (XLA_FLAGS, JAX_NUM_CPU_DEVICES, JAX_COMPILATION_CACHE_DIR,
-JAX_ENABLE_COMPILATION_CACHE) comes first.
+Only `prepare` imports jax. Whatever the environment says in jax's own words (XLA_FLAGS, JAX_NUM_CPU_DEVICES,
+JAX_COMPILATION_CACHE_DIR, JAX_ENABLE_COMPILATION_CACHE) comes first.
 """
 
 import contextlib
@@ -9,8 +10,7 @@ import hashlib
 import os
 import pathlib
 import platform
-
-import jax
+import subprocess
 
 SMALLEST_SHARE = 16  # images of a batch on one CPU device: ours, smaller shares were not measured
 
@@ -22,13 +22,32 @@ def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
     as cores, each with its share of the batch, keep all cores busy (measured in the README, Speed). On a machine with
     accelerators this changes nothing. In a process that has computed already, the devices stay as they are.
     """
+    import jax
+
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not given and "JAX_NUM_CPU_DEVICES" not in os.environ:
         with contextlib.suppress(RuntimeError):  # the backends are up
-            jax.config.update("jax_num_cpu_devices", cpu_devices or share(batch_size, _cores()))
+            jax.config.update("jax_num_cpu_devices", cpu_devices or share(batch_size, cores()))
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def commit() -> str | None:
+    """ab496aa in a clone, ab496aa-dirty with changes that are not committed; elsewhere what LT_ADV_COMMIT in the
+    environment says, or None."""
+    root = pathlib.Path(__file__).parents[1]
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
+    found = ""
+    if (root / ".git").exists():  # installed elsewhere, a repository further up would answer
+        with contextlib.suppress(OSError):  # no git here
+            found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return found or os.environ.get("LT_ADV_COMMIT") or None
 
 
 def share(batch_size: int, cores: int) -> int:
@@ -49,8 +68,3 @@ def _processor() -> str:
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
     features = sorted({line for line in lines if line.startswith(("flags", "Features", "model name"))})
     return "\n".join([platform.machine(), platform.processor(), *features])
-
-
-def _cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import pathlib
-import subprocess
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -13,7 +12,7 @@ import ml_collections
 from etils import epath
 
 import lt_adv
-from lt_adv import check, data, evaluation, platform
+from lt_adv import check, data, evaluation, files, platform
 from lt_adv.training import checkpoint, logging, loop, program
 from lt_adv.training import mesh as meshes
 
@@ -84,7 +83,7 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         raise ValueError(f"{workdir} has checkpoints and no config.json that says of what: use another --workdir.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        logging.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
+        files.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
     except OSError as error:
         if new and workdir.exists():
             workdir.rmtree()
@@ -163,7 +162,7 @@ def evaluate(
         "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
         "groups": options.groups,
         "training_seconds": meta["seconds"],
-        "commit": _commit(),
+        "commit": platform.commit(),
         "metrics": workdir / "metrics.jsonl",
     }
     if shown:
@@ -185,18 +184,6 @@ def _images(options: ml_collections.ConfigDict, split: data.LongTailed) -> tuple
     chosen = evaluation.balanced_subset(images.label, options.subset_per_class)
     words = f"class-balanced subset, {options.subset_per_class} per class, seed 0"
     return images.take(chosen), words if options.split == "test" else f"{words}, of the validation split"
-
-
-def _commit() -> str | None:
-    """ab496aa in a clone, ab496aa-dirty with changes that are not committed, None elsewhere."""
-    root = pathlib.Path(lt_adv.__file__).parent.parent
-    try:
-        command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--exclude=*"]
-        return (
-            (root / ".git").exists() and subprocess.run(command, capture_output=True, text=True).stdout.strip()
-        ) or None
-    except OSError:  # no git here
-        return None
 
 
 def _code_digest() -> str:

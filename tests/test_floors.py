@@ -15,16 +15,17 @@ MAX_LINES = 320
 ROOMS: dict[str, set[str]] = {
     "__init__": set(),
     "lookup": set(),
+    "files": set(),
     "attacks": set(),
     "losses": set(),
     "models": {"lookup"},
     "data": {"lookup"},
     "methods": {"lookup", "attacks", "losses"},
-    "training": {"lookup", "attacks", "models", "data", "methods"},
-    "evaluation": {"lookup", "attacks", "data"},
+    "training": {"lookup", "files", "attacks", "models", "data", "methods"},
+    "evaluation": {"lookup", "files", "attacks", "data"},
     "arguments": {"lookup"},
     "check": {"lookup", "attacks", "models", "data", "methods", "training", "evaluation"},
-    "run": {"__init__", "lookup", "data", "training", "evaluation", "check", "platform"},
+    "run": {"__init__", "lookup", "files", "data", "training", "evaluation", "check", "platform"},
     "platform": set(),
     "main": {"training", "arguments", "run"},
 }
@@ -33,6 +34,7 @@ NUMERIC = {"jax", "numpy", "optax"}
 PACKAGES: dict[str, set[str]] = {
     "__init__": set(),
     "lookup": set(),
+    "files": {"etils"},
     "attacks": NUMERIC,
     "losses": NUMERIC,
     "models": NUMERIC | {"flax"},

@@ -83,3 +83,32 @@ def test_a_process_that_computes_already_keeps_its_devices():
         assert jax.device_count() == before
     finally:
         jax.config.update("jax_compilation_cache_dir", directory)
+
+
+def test_jax_stays_out_until_it_is_prepared():
+    command = "import sys; from lt_adv import platform; print(platform.cores(), 'jax' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(platform.cores()), "False"]
+
+
+def test_commit_of_a_clone_of_a_copy_and_without_git(tmp_path, monkeypatch):
+    monkeypatch.delenv("LT_ADV_COMMIT", raising=False)
+    inside = tmp_path / "copy" / "lt_adv" / "platform.py"
+    inside.parent.mkdir(parents=True)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-C", str(tmp_path)]
+    subprocess.run([*git, "init", "-q"], check=True)
+    (tmp_path / "file").write_text("one")
+    subprocess.run([*git, "add", "file"], check=True)
+    subprocess.run([*git, "commit", "-qm", "one"], check=True)
+    head = subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout
+    monkeypatch.setattr(platform, "__file__", str(tmp_path / "lt_adv" / "platform.py"))
+    assert head.startswith(platform.commit())
+    (tmp_path / "file").write_text("two")
+    assert platform.commit().endswith("-dirty")
+    monkeypatch.setattr(platform, "__file__", str(inside))
+    assert platform.commit() is None  # that repository is not this code's
+    monkeypatch.setenv("LT_ADV_COMMIT", "0123456")
+    assert platform.commit() == "0123456"
+    monkeypatch.setattr(platform, "__file__", str(tmp_path / "lt_adv" / "platform.py"))
+    monkeypatch.setenv("PATH", "")
+    assert platform.commit() == "0123456"

@@ -155,7 +155,7 @@ def errors(summary: Mapping[str, Any]) -> Figure:
     axes.invert_yaxis()
     axes.set_xlim(0, 108)
     axes.set_xticks([0, 25, 50, 75, 100])
-    axes.set_xlabel("share of test images in %", fontsize=8, color=SOFT)
+    axes.set_xlabel("share of images in %", fontsize=8, color=SOFT)
     style(axes, grid="x")
     headline(axes, "Robust error", [("natural", PALE), ("+ boundary", ACCENT), ("= robust", INK)])
     return figure

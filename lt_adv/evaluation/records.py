@@ -9,12 +9,13 @@ import dataclasses
 import hashlib
 import io
 import json
-import os
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from lt_adv import files
 
 WORST = "worst"
 CLEAN = "clean"
@@ -116,17 +117,8 @@ def folder(directory: epath.PathLike, header: Mapping[str, Any]) -> epath.Path:
     return epath.Path(directory) / "records" / digest(header)
 
 
-def write_atomically(path: epath.PathLike, content: bytes) -> None:
-    """The file is there whole or not at all: written under another name, then renamed."""
-    path = epath.Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
-    temporary.write_bytes(content)
-    temporary.replace(path)
-
-
 def write_header(where: epath.PathLike, header: Mapping[str, Any]) -> None:
-    write_atomically(epath.Path(where) / "header.json", json.dumps(plain(header), indent=1).encode())
+    files.write_atomically(epath.Path(where) / "header.json", json.dumps(plain(header), indent=1))
 
 
 def read_header(where: epath.PathLike) -> dict[str, Any] | None:
@@ -148,7 +140,7 @@ def write_batch(where: epath.PathLike, number: int, columns: Mapping[str, np.nda
     """One batch of rows; attack columns are stored as `attack/<name>` so that no name can clash."""
     buffer = io.BytesIO()
     np.savez(buffer, **columns)
-    write_atomically(batch_path(where, number), buffer.getvalue())
+    files.write_atomically(batch_path(where, number), buffer.getvalue())
 
 
 def read_batch(where: epath.PathLike, number: int) -> dict[str, np.ndarray] | None:

@@ -8,6 +8,7 @@ import rich.console
 import rich.table
 from etils import epath
 
+from lt_adv import files
 from lt_adv.evaluation import plots, records, report
 from lt_adv.evaluation.records import WORST, Records
 from lt_adv.evaluation.report import title
@@ -39,9 +40,10 @@ def attack_line(attack: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> list[str]:
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A markdown table; the first `left` columns stand to the left, the others to the right."""
     rule = [":--" if i < left else "--:" for i in range(len(head))]
-    return ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows)]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows))
 
 
 def _counts(counts: Sequence[int] | None) -> str | None:
@@ -96,7 +98,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = No
     lines = ["# Robustness under long-tailed data", ""]
     lines += [f"> **Warning.** {warning}" for warning in summary["warnings"]] + [""] * bool(summary["warnings"])
     lines += [f"- **{name}:** {value}" for name, value in facts(summary).items()]
-    lines += ["", "## Accuracy", "", *_table(*_figures(summary)), ""]
+    lines += ["", "## Accuracy", "", table(*_figures(summary)), ""]
     groups = {name: ids for name, ids in summary["groups"].items() if name != "definition"}
     cut = "; ".join(f"{name}: {', '.join(ids)}" for name, ids in groups.items())
     lines += [
@@ -105,7 +107,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = No
         "",
         "## Attacks",
         "",
-        *_table(["", "Protocol"], [[title(name), attack_line(it)] for name, it in header["attacks"].items()], left=2),
+        table(["", "Protocol"], [[title(name), attack_line(it)] for name, it in header["attacks"].items()], left=2),
         "",
         "Lengths in units of the [0, 1] pixel range. Every adversarial image was checked against both.",
         "",
@@ -117,7 +119,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = No
         [name.capitalize(), str(part["images"]), *(percent(part[error]) for error in errors)]
         for name, part in summary["decomposition"].items()
     ]
-    lines += _table(["", "Images", "Natural", "Boundary", "Robust"], rows)
+    lines += [table(["", "Images", "Natural", "Boundary", "Robust"], rows)]
     lines += ["", "Boundary error: right on the clean image, wrong under an attack.", "", "## Classes", ""]
     head = ["Class", "Training images", "Evaluated images", *map(title, summary["conditions"])]
     head += ["Natural", "Boundary", "Robust"]
@@ -127,7 +129,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = No
         + [percent(row[error]) for error in errors]
         for row in summary["classes"]
     ]
-    lines += _table(head, rows) + [""]
+    lines += [table(head, rows), ""]
     for caption, picture in (pictures or {}).items():
         lines += [f"## {caption}", "", f"![{caption}]({picture})", ""]
     return "\n".join(lines)
@@ -137,12 +139,12 @@ def terminal(summary: Mapping[str, Any]) -> rich.table.Table:
     """The main table for a terminal."""
     head, rows = _figures(summary)
     images = summary["header"]["images"]
-    table = rich.table.Table(title=f"Accuracy in per cent, {images} test images", title_justify="left")
+    shown = rich.table.Table(title=f"Accuracy in per cent, {images} images", title_justify="left")
     for i, column in enumerate(head):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        shown.add_column(column, justify="left" if i == 0 else "right")
     for row in rows:
-        table.add_row(*row, style="bold" if row[0] == title(WORST) else None)
-    return table
+        shown.add_row(*row, style="bold" if row[0] == title(WORST) else None)
+    return shown
 
 
 def show(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
@@ -173,7 +175,7 @@ def write_report(directory: epath.PathLike, results: Records, context: Mapping[s
     directory = epath.Path(directory)
     pictures = {caption: f"plots/{caption.lower().replace(' ', '_')}.png" for caption in drawn}
     for caption, figure in drawn.items():
-        records.write_atomically(directory / pictures[caption], plots.png(figure))
-    records.write_atomically(directory / "report.md", markdown(summary, pictures).encode())
-    records.write_atomically(directory / "report.json", json.dumps(summary, indent=1, allow_nan=False).encode())
+        files.write_atomically(directory / pictures[caption], plots.png(figure))
+    files.write_atomically(directory / "report.md", markdown(summary, pictures))
+    files.write_atomically(directory / "report.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary

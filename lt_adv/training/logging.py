@@ -11,19 +11,10 @@ import rich.console
 import rich.progress
 from etils import epath
 
+from lt_adv import files
+
 QUIET = 3.0  # seconds between two lines where there is no terminal
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)
-
-
-def write_atomically(path: epath.Path, text: str) -> None:
-    """All of `text` or nothing: a reader, or a kill, never sees half a file."""
-    temporary = path.parent / f".{path.name}.tmp"
-    try:
-        temporary.write_text(text)
-        temporary.replace(path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class Lines:
@@ -49,7 +40,7 @@ class Lines:
     def add(self, row: Mapping[str, Any]) -> None:
         """Numbers that do not exist (a group that no example was drawn from) are left out: JSON has no NaN."""
         self.rows.append({k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))})
-        write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
+        files.write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
 
 class TensorBoard:

@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from lt_adv import main
+from lt_adv import files, main
 from lt_adv import run as runs
-from lt_adv.training import logging
 from tests.bad_input.conftest import DIGITS
 
 
@@ -85,19 +84,8 @@ def test_config_cannot_be_stored(answer, monkeypatch, tmp_path, number):
     def fail(path, text):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(logging, "write_atomically", fail)
+    monkeypatch.setattr(files, "write_atomically", fail)
     assert f"run cannot be written ({os.strerror(number)}): change that, or use another --workdir" in answer(DIGITS)
-
-
-def test_half_a_file_is_removed(tmp_path, monkeypatch):
-    from etils import epath
-
-    path = epath.Path(tmp_path) / "file"
-    logging.write_atomically(path, "old")
-    monkeypatch.setattr(type(path), "replace", lambda *_: (_ for _ in ()).throw(OSError(errno.ENOSPC, "full")))
-    with pytest.raises(OSError, match="full"):
-        logging.write_atomically(path, "new")
-    assert [f.name for f in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
 def test_nothing_to_evaluate(answer, tmp_path):

@@ -62,15 +62,6 @@ def test_every_flipped_byte_is_found_or_harmless(hand_made, tmp_path):
     assert found > 50
 
 
-def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    records.write_atomically(path, b"old")
-    monkeypatch.setattr(type(records.epath.Path(path)), "replace", lambda *_: (_ for _ in ()).throw(OSError("full")))
-    with pytest.raises(OSError):
-        records.write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-
-
 def test_digest_depends_on_every_entry_but_not_on_their_order(hand_made):
     header = dict(hand_made.header)
     assert records.digest(dict(reversed(header.items()))) == records.digest(header)

@@ -89,7 +89,7 @@ def test_terminal(hand_made):
     console = rich.console.Console(file=io.StringIO(), width=100)
     show({**summarise(hand_made, CONTEXT["class_counts"]), "context": CONTEXT}, console)
     text = console.file.getvalue()
-    assert "PGD-20" in text and "16.67" in text and "6 test images" in text
+    assert "PGD-20" in text and "16.67" in text and "Accuracy in per cent, 6 images" in text
     assert "warning: clean: 1 of 3 classes are never predicted" in text
 
 
