@@ -1,0 +1,131 @@
+"""What the papers found, looked for in a study's summary: held, not held, or undecided within the noise."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+Rows = Mapping[str, Mapping[str, Any]]
+Finding = tuple[str, str, str]  # the claim, what was measured, the verdict
+
+BASELINE, WORST = "at", "eval/worst/accuracy"
+RESCALING = ("cdt", "posthoc_cdt", "tau_norm")
+LONG_TAIL = (  # methods of long-tailed recognition put on AT: those of RoBal's study
+    *("cosine", "margin", "ldam", "cdt", "logit_adjustment", "focal", "class_balanced_focal", "resampling"),
+    *("deferred_reweighting", "deferred_margin", "finetune_resampling", "finetune_reweighting", "lws"),
+    *("posthoc_cdt", "tau_norm", "posthoc_logit_adjustment", "tde"),
+)
+
+
+def findings(summary: Mapping[str, Any]) -> list[Finding]:
+    """A claim whose rows were not all measured is left out; of a family, the rows that were count."""
+    rows: Rows = summary["rows"]
+    if BASELINE not in rows:
+        return []
+    images, classes = summary["about"]["images"], len(rows[BASELINE]["classes"])
+    whole, tail = Noise(images), Noise(images * (classes // 3) / classes)  # as the tail is the last third
+    found: list[Finding | None] = [
+        easy(rows),
+        rescaled(rows),
+        boundary(rows),
+        above(rows, whole, "robal", "RoBal-N is the most robust of the study's methods", WORST),
+        above(rows, tail, "robal", "RoBal-N has the most robust tail of the study's methods", f"{WORST}_tail"),
+        lifts(rows, tail, "reat", "REAT lifts the tail above AT-BSL"),
+        lifts(rows, tail, "self_distillation", "The self-teacher lifts the tail above AT-BSL"),
+    ]
+    return [finding for finding in found if finding]
+
+
+class Noise:
+    """Two standard errors of the difference of two accuracies p, q over `images` images, images taken as independent."""
+
+    def __init__(self, images: float):
+        self.images = images
+
+    def verdict(self, mine: float, other: float, seeds: int) -> str:
+        variance = (mine * (1 - mine) + other * (1 - other)) / max(self.images * seeds, 1)
+        if abs(mine - other) <= 2 * math.sqrt(variance):
+            return "undecided"
+        return "held" if mine > other else "not held"
+
+
+def mean(rows: Rows, name: str, metric: str) -> float:
+    return rows[name]["figures"][metric]["mean"]
+
+
+def gain(rows: Rows, name: str, metric: str) -> float:
+    """Over the baseline, in points."""
+    return 100 * (mean(rows, name, metric) - mean(rows, BASELINE, metric))
+
+
+def measured(rows: Rows, names: Sequence[str], *metrics: str) -> list[str]:
+    """Those of `names` that have these metrics; none of them where the baseline has not."""
+    there = [name for name in (BASELINE, *names) if name in rows and all(m in rows[name]["figures"] for m in metrics)]
+    return there[1:] if BASELINE in there else []
+
+
+def easy(rows: Rows) -> Finding | None:
+    metrics = ("eval/clean/accuracy", WORST)
+    if not (names := measured(rows, LONG_TAIL, *metrics)):
+        return None
+    gains = {metric: [gain(rows, name, metric) for name in names] for metric in metrics}
+    up = {metric: sum(value > 0 for value in values) for metric, values in gains.items()}
+    average = {metric: sum(values) / len(values) for metric, values in gains.items()}
+    clean, worst = metrics
+    text = f"of {len(names)} long-tail methods on AT {up[clean]} gain clean accuracy (mean {average[clean]:+.1f}), "
+    text += f"{up[worst]} worst-case robust accuracy (mean {average[worst]:+.1f})"
+    held = 2 * up[clean] > len(names) and average[clean] > average[worst]
+    return "Natural accuracy is easy to gain, robust accuracy is not", text, "held" if held else "not held"
+
+
+def rescaled(rows: Rows) -> Finding | None:
+    """Only what gains under PGD can be called unreal: no such gain, no verdict on it."""
+    names = measured(rows, RESCALING, "eval/pgd20/accuracy", "eval/cw20/accuracy", WORST)
+    if not names:
+        return None
+    parts, real = [], []
+    for name in names:
+        pgd, cw, worst = (gain(rows, name, m) for m in ("eval/pgd20/accuracy", "eval/cw20/accuracy", WORST))
+        parts.append(f"{rows[name]['title']}: PGD-20 {pgd:+.1f}, CW-20 {cw:+.1f}, worst case {worst:+.1f}")
+        if pgd > 0:
+            real.append(worst > 0)
+    verdict = "undecided" if not real else "held" if not any(real) else "not held" if all(real) else "partly held"
+    return "Temperatures and rescaled classifiers gain under PGD only", "; ".join(parts), verdict
+
+
+def boundary(rows: Rows) -> Finding | None:
+    metrics = ("eval/natural_error", "eval/boundary_error")
+    names = [name for name in measured(rows, LONG_TAIL, *metrics) if gain(rows, name, metrics[0]) < 0]
+    if not names:
+        return None
+    up = sum(gain(rows, name, metrics[1]) > 0 for name in names)
+    natural, edge = (sum(gain(rows, name, m) for name in names) / len(names) for m in metrics)
+    text = f"of {len(names)} methods with less natural error than AT {up} have more boundary error "
+    text += f"(mean {natural:+.1f} and {edge:+.1f})"
+    claim = "What is gained in natural error is lost in boundary error"
+    return claim, text, "held" if 2 * up > len(names) and edge > 0 else "not held"
+
+
+def above(rows: Rows, noise: Noise, name: str, claim: str, metric: str) -> Finding | None:
+    others = measured(rows, LONG_TAIL, metric)
+    if not others or name not in measured(rows, [name], metric):
+        return None
+    best = max([BASELINE, *others], key=lambda other: mean(rows, other, metric))
+    return claim, *_against(rows, noise, name, best, metric)
+
+
+def lifts(rows: Rows, noise: Noise, name: str, claim: str) -> Finding | None:
+    metric = f"{WORST}_tail"
+    if len(measured(rows, [name, "at_bsl"], metric)) < 2:
+        return None
+    return claim, *_against(rows, noise, name, "at_bsl", metric)
+
+
+def _against(rows: Rows, noise: Noise, name: str, other: str, metric: str) -> tuple[str, str]:
+    mine, theirs = mean(rows, name, metric), mean(rows, other, metric)
+    text = f"worst case {100 * mine:.1f}, {rows[other]['title']} {100 * theirs:.1f}"
+    return text, noise.verdict(mine, theirs, min(len(rows[name]["seeds"]), len(rows[other]["seeds"])))
+
+
+def table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    head = ["Finding of the papers", "Measured here, in points", "Verdict"]
+    return head, [list(finding) for finding in findings(summary)]

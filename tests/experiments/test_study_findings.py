@@ -1,0 +1,90 @@
+"""Findings follow the figures: each verdict is turned round by changing what it is about."""
+
+import copy
+
+import pytest
+
+from experiments.study import findings
+from experiments.study.rows import ROWS
+
+AT = {"clean": 0.30, "pgd20": 0.20, "cw20": 0.20, "worst": 0.19, "tail": 0.01}
+SHOWN = {  # the picture of the papers
+    "at": AT,
+    "cosine": {"clean": 0.35, "pgd20": 0.20, "cw20": 0.20, "worst": 0.19, "tail": 0.02},
+    "cdt": {"clean": 0.36, "pgd20": 0.24, "cw20": 0.19, "worst": 0.18, "tail": 0.02},
+    "tau_norm": {"clean": 0.37, "pgd20": 0.23, "cw20": 0.18, "worst": 0.17, "tail": 0.03},
+    "robal": {"clean": 0.40, "pgd20": 0.26, "cw20": 0.25, "worst": 0.24, "tail": 0.15},
+    "at_bsl": {"clean": 0.40, "pgd20": 0.25, "cw20": 0.22, "worst": 0.21, "tail": 0.05},
+    "reat": {"clean": 0.40, "pgd20": 0.25, "cw20": 0.22, "worst": 0.21, "tail": 0.06},
+    "self_distillation": {"clean": 0.40, "pgd20": 0.25, "cw20": 0.22, "worst": 0.21, "tail": 0.20},
+}
+
+
+def summary(accuracies, images=10000, seeds=1):
+    rows = {}
+    for name, found in accuracies.items():
+        metrics = {f"eval/{c}/accuracy": found[c] for c in ("clean", "pgd20", "cw20", "worst")}
+        metrics |= {"eval/worst/accuracy_tail": found["tail"], "eval/natural_error": 1 - found["clean"]}
+        metrics["eval/boundary_error"] = found["clean"] - found["worst"]
+        figures = {metric: {"mean": value} for metric, value in metrics.items()}
+        rows[name] = {"title": ROWS[name].title, "figures": figures, "seeds": [*range(seeds)], "classes": [{}] * 10}
+    return {"rows": rows, "about": {"images": images}}
+
+
+def verdicts(accuracies, **options):
+    return [verdict for _, _, verdict in findings.findings(summary(accuracies, **options))]
+
+
+def changed(**rows):
+    found = copy.deepcopy(SHOWN)
+    for name, values in rows.items():
+        found[name] |= values
+    return found
+
+
+def test_the_picture_of_the_papers():
+    found = findings.findings(summary(SHOWN))
+    assert [verdict for *_, verdict in found] == [*["held"] * 5, "undecided", "held"]
+    text = {claim: measured for claim, measured, _ in found}
+    assert text["Natural accuracy is easy to gain, robust accuracy is not"] == (
+        "of 3 long-tail methods on AT 3 gain clean accuracy (mean +6.0), 0 worst-case robust accuracy (mean -1.0)"
+    )
+    assert "CDT: PGD-20 +4.0, CW-20 -1.0, worst case -1.0; Tau-normalisation" in "".join(text.values())
+    assert "(mean -6.0 and +7.0)" in text["What is gained in natural error is lost in boundary error"]
+    assert text["RoBal-N is the most robust of the study's methods"] == "worst case 24.0, AT 19.0"
+    assert text["The self-teacher lifts the tail above AT-BSL"] == "worst case 20.0, AT-BSL 5.0"
+
+
+@pytest.mark.parametrize(
+    ("position", "rows", "verdict"),
+    [
+        (0, {name: {"clean": 0.2} for name in ("cosine", "cdt", "tau_norm")}, "not held"),
+        (0, {name: {"worst": 0.28} for name in ("cosine", "cdt", "tau_norm")}, "not held"),
+        (1, {"cdt": {"worst": 0.2}, "tau_norm": {"worst": 0.2}}, "not held"),
+        (1, {"cdt": {"worst": 0.2}}, "partly held"),
+        (1, {"cdt": {"pgd20": 0.1}, "tau_norm": {"pgd20": 0.1}}, "undecided"),
+        (2, {name: {"worst": 0.32} for name in ("cosine", "cdt", "tau_norm")}, "not held"),
+        (3, {"robal": {"worst": 0.1}}, "not held"),
+        (3, {"robal": {"worst": 0.195}}, "undecided"),
+        (4, {"cosine": {"tail": 0.3}}, "not held"),
+        (5, {"reat": {"tail": 0.12}}, "held"),
+        (6, {"self_distillation": {"tail": 0.01}}, "not held"),
+    ],
+)
+def test_a_verdict_follows_its_figures(position, rows, verdict):
+    assert verdicts(changed(**rows))[position] == verdict
+
+
+def test_more_images_and_seeds_decide():
+    small = changed(reat={"tail": 0.08})
+    assert [verdicts(small, images=n, seeds=s)[5] for n, s in ((1000, 1), (1000, 8), (8000, 1))] == [
+        *("undecided", "held", "held")
+    ]
+
+
+def test_what_was_not_measured_is_left_out():
+    assert len(verdicts({name: SHOWN[name] for name in ("at", "cosine")})) == 2
+    assert verdicts({"robal": SHOWN["robal"]}) == []
+    partly = summary(SHOWN)
+    del partly["rows"]["reat"]["figures"]["eval/worst/accuracy_tail"]
+    assert len(findings.findings(partly)) == 6
