@@ -18,16 +18,11 @@ from configs import common
 
 def get_config(arg=None):
     a = common.parse(arg, dataset="cifar10", augment="", epochs=0)
-    digits = a["dataset"] == "digits"
-    epochs = a["epochs"] or (30 if digits else 100)
-    c = common.get(a["dataset"], epochs=epochs, drop_epochs=(75, 90), of=100)
+    c = common.resnet18(a["dataset"], a["epochs"], drop_epochs=(75, 90), of=100)
     c.method = {"name": "at_bsl"}
     c.eval.attacks.fgsm.start = "gaussian"
     if a["augment"]:
         c.data.augment = a["augment"]  # the released code has the policies of torchvision, RandAugment(2, 8)
-    if c.model.name == "wide_resnet" and not digits:
-        c.model.name = "resnet18"  # depth and width wait for --config.model.name=wide_resnet
-    if digits:
-        common.small(c)
+    if a["dataset"] == "digits":
         c.data.pad = 1  # where they are augmented
     return c

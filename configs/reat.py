@@ -11,13 +11,7 @@ from configs import common
 
 def get_config(arg=None):
     a = common.parse(arg, dataset="cifar10", epochs=0)
-    digits = a["dataset"] == "digits"
-    epochs = a["epochs"] or (30 if digits else 80)
-    c = common.get(a["dataset"], epochs=epochs, drop_epochs=(60, 75), of=80)
+    c = common.resnet18(a["dataset"], a["epochs"], drop_epochs=(60, 75), of=80)
     c.method = {"name": "reat", "tail_weight": 1.0, "tail_margin": 1.0}
     c.optim.first_epoch = 0
-    if c.model.name == "wide_resnet" and not digits:
-        c.model.name = "resnet18"  # depth and width wait for --config.model.name=wide_resnet
-    if digits:
-        common.small(c)
     return c

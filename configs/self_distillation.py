@@ -13,20 +13,14 @@ from configs import common
 
 def get_config(arg=None):
     a = common.parse(arg, dataset="cifar10", epochs=0)
-    digits = a["dataset"] == "digits"
-    epochs = a["epochs"] or (30 if digits else 100)
-    c = common.get(a["dataset"], epochs=epochs, drop_epochs=(75, 90), of=100)
+    c = common.resnet18(a["dataset"], a["epochs"], drop_epochs=(75, 90), of=100)
     c.method = {
         "name": "self_distillation",
-        "teacher_epochs": common.scaled(30, epochs, 100, least=1),
+        "teacher_epochs": common.scaled(30, c.optim.epochs, 100, least=1),
         "balance": 0.5,  # D_B: this share of the largest class for every class, so gamma = IR / 2
         "distillation": 1.0,
         "temperature": 1.0,
         "teacher_input": "adversarial",  # "clean"
         "matching": 0.0,
     }
-    if c.model.name == "wide_resnet" and not digits:
-        c.model.name = "resnet18"  # depth and width wait for --config.model.name=wide_resnet
-    if digits:
-        common.small(c)
     return c

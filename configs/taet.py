@@ -12,16 +12,11 @@ from configs import common
 
 def get_config(arg=None):
     a = common.parse(arg, dataset="cifar10", epochs=0)
-    digits = a["dataset"] == "digits"
-    epochs = a["epochs"] or (30 if digits else 100)
-    c = common.get(a["dataset"], epochs=epochs, drop_epochs=(75, 90), of=100, eps=0.031, step_size=0.0078)
-    c.method = {"name": "taet", "clean_epochs": common.scaled(40, epochs, 100, least=1), "a": 0.1, "b": 0.1, "g": 0.1}
+    c = common.resnet18(a["dataset"], a["epochs"], drop_epochs=(75, 90), of=100, eps=0.031, step_size=0.0078)
+    clean = common.scaled(40, c.optim.epochs, 100, least=1)
+    c.method = {"name": "taet", "clean_epochs": clean, "a": 0.1, "b": 0.1, "g": 0.1}
     c.optim.first_epoch = 0
     c.eval.attacks.fgsm.start = "gaussian"
-    if c.model.name == "wide_resnet" and not digits:
-        c.model.name = "resnet18"  # depth and width wait for --config.model.name=wide_resnet
-    if digits:
-        common.small(c)
-    else:
+    if a["dataset"] != "digits":
         c.attack.step_size = 0.003
     return c
