@@ -1,6 +1,7 @@
 """Whether bfloat16 moves trained accuracy: one config in three precisions, the same seeds, all evaluated in float32.
 
-    python -m experiments.precision --config=configs/robal.py:dataset=digits --seeds=0,1,2 [--config.x.y=z ...]
+    python -m experiments.precision --name=robal-digits --config=configs/robal.py:dataset=digits [--seeds=0,1,2]
+        [--config.x.y=z ...]
 
 "attack" computes the training attack in bfloat16 and the update in float32, "all" both in bfloat16 (parameters,
 statistics, logits and losses are float32 in each). Each run is `python -m lt_adv.main`; one that was interrupted goes
@@ -9,12 +10,12 @@ on. Accuracies go to experiments/results/precision/<name>.json, and from there i
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
-from lt_adv import arguments
+from lt_adv import arguments, files
+from lt_adv.platform import cores
 
 RESULTS = Path(__file__).parent / "results" / "precision"
 PRECISIONS = {
@@ -35,7 +36,7 @@ def main() -> int:
     except ValueError as error:
         print("Error:", error, file=sys.stderr)
         return 2
-    record: dict = {"config": config, "cores": os.cpu_count(), "runs": []}
+    record: dict = {"config": config, "cores": cores(), "runs": []}
     for seed in options.seeds.split(","):
         for precision, extra in PRECISIONS.items():
             workdir = Path("workdirs") / "precision" / options.name / f"{precision}-{seed}"
@@ -46,8 +47,7 @@ def main() -> int:
             accuracies = {metric: report["metrics"][metric] for metric in METRICS}
             record["runs"].append({"precision": precision, "seed": seed, "metrics": accuracies})
             record |= {"commit": report["context"].get("commit"), "header": report["header"]}
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / f"{options.name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    files.write_atomically(RESULTS / f"{options.name}.json", json.dumps(record, indent=1) + "\n")
     return 0
 
 

@@ -3,9 +3,10 @@
     python -m experiments.tables            write them between their markers
     python -m experiments.tables --check    exit 1 if they are out of date
 
-A result is one file experiments/results/<study>/<config>-seed<n>-<part>.json with the entries `report` (a report.json),
-`command`, `machine` and `commit`; the part "full" is the whole test set, any other a fixed class-balanced subset. What
-`experiments.study` makes of its results is table.json beside them. Those of speed are
+A result is one file experiments/results/<study>/<row or config>-seed<n>-<part>.json with the entries `report` (a
+report.json), `command`, `machine`, `commit`, and `row` where it is of a row of `experiments.study`. The part "full" is
+the whole split, "scales" a sweep, any other a fixed class-balanced subset; the split is that of the report's header
+("test" where it has none). What `experiments.study` makes of its results is table.json beside them. Those of speed are
 experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them.
 """
 
@@ -13,7 +14,6 @@ import argparse
 import ast
 import json
 import re
-import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -22,16 +22,20 @@ from typing import Any
 
 from experiments.benchmark import tables as speed
 from experiments.study import tables as study_tables
+from experiments.study.rows import ROWS
+from experiments.study.summary import network, spread
+from experiments.study.tables import GROUPS
+from lt_adv.evaluation.records import WORST
+from lt_adv.evaluation.report import title
+from lt_adv.evaluation.write import table
 
 ROOT = Path(__file__).parents[1]
 README, CONFIGS, RESULTS = ROOT / "README.md", ROOT / "configs", ROOT / "experiments" / "results"
-FULL, SUBSET, NOT_YET = "full", "subset", "not measured yet"
-GROUPS = ("head", "body", "tail")
+FULL, SUBSET, ABLATION, NOT_YET = "full", "subset", "ablation", "not measured yet"
 JPEG_ROWS = {"robal": "RoBal-N", "at_bsl": "AT-BSL", "at": "AT"}
-CONDITIONS = {"clean": "clean", "fgsm": "FGSM", "pgd20": "PGD-20", "pgd100": "PGD-100", "mim20": "MIM-20"}
-CONDITIONS |= {"cw20": "CW-20", "lsa": "LSA", "worst": "worst case"}
 
-Results = Mapping[tuple[str, str], Sequence[Mapping[str, Any]]]  # (config, part) -> one result per seed
+Runs = Sequence[Mapping[str, Any]]  # a result per seed
+Results = Mapping[tuple[str, str], Runs]  # by (row or config, part)
 
 
 def fields(path: Path) -> dict[str, str]:
@@ -55,51 +59,53 @@ def read(folder: Path) -> Results:
 
 
 def figure(results: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Per cent: the mean over seeds, and half their range where there are several; "" for a metric that is absent."""
+    """Per cent: mean over the seeds, and their standard deviation where there are several; "" for an absent metric."""
     found = [result["report"]["metrics"].get(metric) for result in results]
-    values = [100 * value for value in found if value is not None]
-    if not values:
-        return ""
-    spread = f" ± {(max(values) - min(values)) / 2:.1f}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.1f}{spread}"
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    rule = [":--" if i < left else "--:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows))
+    values = [value for value in found if value is not None]
+    return study_tables.percent(spread(values) if values else None)
 
 
 def index(configs: Path = CONFIGS, results: Path = RESULTS) -> str:
     """A row per config: what it claims, what was measured, at which commit."""
-    studies = [read(folder) for folder in sorted(results.glob("*/"))]
-    rows = []
+    measured, rows = on_test_images(results), []
     for path in sorted(configs.glob("*.py")):
         if path.stem in ("__init__", "common"):
             continue
-        claim = fields(path)
-        seen = [study.get((path.stem, FULL)) or study.get((path.stem, SUBSET)) for study in studies]
-        known = [runs for runs in seen if runs and "validation" not in runs[0]["report"]["header"]["subset"]]
-        measured = [claim["Measured"]] if "Measured" in claim else []
-        measured += [measurement(runs) for runs in known]
-        commits = {run["commit"][:9] for runs in known for run in runs if run.get("commit")}
+        claim, known = fields(path), measured.get(path.stem, [])
+        lines = [claim["Measured"]] if "Measured" in claim else []
+        lines += [measurement(name, runs) for name, runs in known]
+        commits = {run["commit"][:9] for _, runs in known for run in runs if run.get("commit")}
         row = [f"[`{path.stem}`](configs/{path.name})", f"{claim['title']}. {claim['Paper']}", claim["Expected"]]
-        rows.append([*row, "; ".join(measured) or NOT_YET, " ".join(sorted(commits)) or "–"])
+        rows.append([*row, "<br>".join(lines) or NOT_YET, " ".join(sorted(commits)) or "–"])
     return table(["Config", "Paper and row", "Expected (published)", "Measured", "Commit"], rows, left=5)
 
 
-def measurement(runs: Sequence[Mapping[str, Any]]) -> str:
-    """One line about the runs of a config, which says where it is of a part of the test set."""
+def on_test_images(results: Path) -> dict[str, list[tuple[str, Runs]]]:
+    """Config -> (title, runs) of each of its rows: of all test images where there is that, else of the subset.
+
+    Ablations are no claim of a config. Results older than the rows of the study are named by their config alone.
+    """
+    found: dict[str, list[tuple[str, Runs]]] = {}
+    for folder in sorted(path for path in results.glob("*/") if path.name != ABLATION):
+        measured = read(folder)
+        for name in dict.fromkeys(name for name, _ in measured):
+            runs = measured.get((name, FULL)) or measured.get((name, SUBSET))
+            if not runs or runs[0]["report"]["header"].get("split", "test") != "test":
+                continue
+            row = ROWS[runs[0]["row"]] if "row" in runs[0] else None
+            if not (row and row.varies):
+                found.setdefault(row.config if row else name, []).append((row.title if row else "", runs))
+    return found
+
+
+def measurement(name: str, runs: Runs) -> str:
+    """One line about the runs of a row, which says where it is of a part of the test set."""
     header = runs[0]["report"]["header"]
-    accuracies = ", ".join(f"{CONDITIONS[c]} {figure(runs, f'eval/{c}/accuracy')}" for c in ("clean", "pgd20"))
     number = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
     if "subset" in header["subset"]:
         number += f", {header['images']} test images"
-    return f"{header['dataset']}, {network(header)}, {header['epochs']} epochs, {number}: {accuracies}"
-
-
-def network(header: Mapping[str, Any]) -> str:
-    """wide_resnet-10-1, head linear, float32 -> WRN-10-1"""
-    return header["model"].partition(",")[0].replace("wide_resnet", "WRN")
+    text = f"{name}: " * bool(name) + f"{header['dataset']}, {network(header)}, {header['epochs']} epochs, {number}: "
+    return text + f"clean {figure(runs, 'eval/clean/accuracy')}, PGD-20 {figure(runs, 'eval/pgd20/accuracy')}"
 
 
 def jpeg_rows(results: Path = RESULTS) -> str:
@@ -109,10 +115,10 @@ def jpeg_rows(results: Path = RESULTS) -> str:
         return f"CIFAR-10 (JPEG copy): {NOT_YET}."
     parts = sorted({part for _, part in found}, key=lambda part: part != FULL)
     blocks = [text for part in parts for text in _part(found, part)]
-    pictures = {t: f"jpeg_rows/plots-{c}-{FULL}/accuracy_by_class.png" for c, t in JPEG_ROWS.items()}
-    pictures = {title: path for title, path in pictures.items() if (results / path).exists()}
+    pictures = {name: f"jpeg_rows/plots-{c}-{FULL}/accuracy_by_class.png" for c, name in JPEG_ROWS.items()}
+    pictures = {name: path for name, path in pictures.items() if (results / path).exists()}
     if pictures:
-        shown = [f"![Accuracy by class, {title}](experiments/results/{path})" for title, path in pictures.items()]
+        shown = [f"![Accuracy by class, {name}](experiments/results/{path})" for name, path in pictures.items()]
         blocks.append(table(list(pictures), [shown], left=len(pictures)))
     return "\n\n".join(blocks)
 
@@ -120,17 +126,16 @@ def jpeg_rows(results: Path = RESULTS) -> str:
 def _part(found: Results, part: str) -> list[str]:
     """What was measured, in words, and the table."""
     titles = JPEG_ROWS | {config: config for config, _ in found if config not in JPEG_ROWS}
-    rows = {title: found[config, part] for config, title in titles.items() if (config, part) in found}
+    rows = {name: found[config, part] for config, name in titles.items() if (config, part) in found}
     report = next(iter(rows.values()))[0]["report"]
-    header = report["header"]
-    conditions = [c for c in CONDITIONS if c in report["conditions"]]
-    columns = {CONDITIONS[c]: f"eval/{c}/accuracy" for c in conditions}
+    header, conditions = report["header"], study_tables.ordered(report["conditions"])
     if part == FULL:
-        columns.pop(CONDITIONS["worst"], None)  # of PGD-20 alone
-        shown = [c for c in conditions if c != "worst"]
-        columns |= {f"{CONDITIONS[c]} {group}": f"eval/{c}/accuracy_{group}" for c in shown for group in GROUPS}
-    body = [[title, str(len(runs)), *(figure(runs, m) for m in columns.values())] for title, runs in rows.items()]
-    missing = [title for title in titles.values() if title not in rows]
+        conditions = [c for c in conditions if c != WORST]  # it is that of PGD-20 alone
+    columns = {title(c): f"eval/{c}/accuracy" for c in conditions}
+    if part == FULL:
+        columns |= {f"{title(c)}, {group}": f"eval/{c}/accuracy_{group}" for c in conditions for group in GROUPS}
+    body = [[name, str(len(runs)), *(figure(runs, m) for m in columns.values())] for name, runs in rows.items()]
+    missing = [name for name in titles.values() if name not in rows]
     eps = header["attacks"]["pgd20"]["eps"]
     text = f"{header['dataset']}; {network(header)}, {header['epochs']} epochs, eps {eps!r} = {255 * eps:.6g}/255; "
     text += f"{header['images']} test images ({header['subset']}); {header['device']}, jax {header['jax_version']}"
@@ -139,8 +144,8 @@ def _part(found: Results, part: str) -> list[str]:
 
 
 def precision(results: Path = RESULTS) -> str:
-    """Balanced accuracies of `experiments.precision`: mean over seeds, half their range, per precision."""
-    head = ["Device", "Config", "Precision", "Seeds", "clean", "PGD-20", "PGD-20 tail"]
+    """Accuracies of `experiments.precision`, one row per precision: mean and standard deviation over the seeds."""
+    head = ["Device", "Config", "Precision", "Seeds", "Clean, balanced", "PGD-20, balanced", "PGD-20, tail"]
     rows = []
     for path in sorted((results / "precision").glob("*.json")):
         record = json.loads(path.read_text())
@@ -148,28 +153,33 @@ def precision(results: Path = RESULTS) -> str:
             runs = [{"report": run} for run in record["runs"] if run["precision"] == name]
             row = [record["header"]["device"], path.stem, name, str(len(runs))]
             rows.append([*row, *(figure(runs, metric) for metric in runs[0]["report"]["metrics"])])
-    return (
-        table(head, rows, left=3) if rows else f"Precision: {NOT_YET}; `python -m experiments.precision` measures it."
-    )
+    command = "python -m experiments.precision --name=robal-digits --config=configs/robal.py:dataset=digits"
+    return table(head, rows, left=3) if rows else f"Precision: {NOT_YET}; `{command}` measures it."
 
 
 def study(results: Path = RESULTS) -> str:
-    """Every study of `experiments.study`: all images and the tail as tables, and its pictures."""
+    """Every study of `experiments.study` but the ablations: all images, the groups, and its pictures."""
     blocks = []
-    for path in sorted(results.glob("*/table.json")):
+    for path in sorted(path for path in results.glob("*/table.json") if path.parent.name != ABLATION):
         made = json.loads(path.read_text())
-        blocks.append(f"**{made['study']}.** {study_tables.sentence(made)}")
-        parts = study_tables.slices(made)
-        for caption in ("All images", "Tail"):
-            if caption in parts:
-                head, rows = parts[caption]
-                blocks.append(table([caption, *head[1:]], rows))
-        if made["failed"]:
-            blocks.append("Failed: " + "; ".join(f"{run}: {reason}" for run, reason in made["failed"].items()) + ".")
         pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
-        blocks += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures]
-    command = "python -m experiments.study --preset=cpu --config.data.path=<folder of images>"
-    return "\n\n".join(blocks) or f"Study: {NOT_YET}; `{command}` measures it."
+        tables = [study_tables.all_images(made, published=False), study_tables.groups(made)]
+        blocks.append(f"**{made['study']}.** {study_tables.page(made, tables, pictures)}")
+    return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
+
+
+def ablation(results: Path = RESULTS) -> str:
+    """Choices of ours on validation images."""
+    path = results / ABLATION / "table.json"
+    if not path.exists():
+        return _unmeasured("Ablations", ABLATION)
+    made = json.loads(path.read_text())
+    return study_tables.page(made, [study_tables.choices(made)])
+
+
+def _unmeasured(what: str, preset: str) -> str:
+    command = f"python -m experiments.study --preset={preset} --config.data.path=<folder of images>"
+    return f"{what}: {NOT_YET}; `{command}` measures it."
 
 
 def benchmark(kind: str, results: Path = RESULTS) -> str:
@@ -186,6 +196,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "index": index,
     "jpeg_rows": jpeg_rows,
     "study": study,
+    "ablation": ablation,
     "precision": precision,
     **SPEED,
 }

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from experiments import tables
+from experiments.study.rows import ROWS
 from lt_adv import arguments, check, losses
 
 ROOT = Path(__file__).parents[1]
@@ -96,8 +97,8 @@ def test_results_become_rows(measured):
     head, _, robal, at = ([cell.strip() for cell in line.strip("|").split("|")] for line in text[2:])
     robal, at = dict(zip(head, robal, strict=True)), dict(zip(head, at, strict=True))
     assert robal[""] == "RoBal-N" and robal["Seeds"] == "2" and at[""] == "AT" and at["Seeds"] == "1"
-    assert robal["clean"] == "42.0 ± 2.0" and robal["PGD-20"] == "20.5 ± 0.5" and at["clean"] == "30.0"
-    assert robal["PGD-20 tail"] == "12.5 ± 0.0" and robal["PGD-20 head"] == "" and "worst case" not in head
+    assert robal["Clean"] == "42.0 ± 2.8" and robal["PGD-20"] == "20.5 ± 0.7" and at["Clean"] == "30.0"
+    assert robal["PGD-20, tail"] == "12.5 ± 0.0" and robal["PGD-20, head"] == "" and "Worst case" not in head
 
 
 def test_pictures_of_results_are_shown(measured):
@@ -111,10 +112,35 @@ def test_pictures_of_results_are_shown(measured):
 
 def test_index_says_what_was_measured(measured):
     lines = {line.split("`")[1]: line for line in tables.index(results=measured).splitlines()[2:]}
-    assert "10 epochs, 2 seeds: clean 42.0 ± 2.0, PGD-20 20.5 ± 0.5 | 012345678 |" in lines["robal"]
+    assert "10 epochs, 2 seeds: clean 42.0 ± 2.8, PGD-20 20.5 ± 0.7 | 012345678 |" in lines["robal"]
     assert lines["at"].endswith("1 seed: clean 30.0, PGD-20 10.0 | – |")
     assert lines["trades"].endswith("not measured yet | – |")
     assert "clean 72.73" in lines["robal"] and "Wu et al., CVPR 2021" in lines["robal"]
+
+
+def test_index_finds_the_rows_of_a_config(measured):
+    """A study names its results by row; ablations and what was measured on validation images are no claim."""
+    varied = next(name for name, row in ROWS.items() if row.varies == "reat")
+    validated = result(0.9, 0.8, row="trades")
+    validated["report"]["header"]["split"] = "validation"
+    for folder, contents in {
+        "cpu": {
+            "posthoc_cdt-seed0-subset": result(0.5, 0.25, row="posthoc_cdt"),
+            "tau_norm-seed0-subset": result(0.6, 0.3, row="tau_norm"),
+            "tau_norm-seed0-scales": result(0.6, 0.1, row="tau_norm"),
+            "trades-seed0-subset": validated,
+            f"{varied}-seed0-subset": result(0.9, 0.8, row=varied),
+        },
+        "ablation": {"reat-seed0-full": result(0.9, 0.8, row="reat")},
+    }.items():
+        (measured / folder).mkdir()
+        for name, content in contents.items():
+            (measured / folder / f"{name}.json").write_text(json.dumps(content))
+    lines = {line.split("`")[1]: line for line in tables.index(results=measured).splitlines()[2:]}
+    dataset = "CIFAR-10-LT (JPEG copy), exponential profile, WRN-10-1, 10 epochs, 1 seed"
+    first, second = f"CDT, post hoc: {dataset}: clean 50.0", f"Tau-normalisation: {dataset}: clean 60.0"
+    assert f"| {first}, PGD-20 25.0<br>{second}, PGD-20 30.0 |" in lines["posthoc"]
+    assert all("not measured yet" in lines[config] for config in ("trades", "reat"))
 
 
 def test_a_stale_readme_is_noticed(tmp_path, monkeypatch, capsys):

@@ -23,50 +23,15 @@ import argparse
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
-from experiments import tables as readme
 from experiments.benchmark import kinds, record, summary, tables
+from experiments.options import Parser, name, one_of, positive, some
 from lt_adv import arguments, lookup
 
 FRAMEWORKS = ("jax", "released", "tuned")
-
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(message)
-
-
-def positive(kind: type) -> Callable[[str], Any]:
-    def convert(text: str) -> Any:
-        try:
-            value = kind(text)
-        except ValueError:
-            raise argparse.ArgumentTypeError(f"must be a number of type {kind.__name__}, not {text!r}") from None
-        if not 0 < value < float("inf"):
-            raise argparse.ArgumentTypeError(f"must be above 0, not {text}")
-        return value
-
-    return convert
-
-
-def some(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Of "64,128" [64, 128]; nothing twice."""
-    return lambda text: list(dict.fromkeys(kind(part) for part in text.split(",")))
-
-
-def framework(text: str) -> str:
-    if text not in FRAMEWORKS:
-        raise argparse.ArgumentTypeError(str(lookup.unknown("framework", text, FRAMEWORKS)))
-    return text
-
-
-def name(text: str) -> str:
-    if not re.fullmatch(r"[\w.-]+", text):
-        raise argparse.ArgumentTypeError(f"must be of letters, digits, '.', '_' and '-', not {text!r}")
-    return text
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
@@ -81,7 +46,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
         sub.add_argument("--name", type=name)
         sub.add_argument("--out", type=Path, default=record.RESULTS)
         if kind == "step":
-            sub.add_argument("--frameworks", type=some(framework), default=list(FRAMEWORKS))
+            sub.add_argument("--frameworks", type=some(one_of("framework", FRAMEWORKS)), default=list(FRAMEWORKS))
         if kind == "attack":
             sub.add_argument("--num-steps", type=whole, default=[10, 20, 100])
         if kind == "scaling":
@@ -104,6 +69,7 @@ def main(argv: Sequence[str]) -> int:
     try:
         options, config_arguments, config = parse(argv)
         from lt_adv import check  # imports jax: bad arguments are answered before
+        from lt_adv.evaluation.write import table
 
         check.values(config)
     except ValueError as error:
@@ -119,7 +85,7 @@ def main(argv: Sequence[str]) -> int:
     except KeyboardInterrupt:
         made["error"] = "stopped before the last round"
         record.write(path, made)
-    print(readme.table(*tables.TABLES[options.kind]([made]), left=3))
+    print(table(*tables.TABLES[options.kind]([made]), left=3))
     print(path)
     for line in summary.errors(made):
         print("Failed:", line, file=sys.stderr)

@@ -13,6 +13,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lt_adv import files
+from lt_adv.platform import commit, cores
+
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "benchmark"
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "torch", "triton", "numpy")
@@ -54,17 +57,13 @@ def describe(config: Any) -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Processor, the cores that this process may use, the load before anything is measured, the GPU's driver."""
-    found = {"cpu": _cpu(), "cores": _cores(), "load_average": list(os.getloadavg())}
+    found = {"cpu": _cpu(), "cores": cores(), "load_average": list(os.getloadavg())}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True)
     except OSError:  # no such GPU here
         return found
     return found | ({"driver": answer.stdout.split()[0]} if answer.returncode == 0 and answer.stdout.strip() else {})
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _cpu() -> str:
@@ -83,27 +82,14 @@ def versions() -> dict[str, str]:
     return found
 
 
-def commit() -> str | None:
-    """ab496aa, or ab496aa-dirty; in a copy without git what LT_ADV_COMMIT in the environment says."""
-    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty", "--exclude=*"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True).stdout.strip()
-    except OSError:  # no git here
-        found = ""
-    return found or os.environ.get("LT_ADV_COMMIT") or None
-
-
 def portable(text: str) -> str:
     """`text` without the folders of this machine: /data/jpeg/train becomes .../train."""
     return re.sub(r"(?<![\w.:/])/(?:[\w.+~-]+/)+", ".../", text)
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """All or nothing; after each process, so that what was measured outlives a time limit."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1) + "\n")
-    temporary.replace(path)
+    """As JSON, all or nothing; after each process, so that what was measured outlives a time limit."""
+    files.write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def launch(

@@ -8,6 +8,7 @@ from typing import Any
 Record = Mapping[str, Any]
 Rows = tuple[list[str], list[list[str]]]
 UNKNOWN = "–"
+LONGEST = 8
 COMMANDS = {
     "step": "step --config=configs/at_bsl.py:dataset=cifar10",
     "profile": "profile --config=configs/robal.py:dataset=cifar10",
@@ -37,8 +38,16 @@ def number(value: float | None, unit: float = 1) -> str:
 
 
 def times(ratio: Mapping[str, float] | None) -> str:
-    """1.24x (1.20 to 1.31): the ratio of the medians, and those of the single rounds."""
-    return f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else UNKNOWN
+    """1.24x (1.20 to 1.31): the ratio of the medians, and those of the single rounds, where there are several."""
+    if not ratio:
+        return UNKNOWN
+    spread = f" ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio["min"] < ratio["max"] else ""
+    return f"{ratio['median']:.2f}x{spread}"
+
+
+def rounds(record: Record) -> str:
+    """How many: in each, everything was measured once."""
+    return str(len({run["round"] for run in record["runs"]}))
 
 
 def device(record: Record) -> str:
@@ -51,7 +60,7 @@ def device(record: Record) -> str:
 
 def what(record: Record) -> list[str]:
     config = record["config"]
-    return [device(record), config["network"], f"{config['method']}-{config['num_steps']}"]
+    return [device(record), config["network"], f"{config['method']}, {config['num_steps']}"]
 
 
 def precision(config: Mapping[str, Any]) -> str:
@@ -60,9 +69,9 @@ def precision(config: Mapping[str, Any]) -> str:
 
 def step(records: Sequence[Record]) -> Rows:
     """JAX beside the twin; memory and compile times in the order JAX / as released / tuned."""
-    head = ["Device", "Network", "Method-steps", "Precision", "Batch", "JAX, ms", "PyTorch as released, ms"]
-    head += ["PyTorch tuned, ms", "Faster than released", "Faster than tuned", "JAX, images/s", "Share of peak"]
-    head += ["Peak memory, GiB", "Compile, s", "Compile with cache, s"]
+    head = ["Device", "Network", "Method, attack steps", "Precision", "Batch", "JAX, ms", "PyTorch as released, ms"]
+    head += ["PyTorch tuned, ms", "Speed-up over released", "Speed-up over tuned", "JAX, images/s", "Share of peak"]
+    head += ["Peak memory, GiB", "Compile, s", "Compile with cache, s", "Rounds"]
     rows = []
     for record in records:
         entries = [record["summary"].get(name, {}) for name in ("jax", "released", "tuned")]
@@ -73,50 +82,53 @@ def step(records: Sequence[Record]) -> Rows:
         row += [number(entries[0].get("images_per_second")), UNKNOWN if share is None else f"{100 * share:.0f} %"]
         for name, unit in (("memory", 2**30), ("compile_cold_seconds", 1), ("compile_warm_seconds", 1)):
             row.append(" / ".join(number(entry.get(name), unit) for entry in entries))
-        rows.append(row)
+        rows.append([*row, rounds(record)])
     return head, rows
 
 
-def profile(records: Sequence[Record], top: int = 8) -> Rows:
-    """The longest kinds of operation of the first process that worked."""
+def profile(records: Sequence[Record]) -> Rows:
+    """The LONGEST kinds of operation of the first process that worked."""
+    head = ["Device", "Network", "Method, attack steps", "Operation", "Share", "ms per step, of all threads", "Times"]
     rows = []
     for record in records:
         run = next((run for run in record["runs"] if "operations" in run), None)
-        for entry in run["operations"][:top] if run else []:
+        for entry in run["operations"][:LONGEST] if run else []:
             share = f"{100 * entry['ms'] / (1e3 * run['seconds']):.0f} %"
             rows.append([*what(record), entry["name"], share, number(entry["ms"]), number(entry["count"])])
-    return ["Device", "Network", "Method-steps", "Operation", "Share", "ms per step, of all threads", "Times"], rows
+    return head, rows
 
 
 def attack(records: Sequence[Record]) -> Rows:
-    head = ["Device", "Network", "Batch", "Attack", "JAX, ms per attack step", "PyTorch eager, ms", "Faster"]
+    head = ["Device", "Network", "Batch", "Attack", "JAX, ms per attack step", "PyTorch eager, ms", "Speed-up"]
     rows = []
     for record in records:
         for steps, ratio in record["ratio"].items():
             jax, torch = (record["summary"].get(f"{name} {steps}", {}) for name in ("jax", "torch"))
             row = [*what(record)[:2], str(record["images"]), f"PGD-{steps}"]
             row += [number(jax.get("ms_per_step")), number(torch.get("ms_per_step")), times(ratio)]
-            rows.append([*row, number(jax.get("images_per_second"))])
-    return [*head, "JAX, images/s"], rows
+            rows.append([*row, number(jax.get("images_per_second")), rounds(record)])
+    return [*head, "JAX, images/s", "Rounds"], rows
 
 
 def data(records: Sequence[Record]) -> Rows:
-    head = ["Device", "Images", "Batch", "Draw, gather, augment: images/s", "Load, s", "Load once decoded, s"]
+    head = ["Device", "Images", "Batch", "Draw, gather, augment: images/s", "Load, s", "Load once decoded, s", "Rounds"]
     rows = []
     for record in records:
         entries = record["summary"]
         row = [device(record), record["config"]["dataset"], str(record["config"]["batch_size"])]
         row.append(number(entries.get("pipeline", {}).get("images_per_second")))
-        rows.append([*row, *(number(entries.get(f"load {name}", {}).get("seconds")) for name in ("cold", "warm"))])
+        row += [number(entries.get(f"load {name}", {}).get("seconds")) for name in ("cold", "warm")]
+        rows.append([*row, rounds(record)])
     return head, rows
 
 
 def start(records: Sequence[Record]) -> Rows:
+    head = ["Device", "Network", "Method, attack steps", "Command to first step, s", "With a filled compile cache, s"]
     rows = []
     for record in records:
         entries = (record["summary"].get(name, {}) for name in ("cold", "warm"))
-        rows.append([*what(record), *(number(entry.get("seconds")) for entry in entries)])
-    return ["Device", "Network", "Method-steps", "Command to first step, s", "With a filled compile cache, s"], rows
+        rows.append([*what(record), *(number(entry.get("seconds")) for entry in entries), rounds(record)])
+    return [*head, "Rounds"], rows
 
 
 def scaling(records: Sequence[Record]) -> Rows:
@@ -126,8 +138,8 @@ def scaling(records: Sequence[Record]) -> Rows:
             option, value = name.split()
             row = [*what(record)[:2], record["config"]["method"], f"{option.replace('_', ' ')} {value}"]
             row += [number(entry.get("ms")), number(entry.get("images_per_second"))]
-            rows.append([*row, number(entry.get("flops_per_second"), 1e9)])
-    return ["Device", "Network", "Method", "Changed", "ms per step", "Images/s", "GFLOP/s"], rows
+            rows.append([*row, number(entry.get("flops_per_second"), 1e9), rounds(record)])
+    return ["Device", "Network", "Method", "Changed", "ms per step", "Images/s", "GFLOP/s", "Rounds"], rows
 
 
 TABLES: Mapping[str, Callable[[Sequence[Record]], Rows]] = {

@@ -19,6 +19,8 @@ from typing import Any
 from experiments.benchmark.timing import measure
 from lt_adv import arguments
 
+KINDS = 20  # of operations that a profile keeps
+
 
 def build(config: Any, devices: int | None = None) -> Any:
     """The training program of the config's first stage, on as many devices as `lt_adv.main` takes, or on `devices`."""
@@ -57,8 +59,9 @@ def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict
     return found | {"loss": loss, "devices": built.mesh.size, "memory": memory(), "xla": xla_costs()}
 
 
-def jax_profile(config: Any, *, top: int = 20) -> dict[str, Any]:
-    """{"operations": the `top` kinds of operation that a training step spends its time on, "ms": all of them}."""
+def jax_profile(config: Any) -> dict[str, Any]:
+    """{"operations": the KINDS kinds of operation that a training step spends most time on, "seconds": per step, of
+    all of them, summed over threads or streams, "devices": how many took part}."""
     from experiments.benchmark import profiled
 
     built = build(config)
@@ -70,7 +73,8 @@ def jax_profile(config: Any, *, top: int = 20) -> dict[str, Any]:
         return metrics
 
     found = profiled.operations(step)
-    return {"operations": found[:top], "seconds": sum(entry["ms"] for entry in found) / 1e3, "devices": built.mesh.size}
+    seconds = sum(entry["ms"] for entry in found) / 1e3
+    return {"operations": found[:KINDS], "seconds": seconds, "devices": built.mesh.size}
 
 
 def torch_step(config: Any, *, setting: str, seconds: float) -> dict[str, Any]:
@@ -107,8 +111,8 @@ def torch_device() -> tuple[Any, str, Callable[[Any], None]]:
     return torch, "cuda" if cuda else "cpu", wait
 
 
-def peak(config: Any, *, seconds: float, size: int | None = None) -> dict[str, Any]:
-    """What the devices are, and the FLOP/s of a product of two `size` x `size` matrices on all of them, at best.
+def peak(config: Any, *, seconds: float) -> dict[str, Any]:
+    """What the devices are, and the FLOP/s of a product of two square matrices on all of them, at best.
 
     bfloat16 and float32, at the precision that JAX takes by default (on recent NVIDIA GPUs TF32); on CPU float32 alone,
     with all cores. Of several accelerators one is measured.
@@ -118,7 +122,7 @@ def peak(config: Any, *, seconds: float, size: int | None = None) -> dict[str, A
 
     del config
     device = jax.devices()[0]
-    size = size or (2048 if device.platform == "cpu" else 8192)
+    size = 2048 if device.platform == "cpu" else 8192
     rates = {}
     for dtype in ("float32",) if device.platform == "cpu" else ("bfloat16", "float32"):
         a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in range(2))
@@ -140,7 +144,10 @@ def flops(config: Any) -> dict[str, Any]:
 
 
 def pipeline(config: Any, *, seconds: float) -> dict[str, Any]:
-    """Draw, gather, augmentation and conversion of a batch, as the training step does them, alone in one program."""
+    """Draw, gather, augmentation and conversion of a batch, as the training step does them, alone in one program.
+
+    The draw is uniform, whatever the config's sampler.
+    """
     import jax
     import jax.numpy as jnp
 

@@ -26,31 +26,19 @@ import argparse
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments import tables as readme
 from experiments.benchmark import record
-from experiments.benchmark.__main__ import Parser, name, positive, some
+from experiments.options import Parser, name, one_of, positive, some
 from experiments.study import jobs, summary, sweep, tables
 from experiments.study.rows import PRESETS, ROWS, with_bases
-from lt_adv import arguments, lookup
+from lt_adv import arguments, files, lookup
+from lt_adv.evaluation.write import table
 
 RESULTS = readme.RESULTS
-
-
-def one_of(kind: str, choices: Any, convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    def chosen(text: str) -> Any:
-        try:
-            value = convert(text)
-        except ValueError:
-            value = text
-        if value not in choices:
-            raise argparse.ArgumentTypeError(str(lookup.unknown(kind, value, map(str, choices))))
-        return value
-
-    return chosen
 
 
 def seed(text: str) -> int:
@@ -116,16 +104,12 @@ def check(study: jobs.Study) -> None:
 def tabulate(study: jobs.Study) -> dict[str, Any]:
     """Write table.json and table.md of all that there is; returns the summary."""
     claims = {path.stem: readme.fields(path).get("Expected", "") for path in readme.CONFIGS.glob("*.py")}
-    results, sweeps = (jobs.results(study, part) for part in (study.part, jobs.SCALES))
+    results, sweeps = (jobs.results(study, part) for part in (study.part, jobs.SWEEP))
     made = {"study": study.name, **summary.summarise(results, sweeps, jobs.failures(study), claims)}
     record.write(study.folder / "table.json", made)
-    blocks = [f"# Study {study.name}", tables.sentence(made)]
-    for caption, (head, rows) in tables.slices(made).items():
-        blocks += [f"## {caption}", readme.table(head, rows)]
-    if made["failed"]:
-        blocks += ["## Failed", readme.table(["Run", "Reason"], [list(it) for it in made["failed"].items()], left=2)]
-    blocks += [f"![{path.stem}](plots/{path.name})" for path in sorted((study.folder / "plots").glob("*.png"))]
-    (study.folder / "table.md").write_text("\n\n".join(blocks) + "\n")
+    pictures = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
+    text = tables.page(made, [tables.all_images(made), *tables.slices(made)], pictures)
+    files.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
     return made
 
 
@@ -164,7 +148,7 @@ def main(argv: Sequence[str]) -> int:
     if made["rows"]:
         draw(study, made)
         tabulate(study)  # with the pictures
-    print(readme.table(*tables.accuracies(made)))
+    print(table(*tables.all_images(made)))
     print(study.folder / "table.md")
     return code
 

@@ -15,7 +15,7 @@ from experiments.benchmark import record
 from experiments.study import sweep
 from experiments.study.rows import ROWS, with_bases
 
-SCALES = "scales"  # the part of the sweep
+SWEEP = "scales"  # the part of it
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Study:
 
     @property
     def part(self) -> str:
-        """Of the main evaluation: "full", the whole test set, or "subset"."""
+        """Of the main evaluation: "full", the whole split that is evaluated, or "subset"."""
         given = [o.partition("=")[2] for o in self.overrides if o.startswith("--config.eval.subset_per_class=")]
         return "subset" if given and given[-1] != "0" else "full"
 
@@ -49,7 +49,7 @@ class Study:
             for row in with_bases(self.rows):
                 found.append(Job(row, seed, self.part))
                 if self.scales and seed == self.seeds[0]:
-                    found.append(Job(row, seed, SCALES))
+                    found.append(Job(row, seed, SWEEP))
         return found
 
 
@@ -64,7 +64,7 @@ class Job:
 
     @property
     def trains(self) -> bool:
-        return self.part != SCALES and not ROWS[self.row].evaluates
+        return self.part != SWEEP and not ROWS[self.row].evaluates
 
     @property
     def trained(self) -> str:
@@ -80,7 +80,7 @@ class Job:
     @property
     def report(self) -> str:
         """The name of the report in that working directory; "" for the main one."""
-        return "-".join([self.row] * ROWS[self.row].evaluates + [SCALES] * (self.part == SCALES))
+        return "-".join([self.row] * ROWS[self.row].evaluates + [SWEEP] * (self.part == SWEEP))
 
 
 def command(study: Study, job: Job, workdirs: Path | None = None) -> list[str]:
@@ -91,7 +91,7 @@ def command(study: Study, job: Job, workdirs: Path | None = None) -> list[str]:
     if study.epochs and row.share:
         arguments.append(f"epochs={max(1, round(row.share * study.epochs))}")
     config, own = f"configs/{row.config}.py:{','.join(arguments)}", list(row.overrides)
-    if job.part == SCALES:
+    if job.part == SWEEP:
         config = f"experiments/study/sweep.py:{config}"
         own.append(f"--config.eval.only={tuple(map(sweep.name, study.scales))}".replace(" ", ""))
     if not job.trains:
@@ -142,7 +142,7 @@ def run(study: Study) -> Iterator[tuple[Job, str | None]]:
     broken: set[tuple[str | None, int]] = set()
     for job in due(study):
         blocked = (job.needs, job.seed) in broken
-        if blocked and job.part == SCALES:
+        if blocked and job.part == SWEEP:
             continue  # the row itself has said it
         reason = f"needs {job.needs}, which failed" if blocked else launch(study, job)
         failure = failure_path(study, job)

@@ -13,11 +13,13 @@ from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
 from lt_adv.evaluation.plots import ACCENT, DARK, INK, LIGHT, MIDDLE, PALE, SOFT, blank, headline, style
+from lt_adv.evaluation.records import CLEAN, WORST
+from lt_adv.evaluation.report import title
 
 BASELINE = "at"
 COLUMNS = 5  # of small panels
 GROUPS = {"": "all", "_head": "head", "_body": "body", "_tail": "tail"}
-STRONGEST = {"autoattack": "AutoAttack", "worst": "worst case"}  # the first that all rows have
+STRONGEST = ("autoattack", WORST)  # the first that all rows have
 
 Rows = Mapping[str, Mapping[str, Any]]
 
@@ -43,7 +45,7 @@ def robustness(rows: Rows) -> Figure:
     panels = figure.subplots(1, len(metrics), squeeze=False)[0]
     for axes, (name, metric) in zip(panels, metrics.items(), strict=True):
         for key, row in rows.items():
-            x, y = (row["figures"][f"eval/{c}/{metric}"] for c in ("clean", attack))
+            x, y = (row["figures"][f"eval/{c}/{metric}"] for c in (CLEAN, attack))
             colour = ACCENT if key == BASELINE else DARK
             axes.errorbar(
                 100 * x["mean"], 100 * y["mean"], 100 * (y["deviation"] or 0), 100 * (x["deviation"] or 0), fmt="o",
@@ -53,7 +55,7 @@ def robustness(rows: Rows) -> Figure:
         axes.margins(0.12)
         style(axes, "both")
         axes.set_xlabel("clean accuracy in %", fontsize=8, color=SOFT)
-        axes.set_ylabel(f"{STRONGEST[attack]} accuracy in %", fontsize=8, color=SOFT)
+        axes.set_ylabel(f"{title(attack)} accuracy in %", fontsize=8, color=SOFT)
         headline(axes, f"Robustness, {name}", [])
     kinds = {"trained": DARK}
     if any(row["evaluates"] for row in rows.values()):
@@ -64,7 +66,7 @@ def robustness(rows: Rows) -> Figure:
     figure.set_layout_engine("none")
     for axes, metric in zip(panels, metrics.values(), strict=True):
         points = {
-            row["title"]: [100 * row["figures"][f"eval/{c}/{metric}"]["mean"] for c in ("clean", attack)]
+            row["title"]: [100 * row["figures"][f"eval/{c}/{metric}"]["mean"] for c in (CLEAN, attack)]
             for row in rows.values()
         }
         _label(axes, points)
@@ -107,7 +109,7 @@ def classes(rows: Rows) -> Figure:
     """Accuracy by class, from the most frequent one: clean and worst case of each row, the baseline's beside them."""
 
     def panel(axes: Axes, row: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
-        for condition, colour in (("clean", MIDDLE), ("worst", DARK)):
+        for condition, colour in ((CLEAN, MIDDLE), (WORST, DARK)):
             for shown, line in ((baseline, {"color": LIGHT}), (row, {"color": colour})):
                 values = [100 * c["accuracy"].get(condition, np.nan) for c in shown["classes"]]
                 few = len(values) <= 20
@@ -115,7 +117,7 @@ def classes(rows: Rows) -> Figure:
         axes.set_ylim(0, 100)
         axes.set_xticks([])
 
-    words = [("clean", MIDDLE), ("worst case", DARK), (f"{_baseline(rows)['title']}, both", PALE)]
+    words = [(title(CLEAN), MIDDLE), (title(WORST), DARK), (f"{_baseline(rows)['title']}, both", PALE)]
     return _panels(rows, panel, "Accuracy in % by class, from the most frequent to the rarest", words)
 
 
@@ -135,7 +137,7 @@ def scales(rows: Rows) -> Figure:
         axes.set_xticks([0.1, 1, 10, 100], ["0.1", "1", "10", "100"])
 
     baseline = f"PGD-20, {_baseline(swept)['title']}"
-    words = [("PGD-20 on scaled logits", DARK), (baseline, PALE), (STRONGEST[attack], ACCENT)]
+    words = [("PGD-20 on scaled logits", DARK), (baseline, PALE), (title(attack), ACCENT)]
     return _panels(swept, panel, "Accuracy in % against the scale of the attacked logits", words)
 
 
@@ -172,10 +174,10 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
 def errors(rows: Rows) -> Figure:
     """Natural and boundary error of each row, stacked to the robust error: over all images, and for each group."""
     everywhere = set.intersection(*(set(row["figures"]) for row in rows.values()))
-    groups = {group: title for group, title in GROUPS.items() if f"eval/natural_error{group}" in everywhere}
+    groups = {group: word for group, word in GROUPS.items() if f"eval/natural_error{group}" in everywhere}
     figure = blank(2 + 2.6 * len(groups), 1.2 + 0.27 * len(rows))
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
-    for axes, (group, title) in zip(panels, groups.items(), strict=True):
+    for axes, (group, word) in zip(panels, groups.items(), strict=True):
         for i, row in enumerate(rows.values()):
             natural, boundary = (
                 100 * row["figures"][f"eval/{error}_error{group}"]["mean"] for error in ("natural", "boundary")
@@ -188,7 +190,7 @@ def errors(rows: Rows) -> Figure:
         axes.set_xlim(0, 100)
         axes.set_xticks([0, 25, 50, 75, 100])
         style(axes, "x")
-        headline(axes, title, [])
+        headline(axes, word, [])
         axes.set_xlabel("error in %", fontsize=8, color=SOFT)
     panels[0].set_yticks(range(len(rows)), [row["title"] for row in rows.values()], fontsize=8)
     panels[0].invert_yaxis()

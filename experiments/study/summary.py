@@ -18,6 +18,7 @@ def summarise(results: Results, sweeps: Results, failed: Mapping[str, str], publ
             name: {
                 "title": ROWS[name].title,
                 "config": ROWS[name].config,
+                "varies": ROWS[name].varies,
                 "evaluates": ROWS[name].base if ROWS[name].evaluates else None,
                 "seeds": [run["seed"] for run in runs],
                 "figures": figures([run["report"]["metrics"] for run in runs]),
@@ -72,6 +73,11 @@ def swept(name: str) -> bool:
     return name in map(sweep.name, sweep.SCALES)
 
 
+def network(header: Mapping[str, Any]) -> str:
+    """wide_resnet-10-1, head linear, float32 -> WRN-10-1"""
+    return header["model"].partition(",")[0].replace("wide_resnet", "WRN")
+
+
 def about(results: Results) -> dict[str, Any]:
     """What the rows have in common: of each fact what most of them say."""
     headers = [run["report"]["header"] for runs in results.values() for run in runs]
@@ -79,7 +85,7 @@ def about(results: Results) -> dict[str, Any]:
         return {}
     names = ("dataset", "epochs", "images", "subset", "device", "jax_version")
     facts: dict[str, list[Any]] = {name: [header[name] for header in headers] for name in names}
-    facts["network"] = [h["model"].partition(",")[0].replace("wide_resnet", "WRN") for h in headers]
+    facts["network"] = [network(header) for header in headers]
     facts["eps"] = [h["attacks"]["pgd20"]["eps"] for h in headers if "pgd20" in h["attacks"]]
     return {name: statistics.mode(values) for name, values in facts.items() if values} | {
         "different": sorted(name for name, values in facts.items() if len(set(values)) > 1)

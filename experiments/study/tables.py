@@ -1,17 +1,20 @@
-"""The summary of a study as tables: heads and rows of text."""
+"""The summary of a study as tables, heads and rows of text, and as a page of them."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
-CONDITIONS = {"clean": "clean", "fgsm": "FGSM", "pgd20": "PGD-20", "cw20": "CW-20", "lsa": "LSA"}
-CONDITIONS |= {"autoattack": "AutoAttack", "worst": "worst case"}
+from lt_adv.evaluation.records import CLEAN, WORST
+from lt_adv.evaluation.report import title
+from lt_adv.evaluation.write import table
+
+CONDITIONS = (CLEAN, "fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa", "autoattack")
+GROUPS = ("head", "body", "tail")
 SLICES = {  # what is counted -> the metric's name
-    "All images": "accuracy",
     "Balanced: mean over classes": "balanced_accuracy",
-    "Head": "accuracy_head",
-    "Body": "accuracy_body",
-    "Tail": "accuracy_tail",
+    **{group.capitalize(): f"accuracy_{group}" for group in GROUPS},
 }
+Summary = Mapping[str, Any]
 Table = tuple[list[str], list[list[str]]]
 
 
@@ -26,26 +29,71 @@ def _spread(spread: Mapping[str, Any], factor: float, digits: int) -> str:
     return f"{factor * spread['mean']:.{digits}f}{tail}"
 
 
-def accuracies(summary: Mapping[str, Any], metric: str = "accuracy", everything: bool = True) -> Table:
-    """A row per method, a column per condition; with the number of seeds, seconds and what is published."""
+def ordered(conditions: Iterable[str]) -> list[str]:
+    """As in CONDITIONS, then further ones, and the worst case last; none twice."""
+
+    def place(condition: str) -> tuple[bool, int]:
+        known = condition in CONDITIONS
+        return condition == WORST, CONDITIONS.index(condition) if known else len(CONDITIONS)
+
+    return sorted(dict.fromkeys(conditions), key=place)
+
+
+def conditions(summary: Summary) -> list[str]:
+    """Those that some row was evaluated under."""
+    names = [name.split("/") for row in summary["rows"].values() for name in row["figures"]]
+    return ordered(name[1] for name in names if name[-1] == "accuracy")
+
+
+def accuracies(summary: Summary, caption: str, metrics: Mapping[str, str]) -> Table:
+    """A row per method; of `metrics`, head -> name, a column for each that some row has."""
+    rows = summary["rows"].values()
+    columns = {head: name for head, name in metrics.items() if any(name in row["figures"] for row in rows)}
+    body = [[row["title"], *(percent(row["figures"].get(name)) for name in columns.values())] for row in rows]
+    return [caption, *columns], body
+
+
+def all_images(summary: Summary, published: bool = True) -> Table:
+    """Of all images, under every condition; with the number of seeds, the seconds and what is published."""
+    head, rows = accuracies(summary, "All images", {title(c): f"eval/{c}/accuracy" for c in conditions(summary)})
+    for cells, row in zip(rows, summary["rows"].values(), strict=True):
+        cells += [str(len(row["seeds"])), _spread(row["training_seconds"], 1, 0)]
+        cells += [row["published"] or "–"] * published
+    return [*head, "Seeds", "Training in s", *["Published (source: the config)"] * published], rows
+
+
+def slices(summary: Summary) -> list[Table]:
+    """Of the mean over classes, and of each group that there is, under every condition."""
+    found = conditions(summary)
+    made = [accuracies(summary, it, {title(c): f"eval/{c}/{name}" for c in found}) for it, name in SLICES.items()]
+    return [(head, rows) for head, rows in made if len(head) > 1]
+
+
+def groups(summary: Summary) -> Table:
+    """Head, body and tail, in the worst case and under PGD-20."""
+    metrics = {f"{title(c)}, {group}": f"eval/{c}/accuracy_{group}" for c in (WORST, "pgd20") for group in GROUPS}
+    return accuracies(summary, "By group", metrics)
+
+
+def choices(summary: Summary) -> Table:
+    """Rows that vary another one after it: PGD-20, CW-20 and clean of all images, PGD-20 and CW-20 of the tail."""
     rows = summary["rows"]
-    conditions = [c for c in CONDITIONS if any(f"eval/{c}/{metric}" in row["figures"] for row in rows.values())]
-    head, body = ["", *(CONDITIONS[c] for c in conditions)], []
-    for row in rows.values():
-        cells = [row["title"], *(percent(row["figures"].get(f"eval/{c}/{metric}")) for c in conditions)]
-        if everything:
-            cells += [str(len(row["seeds"])), _spread(row["training_seconds"], 1, 0), row["published"] or "–"]
-        body.append(cells)
-    return head + ["Seeds", "Training in s", "Published (source: the config)"] * everything, body
+    ordered = {name: rows[name] for name in sorted(rows, key=lambda name: rows[name].get("varies") or name)}
+    metrics = {title(c): f"eval/{c}/accuracy" for c in ("pgd20", "cw20", CLEAN)}
+    metrics |= {f"{title(c)}, tail": f"eval/{c}/accuracy_tail" for c in ("pgd20", "cw20")}
+    return accuracies({"rows": ordered}, "Row", metrics)
 
 
-def slices(summary: Mapping[str, Any]) -> dict[str, Table]:
-    """The same for all images, for the mean over classes, and for each group that there is."""
-    found = {caption: accuracies(summary, metric, metric == "accuracy") for caption, metric in SLICES.items()}
-    return {caption: made for caption, made in found.items() if len(made[0]) > 1}
+def page(summary: Summary, tables: Iterable[Table], pictures: Iterable[str] = ()) -> str:
+    """What was measured in words, these tables, what has failed, and pictures by their links: markdown."""
+    blocks = [sentence(summary), *(table(*it) for it in tables)]
+    if summary["failed"]:
+        blocks.append(table(["Failed", "Reason"], [list(it) for it in summary["failed"].items()], left=2))
+    blocks += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures]
+    return "\n\n".join(blocks)
 
 
-def sentence(summary: Mapping[str, Any]) -> str:
+def sentence(summary: Summary) -> str:
     """What was measured, in words."""
     about = summary["about"]
     if not about:

@@ -31,6 +31,7 @@ STEP = {
         "released": {"ms": 1000.4, "memory": 2**29, "compile_cold_seconds": 0.1, "compile_warm_seconds": None},
         "tuned": {"error": "out of memory"},
     },
+    "runs": [{"round": number, "series": "jax"} for number in (0, 0, 1)],
     "ratio": {"released": {"median": 1.2316, "min": 1.2, "max": 1.25}, "tuned": None},
 }
 
@@ -57,13 +58,18 @@ def test_a_step_is_a_row(results):
     (results / "benchmark" / "b.json").write_text(json.dumps(gpu))
     cpu, gpu = row(results)
     assert cpu["Device"] == "2 cores of Some CPU" and gpu["Device"] == "2 x Some GPU"
-    assert cpu["Network"] == "WRN-16-2" and cpu["Method-steps"] == "robal-5" and cpu["Batch"] == "64"
+    assert cpu["Network"] == "WRN-16-2" and cpu["Method, attack steps"] == "robal, 5" and cpu["Batch"] == "64"
     assert cpu["Precision"] == "float32" and gpu["Precision"] == "float32, attack bfloat16"
     assert cpu["JAX, ms"] == "812" and cpu["PyTorch as released, ms"] == "1,000" and cpu["PyTorch tuned, ms"] == "–"
-    assert cpu["Faster than released"] == "1.23x (1.20 to 1.25)" and cpu["Faster than tuned"] == "–"
+    assert cpu["Speed-up over released"] == "1.23x (1.20 to 1.25)" and cpu["Speed-up over tuned"] == "–"
+    assert cpu["Rounds"] == "2"
     assert cpu["JAX, images/s"] == "78.8" and cpu["Share of peak"] == "34 %"
     assert cpu["Peak memory, GiB"] == "1.00 / 0.50 / –"
     assert cpu["Compile, s"] == "41.3 / 0.10 / –" and cpu["Compile with cache, s"] == "2.50 / – / –"
+
+
+def test_one_round_has_no_range():
+    assert speed.times({"median": 1.5, "min": 1.5, "max": 1.5}) == "1.50x"
 
 
 @pytest.mark.parametrize("kind", speed.TABLES)

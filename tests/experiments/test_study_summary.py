@@ -14,6 +14,7 @@ from lt_adv.evaluation.plots import png
 from tests.experiments.study_parts import COUNTS, report
 
 PUBLISHED = {"at": "clean 58.25, PGD-20 27.28", "robal": "clean 72.73"}
+WORST_AND_PGD = ("Worst case", "PGD-20")
 ADJUSTED = {"at_shifted": Row("AT, shifted", "posthoc", base="at", evaluates=True)}
 
 
@@ -82,34 +83,40 @@ def cells(head, row):
 
 
 def test_the_main_table(made, results):
-    head, rows = tables.accuracies(made)
-    assert head[:7] == ["", "clean", "FGSM", "PGD-20", "CW-20", "LSA", "worst case"]
+    head, rows = tables.all_images(made)
+    assert head[:7] == ["All images", "Clean", "FGSM", "PGD-20", "CW-20", "LSA", "Worst case"]
     at, robal, shifted = (cells(head, row) for row in rows)
     first, second = (run["report"]["metrics"]["eval/clean/accuracy"] for run in results["at"])
     assert first != second
-    assert at["clean"] == f"{50 * (first + second):.1f} ± {100 * abs(first - second) / 2**0.5:.1f}"
+    assert at["Clean"] == f"{50 * (first + second):.1f} ± {100 * abs(first - second) / 2**0.5:.1f}"
     assert at["Seeds"] == "2" and at["Training in s"] == "65 ± 7"
-    assert "±" not in robal["clean"] and robal["Training in s"] == "60"
+    assert "±" not in robal["Clean"] and robal["Training in s"] == "60"
     assert at["Published (source: the config)"] == PUBLISHED["at"]
-    assert shifted["Published (source: the config)"] == "–" and shifted[""] == "AT, shifted"
+    assert shifted["Published (source: the config)"] == "–" and shifted["All images"] == "AT, shifted"
+    assert tables.all_images(made, published=False) == (head[:-1], [row[:-1] for row in rows])
 
 
 def test_a_condition_that_one_row_has_is_a_column(made):
-    made["rows"]["robal"]["figures"]["eval/autoattack/accuracy"] = summary.spread([0.125])
-    head, rows = tables.accuracies(made)
-    assert cells(head, rows[1])["AutoAttack"] == "12.5" and cells(head, rows[0])["AutoAttack"] == ""
+    for condition in ("autoattack", "own", "pgd100", "mim20"):
+        made["rows"]["robal"]["figures"][f"eval/{condition}/accuracy"] = summary.spread([0.125])
+    head, rows = tables.all_images(made)
+    shown = ["Clean", "FGSM", "PGD-20", "PGD-100", "MIM-20", "CW-20", "LSA", "AutoAttack", "OWN", "Worst case"]
+    assert head[1:11] == shown
+    for name in ("PGD-100", "MIM-20", "AutoAttack", "OWN"):
+        assert cells(head, rows[1])[name] == "12.5" and cells(head, rows[0])[name] == ""
 
 
 def test_slices(made):
-    found = tables.slices(made)
-    assert list(found) == ["All images", "Balanced: mean over classes", "Head", "Body", "Tail"]
+    found = {head[0]: (head, rows) for head, rows in tables.slices(made)}
+    assert list(found) == ["Balanced: mean over classes", "Head", "Body", "Tail"]
     head, rows = found["Tail"]
-    assert head == ["", "clean", "FGSM", "PGD-20", "CW-20", "LSA", "worst case"]
+    assert head == ["Tail", "Clean", "FGSM", "PGD-20", "CW-20", "LSA", "Worst case"]
     tail = made["rows"]["robal"]["figures"]["eval/pgd20/accuracy_tail"]["mean"]
     assert cells(head, rows[1])["PGD-20"] == f"{100 * tail:.1f}"
     for row in made["rows"].values():  # a definition of groups that has no body
         row["figures"] = {name: it for name, it in row["figures"].items() if not name.endswith("_body")}
-    assert list(tables.slices(made)) == ["All images", "Balanced: mean over classes", "Head", "Tail"]
+    assert [head[0] for head, _ in tables.slices(made)] == ["Balanced: mean over classes", "Head", "Tail"]
+    assert tables.groups(made)[0] == ["By group", *(f"{c}, {g}" for c in WORST_AND_PGD for g in ("head", "tail"))]
 
 
 def test_pictures_show_every_row(made):
@@ -184,9 +191,33 @@ def test_the_readme_has_the_studies(made, tmp_path):
     (tmp_path / "s" / "plots").mkdir(parents=True)
     (tmp_path / "s" / "plots" / "robustness.png").touch()
     (tmp_path / "s" / "table.json").write_text(json.dumps(made))
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "table.json").write_text(json.dumps({**made, "study": "ablation"}))
     text = readme.study(tmp_path)
-    assert "Digits-LT, exponential profile; WRN-10-1, 3 epochs, eps 0.1" in text and "| RoBal-N |" in text
-    assert "cdt-seed0-full: no such thing" in text
+    assert text.startswith("**s.** Digits-LT, exponential profile; WRN-10-1, 3 epochs, eps 0.1") and "**a" not in text
+    assert "| cdt-seed0-full | no such thing |" in text
     assert "(experiments/results/s/plots/robustness.png)" in text and "plots/errors.png" not in text
-    with_tail = text.index("Tail") < text.rindex("| RoBal-N |")
-    assert with_tail and text.count("| RoBal-N |") == 2
+    first, second = (it for it in text.split("\n\n") if "| RoBal-N |" in it)
+    assert first.startswith("| All images | Clean |") and second.startswith("| By group | Worst case, head |")
+    assert "Published" not in text and PUBLISHED["robal"] not in text
+
+
+def test_the_readme_has_the_ablations(made, tmp_path):
+    assert "--preset=ablation --config.data.path=<folder of images>` measures it" in readme.ablation(tmp_path)
+    rows = made["rows"]
+    rows["at_twice"] = {**rows["at"], "title": "AT, twice", "varies": "at"}
+    (tmp_path / "ablation").mkdir()
+    (tmp_path / "ablation" / "table.json").write_text(json.dumps({**made, "study": "ablation"}))
+    text, table = readme.ablation(tmp_path).split("\n\n")[:2]
+    assert text.startswith("Digits-LT, exponential profile; WRN-10-1, 3 epochs")
+    head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert head == ["Row", "PGD-20", "CW-20", "Clean", "PGD-20, tail", "CW-20, tail"]
+    assert [row[0] for row in body] == ["AT", "AT, twice", "AT, shifted", "RoBal-N"]
+    metrics = ("pgd20/accuracy", "cw20/accuracy", "clean/accuracy", "pgd20/accuracy_tail", "cw20/accuracy_tail")
+    assert body[3][1:] == [f"{100 * rows['robal']['figures'][f'eval/{m}']['mean']:.1f}" for m in metrics]
+
+
+def test_a_summary_says_what_a_row_varies(monkeypatch):
+    monkeypatch.setitem(ROWS, "at_twice", Row("AT, twice", "at", varies="at"))
+    rows = summary.summarise({"at": [run(0)], "at_twice": [run(1)]}, {}, {}, {})["rows"]
+    assert (rows["at"]["varies"], rows["at_twice"]["varies"]) == (None, "at")
