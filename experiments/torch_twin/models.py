@@ -119,7 +119,8 @@ class Classifier(nn.Module):
 def create(config: Mapping[str, Any], num_classes: int, channels: int = 3) -> Classifier:
     """The network of `config.model`, in float32; its first weights come from torch's global generator.
 
-    Names, options, defaults and the errors about them are those of `lt_adv.models.create`, initial distributions too.
+    Names, options, defaults and the errors about them are those of `lt_adv.models.create`, initial distributions too;
+    ValueError for a head that the twin does not have.
     """
     described = models.create(config, num_classes)
     backbone = _backbone(described.backbone, channels)
@@ -142,4 +143,6 @@ def _backbone(like: Any, channels: int) -> ResNet:
 def _head(like: Any, features: int, num_classes: int) -> nn.Module:
     if isinstance(like, heads.Cosine):
         return Cosine(features, num_classes, like.scale, like.gamma, like.eta)
-    return nn.Linear(features, num_classes, bias=like.use_bias)
+    if isinstance(like, heads.Linear):
+        return nn.Linear(features, num_classes, bias=like.use_bias)
+    raise ValueError(f"The PyTorch twin has linear and cosine heads, no {type(like).__name__}.")
