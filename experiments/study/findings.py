@@ -36,7 +36,7 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
 
 
 class Noise:
-    """Two standard errors of the difference of two accuracies p, q over `images` images, images taken as independent."""
+    """Two standard errors of the difference of two accuracies over `images` images, taken as independent."""
 
     def __init__(self, images: float):
         self.images = images

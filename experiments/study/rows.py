@@ -77,6 +77,7 @@ ROWS = {
     "at_bsl_autoaugment": Row("AT-BSL + AutoAugment", "at_bsl", "augment=autoaugment"),
     "at_bsl_robustlt": Row("AT-BSL + RobustLT", "at_bsl", overrides=ROBUSTLT),
     "self_distillation": Row("Self-distillation", "self_distillation"),
+    "lt_adv": Row("Ours", "lt_adv"),
 }
 
 
@@ -84,7 +85,7 @@ def variants(of: str, **choices: Iterable[object]) -> dict[str, Row]:
     """Rows that differ from the row `of` in one entry of its config: method__temperature=(1.0, 2.0) is two of them."""
     row, found = ROWS[of], {}
     for path, values in choices.items():
-        option = path.rpartition("__")[2]
+        option = path.removesuffix("__name").rpartition("__")[2]
         for value in values:
             override = f"--config.{path.replace('__', '.')}={value}".replace(" ", "")
             title = f"{row.title}, {option.replace('_', ' ')} {value}"
@@ -101,6 +102,16 @@ ABLATIONS = {
         method__temperature=(2.0, 4.0),
         method__teacher_input=("clean",),
         method__matching=(1.0,),
+    ),
+    **variants(
+        "lt_adv",
+        addons=(("robustlt",),),
+        average__decay=(0.995,),
+        optim__schedule=("cosine",),
+        optim__nesterov=(True,),
+        model__head__name=("cosine",),
+        method__balance=(0.2,),
+        method__teacher_epochs=(6,),
     ),
     **variants("reat", method__tail_weight=(0.0, 0.1, 4.0), method__tail_margin=(0.1,)),
 }
@@ -122,8 +133,8 @@ class Preset:
 
 
 ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa")
-# One network, optimiser and radius for all rows, at half the size of the images. What belongs to a method stays its own:
-# the start of its attack, when the learning rate drops, and the epochs of a teacher, which come on top.
+# One network, optimiser and radius for all rows, at half the size of the images. What belongs to a method stays its
+# own: the start of its attack, when the learning rate drops, and the epochs of a teacher, which come on top.
 CPU = (
     "--config.data.name=image_folder",
     "--config.data.title=CIFAR-10-LT (JPEG copy, 16 x 16)",
@@ -154,7 +165,7 @@ VALIDATION = (
 PRESETS = {
     "cpu": Preset("cifar10", 10, (0, 1), CPU),
     "ablation": Preset(
-        "cifar10", 10, (0,), CPU + VALIDATION, ("at_bsl", "self_distillation", "reat", *ABLATIONS)
+        "cifar10", 10, (0,), CPU + VALIDATION, ("at_bsl", "self_distillation", "lt_adv", "reat", *ABLATIONS)
     ),
 }
 
