@@ -38,6 +38,6 @@ def test_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
     clean, adjusted = (table["rows"][name]["figures"]["eval/clean/accuracy"]["mean"] for name in ("at", "tau_norm"))
     assert clean > 0.2 and adjusted != clean, "two epochs are enough to be above chance"
     text = (folder / "table.md").read_text()
-    pictures = re.findall(r"!\[\w+\]\((.*?)\)", text)
+    pictures = re.findall(r"!\[[\w ]+\]\((.*?)\)", text)
     assert sorted(pictures) == [f"plots/{name}.png" for name in ("classes", "errors", "logit_scale", "robustness")]
     assert all((folder / picture).stat().st_size > 10_000 for picture in pictures)
