@@ -173,6 +173,11 @@ def values(config: ml_collections.ConfigDict) -> None:
     stages = program.stages(config)  # knows the methods and their options
     for stage in stages:
         _stage(config, stage)
+    given, used = config.attack.start, stages[-1].method.attack_start
+    if given not in (None, used):
+        raise ValueError(
+            f"config.attack.start is {given!r}, but config.fidelity or config.addons sets {used!r}: leave it out."
+        )
     if config.init_from and config.init_from not in {stage.init for stage in stages}:
         raise ValueError(f"config.init_from: method {config.method.name} does not begin with another run.")
     models.create(config.model, num_classes=2)

@@ -56,8 +56,7 @@ def origin(config: ml_collections.ConfigDict) -> None:
         except FileNotFoundError as error:
             raise ValueError(f"{begins}, where there is none: train it first, or name another.") from error
         if not _finished(meta, "last"):
-            where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
-            raise ValueError(f"{begins}, which is at {where}: let it finish, or name another.")
+            raise ValueError(f"{begins}, which is at {_position(meta)}: let it finish, or name another.")
 
 
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
@@ -137,8 +136,7 @@ def evaluate(
         raise ValueError(f"{workdir} was trained with class counts {theirs}, this config gives {_short(counts)}.")
     check.network(config, split, variables, workdir)
     if not _finished(meta, options.checkpoint):
-        where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
-        logging.console.print(f"Note: this evaluates {where}, not the end of training.", soft_wrap=True)
+        logging.console.print(f"Note: this evaluates {_position(meta)}, not the end of training.", soft_wrap=True)
     images, subset = _images(options, split)
     chosen = options.only or options.attacks
     specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in chosen}
@@ -156,7 +154,7 @@ def evaluate(
         class_names=split.class_names,
         console=logging.console,
     )
-    shown = next((name for name in ("pgd20", *specs) if name in specs), None)
+    shown = evaluation.main_attack(list(specs))
     context = {
         "class_counts": counts,
         "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
@@ -192,6 +190,10 @@ def _code_digest() -> str:
     return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(root.rglob("*.py")))).hexdigest()[:16]
 
 
+def _position(meta: Mapping[str, Any]) -> str:
+    return f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
+
+
 def _finished(meta: Mapping[str, Any], which: str) -> bool:
     """Whether a checkpoint is the end of the last stage; the best one on validation counts as asked for."""
     if "stages" not in meta:
@@ -202,12 +204,13 @@ def _finished(meta: Mapping[str, Any], which: str) -> bool:
 
 def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
     """What identifies an evaluation, beside what the evaluator sees itself. No times: they would start it anew."""
-    adjustment, attack, start = config.eval.adjustment, config.attack, program.stages(config)[-1].method.start
+    adjustment, attack, start = config.eval.adjustment, config.attack, program.stages(config)[-1].method.attack_start
     return {
         "method": _method(config),
         "model": _model(config),
         "dataset": f"{config.data.title}, {config.data.imbalance} profile",
         "dataset_digest": split.digest[:16],
+        "split": config.eval.split,
         "subset": subset,
         "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
         "fidelity": config.fidelity,

@@ -1,6 +1,7 @@
 """From a trained network to a report: records of every prediction, and arithmetic, tables and plots on them."""
 
 from lt_adv.evaluation.evaluate import balanced_subset, evaluate, examples
+from lt_adv.evaluation.plots import main_attack
 from lt_adv.evaluation.records import Records, read
 from lt_adv.evaluation.report import accuracy, balanced_accuracy, decomposition, metrics, summarise, warnings
 from lt_adv.evaluation.write import markdown, show, write_report
@@ -13,6 +14,7 @@ __all__ = [
     "decomposition",
     "evaluate",
     "examples",
+    "main_attack",
     "markdown",
     "metrics",
     "read",

@@ -33,7 +33,9 @@ class Info:
 
 @struct.dataclass
 class Batch:
-    """One device's share of a batch. `eps` and `step_size` come from the config, so that a wrapper can rescale them."""
+    """One device's share of a batch. `eps` and `step_size` come from the config, so that a wrapper can rescale them for
+    `perturb`; a loss sees them as the config has them.
+    """
 
     image: Array  # float [b, h, w, c] in [0, 1]
     label: Array  # int [b]
@@ -69,10 +71,10 @@ class Net(Protocol):
     def at(self, params: Any) -> "Net":
         """The same network at other weights."""
 
-    def aside(self) -> "Net":
+    def without_updates(self) -> "Net":
         """The same network, whose forwards write nothing: for one that training is not to count."""
 
-    def by_batch(self) -> "Net":
+    def with_batch_statistics(self) -> "Net":
         """The same network, which normalises by the statistics of the batch in `eval` too, and writes nothing."""
 
     def gather(self, tree: Any) -> Any:
@@ -123,6 +125,11 @@ class Method:
         if self.num_steps < 0:
             raise ValueError(f"config.attack.num_steps must not be negative, not {self.num_steps}.")
 
+    @property
+    def attack_start(self) -> str:
+        """Where the inner attack starts: `start`, unless the released code is followed and has another."""
+        return (self.fidelity == "released_code" and self.released_start) or self.start
+
     def init(self, info: Info) -> Extra:
         """Arrays that live in the train state, saved and resumed. None of them by default."""
         del info
@@ -146,7 +153,6 @@ class Method:
 
     def pgd(self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Any = attacks.cross_entropy) -> Array:
         """The inner attack, shared by the methods: `y` is whatever `objective(logits, y)` compares the logits with."""
-        released = self.released_start if self.fidelity == "released_code" else None
         return attacks.pgd(
             key,
             lambda x: net.eval(x)[0],
@@ -155,7 +161,7 @@ class Method:
             eps=batch.eps,
             step_size=batch.step_size,
             num_steps=self.num_steps,
-            start=released or self.start,
+            start=self.attack_start,
             objective=objective,
             x_init=batch.x_init,
         )

@@ -19,7 +19,7 @@ class Net:
         self._cell = {"batch_stats": batch_stats, "forwards": 0}
         self._key = key  # of dropout alone; one stream per device, all else is drawn per example
         self._freeze = freeze_batch_stats
-        self._writes, self._by_batch = True, False
+        self._writes, self._batch_statistics = True, False
         self.params = params
         self.info = info
         self.teacher = None
@@ -34,7 +34,7 @@ class Net:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
     def eval(self, x):
-        return self.train(x) if self._by_batch else self._apply(self._variables(), x, train=False)
+        return self.train(x) if self._batch_statistics else self._apply(self._variables(), x, train=False)
 
     def train(self, x):
         if self._freeze:
@@ -48,11 +48,11 @@ class Net:
     def at(self, params):
         return self._but(params=params)
 
-    def aside(self):
+    def without_updates(self):
         return self._but(_writes=False)
 
-    def by_batch(self):
-        return self._but(_writes=False, _by_batch=True)
+    def with_batch_statistics(self):
+        return self._but(_writes=False, _batch_statistics=True)
 
     def _but(self, **changes):
         net = Net.__new__(Net)

@@ -28,7 +28,7 @@ class AWP(base.AddOn):
             return self.inner.loss(key, net, batch, x_adv, extra, clock)
 
         theta = jax.lax.stop_gradient(net.params)
-        ascent = net.mean(jax.grad(lambda params: inner(net.aside().at(params))[0])(theta))
+        ascent = net.mean(jax.grad(lambda params: inner(net.without_updates().at(params))[0])(theta))
         v = jax.tree.map(self._along, theta, ascent)
         return inner(net.at(jax.tree.map(jnp.add, net.params, v)))
 

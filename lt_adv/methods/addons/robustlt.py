@@ -43,15 +43,13 @@ class RobustLT(base.AddOn):
     def __post_init__(self):
         super().__post_init__()
         object.__setattr__(self, "start", "uniform")
+        object.__setattr__(self, "released_start", None)
 
     def perturb(self, key, net, batch, extra, clock):
         eps = norms.per_example("eps", batch.eps, batch.image)
         start = starts.starting_point(key, batch.image, eps, "uniform", norms.get("linf"))
         batch = self._scaled(batch, net.info, clock).replace(x_init=jnp.clip(start, 0, 1))
-        return self.inner.perturb(key, net.by_batch(), batch, extra, clock)
-
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        return self.inner.loss(key, net, self._scaled(batch, net.info, clock), x_adv, extra, clock)
+        return self.inner.perturb(key, net.with_batch_statistics(), batch, extra, clock)
 
     def _scaled(self, batch, info, clock):
         progress = clock.epoch / (self.warmup * clock.epochs) if self.warmup else 1.0
