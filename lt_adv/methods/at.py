@@ -16,13 +16,17 @@ class AT(base.Method):
 
     Differs from the released code of RoBal's study (Wu et al., CVPR 2021), which `fidelity="released_code"` restores:
     there the start is one-sided, x + eps U[0, 1), and the drops of the learning rate compound (see `training.optim`).
-    The rows of that study with another outer loss are subclasses.
+    The rows of that study with another outer loss are subclasses, most of which override `values` alone.
     """
 
     compounding_schedule = True
     released_start = "one_sided"
 
+    def values(self, logits, label, info, clock):
+        """The outer loss of each example, [b]."""
+        return losses.cross_entropy(logits, label)
+
     def loss(self, key, net, batch, x_adv, extra, clock):
         logits, _ = net.train(x_adv)
-        value = jnp.mean(losses.cross_entropy(logits, batch.label))
+        value = jnp.mean(self.values(logits, batch.label, net.info, clock))
         return value, (extra, {"accuracy": base.correct(logits, batch.label)})

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from lt_adv import losses
-from lt_adv.methods import at, base
+from lt_adv.methods import at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +17,6 @@ class CDT(at.AT):
 
     tau: float = 0.3
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        logits, _ = net.train(x_adv)
-        counts = net.info.class_counts
-        values = losses.class_dependent_temperature(logits, batch.label, class_counts=counts, tau=self.tau)
-        return jnp.mean(values), (extra, {"accuracy": base.correct(logits, batch.label)})
+    def values(self, logits, label, info, clock):
+        counts = info.class_counts
+        return losses.class_dependent_temperature(logits, label, class_counts=counts, tau=self.tau)

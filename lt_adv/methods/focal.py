@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_adv import losses
-from lt_adv.methods import at, base
+from lt_adv.methods import at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +46,6 @@ class Focal(at.AT):
         bias = jnp.asarray(-np.log((1 - pi) / pi), params["head"]["bias"].dtype)
         return {**params, "head": {**params["head"], "bias": bias}}
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        logits, _ = net.train(x_adv)
-        weights = losses.class_balanced_weights(net.info.class_counts, self.beta)
-        values = losses.focal(logits, batch.label, gamma=self.gamma, activation="sigmoid")
-        return jnp.mean(weights[batch.label] * values), (extra, {"accuracy": base.correct(logits, batch.label)})
+    def values(self, logits, label, info, clock):
+        weights = losses.class_balanced_weights(info.class_counts, self.beta)
+        return weights[label] * losses.focal(logits, label, gamma=self.gamma, activation="sigmoid")

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 
 from lt_adv import losses
-from lt_adv.methods import at, base
+from lt_adv.methods import at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,9 +20,7 @@ class LDAM(at.AT):
     scale: float = 1.0
     from_epoch: int = 1
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        logits, _ = net.train(x_adv)
+    def values(self, logits, label, info, clock):
         margin = jnp.where(clock.epoch + 1 >= self.from_epoch, self.max_margin, 0.0)
-        counts = net.info.class_counts
-        values = losses.ldam(logits, batch.label, class_counts=counts, max_margin=margin, scale=self.scale)
-        return jnp.mean(values), (extra, {"accuracy": base.correct(logits, batch.label)})
+        counts = info.class_counts
+        return losses.ldam(logits, label, class_counts=counts, max_margin=margin, scale=self.scale)

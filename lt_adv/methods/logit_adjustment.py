@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from lt_adv import losses
-from lt_adv.methods import at, base
+from lt_adv.methods import at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +17,5 @@ class LogitAdjustment(at.AT):
 
     tau: float = 1.0
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        logits, _ = net.train(x_adv)
-        counts = net.info.class_counts
-        values = losses.logit_adjustment(logits, batch.label, class_counts=counts, tau=self.tau)
-        return jnp.mean(values), (extra, {"accuracy": base.correct(logits, batch.label)})
+    def values(self, logits, label, info, clock):
+        return losses.logit_adjustment(logits, label, class_counts=info.class_counts, tau=self.tau)

@@ -2,10 +2,8 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-
 from lt_adv import losses
-from lt_adv.methods import at, base
+from lt_adv.methods import at
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,8 +17,6 @@ class Margin(at.AT):
     margin: float = 0.2
     scale: float = 10.0
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        logits, _ = net.train(x_adv)
+    def values(self, logits, label, info, clock):
         options = {"margin": self.margin, "scale": self.scale, "tau_b": 0.0, "tau_m": 0.0}
-        values = losses.robal_margin(logits, batch.label, class_counts=net.info.class_counts, **options)
-        return jnp.mean(values), (extra, {"accuracy": base.correct(logits, batch.label)})
+        return losses.robal_margin(logits, label, class_counts=info.class_counts, **options)
