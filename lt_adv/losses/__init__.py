@@ -15,7 +15,7 @@ from lt_adv.losses.classification import (
     logit_adjustment,
     robal_margin,
 )
-from lt_adv.losses.pairs import distillation, kl_divergence, mart, soft_cross_entropy, squared_distance
+from lt_adv.losses.pairs import distillation, kl_divergence, mart, soft_cross_entropy, squared_probability_distance
 from lt_adv.losses.priors import class_balanced_weights, ldam_margins, log_prior, rebalanced_weights
 
 __all__ = [
@@ -35,7 +35,7 @@ __all__ = [
     "rebalanced_weights",
     "robal_margin",
     "soft_cross_entropy",
-    "squared_distance",
+    "squared_probability_distance",
     "tail_alignment",
     "tail_alignment_released",
 ]

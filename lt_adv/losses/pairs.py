@@ -49,7 +49,7 @@ def distillation(logits: Array, teacher_logits: Array, *, temperature: float = 1
     return temperature**2 * kl_divergence(taught / temperature, logits / temperature)
 
 
-def squared_distance(p_logits: Array, q_logits: Array) -> Array:
+def squared_probability_distance(p_logits: Array, q_logits: Array) -> Array:
     """||p - q||^2 = sum_c (p_c - q_c)^2, p and q the softmax of the logits: what ALP sums over a batch.
 
     Args:
@@ -65,12 +65,12 @@ def squared_distance(p_logits: Array, q_logits: Array) -> Array:
     return jnp.sum(jnp.square(jax.nn.softmax(p_logits) - jax.nn.softmax(q_logits)), axis=-1)
 
 
-def soft_cross_entropy(probs: Array, logits: Array) -> Array:
+def soft_cross_entropy(logits: Array, probs: Array) -> Array:
     """Cross-entropy of soft labels, -sum_c p_c log softmax(z)_c.
 
     Args:
-      probs: p, [batch, classes], rows summing to one; one-hot rows give the cross-entropy of labels.
       logits: z, [batch, classes].
+      probs: p, [batch, classes], rows summing to one; one-hot rows give the cross-entropy of labels.
 
     Returns:
       [batch], in nats.

@@ -30,7 +30,7 @@ class ALP(at.AT):
         if self.fidelity == "released_code":
             net.train(x_adv)
         adversarial = jnp.mean(losses.cross_entropy(logits, batch.label))
-        squares = net.gather(losses.squared_distance(clean, logits))
+        squares = net.gather(losses.squared_probability_distance(clean, logits))
         total = jnp.sum(squares)
         apart = total > 0  # where x_adv = x the root has no derivative
         pairing = jnp.where(apart, jnp.sqrt(jnp.where(apart, total, 1)), 0) / len(squares)

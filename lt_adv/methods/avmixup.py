@@ -39,5 +39,5 @@ class AVMixup(at.AT):
         classes = jnp.arange(net.info.num_classes)
         target = jnp.where(batch.label[:, None] == classes, confidence, (1 - confidence) / (len(classes) - 1))
         logits, _ = net.train(mixture)
-        value = jnp.mean(losses.soft_cross_entropy(target, logits))
+        value = jnp.mean(losses.soft_cross_entropy(logits, target))
         return value, (extra, {"accuracy": base.correct(logits, batch.label)})

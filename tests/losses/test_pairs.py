@@ -10,15 +10,11 @@ import pytest
 
 from lt_adv import losses
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 RNG = np.random.default_rng(1)
 CLEAN, ADVERSARIAL = RNG.normal(size=(2, 6, 4))
 LABELS = np.array([0, 1, 2, 3, 3, 1])
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def as_printed(clean, adversarial, beta):
@@ -70,7 +66,7 @@ def test_the_rival_is_the_strongest_wrong_class():
 def test_certain_predictions_have_finite_values_and_gradients(dtype):
     """p and q at exactly 0 and 1, right and wrong."""
     label = (LABELS[:, None] == np.arange(4)).astype(dtype)
-    for loss in (lambda p, q: losses.mart(p, q, LABELS), losses.squared_distance):
+    for loss in (lambda p, q: losses.mart(p, q, LABELS), losses.squared_probability_distance):
         both = jax.jit(jax.value_and_grad(lambda p, q, f=loss: f(p, q).sum(), argnums=(0, 1)))
         for own, other in product((-1e4, 0.0, 1e4), repeat=2):
             value, gradients = both(dtype(own) * label, dtype(other) * label)
@@ -78,19 +74,19 @@ def test_certain_predictions_have_finite_values_and_gradients(dtype):
             assert all(np.all(np.isfinite(g)) for g in gradients), (own, other)
 
 
-def test_squared_distance():
+def test_squared_probability_distance():
     p, q = np.log([[0.5, 0.3, 0.2]]), np.log([[0.1, 0.3, 0.6]])
-    assert losses.squared_distance(p, q)[0] == pytest.approx(0.4**2 + 0.4**2, rel=1e-12)
-    np.testing.assert_array_equal(losses.squared_distance(CLEAN, CLEAN), 0)
-    far = losses.squared_distance(np.array([[900.0, 0.0]]), np.array([[0.0, 900.0]]))
+    assert losses.squared_probability_distance(p, q)[0] == pytest.approx(0.4**2 + 0.4**2, rel=1e-12)
+    np.testing.assert_array_equal(losses.squared_probability_distance(CLEAN, CLEAN), 0)
+    far = losses.squared_probability_distance(np.array([[900.0, 0.0]]), np.array([[0.0, 900.0]]))
     assert far.shape == (1,) and far[0] == pytest.approx(2)
 
 
 def test_soft_cross_entropy():
     one_hot = np.eye(4)[LABELS]
     hard = losses.cross_entropy(jnp.asarray(CLEAN), LABELS)
-    np.testing.assert_allclose(losses.soft_cross_entropy(one_hot, CLEAN), hard, rtol=1e-12)
+    np.testing.assert_allclose(losses.soft_cross_entropy(CLEAN, one_hot), hard, rtol=1e-12)
     p = np.asarray(jax.nn.softmax(ADVERSARIAL))
     divergence = losses.kl_divergence(jnp.asarray(ADVERSARIAL), jnp.asarray(CLEAN))
     entropy = -np.sum(p * np.log(p), -1)
-    np.testing.assert_allclose(losses.soft_cross_entropy(p, CLEAN), divergence + entropy, rtol=1e-12)
+    np.testing.assert_allclose(losses.soft_cross_entropy(CLEAN, p), divergence + entropy, rtol=1e-12)
