@@ -3,8 +3,9 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Mapping
 from types import ModuleType
+from typing import Any
 
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> ValueError:
@@ -13,6 +14,23 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     near = difflib.get_close_matches(str(name), choices, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
     return ValueError(f"Unknown {kind} {name!r}.{guess} There are: {', '.join(choices)}.")
+
+
+def options(kind: str, config: Mapping[str, Any], takes: Mapping[str, Collection[str]]) -> tuple[str, dict[str, Any]]:
+    """`{"name": ..., **options}` -> (name, those of the options that it takes). `takes`: choice -> its options.
+
+    An option of another choice is left out, so one config can hold the options of all and change its name alone;
+    ValueError for a name that is no choice, or an option of none.
+    """
+    given = dict(config)
+    name = given.pop("name", None)
+    if name not in takes:
+        raise unknown(kind, name, takes)
+    known = set().union(*takes.values())
+    for option in given:
+        if option not in known:
+            raise unknown(f"option of {kind} {name!r}:", option, known)
+    return name, {option: value for option, value in given.items() if option in takes[name]}
 
 
 def names(package: str) -> list[str]:

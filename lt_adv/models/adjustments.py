@@ -110,15 +110,8 @@ def create(config: Mapping[str, Any], head: str | None = None) -> Adjustment:
     As in `models.create`, an option of another adjustment is left unused; one of none of them raises ValueError, and so
     does an adjustment that is none of the head of that name.
     """
-    options = dict(config)
-    name = options.pop("name", None)
-    if name not in ADJUSTMENTS:
-        raise lookup.unknown("adjustment", name, ADJUSTMENTS)
+    takes = {choice: inspect.getfullargspec(function).kwonlyargs for choice, function in ADJUSTMENTS.items()}
+    name, options = lookup.options("adjustment", config, takes)
     if head and head not in HEADS.get(name, (head,)):
         raise ValueError(f"The adjustment {name!r} is for the heads {', '.join(HEADS[name])}, not for {head!r}.")
-    takes = {choice: set(inspect.getfullargspec(function).kwonlyargs) for choice, function in ADJUSTMENTS.items()}
-    known = set().union(*takes.values())
-    for option in options:
-        if option not in known:
-            raise lookup.unknown(f"option of adjustment {name!r}:", option, known)
-    return partial(ADJUSTMENTS[name], **{option: value for option, value in options.items() if option in takes[name]})
+    return partial(ADJUSTMENTS[name], **options)

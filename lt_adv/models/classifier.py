@@ -73,14 +73,7 @@ def create(model_config: Mapping[str, Any], num_classes: int, axis_name: str | N
 def _build(
     kind: str, choices: Mapping[str, Callable[..., nn.Module]], config: Mapping[str, Any], **given: Any
 ) -> nn.Module:
-    options = dict(config)
-    name = options.pop("name", None)
-    if name not in choices:
-        raise lookup.unknown(kind, name, choices)
     reserved = {"parent", "name", *given}  # what flax adds to every module, and what is not the config's to say
     takes = {choice: set(inspect.signature(module).parameters) - reserved for choice, module in choices.items()}
-    known = set().union(*takes.values())
-    for option in options:
-        if option not in known:
-            raise lookup.unknown(f"option of {kind} {name!r}:", option, known)
-    return choices[name](**{option: value for option, value in options.items() if option in takes[name]}, **given)
+    name, options = lookup.options(kind, config, takes)
+    return choices[name](**options, **given)
