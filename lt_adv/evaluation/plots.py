@@ -205,7 +205,7 @@ def _series(history: Sequence[Mapping[str, Any]], name: str, times: Sequence[flo
 PANELS = {  # title -> (which metrics, what a line is called once these words are taken out)
     "Training loss": (r"train/loss.*", ""),
     "Robust training accuracy in %": (r"train/accuracy(_head|_body|_tail)?", "accuracy"),
-    "Clean training accuracy, balanced, in %": (r"train/balanced_accuracy_clean.*", "balanced accuracy clean"),
+    "Clean training accuracy in %": (r"train/clean/(balanced_accuracy|accuracy_(head|body|tail))", "clean accuracy"),
     "Validation accuracy in %": (r"valid/.*/accuracy(_tail)?", "accuracy"),
 }
 

@@ -105,7 +105,7 @@ class Progress:
 
 COLUMNS = (
     ("train/loss", "loss", 3),
-    ("train/balanced_accuracy_clean", "clean (balanced) %", 1),
+    ("train/clean/balanced_accuracy", "clean (balanced) %", 1),
     ("train/accuracy", "robust %", 1),
     ("train/accuracy_head", "head", 1),
     ("train/accuracy_body", "body", 1),

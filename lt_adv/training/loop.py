@@ -89,17 +89,9 @@ def _monitors(built: program.Program) -> dict[str, Monitor]:
 
 
 def _watch(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict[str, float]:
-    row = {}
-    if "train" in monitors:
-        row.update(
-            {
-                k.replace("clean/accuracy", "train/balanced_accuracy_clean"): v
-                for k, v in monitors["train"](variables).items()
-            }
-        )
-    if validate and "valid" in monitors:
-        row.update({f"valid/{k}": v for k, v in monitors["valid"](variables).items()})
-    return row
+    """What the monitors see: "train/clean/balanced_accuracy", "valid/pgd20/accuracy_tail", ..."""
+    seen = {name: monitor(variables) for name, monitor in monitors.items() if name == "train" or validate}
+    return {f"{name}/{metric}": value for name, row in seen.items() for metric, value in row.items()}
 
 
 def _run(

@@ -15,6 +15,8 @@ from lt_adv.training.net import AXIS
 class Monitor:
     """`monitor(variables) -> {"clean/accuracy": ..., "pgd20/accuracy_tail": ...}` on fixed images.
 
+    "accuracy", also by group, is the mean over images; "balanced_accuracy" that over the classes that have any.
+
     `apply(variables, x) -> logits` holds the post-hoc adjustment, as in the evaluation. `attack` holds the options of
     PGD (None: clean only); images are padded to whole batches and the padding is masked.
     """
@@ -55,6 +57,8 @@ class Monitor:
                 predictions.append(self._predict(variables, x if attack is None else attack(keys, variables, x, y)))
             right = np.concatenate([np.asarray(p) for p in predictions])[: len(self._label)] == self._label
             result[f"{name}/accuracy"] = float(right.mean())
+            classes = np.unique(self._label)
+            result[f"{name}/balanced_accuracy"] = float(np.mean([right[self._label == c].mean() for c in classes]))
             for group, classes in self._groups.items():
                 member = np.isin(self._label, classes)
                 if member.any():

@@ -31,6 +31,8 @@ def test_counts_every_image_once_whatever_the_batch(devices, batch_size):
     brightness = IMAGE.mean((1, 2, 3)) / 255
     right = np.digitize(brightness, thresholds) == LABEL
     assert result["clean/accuracy"] == pytest.approx(right.mean()) and 0 < right.mean() < 1
+    balanced = np.mean([right[c == LABEL].mean() for c in range(3)])
+    assert result["clean/balanced_accuracy"] == pytest.approx(balanced) and abs(balanced - right.mean()) > 0.01
     for group, classes in GROUPS.items():
         assert result[f"clean/accuracy_{group}"] == pytest.approx(right[np.isin(LABEL, classes)].mean())
     assert result["pgd3/accuracy"] < result["clean/accuracy"]
