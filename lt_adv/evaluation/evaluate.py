@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lt_adv.evaluation import progress, protocol, records
 from lt_adv.evaluation.records import CLEAN, WORST, Records
 
+EXAMPLES = 10  # columns of the report's picture grid
 TOLERANCE = 1e-6  # rounding allowed on top of the radius, in units of the [0, 1] pixel range
 
 
@@ -182,16 +183,15 @@ def examples(
     spec: Mapping[str, Any],
     class_counts: Sequence[int],
     mesh: Mesh,
-    number: int = 10,
 ) -> dict[str, Any]:
     """Adversarial images for the report's grid, from the most to the least frequent class.
 
-    Up to `number` classes, evenly spaced by rank; of each the first image that is right clean and wrong under the
+    Up to `EXAMPLES` classes, evenly spaced by rank; of each the first image that is right clean and wrong under the
     attack, or its first image where there is none. Keys belong to images, so these are the very images of the records.
     """
     ranked = np.argsort(-np.asarray(class_counts), kind="stable")
     ranked = ranked[np.isin(ranked, results.label)]
-    ranked = ranked[np.unique(np.linspace(0, len(ranked) - 1, number).round().astype(int))]
+    ranked = ranked[np.unique(np.linspace(0, len(ranked) - 1, EXAMPLES).round().astype(int))]
     broken = results.correct(CLEAN) & ~results.correct(attack)
     # argmax finds the first True; ranking broken images above the others of the class prefers those.
     rows = np.array([np.argmax((results.label == c) * (1 + broken)) for c in ranked])

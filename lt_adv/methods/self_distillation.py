@@ -62,7 +62,8 @@ class SelfDistillation(base.Method):
         value += self.distillation * metrics["loss_distillation"]
         if self.matching:
             opposite = 2 * batch.image - x_adv
-            target = net.teacher(x_adv)[0] - net.teacher(opposite)[0]
+            facing = taught if self.teacher_input == "adversarial" else net.teacher(x_adv)[0]
+            target = facing - net.teacher(opposite)[0]
             metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net.train(opposite)[0], target))
             value += self.matching * metrics["loss_matching"]
         return value, (extra, metrics)

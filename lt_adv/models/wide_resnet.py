@@ -41,11 +41,8 @@ class WideResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        conv, norm = conv_and_norm(
-            dtype=self.dtype, axis_name=self.axis_name, train=train, kernel_init=kaiming_normal
-        )
+        conv, norm = conv_and_norm(dtype=self.dtype, axis_name=self.axis_name, train=train, kernel_init=kaiming_normal)
         x = conv(16, 3, name="conv1")(x)
-        dropout = partial(nn.Dropout, self.dropout, deterministic=not train)
         widths = (16 * self.width, 32 * self.width, 64 * self.width)
         for name, width, stride in residual_plan(widths, blocks=(self.depth - 4) // 6):
             dropout = partial(nn.Dropout, self.dropout, deterministic=not train)

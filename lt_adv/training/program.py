@@ -29,7 +29,6 @@ class Program:
     """What one stage needs; `step(state, resident, teacher) -> (state, metrics)` is its one compiled program."""
 
     name: str
-    stage: Stage
     config: ml_collections.ConfigDict
     data: data.LongTailed
     info: Info
@@ -145,7 +144,6 @@ def build(
 
     return Program(
         name=f"{number}_{stage.name}",
-        stage=stage,
         config=config,
         data=split,
         info=info,

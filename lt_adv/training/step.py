@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from lt_adv import lookup
@@ -192,14 +193,16 @@ def _sums(metrics: Mapping[str, Any], label: jax.Array, membership: Mapping[str,
     """Metric -> (sum, weight) over all devices; a per-example metric is also summed within each group of classes."""
     sums = {}
     for name, value in lax.stop_gradient(dict(metrics)).items():
-        if value.ndim == 0:
-            sums[name] = lax.pmean((value, jnp.ones_like(value)), AXIS)
+        if value.ndim == 0:  # the mean over devices, of weight one
+            share = 1 / lax.axis_size(AXIS)
+            sums[name] = (value * share, jnp.full_like(value, share))
             continue
-        sums[name] = lax.psum((jnp.sum(value), jnp.sum(jnp.ones_like(value))), AXIS)
+        sums[name] = (jnp.sum(value), jnp.sum(jnp.ones_like(value)))
         for group, member in membership.items():
             inside = jnp.asarray(member, value.dtype)[label]
-            sums[f"{name}_{group}"] = lax.psum((jnp.sum(value * inside), jnp.sum(inside)), AXIS)
-    return sums
+            sums[f"{name}_{group}"] = (jnp.sum(value * inside), jnp.sum(inside))
+    flat, unflatten = ravel_pytree(sums)
+    return unflatten(lax.psum(flat, AXIS))  # one all-reduce for all
 
 
 def _same_everywhere(a: jax.Array) -> jax.Array:
