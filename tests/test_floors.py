@@ -9,7 +9,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PROJECT = ("lt_adv", "configs", "experiments", "tests")
-MAX_LINES = 320
+MAX_LINES = 300
 
 # Room -> what it may import of the project, beside itself. What is not named here has no place in the house.
 ROOMS: dict[str, set[str]] = {
@@ -52,7 +52,7 @@ FILES = sorted((ROOT / "lt_adv").rglob("*.py"))
 
 
 def room_of(module: str) -> str:
-    """lt_adv.attacks.loop -> attacks; lt_adv itself -> __init__."""
+    """lt_adv.attacks.norms -> attacks; lt_adv itself -> __init__."""
     return (module.split(".") + ["__init__"])[1]
 
 
@@ -116,7 +116,7 @@ def test_every_room_is_planned():
         ("lt_adv.losses.pairs", "def f():\n    from lt_adv.attacks import pgd"),  # inside a function
         ("lt_adv.losses.pairs", "import flax.linen as nn"),
         ("lt_adv.losses.pairs", "from lt_adv import __version__"),
-        ("lt_adv.attacks.loop", "if True:\n    import tensorflow_datasets as tfds"),
+        ("lt_adv.attacks.norms", "if True:\n    import tensorflow_datasets as tfds"),
         ("lt_adv.models.heads", "from lt_adv.data.longtail import groups"),
         ("lt_adv.models.heads", "import tensorflow_datasets"),
         ("lt_adv.data.cache", "import flax"),
@@ -142,14 +142,14 @@ def test_a_planted_violation_is_found(module, source):
 
 def test_permitted_imports_are_not_reported():
     assert not violations("lt_adv.methods.robal", "import os\nfrom lt_adv import attacks, losses\nfrom . import base")
-    assert not violations("lt_adv.attacks", "from .loop import repeat\nimport lt_adv.attacks.norms", is_package=True)
+    assert not violations("lt_adv.attacks", "from .norms import get\nimport lt_adv.attacks.starts", is_package=True)
     assert list(imported("lt_adv.a.b", False, "from .. import c")) == [(1, "lt_adv.c")]
     assert list(imported("lt_adv.a", True, "from .b import c")) == [(1, "lt_adv.a.b.c")]
 
 
 def test_files_stay_short():
     """One that does not asks for a room that is missing."""
-    files = [*FILES, *(ROOT / "configs").glob("*.py"), *(ROOT / "experiments").glob("*.py")]
+    files = [path for folder in PROJECT for path in (ROOT / folder).rglob("*.py")]
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in files}
     assert not {path: n for path, n in lines.items() if n > MAX_LINES}
 
