@@ -54,16 +54,24 @@ def split(seed: int = 0) -> Split:
 
 
 def make(
-    method, devices, parallel="pmap", *, teacher=None, freeze=None, optim_options=None, attack_apply=None, **options
+    method,
+    devices,
+    parallel="pmap",
+    *,
+    teacher=None,
+    freeze=None,
+    optim_options=None,
+    attack_apply=None,
+    seed=3,
+    **options,
 ):
-    """(step, first state, data, teacher) over `devices` devices."""
+    """(step, first state, data, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters."""
     mesh = meshes.make_mesh(jax.devices()[:devices])
     batch_size = 16
     per_epoch = len(split()) // batch_size
     info = Info(class_counts=COUNTS, steps_per_epoch=per_epoch, epochs=3, image_shape=(6, 6, 1), num_features=6)
     model = Small()
-    key = jax.random.key(3)
-    variables = model.init(key, jnp.zeros((1, 6, 6, 1), float), train=False)
+    variables = model.init(jax.random.key(3), jnp.zeros((1, 6, 6, 1), float), train=False)
     variables = jax.tree.map(lambda a: a.astype(float), variables)  # linen starts statistics in float32 whatever comes
     config = {**OPTIM, **(optim_options or {})}
     rate = optim.schedule(config, info.steps_per_epoch, info.epochs)
@@ -75,6 +83,7 @@ def make(
     teacher = meshes.replicate(teacher or {}, mesh)
     data = resident.put(split(), mesh)
     averaged = bool(options.average) and options.average["name"] != "none"
+    key = jax.random.key(seed)
     state = meshes.replicate(states.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
     state = meshes.replicate(state.replace(window=init_window(state, data, teacher)), mesh)
     return step, state, data, teacher
