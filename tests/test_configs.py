@@ -10,15 +10,12 @@ import ml_collections
 import pytest
 
 from configs import common
-from lt_adv import models
-from lt_adv.evaluation import protocol
-from lt_adv.models import adjustments
+from lt_adv import check
 from lt_adv.training import optim, program
 
 FILES = (Path(__file__).parents[1] / "configs").glob("*.py")
 NAMES = sorted(path.stem for path in FILES if path.stem not in ("__init__", "common"))
 DATASETS = [*common.DATASETS, "svhn_cropped"]  # the last: any name of TensorFlow-Datasets
-CLASSES = {"cifar100": 100, "tiny_imagenet": 200}
 FIELDS = ("Paper", "Command", "Arguments", "Expected")
 
 
@@ -33,18 +30,15 @@ def get(name, **arguments):
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_builds(name, dataset):
-    """What a config names exists, and its options are those that it has."""
+    """Accepted as a run would accept it, in either fidelity, with the epochs that it says."""
     config = get(name, dataset=dataset).lock()
     assert config.data.name == dataset and config.data.imbalance_ratio >= 1
     for fidelity in ("published", "released_code"):
         config.fidelity = fidelity
+        check.values(config)
         stages = program.stages(config)  # a teacher's epochs are its own
         assert sum(stage.epochs for stage in stages if stage.name != "teacher") == config.optim.epochs
         optim.schedule(config.optim, 10, config.optim.epochs, fidelity == "released_code")
-    models.create(config.model, CLASSES.get(dataset, 10))
-    adjustments.create(config.eval.adjustment)
-    for spec in config.eval.attacks.values():
-        protocol.resolve(spec)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -110,11 +104,8 @@ def test_robal_has_the_papers_values(row):
     assert (config.data.imbalance, config.data.imbalance_ratio) == ("exponential", ratio)
 
 
-ROWS = ["robal", "at", "trades", "cosine", "margin", "ldam", "cdt", "logit_adjustment", "class_balanced_focal"]
-ROWS += ["deferred_margin", "deferred_reweighting"]  # with the schedule of the others; focal and resampling: own ones
-
-
-@pytest.mark.parametrize("name", ROWS)
+# The study's other rows are compared with "at" in tests/methods/test_robal_study.py.
+@pytest.mark.parametrize("name", ["robal", "at", "trades"])
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_protocol_of_robals_study(name, dataset):
     config = get(name, dataset=dataset)
