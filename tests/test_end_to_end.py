@@ -2,7 +2,6 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -100,7 +99,7 @@ def test_killed_twice_and_terminated_once_is_bit_for_bit_an_unbroken_run(launch,
     assert (whole / "metrics.jsonl").read_text() == (broken / "metrics.jsonl").read_text()
     rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6, 7, 10, 13, 14, 17, 20, 21, 24, 27, 28]
-    assert {"valid/clean/accuracy", "valid/pgd20/accuracy_tail", "train/balanced_accuracy_clean"} <= rows[-1].keys()
+    assert {"valid/clean/accuracy", "valid/pgd20/accuracy_tail", "train/clean/balanced_accuracy"} <= rows[-1].keys()
     reports = [json.loads((run / "report.json").read_text())["metrics"] for run in (whole, broken)]
     assert reports[0] == reports[1]
 
@@ -109,6 +108,7 @@ def test_killed_twice_and_terminated_once_is_bit_for_bit_an_unbroken_run(launch,
     assert result.returncode == 0, result.stderr
     header = json.loads((whole / "reports" / "valid" / "report.json").read_text())["header"]
     assert header["images_per_class"] == [2] * 10 and header["subset"] == "the whole validation split"
+    assert header["split"] == "validation"
 
 
 def test_robal_lifts_the_tail_of_digits(launch, tmp_path):
@@ -123,7 +123,7 @@ def test_robal_lifts_the_tail_of_digits(launch, tmp_path):
         metrics[name] = report["metrics"]
         for plot in ("accuracy_by_class", "robust_error", "training_curves", "examples"):
             assert (workdir / "plots" / f"{plot}.png").stat().st_size > 10_000
-        assert "PGD-20" in result.stdout and "eps" not in result.stderr
+        assert "PGD-20" in result.stdout
     for row in metrics.values():
         # Neither at chance nor saturated: the attack bites, the network learnt.
         assert row["eval/clean/balanced_accuracy"] > 0.9 and 0.5 < row["eval/pgd20/balanced_accuracy"] < 0.9
@@ -131,7 +131,3 @@ def test_robal_lifts_the_tail_of_digits(launch, tmp_path):
     gain = metrics["robal"]["eval/pgd20/accuracy_tail"] - metrics["at"]["eval/pgd20/accuracy_tail"]
     assert gain >= 0.04, f"tail PGD-20: {100 * gain:+.1f} points"
     assert metrics["robal"]["eval/worst/accuracy_tail"] > metrics["at"]["eval/worst/accuracy_tail"]
-
-
-def test_signals_are_what_the_driver_sends():
-    assert (signal.SIGKILL, signal.SIGTERM) == (9, 15)
