@@ -114,8 +114,3 @@ RELEASED: Mapping[str, Method] = {
     "robal": Method(label, cross_entropy, robal_released),
     "trades": Method(image, divergence_from_image, trades_released),
 }
-
-
-def start(options: Any) -> str:
-    """Where the attack starts; the released code of RoBal's study starts on one side."""
-    return (options.fidelity == "released_code" and options.released_start) or options.start

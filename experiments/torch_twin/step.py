@@ -55,7 +55,7 @@ class Trainer:
     ):
         if setting not in SETTINGS:
             raise lookup.unknown("setting of the PyTorch twin:", setting, SETTINGS)
-        self.options, self.start = options_of(config)
+        self.options = options_of(config)
         self.device, self._tuned = torch.device(device), setting == "tuned"
         self.steps, self.steps_per_epoch = 0, program.steps_per_epoch(config, split, 1)
         self._rates = learning_rates(config, self.options, self.steps_per_epoch)
@@ -102,7 +102,7 @@ class Trainer:
     def step(self) -> Tensor:
         """One step on the next batch: its loss, on the device, without waiting for it."""
         image, label = self._batches.draw()
-        noise = attack.starting_noise(image, self.start, self._radius["eps"], self._generator)
+        noise = attack.starting_noise(image, self.options.attack_start, self._radius["eps"], self._generator)
         return self.step_on(image, label, noise)
 
     def step_on(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
@@ -190,8 +190,8 @@ class Graphed:
         return self._loss.clone()
 
 
-def options_of(config: ml_collections.ConfigDict) -> tuple[Any, str]:
-    """(hyper-parameters of the method, start of its attack); ValueError if the twin has no such method or entry."""
+def options_of(config: ml_collections.ConfigDict) -> Any:
+    """The method of lt_adv, whose fields are the hyper-parameters; ValueError for what the twin does not have."""
     name = config.method.name
     if name not in methods.SHARED:
         raise lookup.unknown("method of the PyTorch twin:", name, methods.SHARED)
@@ -204,7 +204,7 @@ def options_of(config: ml_collections.ConfigDict) -> tuple[Any, str]:
     if config.addons:
         raise ValueError(f"config.addons = {config.addons!r}: the PyTorch twin has none.")
     (stage,) = program.stages(config)
-    return stage.method, methods.start(stage.method)
+    return stage.method
 
 
 def learning_rates(config: ml_collections.ConfigDict, options: Any, steps_per_epoch: int) -> list[float]:

@@ -15,7 +15,6 @@ from tests.experiments import NO_TORCH
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 
 from configs import at, at_bsl, robal, trades
-from experiments.torch_twin import methods
 from experiments.torch_twin.step import Trainer
 from lt_adv.attacks import norms, starts
 from lt_adv.data import Dataset, Split, long_tailed, resident
@@ -124,7 +123,7 @@ def our_step(config: ml_collections.ConfigDict) -> Step:
         image = train.image[rows].astype(float) / 255
         attack_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), 0), 1)
         keys = jax.vmap(jax.random.fold_in, (None, 0))(attack_key, jnp.arange(BATCH))
-        start = methods.start(stage.method)
+        start = stage.method.attack_start
         noise = starts.starting_point(keys, jnp.zeros_like(image), config.attack.eps, start, norms.get("linf"))
 
         model = create(config.model, info.num_classes, axis_name=AXIS)
