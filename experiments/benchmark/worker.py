@@ -60,8 +60,7 @@ def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict
 
 
 def jax_profile(config: Any) -> dict[str, Any]:
-    """{"operations": the KINDS kinds of operation that a training step spends most time on, "seconds": per step, of
-    all of them, summed over threads or streams, "devices": how many took part}."""
+    """{"operations": the KINDS longest kinds of a training step, "seconds" of all, summed over threads, "devices"}."""
     from experiments.benchmark import profiled
 
     built = build(config)
@@ -144,10 +143,7 @@ def flops(config: Any) -> dict[str, Any]:
 
 
 def pipeline(config: Any, *, seconds: float) -> dict[str, Any]:
-    """Draw, gather, augmentation and conversion of a batch, as the training step does them, alone in one program.
-
-    The draw is uniform, whatever the config's sampler.
-    """
+    """Draw (always uniform), gather, augmentation and conversion of a batch, alone in one program."""
     import jax
     import jax.numpy as jnp
 
