@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import tables as speed
+from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
 from experiments.study.summary import network, spread
@@ -163,7 +164,7 @@ def study(results: Path = RESULTS) -> str:
     for path in sorted(path for path in results.glob("*/table.json") if path.parent.name != ABLATION):
         made = json.loads(path.read_text())
         pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
-        tables = [study_tables.all_images(made, published=False), study_tables.groups(made)]
+        tables = [study_tables.all_images(made, published=False), study_tables.groups(made), *findings.tables(made)]
         blocks.append(f"**{made['study']}.** {study_tables.page(made, tables, pictures)}")
     return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
 

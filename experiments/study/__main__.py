@@ -33,7 +33,7 @@ from typing import Any
 from experiments import tables as readme
 from experiments.benchmark import record
 from experiments.options import Parser, name, one_of, positive, some
-from experiments.study import jobs, summary, sweep, tables
+from experiments.study import findings, jobs, summary, sweep, tables
 from experiments.study.rows import PRESETS, ROWS, with_bases
 from lt_adv import arguments, files, lookup
 from lt_adv.evaluation.write import table
@@ -108,7 +108,7 @@ def tabulate(study: jobs.Study) -> dict[str, Any]:
     made = {"study": study.name, **summary.summarise(results, sweeps, jobs.failures(study), claims)}
     record.write(study.folder / "table.json", made)
     pictures = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
-    text = tables.page(made, [tables.all_images(made), *tables.slices(made)], pictures)
+    text = tables.page(made, [tables.all_images(made), *tables.slices(made), *findings.tables(made)], pictures)
     files.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
     return made
 

@@ -126,6 +126,7 @@ def _against(rows: Rows, noise: Noise, name: str, other: str, metric: str) -> tu
     return text, noise.verdict(mine, theirs, min(len(rows[name]["seeds"]), len(rows[other]["seeds"])))
 
 
-def table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
-    head = ["Finding of the papers", "Measured here, in points", "Verdict"]
-    return head, [list(finding) for finding in findings(summary)]
+def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]], int]]:
+    """One of all findings, its columns set left; none where there is no finding."""
+    rows = [list(finding) for finding in findings(summary)]
+    return [(["Finding of the papers", "Measured here, in points", "Verdict"], rows, 3)] if rows else []

@@ -76,11 +76,11 @@ def groups(summary: Summary) -> Table:
 
 
 def choices(summary: Summary) -> Table:
-    """Rows that vary another one after it: PGD-20, CW-20 and clean of all images, PGD-20 and CW-20 of the tail."""
+    """Rows that vary another one after it: of all images and of the tail."""
     rows = summary["rows"]
     ordered = {name: rows[name] for name in sorted(rows, key=lambda name: rows[name].get("varies") or name)}
-    metrics = {title(c): f"eval/{c}/accuracy" for c in ("pgd20", "cw20", CLEAN)}
-    metrics |= {f"{title(c)}, tail": f"eval/{c}/accuracy_tail" for c in ("pgd20", "cw20")}
+    metrics = {title(c): f"eval/{c}/accuracy" for c in (CLEAN, "pgd20", "cw20", WORST)}
+    metrics |= {f"{title(c)}, tail": f"eval/{c}/accuracy_tail" for c in ("pgd20", "cw20", WORST)}
     return accuracies({"rows": ordered}, "Row", metrics)
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from experiments.study import findings
 from experiments.study.rows import ROWS
+from lt_adv.evaluation.write import table
 
 AT = {"clean": 0.30, "pgd20": 0.20, "cw20": 0.20, "worst": 0.19, "tail": 0.01}
 SHOWN = {  # the picture of the papers
@@ -88,3 +89,11 @@ def test_what_was_not_measured_is_left_out():
     partly = summary(SHOWN)
     del partly["rows"]["reat"]["figures"]["eval/worst/accuracy_tail"]
     assert len(findings.findings(partly)) == 6
+
+
+def test_findings_are_a_table_of_a_study():
+    (made,) = findings.tables(summary(SHOWN))
+    text = table(*made)
+    assert text.splitlines()[1] == "| :-- | :-- | :-- |" and len(text.splitlines()) == 9
+    assert text.endswith("| worst case 20.0, AT-BSL 5.0 | held |")
+    assert findings.tables(summary({"robal": SHOWN["robal"]})) == []

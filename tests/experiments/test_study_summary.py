@@ -211,9 +211,12 @@ def test_the_readme_has_the_ablations(made, tmp_path):
     text, table = readme.ablation(tmp_path).split("\n\n")[:2]
     assert text.startswith("Digits-LT, exponential profile; WRN-10-1, 3 epochs")
     head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-    assert head == ["Row", "PGD-20", "CW-20", "Clean", "PGD-20, tail", "CW-20, tail"]
+    of_all = ["Clean", "PGD-20", "CW-20", "Worst case"]
+    of_the_tail = ["PGD-20, tail", "CW-20, tail", "Worst case, tail"]
+    assert head == ["Row", *of_all, *of_the_tail]
     assert [row[0] for row in body] == ["AT", "AT, twice", "AT, shifted", "RoBal-N"]
-    metrics = ("pgd20/accuracy", "cw20/accuracy", "clean/accuracy", "pgd20/accuracy_tail", "cw20/accuracy_tail")
+    metrics = [f"{c}/accuracy" for c in ("clean", "pgd20", "cw20", "worst")]
+    metrics += [f"{c}/accuracy_tail" for c in ("pgd20", "cw20", "worst")]
     assert body[3][1:] == [f"{100 * rows['robal']['figures'][f'eval/{m}']['mean']:.1f}" for m in metrics]
 
 
