@@ -6,12 +6,10 @@ import sys
 
 import pytest
 
-from configs import common
-from lt_adv import arguments, check, main
+from lt_adv import main
 from lt_adv import run as runs
 from lt_adv.training import loop
 from tests.bad_input.conftest import DIGITS, ROOT
-from tests.test_configs import NAMES
 
 # (arguments, what the line says), as regular expressions; --config is DIGITS where none is given.
 COMMAND_LINES = [
@@ -36,6 +34,8 @@ COMMAND_LINES = [
     ([DIGITS, "--config.data.download=maybe"], r"--config\.data\.download=maybe.*boolean"),
     ([DIGITS, "--config.optim=3"], r"--config\.optim=3.*not a dict"),
     ([DIGITS, "--config.optim.epochs"], r"Missing value for flag --config\.optim\.epochs"),
+    ([DIGITS, "--config.fidelity=released_code", "--config.attack.start=zero"], r"start is 'zero', but .* 'one_sided'"),
+    ([DIGITS, "--config.addons=robustlt", "--config.attack.start=zero"], r"start is 'zero', but .* sets 'uniform'"),
     ([DIGITS, "--mode=foo"], r"Unknown --mode 'foo'\. There are: eval, train"),
     ([DIGITS, "--workdri=x"], r"Unknown flag '--workdri'\. Did you mean '--workdir'\?"),
     ([DIGITS, "eval"], r"Unexpected argument 'eval'"),
@@ -178,13 +178,6 @@ def test_edge_is_accepted(no_training, capsys, tmp_path, monkeypatch, override):
     printed = capsys.readouterr()
     assert "training is reached" in printed.out and not printed.err
     assert (tmp_path / "run" / "config.json").exists()
-
-
-@pytest.mark.parametrize("dataset", [*common.DATASETS, "svhn_cropped"])
-@pytest.mark.parametrize("name", NAMES)
-def test_every_config_is_accepted(name, dataset, monkeypatch):
-    monkeypatch.chdir(ROOT)
-    check.values(arguments.load(f"configs/{name}.py:dataset={dataset}"))
 
 
 GET = "from configs import common\ndef get_config():\n    c = common.get('digits', epochs=1, drop_epochs=(), of=1)\n"
