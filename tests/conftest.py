@@ -11,8 +11,16 @@ FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_lev
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # or a test that calls main would turn it on for those after it
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
+import jax
 import numpy as np
 import pytest
+
+
+@pytest.fixture
+def float64():
+    """A test in double precision; of all tests of a file: `pytestmark = pytest.mark.usefixtures("float64")`."""
+    with jax.enable_x64(True):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -8,17 +8,13 @@ from jax.test_util import check_grads
 
 from lt_adv import losses
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 COUNTS = np.array([50, 20, 8, 2])
 TAIL = np.array([False, False, True, True])
 LABELS = np.array([0, 0, 1, 2, 2, 3, 1])
 RNG = np.random.default_rng(0)
 FEATURES = RNG.normal(size=(7, 5))
-
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 def test_golden_rebalanced_cross_entropy(golden, assert_golden):

@@ -25,16 +25,12 @@ from lt_adv.training import program
 from lt_adv.training.net import AXIS, Net
 from tests.training.helpers import COUNTS, Small, assert_same, run
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 SETTINGS = {"robustlt": {"alpha": 0.3, "warmup": 0.3}, "awp": {"gamma": 0.05}}  # warm after one of the three epochs
 EVERY = addons.names()
 # Each alone, and all together around a loss that is no mean over examples.
 CASES = {name: (AT(num_steps=1), (name,)) for name in EVERY} | {"all": (ALP(num_steps=1), EVERY)}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -57,7 +53,8 @@ def test_contract(name):
     own = {f.name for f in dataclasses.fields(method) if f.init} - {"inner"}
     assert own == set(SETTINGS[name]) and own == set(at.get_config()[name]), "each setting is an entry of the config"
     assert (method.num_steps, method.fidelity, method.compounding_schedule) == (3, "released_code", True)
-    assert method.released_start == "one_sided" and hash(method) == hash(dataclasses.replace(method))
+    assert method.attack_start == ("uniform" if name == "robustlt" else "one_sided"), "RobustLT has its own"
+    assert hash(method) == hash(dataclasses.replace(method))
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.inner = AT()
     with pytest.raises((TypeError, ValueError), match="num_steps"):
@@ -176,7 +173,7 @@ class Plain:
     info = types.SimpleNamespace(class_counts=COUNTS)
     eval = train = staticmethod(linear)
 
-    def by_batch(self):
+    def with_batch_statistics(self):
         return self
 
 
@@ -208,7 +205,7 @@ class ByBatch(AT):
 
         eps = batch.eps[:, None, None, None]
         return attacks.pgd(
-            key, lambda x: net.by_batch().train(x)[0], batch.image, batch.label, eps=batch.eps,
+            key, lambda x: net.with_batch_statistics().train(x)[0], batch.image, batch.label, eps=batch.eps,
             step_size=batch.step_size, num_steps=self.num_steps,
             x_init=jnp.clip(batch.image + eps * jax.vmap(noise)(key), 0, 1),
         )  # fmt: skip
@@ -261,10 +258,10 @@ def test_views_of_the_network_write_nothing(freeze):
     variables = jax.tree.map(lambda a: a.astype(float), model.init(jax.random.key(7), x, train=False))
     net = Net(model.apply, **variables, info=None, key=jax.random.key(8), freeze_batch_stats=freeze)
     running, before = net.eval(x)[0], net.batch_stats
-    aside, by_batch = net.aside().train(x)[0], net.by_batch().eval(x)[0]
-    np.testing.assert_array_equal(net.aside().eval(x)[0], running)
-    np.testing.assert_array_equal(net.by_batch().at(net.params).train(x)[0], by_batch)
+    silent, by_batch = net.without_updates().train(x)[0], net.with_batch_statistics().eval(x)[0]
+    np.testing.assert_array_equal(net.without_updates().eval(x)[0], running)
+    np.testing.assert_array_equal(net.with_batch_statistics().at(net.params).train(x)[0], by_batch)
     assert net.batch_stats is before
-    np.testing.assert_array_equal(net.train(x)[0], aside)
-    np.testing.assert_array_equal(aside, by_batch)
+    np.testing.assert_array_equal(net.train(x)[0], silent)
+    np.testing.assert_array_equal(silent, by_batch)
     assert np.array_equal(by_batch, running) == freeze and (net.batch_stats is before) == freeze

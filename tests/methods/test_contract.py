@@ -11,6 +11,8 @@ from configs import common
 from lt_adv import lookup, methods
 from tests.training.helpers import assert_same, frozen_teacher, run
 
+pytestmark = pytest.mark.usefixtures("float64")
+
 
 def stages():
     config = common.get("digits", epochs=200, drop_epochs=(150,), of=200)  # more epochs than any first stage takes
@@ -20,18 +22,14 @@ def stages():
             yield pytest.param(stage, id=name if stage.name == "train" else f"{name}-{stage.name}")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 @pytest.fixture(scope="module", params=stages())
 def one(request):
     """(method and options of a stage, its final state and metrics on one device)."""
     stage = request.param
-    options = {"freeze_batch_stats": stage.freeze_batch_stats, "teacher": frozen_teacher() if stage.teacher else None}
-    return (stage.method, options), run(stage.method, 1, **options)
+    with jax.enable_x64(True):
+        teacher = frozen_teacher() if stage.teacher else None
+        options = {"freeze_batch_stats": stage.freeze_batch_stats, "teacher": teacher}
+        return (stage.method, options), run(stage.method, 1, **options)
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])

@@ -13,11 +13,7 @@ from lt_adv.methods.reat import REAT
 from lt_adv.training import program
 from tests.training.helpers import COUNTS, assert_same, make, run
 
-
-@pytest.fixture(autouse=True)
-def float64():
-    with jax.enable_x64(True):
-        yield
+pytestmark = pytest.mark.usefixtures("float64")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,12 +19,6 @@ from lt_adv.training.checkpoint import read_variables
 from tests.training.helpers import Small, assert_same, frozen_teacher, run
 
 
-@pytest.fixture
-def float64():
-    with jax.enable_x64(True):
-        yield
-
-
 def test_alone_and_with_no_weight_on_its_teacher_it_is_at_bsl(float64):
     expected, _ = run(ATBSL(num_steps=1), 1, steps=3)
     for options, teacher in (({}, None), ({"distillation": 0.0}, frozen_teacher())):
