@@ -19,4 +19,7 @@ def get_config(arg=None):
     c.eval.attacks.fgsm.start = "gaussian"
     if a["dataset"] != "digits":
         c.attack.step_size = 0.003
+        c.eval.attacks.pgd100.step_size = 1 / 255
+    if a["dataset"] not in ("cifar100", "tiny_imagenet"):
+        c.robustlt.warmup = 1.0  # where that add-on is put on it
     return c

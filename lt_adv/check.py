@@ -192,6 +192,8 @@ def values(config: ml_collections.ConfigDict) -> None:
     for name, value in (("checkpoint", "best"), ("split", "validation")):
         if config.eval[name] == value and not config.data.validation_per_class:
             raise ValueError(f"config.eval.{name} is {value!r}, which needs config.data.validation_per_class above 0.")
+    if config.average.name == "ema" and config.average.start_epoch:
+        raise ValueError("config.average.start_epoch is of 'swa': an 'ema' begins with the first step, leave it at 0.")
     if config.average.name == "swa":
         whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
 

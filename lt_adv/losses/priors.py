@@ -1,5 +1,7 @@
 """Functions of the training class counts. `class_counts` is [classes], each at least one, any array or sequence."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -43,7 +45,8 @@ def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype:
     Reference: Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019.
     """
     n = counts(class_counts, dtype=dtype)
-    weights = (1 - beta) / (1 - beta**n)
+    # 1 - beta^n without cancellation: in float32 a beta next to 1 would leave nothing of it.
+    weights = 1 / -jnp.expm1(n * (math.log(beta) if beta else -math.inf))
     return weights / weights.mean()
 
 

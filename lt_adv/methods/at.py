@@ -16,7 +16,7 @@ class AT(base.Method):
 
     Differs from the released code of RoBal's study (Wu et al., CVPR 2021), which `fidelity="released_code"` restores:
     there the start is one-sided, x + eps U[0, 1), and the drops of the learning rate compound (see `training.optim`).
-    The rows of that study with another outer loss are subclasses, most of which override `values` alone.
+    Rows of that study that differ in the outer loss alone are subclasses, most of which override only `values`.
     """
 
     compounding_schedule = True

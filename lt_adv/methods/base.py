@@ -109,7 +109,7 @@ class Method:
     """Adversarial training with defaults that a paper overrides: perturb, loss, and rarely more.
 
     `num_steps` and `start` belong to the inner attack. `fidelity` is "published" (the sane reading) or "released_code"
-    (its quirks, as the method's docstring lists them; one that lists none has none).
+    (its quirks, as the method's docstring lists them).
     """
 
     compounding_schedule: ClassVar[bool] = False  # whether the released code's learning rate compounds (training.optim)

@@ -12,7 +12,7 @@ from lt_adv.methods import base
 class Natural(base.Method):
     """min_theta E CE(z(x), y): there is no inner attack, and its settings are not read.
 
-    Under `fidelity="released_code"` the drops of the learning rate compound, as in all of RoBal's study.
+    Under `fidelity="released_code"` the drops of the learning rate compound, as in the rows of RoBal's study.
     """
 
     compounding_schedule = True

@@ -23,7 +23,8 @@ class REAT(base.Method):
     TAIL, over the examples of tail classes of the whole batch: pairs of features, drawn together within a class and
     pushed apart up to `tail_margin` otherwise. This reading and its margin are ours, after the stated intent;
     `fidelity="released_code"` takes that of the code, `losses.tail_alignment_released`, which does the opposite. Tail
-    classes are those of ranks 2 floor(C / 3) + 1 to C - 1 by count. tail_weight = 0 is AT-BSL from a uniform start.
+    classes are those of ranks 2 floor(C / 3) + 1 to C - 1 by count (none of three classes). tail_weight = 0 is AT-BSL
+    from a uniform start.
 
     Differs from the released code in both: the last, incomplete batch of an epoch is dropped, and its predictions with
     it; no epoch is selected on the test set.

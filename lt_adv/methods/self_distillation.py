@@ -73,7 +73,7 @@ class SelfDistillation(base.Method):
         share = self.teacher_epochs / optim.epochs
         overrides = {
             "data.equalise": self.balance,
-            "optim.drop_epochs": tuple(max(2, round(epoch * share)) for epoch in optim.drop_epochs),
+            "optim.drop_epochs": tuple(max(2, int(epoch * share + 0.5)) for epoch in optim.drop_epochs),
             "average.start_epoch": int(config.average.start_epoch * share),
         }
         return (

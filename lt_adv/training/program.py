@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
+import optax
 from absl import logging
 from jax.sharding import Mesh
 
@@ -82,6 +83,12 @@ def shapes(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[d
     return flax.core.unfreeze(variables), out["features"].shape[-1]
 
 
+def learning_rate(config: ml_collections.ConfigDict, stage: Stage, steps_per_epoch: int) -> optax.Schedule:
+    """Of a stage, whose own config this is: compounding where the stage's method follows a released code that does."""
+    compounding = stage.method.compounding_schedule and stage.method.fidelity == "released_code"
+    return optim.schedule(config.optim, steps_per_epoch, stage.epochs, compounding)
+
+
 def build(
     number: int,
     stage: Stage,
@@ -104,8 +111,7 @@ def build(
         num_features=num_features,
     )
     model = models.create(config.model, info.num_classes, axis_name=AXIS)
-    compounding = stage.method.compounding_schedule and config.fidelity == "released_code"
-    rate = optim.schedule(config.optim, info.steps_per_epoch, stage.epochs, compounding)
+    rate = learning_rate(config, stage, info.steps_per_epoch)
     key = jax.random.fold_in(jax.random.key(config.seed), number)
     image = jnp.zeros((1, *info.image_shape), float)
     tx = optim.create(config.optim, rate, variables["params"], stage.freeze)

@@ -13,6 +13,8 @@ from lt_adv.methods.at import AT
 from lt_adv.methods.avmixup import AVMixup
 from lt_adv.methods.mart import Mart
 from lt_adv.methods.natural import Natural
+from lt_adv.methods.robal import RoBal
+from lt_adv.methods.trades import Trades
 from tests.training.helpers import assert_same, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -33,7 +35,7 @@ def loss(method, x_adv=X_ADV):
     net = types.SimpleNamespace(
         train=lambda x: (seen.append(x), (logits(x), {}))[1],
         gather=lambda tree: tree,
-        info=types.SimpleNamespace(num_classes=4),
+        info=types.SimpleNamespace(num_classes=4, class_counts=np.array([8, 4, 2, 1])),
     )
     batch = types.SimpleNamespace(image=jnp.asarray(IMAGE), label=jnp.asarray(LABEL))
     value, (_, metrics) = method.loss(KEYS, net, batch, jnp.asarray(x_adv), {}, None)
@@ -65,7 +67,24 @@ def test_alp_is_one_norm_over_the_batch():
     assert float(metrics["loss_pairing"]) == pytest.approx(np.linalg.norm(p - q) / 8, rel=1e-12)
     assert value == pytest.approx(ce(X_ADV) + 3 * np.linalg.norm(p - q) / 8, rel=1e-12)
     assert loss(ALP(beta=0.0))[0] == pytest.approx(loss(AT())[0], rel=1e-12)
-    assert [len(loss(ALP(fidelity=f))[2]) for f in ("published", "released_code")] == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("method", "published", "released"),  # i: the clean images, a: the adversarial ones; batch norm sees them in turn
+    [(ALP, "ai", "aia"), (Trades, "ia", "iai"), (RoBal, "ai", "aiia")],
+)
+def test_forwards_in_training_mode_and_their_order(method, published, released):
+    for fidelity, order in (("published", published), ("released_code", released)):
+        seen = loss(method(fidelity=fidelity))[2]
+        assert ["ia"[np.array_equal(x, X_ADV)] for x in seen] == list(order)
+
+
+def test_trades_keeps_away_from_log_zero_as_released():
+    clean, logits_adv = logits(IMAGE), logits(X_ADV)
+    for fidelity, epsilon in (("published", 0.0), ("released_code", 1e-12)):
+        expected = losses.kl_divergence(clean, logits_adv, epsilon=epsilon).mean()
+        value = loss(Trades(beta=1e6, fidelity=fidelity))[1]["loss_divergence"]
+        np.testing.assert_allclose(value, expected, rtol=1e-15)
 
 
 def test_alp_has_a_gradient_where_the_attack_moves_nothing():

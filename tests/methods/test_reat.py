@@ -1,6 +1,7 @@
 """REAT: what is counted, what the counts do (and do not) to the attack, the limit in which it is AT-BSL."""
 
 import dataclasses
+import types
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from configs import reat
+from lt_adv import losses
 from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.reat import REAT
 from lt_adv.training import program
@@ -57,6 +59,35 @@ def test_without_tail_alignment_it_is_at_bsl_from_a_uniform_start():
     for name in ("params", "batch_stats"):
         assert_same(getattr(state, name), getattr(expected, name), 1e-12)
     np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in others], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("counts", "tail"),
+    [
+        ((5000, 3237, 2096, 1357, 878, 568, 368, 238, 154, 100), (7, 8, 9)),
+        ((20, 12, 6, 2), (3,)),
+        ((1, 40, 9, 30, 2, 8, 3), (0, 4)),  # ranks 5 and 6 of seven classes that are in no order
+        ((9, 5, 1), ()),
+    ],
+)
+def test_the_tail_is_the_rarest_classes(counts, tail):
+    features = jax.random.normal(jax.random.key(0), (2 * len(counts), 5))
+    label = jnp.arange(2 * len(counts)) % len(counts)
+    info = types.SimpleNamespace(class_counts=np.array(counts), num_classes=len(counts))
+    net = types.SimpleNamespace(
+        info=info, gather=lambda tree: tree, train=lambda x: (jnp.eye(len(counts))[label], {"features": x})
+    )
+    method, batch = REAT(tail_weight=1.0), types.SimpleNamespace(label=label)
+
+    def alignment(x):
+        return method.loss(None, net, batch, x, method.init(info), None)[1][1]["loss_tail"]
+
+    # Examples of other classes are contrasts, not anchors: the sum over anchors changes with each tail class.
+    expected = losses.tail_alignment(
+        features, label, class_counts=counts, tail=np.isin(np.arange(len(counts)), tail), margin=1.0
+    )
+    assert float(alignment(features)) == pytest.approx(float(expected.sum()) / max(2 * len(tail), 1), rel=1e-12)
+    assert (float(alignment(features)) > 0) == bool(tail)
 
 
 def test_readings_and_weight_of_tail_alignment():

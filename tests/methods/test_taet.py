@@ -21,18 +21,19 @@ def test_protocol(dataset):
     method = adversarial.method
     assert (method.start, method.num_steps, method.a, method.b, method.g) == ("gaussian", 10, 0.1, 0.1, 0.1)
     assert (config.attack.eps, config.attack.step_size) == (0.031, 0.003)
+    assert config.eval.attacks.pgd100.step_size == 1 / 255 and config.eval.attacks.pgd20.step_size == 0.0078
+    assert config.robustlt.warmup == (1.0 if dataset == "cifar10" else 0.6)
     assert (config.optim.batch_size, config.optim.weight_decay, config.optim.learning_rate) == (128, 5e-4, 0.1)
 
 
+@pytest.mark.parametrize("fidelity", ["published", "released_code"])  # plain training by itself would compound
 @pytest.mark.parametrize("drops", [(75, 90), (20, 60), (40,), ()])
-def test_drops_count_over_both_stages(drops):
+def test_drops_count_over_both_stages(drops, fidelity):
     config = taet.get_config("dataset=cifar10")
-    config.optim.drop_epochs = drops
+    config.optim.drop_epochs, config.fidelity = drops, fidelity
     rates, per_epoch = [], 3
     for stage in program.stages(config):
-        own = config.copy_and_resolve_references()
-        own.update_from_flattened_dict(dict(stage.overrides))
-        schedule = optim.schedule(own.optim, per_epoch, stage.epochs)
+        schedule = program.learning_rate(program.configured(config, stage), stage, per_epoch)
         rates += [float(schedule(step)) for step in range(stage.epochs * per_epoch)]
     whole = optim.schedule(config.optim, per_epoch, 100)
     np.testing.assert_allclose(rates, [whole(step) for step in range(300)], rtol=1e-5)
