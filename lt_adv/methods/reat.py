@@ -10,6 +10,21 @@ from lt_adv import attacks, losses
 from lt_adv.methods import base
 
 
+def tail_alignment(net, features, label, *, margin: float, released: bool = False):
+    """TAIL of the whole batch, over all devices: the mean over its examples of tail classes, 0 where it has none.
+
+    `features` [b, d] and `label` [b] are this device's. `released`: the released code's reading, which has no margin.
+    """
+    n, num_classes = net.info.class_counts, net.info.num_classes
+    features, label = net.gather((features, label))
+    tail = np.isin(np.arange(num_classes), np.argsort(-n, kind="stable")[2 * (num_classes // 3) + 1 :])
+    if released:
+        values = losses.tail_alignment_released(features, label, class_counts=n, tail=tail)
+    else:
+        values = losses.tail_alignment(features, label, class_counts=n, tail=tail, margin=margin)
+    return jnp.sum(values) / jnp.maximum(jnp.sum(jnp.asarray(tail)[label]), 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class REAT(base.Method):
     """min_theta E CE(z(x_adv) + log n, y) + tail_weight TAIL(f(x_adv), y).
@@ -51,14 +66,11 @@ class REAT(base.Method):
         logits, out = net.train(x_adv)
         balanced = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=n))
 
-        features, label, predicted = net.gather((out["features"], batch.label, jnp.argmax(logits, -1)))
-        tail = np.isin(np.arange(num_classes), np.argsort(-n, kind="stable")[2 * (num_classes // 3) + 1 :])
-        if self.fidelity == "released_code":
-            values = losses.tail_alignment_released(features, label, class_counts=n, tail=tail)
-        else:
-            values = losses.tail_alignment(features, label, class_counts=n, tail=tail, margin=self.tail_margin)
-        alignment = jnp.sum(values) / jnp.maximum(jnp.sum(jnp.asarray(tail)[label]), 1)
+        alignment = tail_alignment(
+            net, out["features"], batch.label, margin=self.tail_margin, released=self.fidelity == "released_code"
+        )
 
+        predicted = net.gather(jnp.argmax(logits, -1))
         turned = jnp.sum(predicted[:, None] == jnp.arange(num_classes), axis=0, dtype=extra["running"].dtype)
         extra = {**extra, "running": extra["running"] + turned}
         metrics = {"accuracy": base.correct(logits, batch.label), "loss_balanced": balanced, "loss_tail": alignment}

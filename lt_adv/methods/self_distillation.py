@@ -51,12 +51,17 @@ class SelfDistillation(base.Method):
             raise ValueError(f"config.method.temperature must be positive, not {self.temperature}.")
 
     def loss(self, key, net, batch, x_adv, extra, clock):
-        logits, _ = net.train(x_adv)
+        logits, out = net.train(x_adv)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
         metrics = {"accuracy": base.correct(logits, batch.label)}
         if net.teacher is None:
             return value, (extra, metrics)
-        metrics["loss_balanced"] = value
+        value, terms = self.taught(value, net, batch, x_adv, logits, out["features"])
+        return value, (extra, {**metrics, **terms})
+
+    def taught(self, value, net, batch, x_adv, logits, features):
+        """(loss, its terms): the student's, from its balanced softmax `value`, `logits` and `features` of x_adv."""
+        metrics = {"loss_balanced": value}
         taught, _ = net.teacher(x_adv if self.teacher_input == "adversarial" else batch.image)
         metrics["loss_distillation"] = jnp.mean(losses.distillation(logits, taught, temperature=self.temperature))
         value += self.distillation * metrics["loss_distillation"]
@@ -66,7 +71,7 @@ class SelfDistillation(base.Method):
             target = facing - net.teacher(opposite)[0]
             metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net.train(opposite)[0], target))
             value += self.matching * metrics["loss_matching"]
-        return value, (extra, metrics)
+        return value, metrics
 
     def stages(self, config):
         optim = config.optim
