@@ -12,6 +12,6 @@ from configs import common
 def get_config(arg=None):
     a = common.parse(arg, dataset="cifar10", epochs=0)
     c = common.resnet18(a["dataset"], a["epochs"], drop_epochs=(60, 75), of=80)
-    c.method = {"name": "reat", "tail_weight": 1.0, "tail_margin": 1.0}
+    c.method = {"name": "reat", "tail_weight": 0.1, "tail_margin": 1.0}
     c.optim.first_epoch = 0
     return c

@@ -21,7 +21,7 @@ from tests.training.helpers import Small, assert_same, frozen_teacher, run
 
 def test_alone_and_with_no_weight_on_its_teacher_it_is_at_bsl(float64):
     expected, _ = run(ATBSL(num_steps=1), 1, steps=3)
-    for options, teacher in (({}, None), ({"distillation": 0.0}, frozen_teacher())):
+    for options, teacher in (({}, None), ({"distillation": 0.0, "matching": 0.0}, frozen_teacher())):
         state, _ = run(SelfDistillation(num_steps=1, start="gaussian", **options), 1, steps=3, teacher=teacher)
         assert_same((state.params, state.batch_stats), (expected.params, expected.batch_stats), 1e-12)
 
