@@ -87,7 +87,7 @@ def on_test_images(results: Path) -> dict[str, list[tuple[str, Runs]]]:
     Ablations are no claim of a config. Results older than the rows of the study are named by their config alone.
     """
     found: dict[str, list[tuple[str, Runs]]] = {}
-    for folder in sorted(path for path in results.glob("*/") if path.name != ABLATION):
+    for folder in sorted(path for path in results.glob("*/") if not path.name.startswith(ABLATION)):
         measured = read(folder)
         for name in dict.fromkeys(name for name, _ in measured):
             runs = measured.get((name, FULL)) or measured.get((name, SUBSET))
@@ -161,7 +161,7 @@ def precision(results: Path = RESULTS) -> str:
 def study(results: Path = RESULTS) -> str:
     """Every study of `experiments.study` but the ablations: all images, the groups, and its pictures."""
     blocks = []
-    for path in sorted(path for path in results.glob("*/table.json") if path.parent.name != ABLATION):
+    for path in sorted(path for path in results.glob("*/table.json") if not path.parent.name.startswith(ABLATION)):
         made = json.loads(path.read_text())
         pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
         tables = [study_tables.all_images(made, published=False), study_tables.groups(made), *findings.tables(made)]
@@ -170,12 +170,12 @@ def study(results: Path = RESULTS) -> str:
 
 
 def ablation(results: Path = RESULTS) -> str:
-    """Choices of ours on validation images."""
-    path = results / ABLATION / "table.json"
-    if not path.exists():
-        return _unmeasured("Ablations", ABLATION)
-    made = json.loads(path.read_text())
-    return study_tables.page(made, [study_tables.choices(made)])
+    """Choices of ours on validation images: every folder ablation*, as a row became what it is in several rounds."""
+    blocks = []
+    for path in sorted(results.glob(f"{ABLATION}*/table.json")):
+        made = json.loads(path.read_text())
+        blocks.append(f"**{path.parent.name}.** {study_tables.page(made, [study_tables.choices(made)])}")
+    return "\n\n".join(blocks) or _unmeasured("Ablations", ABLATION)
 
 
 def _unmeasured(what: str, preset: str) -> str:

@@ -209,7 +209,7 @@ def test_the_readme_has_the_ablations(made, tmp_path):
     (tmp_path / "ablation").mkdir()
     (tmp_path / "ablation" / "table.json").write_text(json.dumps({**made, "study": "ablation"}))
     text, table = readme.ablation(tmp_path).split("\n\n")[:2]
-    assert text.startswith("Digits-LT, exponential profile; WRN-10-1, 3 epochs")
+    assert text.startswith("**ablation.** Digits-LT, exponential profile; WRN-10-1, 3 epochs")
     head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     of_all = ["Clean", "PGD-20", "CW-20", "Worst case"]
     of_the_tail = ["PGD-20, tail", "CW-20, tail", "Worst case, tail"]
@@ -217,6 +217,9 @@ def test_the_readme_has_the_ablations(made, tmp_path):
     assert [row[0] for row in body] == ["AT", "AT, twice", "AT, shifted", "RoBal-N"]
     metrics = [f"{c}/accuracy" for c in ("clean", "pgd20", "cw20", "worst")]
     metrics += [f"{c}/accuracy_tail" for c in ("pgd20", "cw20", "worst")]
+    (tmp_path / "ablation_2").mkdir()
+    (tmp_path / "ablation_2" / "table.json").write_text(json.dumps({**made, "study": "ablation"}))
+    assert "\n\n**ablation_2.** Digits-LT" in readme.ablation(tmp_path) and "measured yet" in readme.study(tmp_path)
     assert body[3][1:] == [f"{100 * rows['robal']['figures'][f'eval/{m}']['mean']:.1f}" for m in metrics]
 
 
