@@ -107,7 +107,7 @@ ABLATIONS = {
     **variants(
         "lt_adv",
         method__distillation=(2.0,),
-        method__matching=(0.0, 2.0, 4.0),
+        method__matching=(0.0, 1.0, 4.0),
         method__balance=(0.2,),
         method__teacher_epochs=(6,),
         average__name=("none",),
