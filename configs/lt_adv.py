@@ -1,6 +1,6 @@
 """Our own recipe: self-distillation with much gradient matching, and an average of the weights.
 
-Paper      none: this project's, made of Cho et al. and Lee et al. (gradient matching), both ICLR 2025, and averaged weights
+Paper      none: this project's, made of Cho et al. and Lee et al. (gradient matching), both ICLR 2025, and an average
 Command    python -m lt_adv.main --config=configs/lt_adv.py:dataset=cifar10
 Arguments  dataset, epochs (the student's, as in configs/self_distillation.py)
 Expected   no published number. Chosen on a validation split of a JPEG copy of CIFAR-10-LT with a small network and ten
