@@ -54,7 +54,7 @@ def robustness(rows: Rows) -> Figure:
             )  # fmt: skip
         axes.margins(0.12)
         style(axes, "both")
-        axes.set_xlabel("clean accuracy in %", fontsize=8, color=SOFT)
+        axes.set_xlabel("Clean accuracy in %", fontsize=8, color=SOFT)
         axes.set_ylabel(f"{title(attack)} accuracy in %", fontsize=8, color=SOFT)
         headline(axes, f"Robustness, {name}", [])
     kinds = {"trained": DARK}
