@@ -21,6 +21,9 @@ SHOWN = {  # the picture of the papers
 }
 
 
+OURS = {"clean": 0.40, "pgd20": 0.30, "cw20": 0.28, "worst": 0.27, "tail": 0.25}
+
+
 def summary(accuracies, images=10000, seeds=1):
     rows = {}
     for name, found in accuracies.items():
@@ -74,6 +77,21 @@ def test_the_picture_of_the_papers():
 )
 def test_a_verdict_follows_its_figures(position, rows, verdict):
     assert verdicts(changed(**rows))[position] == verdict
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        ({}, ["held", "held"]),
+        ({"worst": 0.25}, ["undecided", "held"]),
+        ({"worst": 0.20}, ["not held", "held"]),
+        ({"tail": 0.15}, ["held", "not held"]),
+    ],
+)
+def test_ours_is_judged_beside_the_best_of_all_others(change, found):
+    made = findings.findings(summary({**SHOWN, "lt_adv": {**OURS, **change}}))
+    assert [verdict for *_, verdict in made[-2:]] == found
+    assert [text.partition(", ")[2] for _, text, _ in made[-2:]] == ["RoBal-N 24.0", "Self-distillation 20.0"]
 
 
 def test_more_images_and_seeds_decide():
