@@ -78,7 +78,7 @@ def configured(config: ml_collections.ConfigDict, stage: Stage) -> ml_collection
 def shapes(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[dict[str, Any], int]:
     """(variables, width of the features) of the configured network, as shapes: nothing is computed."""
     model = models.create(config.model, len(split.class_counts))
-    image = jax.ShapeDtypeStruct((1, *split.train.image.shape[1:]), float)
+    image = jax.ShapeDtypeStruct((1, *split.train.image.shape[1:]), jnp.result_type(float))
     (_, out), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
     return flax.core.unfreeze(variables), out["features"].shape[-1]
 
