@@ -37,7 +37,7 @@ PACKAGES: dict[str, set[str]] = {
     "files": {"etils"},
     "attacks": NUMERIC,
     "losses": NUMERIC,
-    "models": NUMERIC | {"flax"},
+    "models": NUMERIC | {"flax", "torch"},
     "data": NUMERIC | {"tensorflow_datasets", "PIL", "sklearn"},
     "methods": NUMERIC | {"flax"},
     "training": NUMERIC | {"absl", "etils", "flax", "ml_collections", "orbax", "rich", "tensorboardX"},

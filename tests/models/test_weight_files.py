@@ -1,0 +1,160 @@
+"""Files of weights: what is damaged or no file of tensors is answered by one line, and nothing in a file is run."""
+
+import hashlib
+import json
+import os
+import pickle
+import struct
+
+import numpy as np
+import pytest
+
+from lt_adv.models import weight_files
+from tests.models.torch_files import SAVE, save_header, save_npz, save_safetensors, save_torch
+
+STATE = {"conv1.weight": np.arange(54.0, dtype=np.float32).reshape(2, 3, 3, 3), "n": np.array(7), "e": np.ones((0, 2))}
+
+
+def refused(path):
+    """The one line for a file that cannot be loaded."""
+    with pytest.raises(ValueError) as error:
+        weight_files.load(path)
+    text = str(error.value)
+    assert text.startswith(f"{path} ") and "\n" not in text and len(text) < 600, text
+    return text
+
+
+@pytest.mark.parametrize("suffix", SAVE)
+def test_tensors_come_back(tmp_path, suffix):
+    path = SAVE[suffix](tmp_path / f"weights{suffix}", STATE)
+    loaded = weight_files.load(str(path))
+    assert loaded.keys() == STATE.keys()
+    for name, array in STATE.items():
+        np.testing.assert_array_equal(loaded[name], array, strict=True)
+    assert weight_files.sha256(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("suffix", SAVE)
+@pytest.mark.parametrize("kept", [0, 4, 100, -100, -1])
+def test_a_truncated_file(tmp_path, suffix, kept):
+    path = SAVE[suffix](tmp_path / f"weights{suffix}", STATE)
+    path.write_bytes(path.read_bytes()[:kept])
+    assert ("is empty" if kept == 0 else "cannot be imported: ") in refused(path)
+
+
+@pytest.mark.parametrize("suffix", SAVE)
+def test_a_file_of_something_else(tmp_path, suffix):
+    path = tmp_path / f"weights{suffix}"
+    path.write_text("<html>Quota exceeded, try again tomorrow.</html>")
+    pytest.importorskip("torch") if suffix == ".pt" else None
+    assert "cannot be imported: " in refused(path)
+
+
+class Marks:
+    """A pickle of it makes a folder when it is loaded."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pkl", ".npz"])
+@pytest.mark.parametrize("way", ["whole", "entry"])
+def test_code_in_a_file_is_not_run(tmp_path, suffix, way):
+    path, mark = tmp_path / f"weights{suffix}", tmp_path / "mark"
+    torch = pytest.importorskip("torch") if suffix != ".npz" else None
+    if way == "whole":
+        path.write_bytes(pickle.dumps(Marks(mark), protocol=2))
+    elif torch:
+        torch.save({"conv1.weight": torch.zeros(2, 3, 3, 3), "best": Marks(mark)}, path)
+    else:
+        np.savez(path, a=np.array([Marks(mark)], object))
+    text = refused(path)
+    assert not mark.exists() and "weights_only" not in text and "allow_pickle=True" not in text
+    if torch:
+        assert "it asks for posix.mkdir, and to run that is not safe. Where you trust it, save its state_dict" in text
+    pickle.loads(pickle.dumps(Marks(mark)))
+    assert mark.exists()  # or this would test nothing
+
+
+@pytest.mark.parametrize(
+    ("wrap", "line"),
+    [
+        (lambda s: {"net": s, "ema": s}, "it holds net, ema with kernels: save one state_dict alone."),
+        (lambda s: {"run": {"net": s}}, "it holds nothing with kernels"),
+        (lambda s: list(s.values()), "it holds nothing with kernels"),
+        (lambda s: {**s, "epoch": 3, "names": ["a"]}, "entries that are no tensors: epoch, names."),
+    ],
+)
+def test_what_stands_around_a_state_dict(tmp_path, wrap, line):
+    assert line in refused(save_torch(tmp_path / "weights.pt", STATE, wrap))
+
+
+def test_a_tensor_beside_a_state_dict_is_kept(tmp_path):
+    path = save_torch(tmp_path / "weights.pt", STATE, lambda s: {"state_dict": s, "mean": s["n"], "epoch": 3})
+    assert weight_files.load(path).keys() == {*STATE, "mean"}
+
+
+def entry(begin, end, shape=(2,), dtype="F32"):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("header", "line"),
+    [
+        ({"a": entry(0, 8), "b": entry(8, 16)}, None),
+        ({"b": entry(8, 16), "a": entry(0, 8)}, None),
+        ({"a": entry(0, 8)}, "its tensors end at byte 8 of the data, which has 16"),
+        ({"a": entry(0, 8), "b": entry(4, 12)}, "b of shape [2] cannot lie at bytes 4 to 12"),
+        ({"a": entry(0, 4, (1,)), "b": entry(8, 16)}, "b of shape [2] cannot lie at bytes 8 to 16"),
+        ({"a": entry(0, 16)}, "a of shape [2] cannot lie at bytes 0 to 16"),
+        ({"a": entry(0, 16, (-2, -2))}, "a of shape [-2, -2] cannot lie at bytes 0 to 16"),
+        ({"a": entry(-8, 0)}, "a of shape [2] cannot lie at bytes -8 to 0"),
+        ({"a": entry(0, 16), "b": entry(16, 24)}, "a of shape [2] cannot lie"),
+        ({"a": entry(0, 8), "b": entry(8, 24, (4,))}, "b should end at byte 24 of the data, which has 16"),
+        ({"a": entry(0, 16, dtype="F8_E4M3")}, "KeyError: 'F8_E4M3'"),
+        ({"a": {"dtype": "F32"}}, "KeyError: 'data_offsets'"),
+        ({"a": entry(0, 8.0), "b": entry(8, 16)}, "TypeError: "),
+        ({"a": 1}, "TypeError: "),
+        ([], "TypeError: "),
+    ],
+)
+def test_every_length_of_safetensors_is_looked_at(tmp_path, header, line):
+    path = save_header(tmp_path / "weights.safetensors", header, np.arange(4, dtype=np.float32).tobytes())
+    if line is None:
+        loaded = weight_files.load(path)
+        assert loaded["a"].tolist() == [0, 1] and loaded["b"].tolist() == [2, 3]
+    else:
+        assert line in refused(path)
+
+
+@pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[" * 100_000])
+def test_a_header_that_is_no_json(tmp_path, text):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(struct.pack("<Q", len(text)) + text)
+    assert "cannot be imported: " in refused(path)
+
+
+def test_a_header_longer_than_the_file(tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.write_bytes(struct.pack("<Q", 2**64 - 1) + json.dumps({}).encode())
+    assert "its header should end at byte 18446744073709551623, and it has 10 bytes" in refused(path)
+
+
+@pytest.mark.parametrize("save", [save_npz, save_safetensors])
+def test_a_file_without_tensors(tmp_path, save):
+    suffix = {save_npz: ".npz", save_safetensors: ".safetensors"}[save]
+    assert "holds no tensors" in refused(save(tmp_path / f"weights{suffix}", {}))
+
+
+def test_other_names(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"There is no file of weights .*weights\.npz\."):
+        weight_files.load(tmp_path / "weights.npz")
+    with pytest.raises(ValueError, match=r"Unknown kind of weights '\.onnx'\. There are: \.npz, \.pkl, \.pt, "):
+        weight_files.load(tmp_path / "weights.onnx")
+    (tmp_path / "run.pt").mkdir()
+    named = {"weights.pt": True, "a/b.safetensors": True, "workdirs/at-dataset=digits": False, "": False}
+    assert {path: weight_files.is_file(path) for path in named} == named
+    assert not weight_files.is_file(str(tmp_path / "run.pt"))
