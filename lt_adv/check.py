@@ -13,7 +13,7 @@ from lt_adv.data import augment, longtail
 from lt_adv.evaluation import protocol
 from lt_adv.evaluation.records import CLEAN, WORST
 from lt_adv.methods import base
-from lt_adv.models import adjustments
+from lt_adv.models import adjustments, weight_files
 from lt_adv.training import checkpoint, optim, program
 from lt_adv.training import mesh as meshes
 from lt_adv.training import step as steps
@@ -178,13 +178,16 @@ def values(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.attack.start is {given!r}, but config.fidelity or config.addons sets {used!r}: leave it out."
         )
-    if config.init_from and config.init_from not in {stage.init for stage in stages}:
+    begins = config.init_from and not imports(config)
+    if begins and config.init_from not in {stage.init for stage in stages}:
         raise ValueError(f"config.init_from: method {config.method.name} does not begin with another run.")
     models.create(config.model, num_classes=2)
     adjustment = config.eval.adjustment
     adjustments.create(adjustment, config.model.head.name)
     if adjustment.name == "tde" and config.method.name != "tde":
         raise ValueError(f"The adjustment 'tde' needs what method tde keeps, and method {config.method.name} does not.")
+    if adjustment.name == "tde" and imports(config):
+        raise ValueError(f"The adjustment 'tde' needs what method tde keeps, and {config.init_from} has weights alone.")
     for name, spec in config.eval.attacks.items():
         _attack(name, spec, f"config.eval.attacks.{name}")
     for name in config.eval.only:
@@ -196,6 +199,11 @@ def values(config: ml_collections.ConfigDict) -> None:
         raise ValueError("config.average.start_epoch is of 'swa': an 'ema' begins with the first step, leave it at 0.")
     if config.average.name == "swa":
         whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
+
+
+def imports(config: ml_collections.ConfigDict) -> bool:
+    """Whether `config.init_from` is a file of others' weights, to be evaluated, and not a run to begin with."""
+    return weight_files.is_file(str(config.get("init_from") or ""))
 
 
 def _entries(config: ml_collections.ConfigDict) -> None:

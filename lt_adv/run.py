@@ -47,6 +47,8 @@ def prepare(config: ml_collections.ConfigDict) -> None:
 
 def origin(config: ml_collections.ConfigDict) -> None:
     """ValueError unless the run that training is to begin with, if there is one, is there and finished."""
+    if check.imports(config):
+        raise ValueError(f"config.init_from: training begins with a run, {config.init_from!r} is only for --mode=eval.")
     for stage in program.stages(config):
         if stage.init in ("fresh", "previous"):
             continue
@@ -118,26 +120,48 @@ def _short(counts) -> str:
     return " ".join(shown if len(shown) <= 20 else [*shown[:6], "...", *shown[-6:]])
 
 
+def trained(
+    config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
+) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
+    """(variables, meta, split) of the network that `config.eval` asks for; ValueError unless the config is its own."""
+    prepare(config)
+    compare(config, workdir)
+    variables, meta = checkpoint.read_variables(workdir, config.eval.checkpoint)
+    split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
+    if meta["class_counts"] != list(split.class_counts):
+        theirs, ours = _short(meta["class_counts"]), _short(split.class_counts)
+        raise ValueError(f"{workdir} was trained with class counts {theirs}, this config gives {ours}.")
+    check.network(config, split, variables, workdir)
+    return variables, meta, split
+
+
+def imported(
+    config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
+) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
+    """What `trained` gives, of the file of weights in `config.init_from`; how it was trained, meta does not know."""
+    prepare(config)
+    compare(config, workdir)
+    split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
+    return *program.imported(config, split), split
+
+
 def evaluate(
     config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
 ) -> dict[str, Any]:
     """Evaluate the trained network of a working directory and write its report; interrupted, it resumes.
 
-    The report goes to the working directory itself, or to reports/<config.eval.report> where that is named.
+    The report goes to the working directory itself, or to reports/<config.eval.report> where that is named. Weights of
+    others, a file in `config.init_from`, are evaluated as if they had been trained in the working directory.
     """
     options = config.eval
-    prepare(config)
-    compare(config, workdir)
-    variables, meta = checkpoint.read_variables(workdir, options.checkpoint)
-    split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
+    imports = check.imports(config)
+    variables, meta, split = (imported if imports else trained)(config, workdir, dataset)
     counts = split.class_counts
-    if meta["class_counts"] != list(counts):
-        theirs = _short(meta["class_counts"])
-        raise ValueError(f"{workdir} was trained with class counts {theirs}, this config gives {_short(counts)}.")
-    check.network(config, split, variables, workdir)
-    if not _finished(meta, options.checkpoint):
+    if not imports and not _finished(meta, options.checkpoint):
         logging.console.print(f"Note: this evaluates {_position(meta)}, not the end of training.", soft_wrap=True)
     images, subset = _images(options, split)
+    if imports:
+        claim(config, workdir)
     chosen = options.only or options.attacks
     specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in chosen}
     mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), program.evaluated(config, split)
@@ -159,7 +183,7 @@ def evaluate(
         "class_counts": counts,
         "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
         "groups": options.groups,
-        "training_seconds": meta["seconds"],
+        "training_seconds": meta.get("seconds"),
         "commit": platform.commit(),
         "metrics": workdir / "metrics.jsonl",
     }
@@ -204,15 +228,28 @@ def _finished(meta: Mapping[str, Any], which: str) -> bool:
 
 def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
     """What identifies an evaluation, beside what the evaluator sees itself. No times: they would start it anew."""
-    adjustment, attack, start = config.eval.adjustment, config.attack, program.stages(config)[-1].method.attack_start
+    adjustment = config.eval.adjustment
     return {
-        "method": _method(config),
         "model": _model(config),
         "dataset": f"{config.data.title}, {config.data.imbalance} profile",
         "dataset_digest": split.digest[:16],
         "split": config.eval.split,
         "subset": subset,
         "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
+        **(_training(config, meta) if "step" in meta else meta),  # of weights of others, nothing is known
+        "evaluation_seed": config.eval.seed,
+        "config_digest": hashlib.sha256(json.dumps(_comparable(config.to_dict())).encode()).hexdigest()[:16],
+        "lt_adv_version": lt_adv.__version__,
+        "code_digest": _code_digest(),
+        "python_version": sys.version.partition(" ")[0],
+    }
+
+
+def _training(config: ml_collections.ConfigDict, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """How the network was trained."""
+    attack, start = config.attack, program.stages(config)[-1].method.attack_start
+    return {
+        "method": _method(config),
         "fidelity": config.fidelity,
         "training_attack": f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps, start {start}"
         + (f", in {attack.dtype}" if attack.dtype else ""),
@@ -225,11 +262,6 @@ def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -
         else f"UNFINISHED, step {meta['step']} of {meta['total_steps']}",
         "weights": "averaged" if config.average.name != "none" else "last step",
         "seed": config.seed,
-        "evaluation_seed": config.eval.seed,
-        "config_digest": hashlib.sha256(json.dumps(_comparable(config.to_dict())).encode()).hexdigest()[:16],
-        "lt_adv_version": lt_adv.__version__,
-        "code_digest": _code_digest(),
-        "python_version": sys.version.partition(" ")[0],
     }
 
 

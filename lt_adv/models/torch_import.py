@@ -41,6 +41,7 @@ LEAVES = {
     "running_mean": ("batch_stats", "mean"),
     "running_var": ("batch_stats", "var"),
 }
+# RoBal's linear heads have a layer `fc` inside; its cosine ones are the layer. Names tell them apart, shapes do not.
 HEADS = {"fc": "linear", "linear": "linear", "classifier.fc": "linear", "classifier": "cosine"}
 NORMALISATION = re.compile(r"(^|\.)(mean|std|mu|sigma)$")
 UNUSED: Mapping[str, str] = {

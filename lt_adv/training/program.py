@@ -1,5 +1,6 @@
 """A stage made ready to run: network, data on the devices, optimiser, compiled step, first state."""
 
+import collections
 import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -16,7 +17,7 @@ from jax.sharding import Mesh
 from lt_adv import data, methods, models
 from lt_adv.data import longtail, resident
 from lt_adv.methods import Info, Stage, addons
-from lt_adv.models import adjustments
+from lt_adv.models import adjustments, torch_import, weight_files
 from lt_adv.training import checkpoint, optim
 from lt_adv.training import mesh as meshes
 from lt_adv.training import state as states
@@ -166,6 +167,21 @@ def evaluated(config: ml_collections.ConfigDict, split: data.LongTailed) -> Call
     """(variables, x) -> logits of the configured network as it is evaluated: in its dtype, adjusted after training."""
     model = models.create({**config.model, "dtype": config.eval.dtype}, len(split.class_names))
     return adjustments.adjusted(model, config.eval.adjustment, split.class_counts)
+
+
+def imported(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[dict[str, Any], dict[str, str]]:
+    """(variables, what is known of them) of the file of weights in `config.init_from`; ValueError for another network.
+
+    Known are the file and its digest, and the tensors in it that the network has no use for.
+    """
+    model = models.create(config.model, len(split.class_names))
+    variables, unused = torch_import.variables(config.init_from, model, split.train.image.shape[1:])
+    counted = "; ".join(f"{number}: {reason}" for reason, number in collections.Counter(unused.values()).items())
+    return variables, {
+        "method": "not known",
+        "weights": f"{config.init_from}, SHA-256 {weight_files.sha256(config.init_from)}",
+        "unused_tensors": counted or "none",
+    }
 
 
 def mergeable(new: Mapping[str, Any], old: Mapping[str, Any], origin: str) -> None:

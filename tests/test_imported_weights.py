@@ -1,0 +1,144 @@
+"""Other people's weights, evaluated from the command line, and in the README's words."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from lt_adv import arguments, data, main, models
+from lt_adv import run as runs
+from lt_adv.evaluation import records
+from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (fixture)
+from tests.models.test_classifier import made_up
+from tests.models.torch_files import golden_state, save_npz, save_torch, wide_resnet_state
+
+ROBAL = "--config=configs/robal.py:dataset=digits"
+TINY = [
+    "--config.eval.only=('fgsm',)",
+    "--config.eval.subset_per_class=5",
+    "--config.eval.batch_size=50",
+]
+TAU = 0.5
+
+
+@pytest.fixture(autouse=True)
+def one_device(monkeypatch):
+    monkeypatch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """(file, variables) of a network that tells digits apart, by their mean features; named as RoBal names it."""
+    config = arguments.load("configs/robal.py:dataset=digits")
+    train = data.load(config.data).train
+    images, label = train.image[:500] / np.float32(255), train.label[:500]
+    model = models.create(config.model, 10)
+    variables = made_up(model, images)
+
+    @jax.jit
+    def learnt(params, before):
+        """Statistics of the images, of which 0.1 comes into an average, and the mean features of each class."""
+        first = {"params": params, "batch_stats": before}
+        (_, out), after = model.apply(first, images, train=True, mutable=["batch_stats"])
+        statistics = jax.tree.map(lambda new, old: 10 * new - 9 * old, after["batch_stats"], before)
+        means = np.eye(10)[label].T @ out["features"] / np.bincount(label)[:, None]
+        return statistics, (means - means.mean(0)).T
+
+    statistics, kernel = jax.device_get(learnt(variables["params"], variables["batch_stats"]))
+    params = {**variables["params"], "head": {"kernel": np.float32(kernel)}}
+    variables = {"params": params, "batch_stats": statistics}
+    state = {f"backbone.{name}": a for name, a in wide_resnet_state(variables).items() if not name.startswith("fc.")}
+    state["classifier.weight"] = np.asarray(variables["params"]["head"]["kernel"]).T
+    state |= {"classifier.bias": np.zeros(10, np.float32), "classifier.moving_ed": np.ones((1, 64), np.float32)}
+    return save_npz(tmp_path_factory.mktemp("weights") / "robal.npz", state), variables
+
+
+def test_weights_are_evaluated_with_their_statistics_and_the_configs_adjustment(weights, tmp_path, capsys):
+    path, variables = weights
+    command = [
+        "main",
+        ROBAL,
+        *TINY,
+        f"--config.eval.adjustment.tau_p={TAU}",
+        "--mode=eval",
+        f"--config.init_from={path}",
+        f"--workdir={tmp_path / 'run'}",
+    ]
+    assert main.main(command) == 0, capsys.readouterr().err
+    results = records.read(tmp_path / "run" / "eval")
+    config = arguments.parse(command).config
+    split = data.long_tailed(data.load(config.data), config.data)
+    assert max(split.class_counts) > 2 * min(split.class_counts)
+    position = {index: i for i, index in enumerate(split.test.index)}
+    x = split.test.image[[position[index] for index in results.index]] / np.float32(255)
+    logits, _ = jax.jit(models.create(config.model, 10).apply)(variables, x)
+    prior = np.array(split.class_counts) / sum(split.class_counts)
+    expected = np.argmax(10 * logits - TAU * np.log(prior), -1)
+    np.testing.assert_array_equal(results.clean, expected)
+    assert (expected != np.argmax(logits, -1)).any() and (expected == results.label).mean() > 0.4
+
+    header = json.loads((tmp_path / "run" / "report.json").read_text())["header"]
+    assert header["weights"] == f"{path}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
+    assert header["method"] == "not known" and "epochs" not in header and "seed" not in header
+    assert re.fullmatch(r"1: RoBal's running mean .*; 1: a bias of zeros, .*", header["unused_tensors"])
+    report = (tmp_path / "run" / "report.md").read_text()
+    assert header["weights"] in report and "adjustment:** name boundary" not in report and "boundary" in report
+
+    assert main.main(command) == 0  # goes on from its records
+    other = save_npz(tmp_path / "other.npz", {})
+    assert main.main([*command, f"--config.init_from={other}"]) == 2
+    assert "began with another config (init_from: " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "line"),
+    [
+        (
+            ["--config.init_from={path}", "--config.model.depth=16"],
+            "robal.npz: the weights are those of a WideResNet-10-1",
+        ),
+        (["--config.init_from=absent.npz"], "There is no file of weights absent.npz."),
+        (
+            ["--config.init_from={path}", "--mode=train"],
+            "training begins with a run, '{path}' is only for --mode=eval.",
+        ),
+        (
+            ["--config.init_from={path}", "--config=configs/tde.py:dataset=digits"],
+            "The adjustment 'tde' needs what method tde keeps, and {path} has weights alone.",
+        ),
+    ],
+)
+def test_weights_that_cannot_be_evaluated(weights, answer, given, line):  # noqa: F811
+    path, _ = weights
+    assert line.format(path=path) in answer(ROBAL, *TINY, "--mode=eval", *(arg.format(path=path) for arg in given))
+
+
+@pytest.mark.parametrize("config", ["self_distillation", "taet", "finetune_resampling"])
+def test_any_methods_config_will_do(weights, config):
+    """Also one whose training would not begin with a run: of the method, an evaluation knows nothing."""
+    from lt_adv import check
+
+    path, _ = weights
+    check.values(
+        arguments.parse(["main", f"--config=configs/{config}.py:dataset=digits", f"--config.init_from={path}"]).config
+    )
+
+
+def test_the_readmes_example_runs(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+    (example,) = (block for block in blocks if "torch_import" in block)
+    (name,) = re.findall(r'"([\w-]+\.pth)"', example)
+    state = {name: np.float32(array) for name, array in golden_state("resnet18_linear").items()}
+    save_torch(tmp_path / name, state)
+    monkeypatch.chdir(tmp_path)
+    scope: dict = {"x": np.zeros((2, 32, 32, 3), np.float32)}
+    exec(example, scope)  # the README is ours
+    assert scope["logits"].shape == (2, 10) and all("num_batches" in name for name in scope["unused"])
+    assert Path(name).exists()
