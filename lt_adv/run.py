@@ -173,7 +173,7 @@ def evaluate(
         attacks=specs,
         batch_size=options.batch_size,
         directory=workdir / "eval",
-        header=_header(config, split, meta, subset),
+        header=header(config, split, meta, subset),
         mesh=mesh,
         class_names=split.class_names,
         console=logging.console,
@@ -191,11 +191,16 @@ def evaluate(
         context["examples"] = evaluation.examples(
             key, apply, variables, images, records, attack=shown, spec=specs[shown], class_counts=counts, mesh=mesh
         )
-    directory = workdir / "reports" / options.report if options.report else workdir
+    directory = report_directory(config, workdir)
     summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
     evaluation.show(summary, logging.console)
     logging.console.print(f"Report: {directory / 'report.md'}", soft_wrap=True)
     return summary
+
+
+def report_directory(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.Path:
+    """The working directory itself, or the part of it for a report that has a name."""
+    return workdir / "reports" / config.eval.report if config.eval.report else workdir
 
 
 def _images(options: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[data.Split, str]:
@@ -226,7 +231,7 @@ def _finished(meta: Mapping[str, Any], which: str) -> bool:
     return ended and meta["stage"].startswith(f"{meta['stages'] - 1}_")
 
 
-def _header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
+def header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
     """What identifies an evaluation, beside what the evaluator sees itself. No times: they would start it anew."""
     adjustment = config.eval.adjustment
     return {

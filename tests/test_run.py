@@ -21,6 +21,6 @@ def test_header_has_the_split_and_the_start_that_the_attack_had(fidelity, addons
     config = at.get_config("dataset=digits")
     config.fidelity, config.addons, config.eval.split = fidelity, addons, split
     meta = {"step": 7, "total_steps": 7, "stage": "0_train", "stages": 1}
-    header = runs._header(config, SimpleNamespace(digest="0" * 64), meta, "some images")
+    header = runs.header(config, SimpleNamespace(digest="0" * 64), meta, "some images")
     assert header["training_attack"].endswith(f", start {start}")
     assert (header["split"], header["subset"], header["training"]) == (split, "some images", "finished")

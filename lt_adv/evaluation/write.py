@@ -92,28 +92,38 @@ def _figures(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     return ["", *columns], rows
 
 
-def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
-    """The paper-ready report of `report.summarise`, with `context` in it; accuracies in per cent."""
-    header = summary["header"]
-    lines = ["# Robustness under long-tailed data", ""]
-    lines += [f"> **Warning.** {warning}" for warning in summary["warnings"]] + [""] * bool(summary["warnings"])
-    lines += [f"- **{name}:** {value}" for name, value in facts(summary).items()]
-    lines += ["", "## Accuracy", "", table(*_figures(summary)), ""]
+def warned(summary: Mapping[str, Any]) -> list[str]:
+    """The warnings, as lines of markdown."""
+    return [f"> **Warning.** {warning}" for warning in summary["warnings"]] + [""] * bool(summary["warnings"])
+
+
+def accuracies(summary: Mapping[str, Any]) -> list[str]:
+    """The sections on accuracy and on the attacks, as lines of markdown."""
     groups = {name: ids for name, ids in summary["groups"].items() if name != "definition"}
     cut = "; ".join(f"{name}: {', '.join(ids)}" for name, ids in groups.items())
-    lines += [
+    attacks = [[title(name), attack_line(attack)] for name, attack in summary["header"]["attacks"].items()]
+    return [
+        "## Accuracy",
+        "",
+        table(*_figures(summary)),
+        "",
         "In per cent. Worst case: right on the clean image and under every attack above. Balanced: mean over classes. "
         f"Groups by training count (definition: {summary['groups']['definition']}). {cut}.",
         "",
         "## Attacks",
         "",
-        table(["", "Protocol"], [[title(name), attack_line(it)] for name, it in header["attacks"].items()], left=2),
+        table(["", "Protocol"], attacks, left=2),
         "",
         "Lengths in units of the [0, 1] pixel range. Every adversarial image was checked against both.",
         "",
-        "## Natural + boundary = robust error",
-        "",
     ]
+
+
+def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
+    """The paper-ready report of `report.summarise`, with `context` in it; accuracies in per cent."""
+    lines = ["# Robustness under long-tailed data", "", *warned(summary)]
+    lines += [f"- **{name}:** {value}" for name, value in facts(summary).items()]
+    lines += ["", *accuracies(summary), "## Natural + boundary = robust error", ""]
     errors = ("natural_error", "boundary_error", "robust_error")
     rows = [
         [name.capitalize(), str(part["images"]), *(percent(part[error]) for error in errors)]
