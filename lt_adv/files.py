@@ -1,6 +1,7 @@
 """Files that others read while they are written, or after a kill."""
 
 import os
+from collections.abc import Mapping
 
 from etils import epath
 
@@ -19,3 +20,29 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     except BaseException:  # an interruption, too
         temporary.unlink(missing_ok=True)
         raise
+
+
+def replace_folder(path: epath.PathLike, contents: Mapping[str, bytes]) -> None:
+    """The folder `path` with these files and no others, whole or not at all: what was there before goes.
+
+    Errors: ValueError where it holds what would not be written again, so that nothing of somebody else's is lost;
+    OSError where it cannot be written; the old folder then stays, and nothing else is left behind.
+    """
+    path = epath.Path(path)
+    strange = sorted({file.name for file in path.iterdir()} - set(contents)) if path.exists() else []
+    if strange:
+        raise ValueError(f"{path} holds {strange[0]}, which would be lost: move it, or the folder, elsewhere.")
+    new, old = (path.parent / f".{path.name}.{os.getpid()}.{which}" for which in ("tmp", "old"))
+    try:
+        new.mkdir(parents=True)
+        for name, content in contents.items():
+            (new / name).write_bytes(content)
+        if path.exists():
+            path.rename(old)  # a folder cannot be renamed to one that is there
+        new.rename(path)
+    except BaseException:  # an interruption, too
+        new.rmtree(missing_ok=True)
+        if old.exists() and not path.exists():
+            old.rename(path)
+        raise
+    old.rmtree(missing_ok=True)
