@@ -18,19 +18,24 @@ CALLS = ("jit", "pjit", "closed_call")
 
 
 def canonical(gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """On CPU, `gradient` with every convolution over images in the layouts NHWC and HWIO; elsewhere `gradient` itself.
+    """`rewritten(gradient)` on CPU; elsewhere `gradient` itself."""
+    return rewritten(gradient) if jax.default_backend() == "cpu" else gradient
+
+
+def rewritten(gradient: Callable[..., Any]) -> Callable[..., Any]:
+    """`gradient` with every convolution over images in the layouts NHWC and HWIO.
 
     `gradient` is the result of jax.grad or jax.value_and_grad: its result cannot be differentiated again. It may be
     traced under jit, vmap, pmap and shard_map. Values change by rounding at most. Convolutions in a loop or a
     rematerialised part of the network's own stay as they are, and so do weight gradients, which are fast.
     """
 
-    def rewritten(*args: Any) -> Any:
+    def computed(*args: Any) -> Any:
         # All is closed over and nothing an argument, so that each input keeps its type, mesh axes included.
         closed, shape = jax.make_jaxpr(lambda: gradient(*args), return_shape=True)()
         return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, []))
 
-    return rewritten if jax.default_backend() == "cpu" else gradient
+    return computed
 
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
