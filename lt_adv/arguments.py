@@ -4,6 +4,7 @@ import glob
 import os
 import re
 import runpy
+import shlex
 from typing import NamedTuple
 
 from absl import flags
@@ -12,7 +13,8 @@ from ml_collections import ConfigDict, config_flags
 
 from lt_adv import lookup
 
-MODES = ("train", "eval")
+MODES = ("train", "eval", "export")
+FLAGS = ("config", "workdir", "mode")
 OVERRIDE = r"--?(?:no)?config\.([^=]*)"
 
 
@@ -20,13 +22,14 @@ class Arguments(NamedTuple):
     config: ConfigDict
     workdir: epath.Path
     mode: str
+    command: str  # as it was given, but for where and in which mode
 
 
 def parse(argv: list[str]) -> Arguments:
     """What the command line `argv` asks for, the program's name first; ValueError, of one line, if it is not clear."""
     known = flags.FlagValues()  # of this call: the global one has the flags of every library
     known.set_gnu_getopt()
-    for name in Arguments._fields:
+    for name in FLAGS:
         flags.DEFINE_string(name, None, "", flag_values=known)
     try:
         program, *rest = known(argv, known_only=True)
@@ -51,7 +54,8 @@ def parse(argv: list[str]) -> Arguments:
     workdir = epath.Path(known.workdir or _workdir(known.config))
     if "://" not in str(workdir):
         workdir = workdir.expanduser().absolute()  # orbax wants it absolute
-    return Arguments(overridden.config, workdir, mode)
+    command = shlex.join(["python", "-m", "lt_adv.main", f"--config={known.config}", *rest])
+    return Arguments(overridden.config, workdir, mode, command)
 
 
 def load(name: str) -> ConfigDict:

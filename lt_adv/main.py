@@ -5,11 +5,13 @@
 --config=FILE[:ARGUMENTS]    a file of configs/; its docstring says what it takes after the colon
 --config.optim.epochs=3      another value for an entry of the config
 --workdir=PATH               where everything of the run is written, a bucket will do [workdirs/<config>-<arguments>]
---mode=train|eval            train, or go on, and evaluate; or evaluate what was trained [train]
+--mode=train|eval|export     train, or go on, and evaluate; evaluate what was trained; or write it to WORKDIR/export,
+                             to be used without this project [train]
 
 Bad input is answered by one line on stderr and exit code 2; with LT_ADV_TRACEBACK=1 in the environment, by a traceback.
 """
 
+import functools
 import logging
 import os
 import sys
@@ -52,11 +54,13 @@ def one_line(error: Exception) -> str:
 
 
 def run(given: arguments.Arguments) -> None:
-    from lt_adv import run as runs  # imports jax: bad arguments are answered before
+    from lt_adv import export  # imports jax, as the others: bad arguments are answered before
+    from lt_adv import run as runs
     from lt_adv.training import loop
 
+    ship = functools.partial(export.export, command=given.command)
     try:
-        {"train": runs.train, "eval": runs.evaluate}[given.mode](given.config, given.workdir)
+        {"train": runs.train, "eval": runs.evaluate, "export": ship}[given.mode](given.config, given.workdir)
     except loop.Preempted as stop:
         print(stop)
 

@@ -26,8 +26,9 @@ ROOMS: dict[str, set[str]] = {
     "arguments": {"lookup"},
     "check": {"lookup", "attacks", "models", "data", "methods", "training", "evaluation"},
     "run": {"__init__", "lookup", "files", "data", "training", "evaluation", "check", "platform"},
+    "export": {"files", "platform", "attacks", "data", "models", "training", "evaluation", "check", "run"},
     "platform": set(),
-    "main": {"training", "arguments", "run"},
+    "main": {"training", "arguments", "run", "export"},
 }
 NUMERIC = {"jax", "numpy", "optax"}
 # Room -> what it may import of other packages, beside the standard library.
@@ -45,6 +46,7 @@ PACKAGES: dict[str, set[str]] = {
     "arguments": {"absl", "etils", "ml_collections"},
     "check": NUMERIC | {"etils", "flax", "ml_collections"},
     "run": NUMERIC | {"etils", "flax", "ml_collections"},
+    "export": NUMERIC | {"etils", "flax", "ml_collections", "safetensors"},
     "platform": {"jax"},
     "main": set(),
 }

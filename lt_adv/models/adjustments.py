@@ -80,6 +80,18 @@ def _counts(class_counts: Any, logits: Array) -> np.ndarray:
     return counts
 
 
+def needed(adjustment: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+    """What `adjusted` reads of `variables`: the network's, and of "extra" what the adjustment asks for, if anything.
+
+    ValueError where that is not there.
+    """
+    names, kept = EXTRA.get(adjustment["name"], ()), variables.get("extra", {})
+    if missing := [name for name in names if name not in kept]:
+        raise ValueError(f"The adjustment {adjustment['name']!r} needs {missing[0]!r}, which was not kept in training.")
+    network = {name: variables[name] for name in NETWORK if name in variables}
+    return network | ({"extra": {name: kept[name] for name in names}} if names else {})
+
+
 def adjusted(model: Any, adjustment: Mapping[str, Any], class_counts: Any) -> Callable[[Any, Array], Array]:
     """(variables, x) -> logits of `model` in evaluation mode with the adjustment in them: what is evaluated."""
     adjust = create(adjustment)
@@ -101,6 +113,7 @@ ADJUSTMENTS: Mapping[str, Adjustment] = {
     "tau_norm": tau_norm,
     "tde": tde,
 }
+EXTRA = {"tde": ("feature_mean",)}  # what an adjustment reads of what a method kept
 HEADS = {"tau_norm": LINEAR, "tde": COSINE}  # which heads an adjustment is of, where it is not of any
 
 

@@ -36,7 +36,7 @@ COMMAND_LINES = [
     ([DIGITS, "--config.optim.epochs"], r"Missing value for flag --config\.optim\.epochs"),
     ([DIGITS, "--config.fidelity=released_code", "--config.attack.start=zero"], r"start is 'zero', but .* 'one_sided'"),
     ([DIGITS, "--config.addons=robustlt", "--config.attack.start=zero"], r"start is 'zero', but .* sets 'uniform'"),
-    ([DIGITS, "--mode=foo"], r"Unknown --mode 'foo'\. There are: eval, train"),
+    ([DIGITS, "--mode=foo"], r"Unknown --mode 'foo'\. There are: eval, export, train"),
     ([DIGITS, "--workdri=x"], r"Unknown flag '--workdri'\. Did you mean '--workdir'\?"),
     ([DIGITS, "eval"], r"Unexpected argument 'eval'"),
     (["eval", DIGITS], r"Unexpected argument 'eval'"),

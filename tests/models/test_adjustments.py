@@ -115,3 +115,13 @@ def test_counts_must_be_positive_and_one_per_class(name, counts):
     adjustment = adjustments.create({"name": name})
     with pytest.raises(ValueError, match="positive count for each of 3 classes"):
         adjustment(None, None, lambda features: np.ones((2, 3), np.float32), counts)
+
+
+def test_what_an_adjustment_needs():
+    """Of what a method kept, only what is read: the rest is of no use to whom the network is given."""
+    variables = {"params": {"head": {}}, "batch_stats": {}, "extra": {"feature_mean": 1, "predicted": 2}}
+    network = {"params": {"head": {}}, "batch_stats": {}}
+    assert adjustments.needed({"name": "boundary", "scale": 10.0}, variables) == network
+    assert adjustments.needed({"name": "tde"}, variables) == {**network, "extra": {"feature_mean": 1}}
+    with pytest.raises(ValueError, match="'tde' needs 'feature_mean', which was not kept in training"):
+        adjustments.needed({"name": "tde"}, network)

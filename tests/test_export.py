@@ -1,0 +1,229 @@
+"""What is exported: used as its card says, in a process that has jax and none of this project."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from etils import epath
+from jax.sharding import Mesh
+from safetensors.numpy import load_file
+
+from lt_adv import arguments, attacks, export, main
+from lt_adv import run as runs
+
+ROOT = Path(__file__).parents[1]
+CONFIG = [
+    "--config=configs/robal.py:dataset=digits,epochs=2",
+    "--config.attack.num_steps=0",
+    "--config.average.name=ema",
+    "--config.checkpoint.every_epochs=1",
+    "--config.eval.subset_per_class=5",
+    "--config.eval.only=('fgsm',)",
+]
+SHIP = [*CONFIG, "--mode=export"]
+# Around the card's example: nothing but what its `pip install` brings, and what is looked at afterwards.
+BEFORE = """\
+import sys
+sys.modules.update(dict.fromkeys(["lt_adv", "flax", "optax", "orbax", "ml_collections", "etils"]))  # cannot be imported
+"""
+AFTER = """
+with np.load(sys.argv[1]) as given:
+    x, cotangent = given["x"], given["cotangent"]
+found = {f"logits{n}": predict(weights, x[:n]) for n in (1, 3, 64)}
+pulled = jax.grad(lambda weights, x: (predict(weights, x) * cotangent).sum(), argnums=(0, 1))(weights, x)
+found |= {"x": pulled[1], **pulled[0]}
+np.savez(sys.argv[2], zeros=logits, towards=towards, **found)
+"""
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A working directory that was trained, evaluated and exported."""
+    workdir = tmp_path_factory.mktemp("made") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        for mode in ("train", "export"):
+            assert main.main(["main", *CONFIG, f"--workdir={workdir}", f"--mode={mode}"]) == 0
+    return workdir
+
+
+@pytest.fixture
+def run(made, tmp_path, monkeypatch):
+    """A copy of it."""
+    monkeypatch.chdir(ROOT)
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def config_of(*given):
+    return arguments.parse(["main", *CONFIG, *given]).config
+
+
+@pytest.fixture(scope="module")
+def own(made):
+    """(apply, variables, images [64, 8, 8, 1]): the network as it is evaluated here."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(ROOT)
+        config = config_of()
+    variables, _, split = runs.trained(config, epath.Path(made))
+    return runs.program.evaluated(config, split), variables, split.test.image[:64].astype(np.float32) / 255
+
+
+def stored(workdir):
+    """{"params/head/kernel": array, ...} of the average, as orbax alone reads the last checkpoint."""
+    tree = ocp.PyTreeCheckpointer().restore(workdir / "checkpoints" / "0_train" / "14" / "state")["average"]
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): np.asarray(leaf) for path, leaf in leaves}
+
+
+def blocks(text):
+    return re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
+
+
+def test_the_example_of_the_card_gives_the_logits_and_gradients_of_the_network(made, own, tmp_path):
+    apply, variables, x = own
+    cotangent = np.random.default_rng(0).normal(size=(64, 10)).astype(np.float32)
+    np.savez(tmp_path / "given.npz", x=x, cotangent=cotangent)
+    example, gradient = blocks((made / "export" / "README.md").read_text())
+    script = "\n".join([BEFORE, example, gradient, AFTER])
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "PYTHON"))}
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # as conftest.py does
+    command = [sys.executable, "-c", script, str(tmp_path / "given.npz"), str(tmp_path / "found.npz")]
+    result = subprocess.run(command, cwd=made / "export", env=environment, capture_output=True, text=True)
+    assert result.returncode == 0 and not result.stderr, result.stderr
+    found = np.load(tmp_path / "found.npz")
+
+    logits = np.asarray(jax.jit(apply)(variables, x))
+    assert np.abs(logits).max() > 1 and len(set(logits.argmax(-1))) > 3  # scaled by the adjustment, and of some use
+    for n in (1, 3, 64):
+        np.testing.assert_allclose(found[f"logits{n}"], logits[:n], rtol=1e-5, atol=1e-5)
+    assert found["zeros"].shape == (3, 10) and found["towards"].shape == (3, 8, 8, 1)
+    network = {name: variables[name] for name in ("params", "batch_stats")}
+
+    def pull(network, x):
+        return (apply({**variables, **network}, x) * cotangent).sum()
+
+    of_weights, of_images = jax.jit(jax.grad(pull, argnums=(0, 1)))(network, x)
+    assert np.abs(of_images).max() > 0.1
+    np.testing.assert_allclose(found["x"], of_images, rtol=1e-5, atol=1e-5)
+    for name, expected in export.flat(of_weights).items():
+        np.testing.assert_allclose(found[name], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=name)
+
+
+def test_weights_are_those_of_the_checkpoint_bit_for_bit(made):
+    weights, expected = load_file(made / "export" / "weights.safetensors"), stored(made)
+    assert weights.keys() == expected.keys() and "params/head/kernel" in weights
+    for name, array in weights.items():
+        assert array.dtype == expected[name].dtype and array.tobytes() == expected[name].tobytes(), name
+
+
+def test_attacks_take_it_as_any_network(made, own):
+    apply, variables, x = own
+    network = jax.export.deserialize(bytearray((made / "export" / "network.jax").read_bytes()))
+    weights, y = load_file(made / "export" / "weights.safetensors"), np.arange(8) % 10
+    options = {"eps": 0.1, "step_size": 0.03, "num_steps": 5}
+    there, here = (
+        attacks.compile(attacks.pgd, f, **options)(jax.random.key(0), v, x[:8], y)
+        for f, v in ((network.call, weights), (apply, variables))
+    )
+    np.testing.assert_allclose(there, here, atol=1e-5)
+    assert np.abs(there - x[:8]).max() == pytest.approx(0.1, abs=1e-5)
+
+
+def test_it_is_small_and_runs_elsewhere(made):
+    """Three platforms, no weights, and nothing of where it was made."""
+    content = (made / "export" / "network.jax").read_bytes()
+    network = jax.export.deserialize(bytearray(content))
+    assert network.platforms == ("cpu", "cuda", "tpu") and str(network.in_avals[-1].shape) == "(batch, 8, 8, 1)"
+    assert len(content) < 200_000 and str(ROOT).encode() not in content and b".py" not in content
+
+
+def test_the_card_says_what_it_is_of(made):
+    text = (made / "export" / "README.md").read_text()
+    summary = json.loads((made / "report.json").read_text())
+    rows = {line.split("|")[1].strip(): line for line in text.splitlines()[::-1] if line.startswith("|")}
+    for title, condition in (("Clean", "clean"), ("FGSM", "fgsm"), ("Worst case", "worst")):
+        for figure in ("accuracy", "balanced_accuracy", "accuracy_head", "accuracy_tail"):
+            assert f" {100 * summary['metrics'][f'eval/{condition}/{figure}']:.2f} " in rows[title]
+    counts = summary["context"]["class_counts"]
+    assert [text.count(f"| {c} | {c} | {n} |") for c, n in enumerate(counts)] == [1] * 10
+    for said in (
+        "- **Method:** robal (beta 6",
+        "- **Network:** wide_resnet-10-1, head cosine_plus, float32",
+        "- **Adjustment after training:** boundary, scale 10.0, tau_p 0.1",
+        f"- **Data set:** Digits-LT, exponential profile, imbalance ratio {max(counts) / min(counts):.4g}",
+        "- **Weights:** averaged; last checkpoint, step 14 of 0_train",
+        f"`python -m lt_adv.main {CONFIG[0]} --config.attack.num_steps=0 ",
+        f"jax {jax.__version__}",
+        "class-balanced subset, 5 per class",
+        "Apache-2.0",
+    ):
+        assert said in text, said
+    assert "{" not in text.replace("{}", "") and str(made) not in text
+    assert json.loads((made / "export" / "config.json").read_text())["optim"]["epochs"] == 2
+
+
+def test_the_readme_shows_the_same_lines(made):
+    example, _ = blocks((made / "export" / "README.md").read_text())
+    assert example in blocks((ROOT / "README.md").read_text())
+
+
+def test_again_gives_the_same_bytes(run):
+    before = {file.name: file.read_bytes() for file in (run / "export").iterdir()}
+    jax.clear_caches()
+    assert main.main(["main", *SHIP, f"--workdir={run}"]) == 0
+    assert {file.name: file.read_bytes() for file in (run / "export").iterdir()} == before
+    assert before.keys() == {"network.jax", "weights.safetensors", "config.json", "README.md"}
+    assert not [file.name for file in run.iterdir() if file.name.startswith(".")]
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ([], "there was no report"),
+        (["--config.eval.adjustment.tau_p=0.5"], "the report that was there is of another adjustment"),
+        (["--config.eval.dtype=bfloat16"], "the report that was there is of another model"),
+    ],
+)
+def test_figures_are_of_this_network_or_none(run, given, why):
+    if not given:
+        (run / "report.json").unlink()
+    assert main.main(["main", *SHIP, *given, f"--workdir={run}"]) == 0
+    text = (run / "export" / "README.md").read_text()
+    assert f"Not evaluated: {why}." in text and "| Clean |" not in text
+    network = jax.export.deserialize(bytearray((run / "export" / "network.jax").read_bytes()))
+    assert network.out_avals[0].dtype == np.float32
+
+
+def test_refusals(run, monkeypatch, tmp_path, capsys):
+    def answer(*given):
+        assert main.main(["main", f"--workdir={run}", *given]) == 2
+        printed = capsys.readouterr().err
+        assert printed.startswith("Error: ") and printed.count("\n") == 1, printed
+        return printed
+
+    ours = {file.name: file.read_bytes() for file in (run / "export").iterdir()}
+    assert "There is no checkpoint under" in answer(*SHIP, f"--workdir={tmp_path / 'none'}")
+    assert not (tmp_path / "none").exists()
+    assert "is for networks that were trained here" in answer(*SHIP, "--config.init_from=theirs.npz")
+    assert "(seed: 0 -> 1): use another --workdir" in answer(*SHIP, "--config.seed=1")
+    (run / "report.json").write_text("{")
+    assert "report.json is damaged" in answer(*SHIP)
+    (run / "report.json").unlink()
+    (run / "export" / "notes.txt").touch()
+    assert "export holds notes.txt, which would be lost: move it" in answer(*SHIP)
+    (run / "export" / "notes.txt").unlink()
+    shutil.rmtree(run / "checkpoints" / "0_train" / "14")
+    assert "is at step 7 of 14 of stage 0_train, not at the end of training: let it finish" in answer(*SHIP)
+    find = export.importlib.util.find_spec
+    monkeypatch.setattr(export.importlib.util, "find_spec", lambda name: None if name == "flatbuffers" else find(name))
+    assert "--mode=export needs flatbuffers: pip install -e '.[export]'" in answer(*SHIP)
+    assert {file.name: file.read_bytes() for file in (run / "export").iterdir()} == ours
