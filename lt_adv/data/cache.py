@@ -36,7 +36,7 @@ def load(data_dir: Path, name: str, source: Source) -> Dataset:
     if folder.exists():
         try:
             return _open(folder, name)
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except Exception as error:  # a damaged .npy fails in many ways
             log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, " ".join(str(error).split()))
     class_names, decodings = source.read()
     try:

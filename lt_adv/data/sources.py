@@ -5,7 +5,6 @@ prepared by our own TensorFlow-Datasets builders, and any other name is looked u
 """
 
 import os
-import zipfile
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -81,7 +80,7 @@ def npz(path: Path, size: int | None = None) -> Source:
         try:
             with np.load(path, allow_pickle=False) as file:
                 arrays = {k: file[k] for k in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged zip fails in many ways
             raise ValueError(f"{path} is not a readable .npz without pickled objects ({error}).") from error
         missing = [k for s in SPLITS for k in (f"{s}_image", f"{s}_label") if k not in arrays]
         if missing:
@@ -104,7 +103,11 @@ def npz(path: Path, size: int | None = None) -> Source:
         if splits["train"].shape[1:] != splits["test"].shape[1:]:
             shapes = " and ".join(f"{s} images are {d.shape[1:]}" for s, d in splits.items())
             raise ValueError(f"{path}: {shapes}.")
-        names = tuple(str(n) for n in arrays.get("class_names", range(largest + 1)))
+        if largest >= len(splits["train"].label):
+            raise ValueError(
+                f"{path}: the labels go up to {largest}, and each class needs an image of its own to train on."
+            )
+        names = tuple(str(n) for n in np.atleast_1d(arrays.get("class_names", np.arange(largest + 1))))
         if len(names) <= largest:
             raise ValueError(f"{path}: class_names has {len(names)} entries, the labels go up to {largest}.")
         return names, splits

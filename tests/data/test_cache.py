@@ -77,6 +77,7 @@ def edit_meta(path):
         ("train_image.npy", lambda p: p.write_bytes(p.read_bytes() + b"0")),
         ("train_image.npy", lambda p: np.save(p, IMAGE[:3])),
         ("train_image.npy", lambda p: p.unlink()),
+        ("test_label.npy", lambda p: p.write_bytes(b"")),
         ("meta.json", lambda p: p.write_text("{")),
         ("meta.json", lambda p: p.write_text("[]")),
         ("meta.json", lambda p: p.write_text('{"arrays": {}, "class_names": [], "digest": ""}')),

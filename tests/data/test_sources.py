@@ -194,7 +194,9 @@ def test_npz(tmp_path, read):
         ({"train_label": np.array([0.0, 1.0])}, "whole numbers from 0"),
         ({"train_label": np.array([0, {}], dtype=object)}, "without pickled objects"),
         ({"test_image": np.zeros((2, 5, 4, 3), np.uint8)}, r"train images are \(4, 4, 3\) and test images"),
+        ({"train_label": np.array([0, 10**12])}, "the labels go up to 1000000000000, and each class needs"),
         ({"class_names": np.array(["x"])}, "class_names has 1"),
+        ({"class_names": np.array("xy")}, "class_names has 1"),
     ],
 )
 def test_bad_npz(tmp_path, read, change, message):
@@ -211,6 +213,9 @@ def test_missing_npz(tmp_path, read):
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 cut off")
     with pytest.raises(ValueError, match="not a readable .npz"):
         read("npz", tmp_path / "a.npz")
+    np.save(tmp_path / "one.npy", picture(0))
+    with pytest.raises(ValueError, match="not a readable .npz"):
+        read("npz", (tmp_path / "one.npy").rename(tmp_path / "one.npz"))
     np.savez(tmp_path / "b.npz", train_image=picture(0))
     with pytest.raises(ValueError, match="no array train_label, test_image, test_label; it has train_image"):
         read("npz", tmp_path / "b.npz")
