@@ -38,7 +38,9 @@ def parse(argv: list[str]) -> Arguments:
                 raise lookup.unknown("flag", arg.partition("=")[0], [f"--{name}" for name in known])
         if not known.config:
             raise ValueError("--config is missing, for example --config=configs/robal.py:dataset=digits.")
-        if (mode := known.mode or "train") not in MODES:
+        if known.workdir == "":
+            raise ValueError("--workdir is empty: name a folder, or leave it out.")
+        if (mode := "train" if known.mode is None else known.mode) not in MODES:
             raise lookup.unknown("--mode", mode, MODES)
         config = load(known.config)
         for arg in rest:

@@ -59,7 +59,7 @@ def a(*kinds: type) -> Rule:
 
 
 def file_name(path: str, value: Any) -> None:
-    if not (isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*|", value)):
+    if not (isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*", value)):
         raise ValueError(f"{path} must be a name, of letters, digits, '_', '-' and '.', not {value!r}.")
 
 
@@ -79,7 +79,8 @@ def optional(rule: Rule) -> Rule:
 PIXELS = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137"
 RATIO = "it is max count / min count, so the literature's 0.02 is ratio 50"
 LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS), number("(0, inf)"), number("[0, inf)")
-ONE_OR_MORE, ZERO_OR_MORE, SEED = whole("[1, inf)"), whole("[0, inf)"), whole("[0, 4294967295]")
+MOST = 1000000  # of anything that is counted: far more than one can mean, and no overflow in 32 bits
+ONE_OR_MORE, ZERO_OR_MORE, SEED = whole(f"[1, {MOST}]"), whole(f"[0, {MOST}]"), whole("[0, 4294967295]")
 
 # Every entry that all configs have. The options of a model, head, method, adjustment or attack are looked at by these.
 ENTRIES: Mapping[str, Rule] = {
@@ -142,7 +143,7 @@ ENTRIES: Mapping[str, Rule] = {
     "eval.split": one_of(("test", "validation")),
     "eval.subset_per_class": ZERO_OR_MORE,
     "eval.only": each(a(str)),
-    "eval.report": file_name,
+    "eval.report": lambda path, value: None if value == "" else file_name(path, value),
     "eval.groups": one_of(longtail.GROUPS),
     "eval.checkpoint": one_of(("last", "best")),
     "eval.seed": SEED,
@@ -195,6 +196,7 @@ def values(config: ml_collections.ConfigDict) -> None:
     for name, value in (("checkpoint", "best"), ("split", "validation")):
         if config.eval[name] == value and not config.data.validation_per_class:
             raise ValueError(f"config.eval.{name} is {value!r}, which needs config.data.validation_per_class above 0.")
+    optional(whole(f"[1, {config.optim.batch_size}]"))("config.cpu_devices", config.cpu_devices)
     if config.average.name == "ema" and config.average.start_epoch:
         raise ValueError("config.average.start_epoch is of 'swa': an 'ema' begins with the first step, leave it at 0.")
     if config.average.name == "swa":
@@ -236,6 +238,7 @@ def _stage(config: ml_collections.ConfigDict, stage: base.Stage) -> None:
 
 def _attack(name: str, spec: Any, path: str) -> None:
     a(ml_collections.ConfigDict)(path, spec)
+    file_name("each key of config.eval.attacks", name)
     if name in (CLEAN, WORST):
         raise ValueError(f"{path}: the report itself uses the name {name!r}, choose another.")
     rules = {**ATTACK_OPTIONS, **(L2 if spec.get("norm") == "l2" else {})}

@@ -3,7 +3,7 @@
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
@@ -13,14 +13,21 @@ def unknown(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     choices = sorted(choices)
     near = difflib.get_close_matches(str(name), choices, n=1)
     guess = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"Unknown {kind} {name!r}.{guess} There are: {', '.join(choices)}.")
+    return ValueError(f"Unknown {kind} {name!r}.{guess} There are: {', '.join(choices) or 'none'}.")
 
 
-def options(kind: str, config: Mapping[str, Any], takes: Mapping[str, Collection[str]]) -> tuple[str, dict[str, Any]]:
-    """`{"name": ..., **options}` -> (name, those of the options that it takes). `takes`: choice -> its options.
+def of_type(path: str, value: object, default: object) -> None:
+    """ValueError unless `value` is of the type of a plain `default`; for a float a whole number will do."""
+    kinds = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}.get(type(default))
+    if kinds and type(value) not in kinds:
+        raise ValueError(f"{path} must be of type {type(default).__name__}, not {value!r}.")
+
+
+def options(kind: str, config: Mapping[str, Any], takes: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
+    """`{"name": ..., **options}` -> (name, those of the options that it takes). `takes`: choice -> option -> default.
 
     An option of another choice is left out, so one config can hold the options of all and change its name alone;
-    ValueError for a name that is no choice, or an option of none.
+    ValueError for a name that is no choice, an option of none, or one of another type than its default.
     """
     given = dict(config)
     name = given.pop("name", None)
@@ -30,7 +37,10 @@ def options(kind: str, config: Mapping[str, Any], takes: Mapping[str, Collection
     for option in given:
         if option not in known:
             raise unknown(f"option of {kind} {name!r}:", option, known)
-    return name, {option: value for option, value in given.items() if option in takes[name]}
+    taken = {option: value for option, value in given.items() if option in takes[name]}
+    for option, value in taken.items():
+        of_type(f"option {option} of {kind} {name!r}", value, takes[name][option])
+    return name, taken
 
 
 def names(package: str) -> list[str]:

@@ -30,11 +30,15 @@ def method_class(name: str, package: str = __name__) -> type[Method]:
 
 
 def create(options: Mapping[str, Any], **common: Any) -> Method:
-    """The method of `config.method`: {"name": ..., **hyper-parameters}; ValueError for one it does not have."""
-    options = {**common, **options}
-    cls = method_class(options.pop("name"))
-    fields = [f.name for f in dataclasses.fields(cls)]
-    for option in options:
-        if option not in fields:
-            raise lookup.unknown(f"option of method {cls.__module__.rsplit('.', 1)[-1]}", option, fields)
-    return cls(**options)
+    """The method of `config.method`: {"name": ..., **hyper-parameters}; ValueError for one that it does not have, or of
+    another type. `common`: what every method has, which other sections of the config say.
+    """
+    own = dict(options)
+    cls = method_class(own.pop("name"))
+    shared = {f.name for f in dataclasses.fields(Method)}
+    takes = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in shared}
+    for option, value in own.items():
+        if option not in takes:
+            raise lookup.unknown(f"option of method {cls.__module__.rsplit('.', 1)[-1]}", option, takes)
+        lookup.of_type(f"config.method.{option}", value, takes[option])
+    return cls(**common, **own)

@@ -113,6 +113,7 @@ class Method:
     """
 
     compounding_schedule: ClassVar[bool] = False  # whether the released code's learning rate compounds (training.optim)
+    plain: ClassVar[bool] = False  # whether `perturb` is without an attack
     released_start: ClassVar[str | None] = None  # of the attack in the released code, where it is another
 
     num_steps: int = 10

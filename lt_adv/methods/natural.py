@@ -16,6 +16,7 @@ class Natural(base.Method):
     """
 
     compounding_schedule = True
+    plain = True
 
     def perturb(self, key, net, batch, extra, clock):
         return batch.image

@@ -123,7 +123,7 @@ def create(config: Mapping[str, Any], head: str | None = None) -> Adjustment:
     As in `models.create`, an option of another adjustment is left unused; one of none of them raises ValueError, and so
     does an adjustment that is none of the head of that name.
     """
-    takes = {choice: inspect.getfullargspec(function).kwonlyargs for choice, function in ADJUSTMENTS.items()}
+    takes = {choice: inspect.getfullargspec(function).kwonlydefaults or {} for choice, function in ADJUSTMENTS.items()}
     name, options = lookup.options("adjustment", config, takes)
     if head and head not in HEADS.get(name, (head,)):
         raise ValueError(f"The adjustment {name!r} is for the heads {', '.join(HEADS[name])}, not for {head!r}.")

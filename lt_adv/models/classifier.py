@@ -74,6 +74,9 @@ def _build(
     kind: str, choices: Mapping[str, Callable[..., nn.Module]], config: Mapping[str, Any], **given: Any
 ) -> nn.Module:
     reserved = {"parent", "name", *given}  # what flax adds to every module, and what is not the config's to say
-    takes = {choice: set(inspect.signature(module).parameters) - reserved for choice, module in choices.items()}
+    takes = {
+        choice: {name: p.default for name, p in inspect.signature(module).parameters.items() if name not in reserved}
+        for choice, module in choices.items()
+    }
     name, options = lookup.options(kind, config, takes)
     return choices[name](**options, **given)

@@ -42,6 +42,8 @@ class RobustLT(base.AddOn):
 
     def __post_init__(self):
         super().__post_init__()
+        if self.plain:
+            raise ValueError("config.addons: 'robustlt' scales the training attack, and config.method has none.")
         object.__setattr__(self, "start", "uniform")
         object.__setattr__(self, "released_start", None)
 
