@@ -31,8 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[log])
     try:
         run(arguments.parse(argv))
-    except (ValueError, OSError, ImportError, FloatingPointError) as error:
-        if os.environ.get("LT_ADV_TRACEBACK"):
+    except Exception as error:
+        if os.environ.get("LT_ADV_TRACEBACK") or not is_answered(error):
             raise
         print("Error:", one_line(error), file=sys.stderr)
         return 2
@@ -46,8 +46,21 @@ def is_shown(record: logging.LogRecord) -> bool:
     return "orbax" not in record.pathname  # whatever matters of what it logs, it raises as well
 
 
+def is_answered(error: Exception) -> bool:
+    """Whether it is the input's or the machine's fault; anything else is a bug of ours, and keeps its traceback."""
+    known = (ValueError, OSError, ImportError, FloatingPointError)
+    return isinstance(error, known) or is_memory(error)
+
+
+def is_memory(error: Exception) -> bool:
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
+
+
 def one_line(error: Exception) -> str:
     text = str(error) or repr(error)
+    if is_memory(error):  # of the machine, or of jax's devices
+        text = f"Out of memory ({text.strip().splitlines()[0]}): a smaller config.optim.batch_size, "
+        text += "config.eval.batch_size or config.model needs less."
     if isinstance(error, OSError) and error.strerror:  # of the system, not one of ours
         text = f"{error.filename or 'A file'}: {error.strerror}. Nothing is half written: the same command goes on."
     return " ".join(text.split())

@@ -4,6 +4,7 @@ import re
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from lt_adv import main
@@ -223,6 +224,24 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
     monkeypatch.setattr(loop, "train", train)
     with pytest.raises(bug):
         main.main(["main", DIGITS, f"--workdir={tmp_path / 'run'}"])
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        MemoryError("Unable to allocate 59.6 GiB"),
+        jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nBuffer assignment: ..."),
+    ],
+)
+def test_out_of_memory(answer, monkeypatch, tmp_path, error):
+    def train(*_):
+        raise error
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(loop, "train", train)
+    printed = answer(DIGITS)
+    assert re.search(r"Out of memory \([^:]*(: Out of memory)?.*\): a smaller config\.optim\.batch_size, ", printed)
+    assert "Buffer" not in printed
 
 
 def test_interrupt(monkeypatch, capsys, tmp_path):
