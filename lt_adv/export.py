@@ -79,7 +79,8 @@ the weights:
   under stronger or adaptive attacks, in other norms, under corruptions or on other data.
 - It is made for {platforms}, and other platforms refuse it. Tests run such files on a CPU alone; on accelerators
   logits differ by rounding.
-- jax promises to read such a file for six months; after that, export the checkpoint again. The weights stay readable.
+- Newer versions of jax promise to read such a file for six months, older ones promise nothing; after that, export the
+  checkpoint again. The weights stay readable.
 - There are gradients, but no second derivatives, no `vmap` and no empty batch.
 
 ## Licence
