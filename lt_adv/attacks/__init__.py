@@ -4,8 +4,39 @@
 pmap and shard_map; `compile` is the jitted form. Objectives are maximised: (logits, y) -> [batch].
 """
 
+from lt_adv.attacks.apgd import apgd, apgd_targeted
+from lt_adv.attacks.autoattack import autoattack
 from lt_adv.attacks.compiled import compile
+from lt_adv.attacks.fab import fab, fab_targeted
 from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
-from lt_adv.attacks.objectives import cross_entropy, kl_divergence, margin
+from lt_adv.attacks.objectives import (
+    cross_entropy,
+    difference,
+    dlr,
+    kl_divergence,
+    margin,
+    targeted_difference,
+    targeted_dlr,
+)
+from lt_adv.attacks.square import square
 
-__all__ = ["compile", "cross_entropy", "cw", "fgsm", "kl_divergence", "margin", "mim", "pgd"]
+__all__ = [
+    "apgd",
+    "apgd_targeted",
+    "autoattack",
+    "compile",
+    "cross_entropy",
+    "cw",
+    "difference",
+    "dlr",
+    "fab",
+    "fab_targeted",
+    "fgsm",
+    "kl_divergence",
+    "margin",
+    "mim",
+    "pgd",
+    "square",
+    "targeted_difference",
+    "targeted_dlr",
+]

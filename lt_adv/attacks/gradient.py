@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import norms
+from lt_adv.attacks import iterated, norms
 from lt_adv.attacks.convolutions import canonical
 from lt_adv.attacks.objectives import cross_entropy, margin
 from lt_adv.attacks.starts import starting_point
@@ -177,7 +177,7 @@ def _ascend(
     """The attacks above as one loop over (x_adv, momentum); without `decay` there is no momentum to carry."""
     ball, x, y = norms.get(norm), jnp.asarray(x), jnp.asarray(y)
     low, high = bounds
-    _check(x, y, x_init, num_steps, low, high)
+    iterated.check(x, y, x_init, bounds, num_steps=num_steps)
     eps, step_size = norms.per_example("eps", eps, x), norms.per_example("step_size", step_size, x)
     x_adv = starting_point(key, x, eps, start, ball)
     if x_init is not None:
@@ -207,16 +207,3 @@ def _ascend(
     momentum = () if decay is None else jnp.zeros_like(x_adv)
     x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
     return lax.fori_loop(0, num_steps, step, (x_adv, momentum))[0]
-
-
-def _check(x: Array, y: Array, x_init: Array | None, num_steps: int, low: float, high: float) -> None:
-    if not jnp.issubdtype(x.dtype, jnp.floating):
-        raise ValueError(f"x must be floating, inside bounds, got {x.dtype}: divide uint8 images by 255.")
-    if y.shape[:1] != x.shape[:1]:
-        raise ValueError(f"x and y must have the same batch size, got shapes {x.shape} and {y.shape}.")
-    if x_init is not None and jnp.shape(x_init) != x.shape:
-        raise ValueError(f"x_init must have the shape of x, {x.shape}, got {jnp.shape(x_init)}.")
-    if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 0:
-        raise ValueError(f"num_steps must be a Python int, 0 or more, got {num_steps!r}.")
-    if not low < high:
-        raise ValueError(f"bounds must be (low, high) with low < high, got {(low, high)}.")

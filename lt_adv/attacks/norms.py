@@ -16,6 +16,8 @@ class Norm(NamedTuple):
     direction: Callable[[Array], Array]  # gradient -> the step of length one that gains most, zero where it is zero
     project: Callable[[Array, Array, Array], Array]  # x_adv, x, eps -> the nearest point of the ball around x
     sample: Callable[[Array, tuple[int, ...], jnp.dtype], Array]  # key, shape, dtype -> one uniform point, radius one
+    length: Callable[[Array], Array]  # displacement [batch, ...] -> [batch, 1, ...]
+    dual: Callable[[Array], Array]  # gradient -> how much a displacement of length one gains at most, [batch, 1, ...]
 
 
 def get(name: str) -> Norm:
@@ -53,6 +55,14 @@ def _divide(array: Array, length: Array) -> Array:
     return array / jnp.where(length > 0, length, 1)
 
 
+def _linf_length(array: Array) -> Array:
+    return jnp.max(jnp.abs(array), axis=_trailing(array), keepdims=True)
+
+
+def _l1(array: Array) -> Array:
+    return jnp.sum(jnp.abs(array), axis=_trailing(array), keepdims=True)
+
+
 def _linf_project(x_adv: Array, x: Array, eps: Array) -> Array:
     return jnp.clip(x_adv, x - eps, x + eps)
 
@@ -63,7 +73,7 @@ def _linf_sample(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 def _l2_direction(gradient: Array) -> Array:
     # Brought to magnitude one first: the squares of a small float32 gradient (below 1e-23) would underflow to zero.
-    gradient = _divide(gradient, jnp.max(jnp.abs(gradient), axis=_trailing(gradient), keepdims=True))
+    gradient = _divide(gradient, _linf_length(gradient))
     return _divide(gradient, l2(gradient))
 
 
@@ -81,6 +91,6 @@ def _l2_sample(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 
 _NORMS = {
-    "linf": Norm(jnp.sign, _linf_project, _linf_sample),
-    "l2": Norm(_l2_direction, _l2_project, _l2_sample),
+    "linf": Norm(jnp.sign, _linf_project, _linf_sample, _linf_length, _l1),
+    "l2": Norm(_l2_direction, _l2_project, _l2_sample, l2, l2),
 }

@@ -44,6 +44,61 @@ def margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
     return -jax.nn.relu(_at_label(logits, y) - others + confidence)
 
 
+def difference(logits: Array, y: Array) -> Array:
+    """max_{j != y} z_j - z_y: how far another class leads, in units of logits; above zero for a wrong prediction.
+
+    Args:
+      logits: [batch, classes], at least two classes.
+      y: labels, integers [batch].
+
+    Returns:
+      [batch].
+
+    Reference: Andriushchenko et al., "Square attack", ECCV 2020, section 3, with the sign turned.
+    """
+    return jnp.where(_is_label(logits, y), -jnp.inf, logits).max(axis=-1) - _at_label(logits, y)
+
+
+def dlr(logits: Array, y: Array) -> Array:
+    """Difference of logits ratio, (max_{j != y} z_j - z_y) / (z_(1) - z_(3) + 1e-12), z_(k) the k-th largest logit.
+
+    It does not change when the logits are scaled or shifted, so no temperature makes its gradient vanish.
+
+    Args:
+      logits: [batch, classes], at least three classes.
+      y: labels, integers [batch].
+
+    Returns:
+      [batch]. ValueError for fewer than three classes.
+
+    Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, eq. 6.
+    """
+    top = _largest(logits, 3, "dlr")
+    others = jnp.where(_at_label(logits, y) == top[:, 0], top[:, 1], top[:, 0])
+    return (others - _at_label(logits, y)) / (top[:, 0] - top[:, 2] + 1e-12)
+
+
+def targeted_difference(logits: Array, y: Array, target: Array) -> Array:
+    """z_t - z_y, in units of logits, for labels y and targets t, integers [batch]; returns [batch]."""
+    return _at_label(logits, target) - _at_label(logits, y)
+
+
+def targeted_dlr(logits: Array, y: Array, target: Array) -> Array:
+    """Targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12).
+
+    Args:
+      logits: [batch, classes], at least four classes.
+      y, target: labels and the classes t to be reached instead, integers [batch].
+
+    Returns:
+      [batch]. ValueError for fewer than four classes.
+
+    Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, eq. 7.
+    """
+    top = _largest(logits, 4, "targeted_dlr")
+    return targeted_difference(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+
+
 def kl_divergence(logits: Array, probs: Array) -> Array:
     """KL(p || softmax(z)) = sum_j p_j (log p_j - log softmax(z)_j), the inner objective of TRADES.
 
@@ -63,6 +118,13 @@ def kl_divergence(logits: Array, probs: Array) -> Array:
 def _is_label(logits: Array, y: Array) -> Array:
     # A comparison instead of a gather: its gradient is no scatter, and it shards on any mesh.
     return y[:, None] == jnp.arange(logits.shape[-1])
+
+
+def _largest(logits: Array, k: int, name: str) -> Array:
+    """The k largest logits of each example, in descending order, [batch, k]."""
+    if logits.shape[-1] < k:
+        raise ValueError(f"{name} compares {k} classes and there are {logits.shape[-1]}; use a difference of logits.")
+    return lax.top_k(logits, k)[0]
 
 
 def _at_label(logits: Array, y: Array) -> Array:

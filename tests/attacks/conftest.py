@@ -42,7 +42,7 @@ def digits(golden):
         weights = {name: arrays[name].astype(dtype) for name in arrays.files if name.startswith(("conv", "dense"))}
         if head == "cosine":
             counts = arrays["class_counts"].astype(np.float32)
-            weights["log_prior"] = np.log(counts / counts.sum()).astype(dtype)
+            weights["log_prior"] = np.log((counts / counts.sum()).astype(dtype))  # the prior is float32, its log not
             weights |= {name: np.asarray(value, dtype) for name, value in info["head_parameters"].items()}
         return SimpleNamespace(
             apply=_apply,

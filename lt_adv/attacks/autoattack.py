@@ -1,0 +1,207 @@
+"""AutoAttack: an ensemble of parameter-free attacks, each on the images that all before it have left."""
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from lt_adv.attacks import iterated, journal, norms, slots
+from lt_adv.attacks.apgd import apgd_program, apgd_targeted_program
+from lt_adv.attacks.fab import fab_program, fab_targeted_program
+from lt_adv.attacks.iterated import Bounds, Iterated
+from lt_adv.attacks.objectives import cross_entropy, difference, dlr, targeted_difference, targeted_dlr
+from lt_adv.attacks.square import square_program
+from lt_adv.attacks.starts import example_keys
+
+VERSIONS = {
+    "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
+    "plus": ("apgd-ce", "apgd-dlr", "fab", "square", "apgd-t", "fab-t"),
+    "rand": ("apgd-ce", "apgd-dlr"),
+}
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
+DRAWS = 20  # of a randomised network, for each gradient of the version "rand"
+SECONDS = 30.0  # between two lines of progress
+
+
+class Result(NamedTuple):
+    """What AutoAttack leaves, in numpy arrays, one row per image in the order of x."""
+
+    x_adv: np.ndarray  # like x: a point that is classified wrongly, or x itself where none was found
+    robust: np.ndarray  # bool [n]: whether logits_fn, in batches of `batch_size`, classifies x_adv as y
+    correct: np.ndarray  # bool [n]: whether it classifies x as y
+    prediction: np.ndarray  # int32 [n]: of x_adv
+    broken_by: np.ndarray  # int32 [n]: the attack that broke the image, by its place in `accuracy`; 0 clean, -1 none
+    accuracy: dict[str, float]  # "clean", then after each attack, in [0, 1]
+    evaluations: dict[str, tuple[int, int]]  # attack -> forward passes of one image, how many of them with a gradient
+    notes: tuple[str, ...]  # what was done otherwise than the version says, and why
+
+
+def autoattack(
+    key: Array,
+    logits_fn: Callable[..., Array],
+    x: Any,
+    y: Any,
+    *,
+    eps: float,
+    norm: str = "linf",
+    version: str | Sequence[str] = "standard",
+    batch_size: int = 256,
+    bounds: Bounds = (0.0, 1.0),
+    resume: Any = None,
+    progress: Callable[[str], None] | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> Result:
+    """AutoAttack on any number of images. Not traceable: it drives compiled attacks from the host.
+
+    The version "standard" is APGD on cross-entropy, APGD on the targeted ratio and targeted FAB (nine targets each, or
+    as many as there are), and Square with 5,000 queries. "plus" adds APGD on the ratio and untargeted FAB, with five
+    restarts of these three. "rand" is for randomised networks: APGD on both, gradients averaged over 20 draws;
+    logits_fn is then called as logits_fn(x, keys), one key per image. A sequence of names out of `ATTACKS` runs these.
+
+    Args:
+      key: one typed key, or one per image [n]. The result depends on it alone, neither on `batch_size` nor on devices.
+      logits_fn: x [batch, height, width, channels] -> logits [batch, classes]. Arrays it closes over become arguments
+        of the compiled programs; `jax.tree_util.Partial(apply, variables)` lets other variables use the same programs.
+      x: images [n, ...], floating, inside `bounds`.
+      y: labels, integers [n].
+      eps: radius, in units of the [0, 1] pixel range.
+      norm: "linf" or "l2".
+      batch_size: images that are attacked at once, rounded up to a multiple of the devices.
+      resume: None, or a directory (a path, or an `etils.epath.Path` for a store) that keeps what is done; the same call
+        goes on from there after an interruption. Each directory is of one call.
+      progress: called with one line of text now and then.
+      devices: all of this process by default.
+
+    Returns:
+      a Result. With fewer than four classes the targeted ratio does not exist, and with two the ratio: differences of
+      logits take their place, which `notes` says.
+
+    Raises:
+      ValueError: for unknown names or values that cannot be meant, logits that are not finite on a clean image, a
+        `resume` directory of another call.
+
+    Reference: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
+    parameter-free attacks", ICML 2020.
+    Differs from the released code: keys belong to images; an image is left as soon as it is broken, FAB's too; with
+    fewer than ten classes all wrong ones are targets.
+    """
+    names = _names(version)
+    x, y = np.asarray(x), np.asarray(y)
+    iterated.check(x, y, None, bounds, batch_size=batch_size)
+    if not len(x) or not batch_size:
+        raise ValueError(f"Nothing to attack: {len(x)} images in batches of {batch_size}.")
+    if not (x.min() >= bounds[0] and x.max() <= bounds[1]):
+        raise ValueError(f"x must lie inside bounds {bounds}, got values from {x.min():.6g} to {x.max():.6g}.")
+    norms.get(norm)
+    radius = np.broadcast_to(np.asarray(norms.per_example("eps", eps, jnp.asarray(x[:1]))).ravel(), len(x))
+    keys, random = example_keys(key, len(x)), version == "rand"
+    network = slots.network(logits_fn, x[0], batch_size, random, devices)
+
+    def judge(points: np.ndarray) -> np.ndarray:
+        return slots.logits(network, points, slots.example_keys(keys, np.uint32(len(ATTACKS))))
+
+    clean = judge(x)
+    if not np.isfinite(clean).all():
+        raise ValueError(f"The logits of {(~np.isfinite(clean)).any(-1).sum()} clean images are not finite.")
+    ranking = np.argsort(-clean, axis=-1, kind="stable")
+    programs, notes = _programs(names, clean.shape[-1], norm, bounds, random)
+    correct = clean.argmax(-1) == y
+    x_adv, broken_by = x.copy(), np.where(correct, -1, 0).astype(np.int32)
+    accuracy, evaluations = {"clean": float(correct.mean())}, {}
+    log = journal.open_(resume, journal.digest(x, y, clean, radius, jax.random.key_data(keys), (names, norm, bounds)))
+    say = progress or (lambda _: None)
+
+    for number, (name, attack) in enumerate(programs.items(), start=1):
+        rows = np.flatnonzero(broken_by == -1)
+        left, hit, steps = np.isin(np.arange(len(x)), rows), np.zeros(len(x), bool), 0
+        known, start = log.read(number), time.perf_counter()
+        told, before = start, sum(len(done.rows) for done in known)
+        fresh = slots.run(
+            attack,
+            network,
+            np.setdiff1d(rows, np.concatenate([done.rows for done in known])) if known else rows,
+            keys=slots.example_keys(keys, np.uint32(ATTACKS.index(name))),
+            x=x,
+            y=y.astype(np.int32),
+            eps=radius,
+            targets=ranking[:, 1:] if name.endswith("-t") else ranking[:, :1],
+        )
+        for done in itertools.chain(known, _kept(fresh, log, number, network.slots)):
+            x_adv[done.rows[done.broken]] = done.x_adv
+            hit[done.rows[done.broken]], left[done.rows] = True, False
+            steps += done.steps
+            if time.perf_counter() - told > SECONDS:
+                told, tried = time.perf_counter(), len(rows) - left.sum()
+                remaining = (told - start) / max(tried - before, 1) * left.sum()
+                robust = 100 * (len(rows) - hit.sum()) / len(x)
+                say(
+                    f"{name}: {tried:,} of {len(rows):,} images, robust so far {robust:.2f} %, "
+                    f"{_minutes(remaining)} left"
+                )
+        if hit.any():  # judged again by the program that has the last word: rounding decides on the very boundary
+            hit[hit] = judge(x_adv[hit]).argmax(-1) != y[hit]
+        x_adv[rows[~hit[rows]]] = x[rows[~hit[rows]]]
+        broken_by[hit] = number
+        accuracy[name] = float((broken_by == -1).mean())
+        evaluations[name] = (steps * attack.forwards, steps * attack.gradients)
+        say(f"{name}: robust {100 * accuracy[name]:.2f} % after {_minutes(time.perf_counter() - start)}")
+
+    prediction = judge(x_adv).argmax(-1).astype(np.int32)
+    robust = prediction == y
+    accuracy[names[-1]] = float(robust.mean())
+    return Result(x_adv, robust, correct, prediction, broken_by, accuracy, evaluations, notes)
+
+
+def _names(version: str | Sequence[str]) -> tuple[str, ...]:
+    if isinstance(version, str) and version not in VERSIONS:
+        raise ValueError(f"Unknown version {version!r}. There are: {', '.join(VERSIONS)}, or a sequence of attacks.")
+    names = VERSIONS[version] if isinstance(version, str) else tuple(version)
+    for name in names:
+        if name not in ATTACKS:
+            raise ValueError(f"Unknown attack {name!r}. There are: {', '.join(ATTACKS)}.")
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"version must name attacks, each once, got {names}.")
+    return names
+
+
+def _programs(
+    names: tuple[str, ...], classes: int, norm: str, bounds: Bounds, random: bool
+) -> tuple[dict[str, Iterated], tuple[str, ...]]:
+    """The attacks by name, and what had to be changed for a small number of classes."""
+    if classes < 2:
+        raise ValueError(f"There is nothing to attack in {classes} class.")
+    restarts = 5 if names == VERSIONS["plus"] else 1
+    eot, targets, notes = DRAWS if random else None, min(9, classes - 1), []
+    ratio, targeted_ratio = dlr, targeted_dlr
+    if classes < 3 and "apgd-dlr" in names:
+        ratio = difference
+        notes.append("apgd-dlr: the ratio needs three classes; the difference of logits takes its place.")
+    if classes < 4 and "apgd-t" in names:
+        targeted_ratio = targeted_difference
+        notes.append("apgd-t: the targeted ratio needs four classes; the difference of logits takes its place.")
+    build = {
+        "apgd-ce": lambda: apgd_program(cross_entropy, norm, 100, restarts, 0.75, eot, bounds),
+        "apgd-dlr": lambda: apgd_program(ratio, norm, 100, restarts, 0.75, eot, bounds),
+        "apgd-t": lambda: apgd_targeted_program(targeted_ratio, norm, 100, targets, 0.75, eot, bounds),
+        "fab": lambda: fab_program(classes, norm, 100, restarts, 0.1, 1.05, 0.9, bounds),
+        "fab-t": lambda: fab_targeted_program(norm, 100, targets, 0.1, 1.05, 0.9, bounds),
+        "square": lambda: square_program(difference, norm, 5000, 0.8, bounds),
+    }
+    return {name: build[name]() for name in names}, tuple(notes)
+
+
+def _kept(fresh: Iterator[slots.Done], log: journal.Journal, number: int, least: int) -> Iterator[slots.Done]:
+    """What gets done, kept in the journal."""
+    for done in fresh:
+        log.add(number, done, least)
+        yield done
+    log.flush(number)
+
+
+def _minutes(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"

@@ -1,0 +1,77 @@
+"""What AutoAttack has done so far, on disk: one file for every batch of images that are done."""
+
+import contextlib
+import hashlib
+import io
+import os
+import pathlib
+from typing import Any
+
+import numpy as np
+
+from lt_adv.attacks.slots import Done
+
+
+def digest(*facts: Any) -> str:
+    """Stands for all that the result depends on."""
+    total = hashlib.sha256()
+    for fact in facts:
+        array = np.ascontiguousarray(fact) if not isinstance(fact, tuple) else None
+        total.update(repr(fact).encode() if array is None else f"{array.dtype} {array.shape}".encode())
+        if array is not None:
+            total.update(array.view(np.uint8).data)
+    return total.hexdigest()
+
+
+def open_(directory: Any, digest: str) -> "Journal":
+    """The journal in `directory`, made if absent; ValueError where it is of another call. None keeps nothing."""
+    if directory is None:
+        return Journal(None)
+    where = pathlib.Path(directory) if isinstance(directory, str) else directory
+    where.mkdir(parents=True, exist_ok=True)
+    name = where / "call.txt"
+    if name.exists() and name.read_text() != digest:
+        raise ValueError(f"{where} holds another AutoAttack (other images, weights, key or options): choose another.")
+    _write(name, digest.encode())
+    return Journal(where)
+
+
+class Journal:
+    """Files `<attack's number>-<file's number>.npz`; a damaged one counts as absent, its images are attacked again."""
+
+    def __init__(self, where: Any) -> None:
+        self.where = where
+        self.waiting: list[Done] = []
+        self.files = 0 if where is None else len(list(where.iterdir()))
+
+    def add(self, number: int, done: Done, least: int) -> None:
+        """Keeps what is done; written as soon as it is `least` images."""
+        self.waiting.append(done)
+        if sum(len(done.rows) for done in self.waiting) >= least:
+            self.flush(number)
+
+    def flush(self, number: int) -> None:
+        """Writes what waits."""
+        if self.waiting and self.where is not None:
+            buffer = io.BytesIO()
+            rows, broken, x_adv = (np.concatenate([done[i] for done in self.waiting]) for i in range(3))
+            np.savez(buffer, rows=rows, broken=broken, x_adv=x_adv, steps=sum(done.steps for done in self.waiting))
+            _write(self.where / f"{number}-{self.files:06d}.npz", buffer.getvalue())
+            self.files += 1
+        self.waiting = []
+
+    def read(self, number: int) -> list[Done]:
+        """All that is known of one attack."""
+        found = []
+        for path in sorted(self.where.glob(f"{number}-*.npz")) if self.where is not None else ():
+            with contextlib.suppress(Exception):  # a zip file carries checksums, and fails in many ways
+                file = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
+                found.append(Done(file["rows"], file["broken"], file["x_adv"], int(file["steps"])))
+        return found
+
+
+def _write(path: Any, content: bytes) -> None:
+    """Whole or not at all."""
+    new = path.parent / f"{path.name}.{os.getpid()}.new"
+    new.write_bytes(content)
+    new.replace(path)

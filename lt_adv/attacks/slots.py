@@ -1,0 +1,171 @@
+"""Runs an attack over many images on a batch of slots: where an image is done, the next one takes its place.
+
+Every image is attacked by itself, so which images share a batch changes nothing but the time. A slot is free as soon as
+its image is broken or out of steps; compute thus falls with the images that are left, in one compiled program of one
+shape, spread over all devices.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend import core
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from lt_adv.attacks.iterated import Iterated, choose, logits_of
+
+CHUNK = {1: range(8, 26), 0: range(40, 91)}  # steps between two looks at the slots, with gradients and without
+
+
+class Network(NamedTuple):
+    """A network on a mesh, as a function of its arrays, so that they are arguments of the compiled programs."""
+
+    call: Any  # a pytree: (x [slots, ...], keys [slots]) -> logits
+    mesh: Mesh
+    slots: int
+
+    def put(self, rows: Any) -> Any:
+        """Arrays of one row per slot, sharded over the devices."""
+        return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec("slots")))
+
+
+class Done(NamedTuple):
+    """What became of some images under one attack."""
+
+    rows: np.ndarray  # int64 [k]
+    broken: np.ndarray  # bool [k]
+    x_adv: np.ndarray  # [broken ones, ...]
+    steps: int  # taken for these images
+
+
+def network(logits_fn: Callable[..., Array], image: np.ndarray, slots: int, random: bool, devices: Any) -> Network:
+    """`logits_fn` for batches of at least `slots` images like `image`, on all `devices`.
+
+    A `jax.tree_util.Partial` keeps its arrays as arguments, and its programs are found again for other arrays of the
+    same shapes. Of any other function the arrays it closes over are made arguments.
+    """
+    mesh = Mesh(np.asarray(devices if devices is not None else jax.local_devices()), ("slots",))
+    slots = -(-slots // mesh.size) * mesh.size
+    if isinstance(logits_fn, jax.tree_util.Partial):
+        call = logits_fn
+    else:
+        x = jax.ShapeDtypeStruct((slots, *image.shape), image.dtype)
+        keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots)),) if random else ()
+        closed, shape = jax.make_jaxpr(logits_fn, return_shape=True)(x, *keys)
+        call = jax.tree_util.Partial(_Traced(closed.jaxpr, jax.tree.structure(shape)), closed.consts)
+    everywhere = NamedSharding(mesh, PartitionSpec())
+    return Network(jax.device_put(_WithKeys.wrap(call, random), everywhere), mesh, slots)
+
+
+class _Traced:
+    """A traced function; compared as an object, like the function it was traced from."""
+
+    def __init__(self, jaxpr: core.Jaxpr, tree: Any) -> None:
+        self.jaxpr, self.tree = jaxpr, tree
+
+    def __call__(self, consts: list[Any], *args: Array) -> Any:
+        return jax.tree.unflatten(self.tree, core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, consts))(*args))
+
+
+class _WithKeys:
+    """Calls that know no keys, called with them."""
+
+    @staticmethod
+    def wrap(call: jax.tree_util.Partial, random: bool) -> jax.tree_util.Partial:
+        return call if random else jax.tree_util.Partial(_without_keys, call)
+
+
+def _without_keys(call: Callable[[Array], Array], x: Array, _: Array) -> Array:
+    return call(x)
+
+
+@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
+def _refill(attack: Iterated, where: Array, state: Any, *new: Array) -> Any:
+    return choose(where, attack.begin(*new), state)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _fill(attack: Iterated, *new: Array) -> Any:
+    return attack.begin(*new)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
+def _advance(attack: Iterated, steps: int, call: Any, state: Any) -> Any:
+    state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(call, state), state)
+    return state, (state.broken, state.steps_taken)
+
+
+@jax.jit
+def _logits(call: Any, x: Array, keys: Array) -> Array:
+    return logits_of(call, x, keys)
+
+
+@jax.jit
+def example_keys(keys: Array, *numbers: Array) -> Array:
+    """fold_in(key, n) of each key, for one number after the other, each a scalar or one per key."""
+    for number in numbers:
+        keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
+    return keys
+
+
+def logits(network: Network, x: np.ndarray, keys: Array) -> np.ndarray:
+    """Logits of all images, batch by batch, [n, classes]."""
+    found = []
+    for start in range(0, len(x), network.slots):
+        rows = np.minimum(np.arange(start, start + network.slots), len(x) - 1)
+        found.append(np.asarray(_logits(network.call, *network.put((x[rows], keys[rows])))))
+    return np.concatenate(found)[: len(x)]
+
+
+def run(
+    attack: Iterated,
+    network: Network,
+    rows: np.ndarray,
+    *,
+    keys: Array,
+    x: np.ndarray,
+    y: np.ndarray,
+    eps: np.ndarray,
+    targets: np.ndarray,
+) -> Iterator[Done]:
+    """Attacks the images `rows` of x, round by round until broken, and yields them as they get done.
+
+    keys, x, y, eps and targets hold one row per image; targets[:, r] is that of round r. The order in which images are
+    done depends on the slots; what becomes of each does not.
+    """
+    size, total = network.slots, attack.num_steps
+    steps = min(CHUNK[min(attack.gradients, 1)], key=lambda steps: (-total % steps, steps)) if total else 0
+    waiting = list(rows[::-1])
+    row, turn = np.full(size, -1), np.zeros(size, np.int64)
+    fresh, state, spent = np.ones(size, bool), None, np.zeros(size, np.int64)
+    while True:
+        for slot in np.flatnonzero(row < 0)[: len(waiting)]:
+            row[slot], turn[slot], fresh[slot] = waiting.pop(), 0, True
+        busy = row >= 0
+        if not busy.any():
+            return
+        if fresh.any():
+            at = np.where(busy, row, row[busy][0])  # an idle slot repeats an image, and nobody looks
+            turns = np.minimum(turn, attack.rounds - 1).astype(np.int32)
+            target = targets[at, np.minimum(turns, targets.shape[1] - 1)]
+            new: tuple = (example_keys(keys[at], turns.astype(np.uint32)), x[at], y[at], target, eps[at], turns)
+            where, *new = network.put((fresh, *new))
+            state = _fill(attack, *new) if state is None else _refill(attack, where, state, *new)
+            fresh = np.zeros(size, bool)
+        state, facts = _advance(attack, steps, network.call, state)
+        broken, taken = (np.asarray(fact) for fact in jax.device_get(facts))
+        ended = busy & (broken | (taken >= total))
+        spent += np.where(ended, np.minimum(taken, total), 0)
+        again = ended & ~broken & (turn + 1 < attack.rounds)
+        turn[again] += 1
+        fresh |= again
+        done = ended & ~again
+        if done.any():
+            hit = done & broken
+            points = np.asarray(state.x_adv)[hit] if hit.any() else x[:0]
+            yield Done(row[done], broken[done], points, int(spent[done].sum()))
+            row[done], spent[done] = -1, 0
