@@ -51,7 +51,7 @@ def one_of(kind: str, choices: Collection[Any], convert: Callable[[str], Any] = 
 
 
 def name(text: str) -> str:
-    """Of a file or folder."""
-    if not re.fullmatch(r"[\w.-]+", text):
-        raise argparse.ArgumentTypeError(f"must be of letters, digits, '.', '_' and '-', not {text!r}")
+    """Of a file or folder: no ".." among them."""
+    if not re.fullmatch(r"[\w-][\w.-]*", text):
+        raise argparse.ArgumentTypeError(f"must be of letters, digits, '_', '-' and, not first, '.', not {text!r}")
     return text

@@ -37,6 +37,7 @@ from experiments.study import findings, jobs, summary, sweep, tables
 from experiments.study.rows import PRESETS, ROWS, with_bases
 from lt_adv import arguments, files, lookup
 from lt_adv.evaluation.write import table
+from lt_adv.main import one_line
 
 RESULTS = readme.RESULTS
 
@@ -131,8 +132,19 @@ def main(argv: Sequence[str]) -> int:
         study = parse(argv)
         check(study)
     except ValueError as error:
-        print("Error:", " ".join(str(error).split()), file=sys.stderr)
+        print("Error:", one_line(error), file=sys.stderr)
         return 2
+    try:
+        for folder in (study.workdirs, study.folder):  # now, and not after the first run
+            folder.mkdir(parents=True, exist_ok=True)
+        return run(study)
+    except OSError as error:
+        print("Error:", one_line(error), file=sys.stderr)
+        return 2
+
+
+def run(study: jobs.Study) -> int:
+    """Run what is left, and show all that there is; the exit code."""
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped as by Ctrl-C: what is there is shown
     code, left = 0, len(jobs.due(study))
     print(f"{left} of {len(study.jobs())} runs are left.", flush=True)

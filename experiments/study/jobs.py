@@ -120,9 +120,12 @@ def failure_path(study: Study, job: Job) -> Path:
 
 
 def finished(study: Study, job: Job) -> bool:
-    """Whether this very command has a result."""
+    """Whether this very command has a result; a damaged one is none, and is made again."""
     path = result_path(study, job)
-    return path.exists() and json.loads(path.read_text())["command"] == shown(study, job)
+    try:
+        return path.exists() and json.loads(path.read_text())["command"] == shown(study, job)
+    except (ValueError, KeyError, TypeError):
+        return False
 
 
 def due(study: Study) -> list[Job]:

@@ -255,7 +255,7 @@ def test_a_process_is_told_to_save_when_the_study_is_stopped(tmp_path, monkeypat
         (["--preset=gpu"], "Unknown preset 'gpu'"),
         (["--scales=2"], "Unknown scale 2.0"),
         (["--scales=much"], "Unknown scale 'much'"),
-        (["--name=../x"], "--name: must be of letters"),
+        (["--name=.."], "--name: must be of letters"),
         (["--row=at"], "Did you mean '--rows'?"),
         (["stray"], "Unknown option 'stray'"),
         (["--workdir=w"], "Did you mean '--workdirs'?"),
@@ -271,6 +271,13 @@ def test_bad_arguments_are_answered_in_one_line(given, expected, monkeypatch, ca
     printed = capsys.readouterr()
     assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1 and expected in printed.err
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("place", ["out", "workdirs"])
+def test_a_place_that_cannot_be_written(place, study, capsys, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    code, runs = study("--rows=at", f"--{place}={tmp_path}/file")
+    assert (code, runs.given) == (2, []) and capsys.readouterr().err.startswith(f"Error: {tmp_path}/file")
 
 
 def test_a_row_that_alone_cannot_fails_alone(study, monkeypatch):

@@ -4,7 +4,10 @@ import json
 import re
 from pathlib import Path
 
+import pytest
+
 from experiments.study import __main__ as door
+from experiments.study import jobs
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,3 +44,12 @@ def test_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
     pictures = re.findall(r"!\[[\w ]+\]\((.*?)\)", text)
     assert sorted(pictures) == [f"plots/{name}.png" for name in ("classes", "errors", "logit_scale", "robustness")]
     assert all((folder / picture).stat().st_size > 10_000 for picture in pictures)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_a_damaged_result_is_made_again(tmp_path, content):
+    study = door.parse(["--rows=at", "--dataset=digits", "--scales=none", f"--out={tmp_path}", "--name=s"])
+    (job,) = study.jobs()
+    jobs.result_path(study, job).parent.mkdir()
+    jobs.result_path(study, job).write_text(content)
+    assert jobs.due(study) == [job] and jobs.results(study, study.part) == {}
