@@ -43,7 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def is_shown(record: logging.LogRecord) -> bool:
-    return "orbax" not in record.pathname  # whatever matters of what it logs, it raises as well
+    # Whatever matters of what orbax logs, it raises as well; so of its reads, of which asyncio logs all but the first.
+    return not any(package in record.pathname for package in ("orbax", "asyncio"))
 
 
 def is_answered(error: Exception) -> bool:

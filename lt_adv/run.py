@@ -64,13 +64,13 @@ def origin(config: ml_collections.ConfigDict) -> None:
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
     """ValueError, with the difference, if the working directory was started with another config."""
     path = workdir / "config.json"
-    try:
-        stored = json.loads(path.read_text()) if path.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
-    if stored is None:
+    if not path.exists():
         return
-    theirs, mine = (_comparable(c, training=training) for c in (stored, config.to_dict()))
+    try:
+        theirs = _comparable(json.loads(path.read_text()), training=training)
+    except (ValueError, AssertionError) as error:  # no JSON, or no dict
+        raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
+    mine = _comparable(config.to_dict(), training=training)
     changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
     if changed:
         shown = "; ".join(f"{name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}" for name in changed)

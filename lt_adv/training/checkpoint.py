@@ -128,12 +128,13 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
             )
+            state, meta = restored["state"], restored["meta"]
+            wrong = _differing(state, meta)
         except TRANSIENT:
             raise  # a store that does not answer has damaged nothing
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({_first_line(error)})") from error
-        state, meta = restored["state"], restored["meta"]
-        if wrong := _differing(state, meta):
+        if wrong:
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
         return state, meta
 

@@ -27,7 +27,9 @@ class Lines:
             self.rows = (
                 [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
             )
-        except ValueError as error:
+            for row in self.rows:
+                row["stage"], row["step"]
+        except (ValueError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): put it back as it was, or use another --workdir."
             ) from error

@@ -1,5 +1,7 @@
 """Bad arguments and config entries through `main`: one line on stderr that says what is wrong, and exit code 2."""
 
+import asyncio
+import gc
 import re
 import subprocess
 import sys
@@ -242,6 +244,21 @@ def test_out_of_memory(answer, monkeypatch, tmp_path, error):
     printed = answer(DIGITS)
     assert re.search(r"Out of memory \([^:]*(: Out of memory)?.*\): a smaller config\.optim\.batch_size, ", printed)
     assert "Buffer" not in printed
+
+
+def test_reads_that_nobody_waits_for_say_nothing(caplog):
+    """A damaged checkpoint fails in each of its arrays, and asyncio has a traceback for every one but the first."""
+
+    async def fail():
+        raise ValueError("DATA_LOSS")
+
+    async def start():
+        asyncio.get_running_loop().create_task(fail())
+        await asyncio.sleep(0)
+
+    asyncio.run(start())
+    gc.collect()
+    assert "never retrieved" in caplog.text and not any(map(main.is_shown, caplog.records))
 
 
 def test_interrupt(monkeypatch, capsys, tmp_path):

@@ -76,8 +76,9 @@ def test_another_config(answer, run):
         printed = answer(*TINY, "--config.seed=1", "--config.method={'name':'at_bsl'}", f"--mode={mode}")
         assert '(method.name: "at" -> "at_bsl"; seed: 0 -> 1): use another --workdir, or the old values' in printed
     assert tree(run) == before
-    (run / "config.json").write_text("{")
-    assert "config.json is damaged" in answer(*TINY)
+    for text in ("{", "[]", "null"):
+        (run / "config.json").write_text(text)
+        assert "config.json is damaged" in answer(*TINY)
 
 
 def test_only_what_cannot_change_the_run_may_change(run, no_training, monkeypatch, tmp_path):
@@ -121,8 +122,9 @@ def test_checkpoint_of_another_network(answer, run):
 
 
 def test_damaged_metrics(answer, run):
-    (run / "metrics.jsonl").write_text('{"stage": "0_tr')
-    assert re.search(r"metrics\.jsonl is damaged .* or use another --workdir", answer(*TINY))
+    for text in ('{"stage": "0_tr', "3", "[]", '{"step": 1}'):
+        (run / "metrics.jsonl").write_text(text)
+        assert re.search(r"metrics\.jsonl is damaged .* or use another --workdir", answer(*TINY))
 
 
 def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):

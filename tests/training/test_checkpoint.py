@@ -89,6 +89,12 @@ def test_silent_damage_needs_the_digest(saved, state):
     assert read_variables(saved.parent.parent)[1]["step"] == 1
 
 
+@pytest.mark.parametrize("content", ["{}", "[]", "{"])
+def test_damaged_words_about_a_checkpoint_are_damage(saved, state, content):
+    (saved / "2" / "meta" / "metadata").write_text(content)
+    assert Checkpoints(saved).restore_latest(state, meshes.make_mesh())[1]["step"] == 1
+
+
 def test_a_store_that_does_not_answer_has_damaged_nothing(saved, state, monkeypatch):
     checkpoints = Checkpoints(saved)
 
