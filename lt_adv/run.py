@@ -130,7 +130,10 @@ def trained(
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
     if meta["class_counts"] != list(split.class_counts):
         theirs, ours = _short(meta["class_counts"]), _short(split.class_counts)
-        raise ValueError(f"{workdir} was trained with class counts {theirs}, this config gives {ours}.")
+        raise ValueError(
+            f"{workdir} was trained with class counts {theirs}, this config gives {ours}; it is at {_position(meta)}: "
+            "let it finish, or correct the config."
+        )
     check.network(config, split, variables, workdir)
     return variables, meta, split
 

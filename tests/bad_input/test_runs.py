@@ -119,6 +119,7 @@ def test_checkpoint_of_another_network(answer, run):
     assert not (run / "config.json").exists()
     printed = answer(*TINY, "--config.data.balanced_fraction=0.03", "--mode=eval")
     assert "was trained with class counts 2 2 2 2 2 2 2 2 2 2, this config gives 3 3 3" in printed
+    assert "it is at step 2 of 2 of stage 0_train: let it finish, or correct the config" in printed
 
 
 def test_damaged_metrics(answer, run):
