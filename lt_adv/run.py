@@ -165,8 +165,9 @@ def evaluate(
     images, subset = _images(options, split)
     if imports:
         claim(config, workdir)
-    chosen = options.only or options.attacks
-    specs = {name: spec for name, spec in options.attacks.to_dict().items() if name in chosen}
+    specs = options.attacks.to_dict()
+    chosen = options.only or [name for name, spec in specs.items() if not evaluation.takes_all(spec)]
+    specs = {name: spec for name, spec in specs.items() if name in chosen}
     mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), program.evaluated(config, split)
     records = evaluation.evaluate(
         key,
@@ -181,7 +182,7 @@ def evaluate(
         class_names=split.class_names,
         console=logging.console,
     )
-    shown = evaluation.main_attack(list(specs))
+    shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.takes_all(spec)])
     context = {
         "class_counts": counts,
         "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,

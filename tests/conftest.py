@@ -5,6 +5,7 @@ Runs that are tested as a user would start them (tests/test_end_to_end.py) are p
 """
 
 import os
+import sys
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -21,6 +22,20 @@ def float64():
     """A test in double precision; of all tests of a file: `pytestmark = pytest.mark.usefixtures("float64")`."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """AutoAttack with a twentieth of the steps."""
+    module = sys.modules["lt_adv.attacks.autoattack"]  # the package has the function under this name
+    programs = module._programs
+
+    def shorter(names, classes, norm, bounds, random):
+        found, notes = programs(names, classes, norm, bounds, random)
+        fewer = {name: attack._replace(num_steps=attack.num_steps // 20) for name, attack in found.items()}
+        return fewer, notes
+
+    monkeypatch.setattr(module, "_programs", shorter)
 
 
 @pytest.fixture(scope="session")

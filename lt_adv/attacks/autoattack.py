@@ -90,7 +90,7 @@ def autoattack(
     Differs from the released code: keys belong to images; an image is left as soon as it is broken, FAB's too; with
     fewer than ten classes all wrong ones are targets.
     """
-    names = _names(version)
+    names = attacks_of(version)
     x, y = np.asarray(x), np.asarray(y)
     iterated.check(x, y, None, bounds, batch_size=batch_size)
     if not len(x) or not batch_size:
@@ -100,7 +100,7 @@ def autoattack(
     norms.get(norm)
     radius = np.broadcast_to(np.asarray(norms.per_example("eps", eps, jnp.asarray(x[:1]))).ravel(), len(x))
     keys, random = example_keys(key, len(x)), version == "rand"
-    network = slots.network(logits_fn, x[0], batch_size, random, devices)
+    network = slots.network(logits_fn, x[0], min(batch_size, len(x)), random, devices)
 
     def judge(points: np.ndarray) -> np.ndarray:
         return slots.logits(network, points, slots.example_keys(keys, np.uint32(len(ATTACKS))))
@@ -123,7 +123,7 @@ def autoattack(
         told, before = start, sum(len(done.rows) for done in known)
         fresh = slots.run(
             attack,
-            network,
+            slots.network(logits_fn, x[0], _even(len(rows), batch_size), random, devices),
             np.setdiff1d(rows, np.concatenate([done.rows for done in known])) if known else rows,
             keys=slots.example_keys(keys, np.uint32(ATTACKS.index(name))),
             x=x,
@@ -134,7 +134,7 @@ def autoattack(
         for done in itertools.chain(known, _kept(fresh, log, number, network.slots)):
             x_adv[done.rows[done.broken]] = done.x_adv
             hit[done.rows[done.broken]], left[done.rows] = True, False
-            steps += done.steps
+            steps += int(done.steps.sum())
             if time.perf_counter() - told > SECONDS:
                 told, tried = time.perf_counter(), len(rows) - left.sum()
                 remaining = (told - start) / max(tried - before, 1) * left.sum()
@@ -157,7 +157,8 @@ def autoattack(
     return Result(x_adv, robust, correct, prediction, broken_by, accuracy, evaluations, notes)
 
 
-def _names(version: str | Sequence[str]) -> tuple[str, ...]:
+def attacks_of(version: str | Sequence[str]) -> tuple[str, ...]:
+    """The attacks of a version, or those of a sequence of names; ValueError for unknown ones."""
     if isinstance(version, str) and version not in VERSIONS:
         raise ValueError(f"Unknown version {version!r}. There are: {', '.join(VERSIONS)}, or a sequence of attacks.")
     names = VERSIONS[version] if isinstance(version, str) else tuple(version)
@@ -193,6 +194,12 @@ def _programs(
         "square": lambda: square_program(difference, norm, 5000, 0.8, bounds),
     }
     return {name: build[name]() for name in names}, tuple(notes)
+
+
+def _even(images: int, batch_size: int) -> int:
+    """As few slots as attack the images in as few waves, in eighths of a batch: few shapes, and few idle slots."""
+    waves, step = max(-(-images // batch_size), 1), max(batch_size // 8, 1)
+    return min(-(-max(images, 1) // (waves * step)) * step, batch_size)
 
 
 def _kept(fresh: Iterator[slots.Done], log: journal.Journal, number: int, least: int) -> Iterator[slots.Done]:

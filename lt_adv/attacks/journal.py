@@ -11,6 +11,8 @@ import numpy as np
 
 from lt_adv.attacks.slots import Done
 
+FIELDS = Done._fields
+
 
 def digest(*facts: Any) -> str:
     """Stands for all that the result depends on."""
@@ -54,8 +56,8 @@ class Journal:
         """Writes what waits."""
         if self.waiting and self.where is not None:
             buffer = io.BytesIO()
-            rows, broken, x_adv = (np.concatenate([done[i] for done in self.waiting]) for i in range(3))
-            np.savez(buffer, rows=rows, broken=broken, x_adv=x_adv, steps=sum(done.steps for done in self.waiting))
+            columns = zip(*self.waiting, strict=True)
+            np.savez(buffer, **dict(zip(FIELDS, map(np.concatenate, columns), strict=True)))
             _write(self.where / f"{number}-{self.files:06d}.npz", buffer.getvalue())
             self.files += 1
         self.waiting = []
@@ -66,7 +68,7 @@ class Journal:
         for path in sorted(self.where.glob(f"{number}-*.npz")) if self.where is not None else ():
             with contextlib.suppress(Exception):  # a zip file carries checksums, and fails in many ways
                 file = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-                found.append(Done(file["rows"], file["broken"], file["x_adv"], int(file["steps"])))
+                found.append(Done(*(file[name] for name in FIELDS)))
         return found
 
 

@@ -39,7 +39,7 @@ class Done(NamedTuple):
     rows: np.ndarray  # int64 [k]
     broken: np.ndarray  # bool [k]
     x_adv: np.ndarray  # [broken ones, ...]
-    steps: int  # taken for these images
+    steps: np.ndarray  # int64 [k], taken for each
 
 
 def network(logits_fn: Callable[..., Array], image: np.ndarray, slots: int, random: bool, devices: Any) -> Network:
@@ -167,5 +167,5 @@ def run(
         if done.any():
             hit = done & broken
             points = np.asarray(state.x_adv)[hit] if hit.any() else x[:0]
-            yield Done(row[done], broken[done], points, int(spent[done].sum()))
+            yield Done(row[done], broken[done], points, spent[done])
             row[done], spent[done] = -1, 0

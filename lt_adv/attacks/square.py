@@ -166,7 +166,8 @@ def _l2_proposal(key: Array, level: Array, p_init: float, delta: Array, eps: Arr
     inside, row, column = _window(_corner(key_corner, size, delta.shape), size, delta.shape)
     other, _, _ = _window(_corner(key_other, size, delta.shape), size, delta.shape)
     row, column = (jnp.clip(at, 0, sides[0] - 1) for at in (row, column))
-    row, column = jax.lax.cond(jax.random.bernoulli(key_turn), lambda: (column, row), lambda: (row, column))
+    turn = jax.random.bernoulli(key_turn)
+    row, column = jnp.where(turn, column, row), jnp.where(turn, row, column)
     bump = jnp.asarray(_bump_table(tuple(sides)), delta.dtype)[level, row, column][..., None]
     sign = _signs(key_sign, (1, 1, delta.shape[2]), delta.dtype)
 

@@ -2,7 +2,7 @@
 
 from lt_adv.evaluation.evaluate import balanced_subset, evaluate, examples
 from lt_adv.evaluation.plots import main_attack
-from lt_adv.evaluation.protocol import weights_digest
+from lt_adv.evaluation.protocol import takes_all, weights_digest
 from lt_adv.evaluation.records import Records, read
 from lt_adv.evaluation.report import accuracy, balanced_accuracy, decomposition, metrics, summarise, warnings
 from lt_adv.evaluation.write import accuracies, facts, markdown, show, table, warned, write_report
@@ -24,6 +24,7 @@ __all__ = [
     "show",
     "summarise",
     "table",
+    "takes_all",
     "warned",
     "warnings",
     "weights_digest",

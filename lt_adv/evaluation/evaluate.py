@@ -12,6 +12,7 @@ import rich.console
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lt_adv.attacks import autoattack
 from lt_adv.evaluation import progress, protocol, records
 from lt_adv.evaluation.records import CLEAN, WORST, Records
 
@@ -97,8 +98,11 @@ class _Runner:
 
     def attack(self, name: str, spec: Mapping[str, Any], x, y, index) -> jax.Array:
         """x_adv; the key of an image is fold_in(fold_in(key, crc32(name)), index), whatever batch it comes in."""
-        keys = _example_keys(self.key, np.uint32(zlib.crc32(name.encode())), index)
-        return protocol.compiled(self.apply, spec)(keys, self.variables, x, y)
+        return protocol.compiled(self.apply, spec)(self.keys(name, index), self.variables, x, y)
+
+    def keys(self, name: str, index) -> jax.Array:
+        """One key per image, for one attack."""
+        return _example_keys(self.key, np.uint32(zlib.crc32(name.encode())), index)
 
     def judge(self, name: str, options: Mapping[str, Any], x, x_adv, images: int) -> np.ndarray:
         """Predictions on the first `images` of x_adv, after the radius check; the rest is padding."""
@@ -148,10 +152,11 @@ def evaluate(
         class_names=tuple(class_names),
     )
     options = {name: protocol.resolve(spec)[1] for name, spec in attacks.items()}
-    work = {CLEAN: 1} | {name: 1 + option.get("num_steps", 1) for name, option in options.items()}
+    pieces = [name for name, spec in attacks.items() if not protocol.takes_all(spec)]
+    work = {CLEAN: 1} | {name: 1 + options[name].get("num_steps", 1) for name in pieces}
     where = None if directory is None else records.folder(directory, header)
     parts = [slice(i, min(i + batch_size, len(split.label))) for i in range(0, len(split.label), batch_size)]
-    found = {} if where is None else _resume(where, header, split, parts, console)
+    found = {} if where is None else _resume(where, header, split, parts, pieces, console)
     runner = _Runner(key, apply, variables, mesh)
     done = sum(len(batch["index"]) for batch in found.values())
     with progress.meter(console, work, len(split.label), done) as meter:
@@ -161,7 +166,7 @@ def evaluate(
             x, y, index = runner.batch(split, rows, batch_size)
             label = np.asarray(split.label[rows], np.int32)
             columns = {"index": np.asarray(split.index[rows], np.int64), "label": label}
-            for name in (CLEAN, *attacks):
+            for name in (CLEAN, *pieces):
                 x_adv = x if name == CLEAN else runner.attack(name, attacks[name], x, y, index)
                 prediction = runner.judge(name, options.get(name, {}), x, x_adv, len(label))
                 columns[CLEAN if name == CLEAN else f"attack/{name}"] = prediction
@@ -169,7 +174,48 @@ def evaluate(
             if where is not None and jax.process_index() == 0:
                 records.write_batch(where, number, columns)
             found[number] = columns
-    return records.assemble(header, [found[number] for number in range(len(parts))])
+    columns = {
+        name: _column(runner, name, attacks[name], split, batch_size, where, console)
+        for name in attacks
+        if name not in pieces
+    }
+    return records.assemble(header, [found[number] for number in range(len(parts))], columns)
+
+
+def _column(
+    runner: _Runner, name: str, spec: Mapping[str, Any], split: Any, batch_size: int, where: epath.Path | None, console
+) -> np.ndarray:
+    """Predictions under an attack that looks at all images at once: AutoAttack, whose batches are what is left."""
+    if where is not None:
+        try:
+            if (column := records.read_column(where, name)) is not None:
+                return column
+        except ValueError as error:
+            console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
+    options = protocol.resolve(spec)[1]
+    parts = [slice(i, i + batch_size) for i in range(0, len(split.label), batch_size)]
+    x = np.concatenate([np.asarray(_pixels(np.asarray(split.image[rows]))) for rows in parts])
+    result = autoattack(
+        runner.keys(name, split.index.astype(np.uint32)),
+        jax.tree_util.Partial(runner.apply, runner.variables),
+        x,
+        split.label,
+        **options,
+        batch_size=batch_size,
+        resume=where and where / name,
+        progress=lambda line: console.print(f"{name}   {line}", highlight=False, soft_wrap=True),
+        devices=list(runner.mesh.devices.flat),
+    )
+    for note in result.notes:
+        console.print(f"warning: {note}", highlight=False, soft_wrap=True)
+    for rows in parts:
+        x_adv = runner.put(result.x_adv[rows], -(-batch_size // runner.mesh.size) * runner.mesh.size)
+        images = len(split.label[rows])
+        runner.judge(name, options, runner.put(x[rows], len(x_adv)), x_adv, images)
+    if where is not None and jax.process_index() == 0:
+        records.write_column(where, name, result.prediction)
+        (where / name).rmtree()
+    return result.prediction
 
 
 def examples(
@@ -209,7 +255,9 @@ def examples(
     }
 
 
-def _resume(where: epath.Path, header, split, parts: list[slice], console) -> dict[int, dict[str, np.ndarray]]:
+def _resume(
+    where: epath.Path, header, split, parts: list[slice], pieces: list[str], console
+) -> dict[int, dict[str, np.ndarray]]:
     """The batches already on disk, by number; a damaged one is left out with a warning line."""
     try:
         known = records.read_header(where)
@@ -225,16 +273,16 @@ def _resume(where: epath.Path, header, split, parts: list[slice], console) -> di
         try:
             batch = records.read_batch(where, number)
             if batch is not None:
-                found[number] = _expected(batch, header, split, rows, records.batch_path(where, number))
+                found[number] = _expected(batch, pieces, split, rows, records.batch_path(where, number))
         except ValueError as error:
             console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
     return found
 
 
-def _expected(batch, header, split, rows: slice, path: epath.Path) -> dict[str, np.ndarray]:
+def _expected(batch, pieces: list[str], split, rows: slice, path: epath.Path) -> dict[str, np.ndarray]:
     """The batch if it has the columns and images it must have, else ValueError."""
     label, index = split.label[rows], split.index[rows]
-    names = {"index", "label", CLEAN, *(f"attack/{name}" for name in header["attacks"])}
+    names = {"index", "label", CLEAN, *(f"attack/{name}" for name in pieces)}
     if set(batch) != names or any(column.shape != label.shape for column in batch.values()):
         raise ValueError(f"Record file {path} holds other columns.")
     if not (np.array_equal(batch["index"], index) and np.array_equal(batch["label"], label)):

@@ -11,9 +11,11 @@ import jax
 import numpy as np
 
 from lt_adv import attacks, lookup
+from lt_adv.attacks.autoattack import attacks_of
 from lt_adv.evaluation import records
 
-NAMES = ("fgsm", "pgd", "mim", "cw")
+NAMES = ("fgsm", "pgd", "mim", "cw", "autoattack")
+NOT_OPTIONS = ("x_init", "bounds", "batch_size", "resume", "progress", "devices")  # the evaluation's own
 
 
 def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -29,7 +31,7 @@ def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     parameters = {
         p.name: p.default
         for p in inspect.signature(getattr(attacks, name)).parameters.values()
-        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in ("x_init", "bounds")
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in NOT_OPTIONS
     }
     scalable = "objective" in parameters
     parameters.pop("objective", None)
@@ -46,7 +48,14 @@ def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"eps {options['eps']!r} of {name!r} is not in the [0, 1] pixel range; is {options['eps']}/255 meant?"
         )
+    if name == "autoattack" and attacks_of(options["version"]) == attacks_of("rand"):
+        raise ValueError("The version 'rand' of autoattack is for randomised networks, and none here is.")
     return name, options
+
+
+def takes_all(spec: Mapping[str, Any]) -> bool:
+    """Whether the attack takes all images at once, instead of batch by batch: AutoAttack."""
+    return resolve(spec)[0] == "autoattack"
 
 
 @functools.lru_cache(maxsize=64)

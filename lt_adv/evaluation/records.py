@@ -1,8 +1,9 @@
 """Records: one row per test image, from which every table and plot follows by arithmetic.
 
-On disk a record folder is `<directory>/records/<digest>/`: `header.json` and one `batch-00000.npz` per batch (stores
-cannot append). Its name is a digest of the whole header (protocol, seed, weights, images, code, jax, device), so rows
-made under different headers can never meet: the same header finds its folder and resumes, any other starts its own.
+On disk a record folder is `<directory>/records/<digest>/`: `header.json`, one `batch-00000.npz` per batch (stores
+cannot append), and one `column-<name>.npz` for an attack that takes all images at once, AutoAttack. Its name is a
+digest of the whole header (protocol, seed, weights, images, code, jax, device), so rows made under different headers
+can never meet: the same header finds its folder and resumes, any other starts its own.
 """
 
 import dataclasses
@@ -145,7 +146,10 @@ def write_batch(where: epath.PathLike, number: int, columns: Mapping[str, np.nda
 
 def read_batch(where: epath.PathLike, number: int) -> dict[str, np.ndarray] | None:
     """The columns of one batch, None where it is missing; ValueError where the file is damaged."""
-    path = batch_path(where, number)
+    return _read(batch_path(where, number))
+
+
+def _read(path: epath.Path) -> dict[str, np.ndarray] | None:
     try:
         content = path.read_bytes()
     except FileNotFoundError:
@@ -157,9 +161,31 @@ def read_batch(where: epath.PathLike, number: int) -> dict[str, np.ndarray] | No
         raise ValueError(f"Record file {path} is damaged ({type(error).__name__}).") from error
 
 
-def assemble(header: Mapping[str, Any], batches: list[dict[str, np.ndarray]]) -> Records:
-    """Records from the columns of all batches, in order."""
+def column_path(where: epath.PathLike, name: str) -> epath.Path:
+    return epath.Path(where) / f"column-{name}.npz"
+
+
+def write_column(where: epath.PathLike, name: str, prediction: np.ndarray) -> None:
+    """The predictions on all images under an attack that is not run batch by batch."""
+    buffer = io.BytesIO()
+    np.savez(buffer, prediction=prediction)
+    files.write_atomically(column_path(where, name), buffer.getvalue())
+
+
+def read_column(where: epath.PathLike, name: str) -> np.ndarray | None:
+    """A column, None where it is missing; ValueError where the file is damaged."""
+    found = _read(column_path(where, name))
+    if found is not None and set(found) != {"prediction"}:
+        raise ValueError(f"Record file {column_path(where, name)} holds other columns.")
+    return None if found is None else found["prediction"]
+
+
+def assemble(
+    header: Mapping[str, Any], batches: list[dict[str, np.ndarray]], whole: Mapping[str, np.ndarray]
+) -> Records:
+    """Records from the columns of all batches, in order, and the columns of attacks on all images at once."""
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
+    columns |= {f"attack/{name}": column for name, column in whole.items()}
     attacks = {name: columns[f"attack/{name}"] for name in header["attacks"]}
     return Records(header, columns["index"], columns["label"], columns["clean"], attacks)
 
@@ -186,4 +212,7 @@ def read(directory: epath.PathLike) -> Records:
     missing = sum(batch is None for batch in batches)
     if missing:
         raise ValueError(f"{where}: {missing} of {len(batches)} batches are missing; run the evaluation again.")
-    return assemble(header, batches)
+    whole = {name: read_column(where, name) for name in header["attacks"] if f"attack/{name}" not in batches[0]}
+    if missing := [name for name, column in whole.items() if column is None]:
+        raise ValueError(f"{where}: {', '.join(missing)} is missing; run the evaluation again.")
+    return assemble(header, batches, whole)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-_GOLDEN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "golden")
+GOLDEN = os.path.join(os.path.dirname(os.path.dirname(__file__)), "golden")
 
 
 def _apply(weights, x):
@@ -31,27 +31,29 @@ def _apply(weights, x):
     return weights["scale"] * features @ kernel - weights["tau_p"] * weights["log_prior"]
 
 
+def load(head, dtype=np.float32):
+    """A network by the name of its head: .apply, .weights, .logits_fn, .arrays and .info (the JSON), .x and .y."""
+    path = os.path.join(GOLDEN, f"attacks_digits_{head}")
+    arrays = np.load(f"{path}.npz", allow_pickle=False)
+    with open(f"{path}.json") as file:
+        info = json.load(file)
+    weights = {name: arrays[name].astype(dtype) for name in arrays.files if name.startswith(("conv", "dense"))}
+    if head == "cosine":
+        counts = arrays["class_counts"].astype(np.float32)
+        weights["log_prior"] = np.log((counts / counts.sum()).astype(dtype))  # the prior is float32, its log not
+        weights |= {name: np.asarray(value, dtype) for name, value in info["head_parameters"].items()}
+    return SimpleNamespace(
+        apply=_apply,
+        weights=weights,
+        logits_fn=lambda x: _apply(weights, x),
+        arrays=arrays,
+        info=info,
+        x=arrays["images"].astype(dtype),
+        y=arrays["labels"],
+    )
+
+
 @pytest.fixture(scope="session")
-def digits(golden):
-    """`digits("linear", dtype)`: .apply, .weights, .logits_fn, .arrays and .info (the JSON)."""
-
-    def load(head, dtype=np.float32):
-        arrays = golden(f"attacks_digits_{head}")
-        with open(os.path.join(_GOLDEN, f"attacks_digits_{head}.json")) as file:
-            info = json.load(file)
-        weights = {name: arrays[name].astype(dtype) for name in arrays.files if name.startswith(("conv", "dense"))}
-        if head == "cosine":
-            counts = arrays["class_counts"].astype(np.float32)
-            weights["log_prior"] = np.log((counts / counts.sum()).astype(dtype))  # the prior is float32, its log not
-            weights |= {name: np.asarray(value, dtype) for name, value in info["head_parameters"].items()}
-        return SimpleNamespace(
-            apply=_apply,
-            weights=weights,
-            logits_fn=lambda x: _apply(weights, x),
-            arrays=arrays,
-            info=info,
-            x=arrays["images"].astype(dtype),
-            y=arrays["labels"],
-        )
-
+def digits():
+    """`digits("linear", dtype)`, see `load`."""
     return load

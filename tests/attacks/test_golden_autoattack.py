@@ -13,6 +13,7 @@ from lt_adv.attacks.fab import fab_targeted_program
 
 pytestmark = pytest.mark.usefixtures("float64")
 BOX = (0.0, 1.0)
+FAST = {"xla_backend_optimization_level": 3}  # these run for longer than they compile
 APGD = {
     "apgd_ce": apgd_program(attacks.cross_entropy, "linf", 100, 1, 0.75, None, BOX),
     "apgd_dlr": apgd_program(attacks.dlr, "linf", 100, 1, 0.75, None, BOX),
@@ -24,7 +25,11 @@ APGD = {
 def follow(attack, net, state):
     """The state after all steps of the attack."""
     network = lambda x, _: net.logits_fn(x)  # noqa: E731
-    return jax.jit(lambda s: jax.lax.fori_loop(0, attack.num_steps, lambda _, s: attack.step(network, s), s))(state)
+    run = jax.jit(
+        lambda s: jax.lax.fori_loop(0, attack.num_steps, lambda _, s: attack.step(network, s), s),
+        compiler_options=FAST,
+    )
+    return run(state)
 
 
 @pytest.fixture
@@ -78,7 +83,7 @@ def equally_near(attack, net, images, delta, expected):
     """
     keys, x, y, target = images
     state = attack.begin(keys, x, y, target, jnp.full(len(x), jnp.inf), jnp.zeros_like(y))
-    step = jax.jit(partial(attack.step, lambda x, _: net.logits_fn(x)))
+    step = jax.jit(partial(attack.step, lambda x, _: net.logits_fn(x)), compiler_options=FAST)
     points, lengths = [], []
     for _ in range(attack.num_steps):  # forgetting what was nearest shows every wrong point on the way
         state = step(state._replace(distance=jnp.full(len(x), jnp.inf)))

@@ -24,7 +24,7 @@ def test_defaults_are_filled_in():
     ("change", "message"),
     [
         ({"attack": "pdg"}, "Unknown attack 'pdg'. Did you mean 'pgd'"),
-        ({"attack": "compile"}, "There are: cw, fgsm, mim, pgd"),
+        ({"attack": "compile"}, "There are: autoattack, cw, fgsm, mim, pgd"),
         ({"attack": None}, "Unknown attack None"),
         ({"stepsize": 0.1}, "Unknown option of pgd 'stepsize'. Did you mean 'step_size'"),
         ({"attack": "cw", "logit_scale": 10.0}, "Unknown option of cw 'logit_scale'"),

@@ -1,0 +1,57 @@
+"""AutoAttack's attacks on a golden digit network, in a process of its own: compiled as users' programs are.
+
+    python -m tests.attacks.official linear plain results.npz apgd-ce square
+
+writes what each attack, run alone, leaves: `<attack>.robust` [1000], for fab-t `fab-t.linf` [1000], for square
+`square.queries` [1000] (0 wrong clean, 1e9 never broken).
+"""
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from lt_adv import attacks
+from lt_adv.attacks import slots
+from tests.attacks.conftest import load
+
+VARIANTS = {
+    "plain": lambda logits_fn: logits_fn,
+    "scaled_1e4": lambda logits_fn: lambda x: 1e4 * logits_fn(x),
+    "quantised_16": lambda logits_fn: lambda x: logits_fn(jax.lax.stop_gradient(jnp.round(x * 15) / 15)),
+}
+
+
+def watched(taken):
+    """`slots.run`, which notes in `taken` how many steps each image took."""
+    plain = slots.run
+
+    def run(*args, **options):
+        for done in plain(*args, **options):
+            taken[done.rows] = np.where(done.broken, done.steps, 1e9)
+            yield done
+
+    return run
+
+
+def main(head, variant, out, *names):
+    net = load(head)
+    logits_fn, found = VARIANTS[variant](net.logits_fn), {}
+    run = slots.run
+    for name in names:
+        taken = np.zeros(len(net.x))
+        slots.run = watched(taken)
+        options = {"eps": net.info["eps"], "version": (name,), "batch_size": 500}
+        result = attacks.autoattack(jax.random.key(0), logits_fn, net.x, net.y, **options)
+        slots.run = run
+        found[f"{name}.robust"] = result.robust
+        if name == "fab-t":
+            found["fab-t.linf"] = np.abs(result.x_adv - net.x).max((1, 2, 3))
+        if name == "square":
+            found["square.queries"] = taken
+    np.savez(out, **found)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,275 @@
+"""What AutoAttack and its four attacks promise, whatever the network."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lt_adv import attacks
+from lt_adv.attacks import slots
+from lt_adv.attacks.autoattack import ATTACKS
+from tests.attacks.test_gradient import distance
+
+KEY = jax.random.key(3)
+SHAPE, CLASSES = (6, 5, 2), 5
+RNG = np.random.default_rng(0)
+HIDDEN, OUT = (RNG.normal(size=s).astype(np.float32) for s in ((np.prod(SHAPE), 12), (12, CLASSES)))
+FEW = {
+    "apgd": partial(attacks.apgd, num_steps=6),
+    "apgd_dlr": partial(attacks.apgd, num_steps=6, num_restarts=2, objective=attacks.dlr),
+    "apgd_targeted": partial(attacks.apgd_targeted, num_steps=5, num_targets=3),
+    "fab": partial(attacks.fab, num_steps=4, num_restarts=2),
+    "fab_targeted": partial(attacks.fab_targeted, num_steps=4, num_targets=2),
+    "square": partial(attacks.square, num_queries=20),
+}
+
+
+def network(x):
+    return jnp.tanh(x.reshape(len(x), -1) @ HIDDEN) @ OUT
+
+
+def images(n, seed=0, dtype=np.float32):
+    return np.random.default_rng(seed).uniform(size=(n, *SHAPE)).astype(dtype)
+
+
+def labels(x):
+    """As the network sees them, and every fifth is wrong."""
+    y = np.array(network(x).argmax(-1))
+    y[::5] = (y[::5] + 1) % CLASSES
+    return y
+
+
+@partial(jax.jit, static_argnames=("name", "norm"))
+def run(key, x, y, eps, *, name, norm="linf"):
+    return FEW[name](key, network, x, y, eps=eps, norm=norm)
+
+
+def wrong(x_adv, y, logits_fn=network):
+    return np.asarray(logits_fn(jnp.asarray(x_adv)).argmax(-1) != y)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", FEW)
+@settings(max_examples=6, deadline=None)
+@given(seed=st.integers(0, 2**31 - 1), eps=st.floats(0, 1, width=32), border=st.booleans())
+def test_inside_ball_and_box_and_what_is_wrong_stays(name, norm, seed, eps, border):
+    x = images(10, seed)
+    x = np.round(x) if border else x  # pixels on the very border of the box
+    y = labels(x)
+    x_adv = np.asarray(run(jax.random.key(seed), x, y, eps, name=name, norm=norm))
+    assert x_adv.dtype == x.dtype and np.isfinite(x_adv).all()
+    assert ((x_adv >= 0) & (x_adv <= 1)).all()
+    assert (distance(x_adv, x, norm) <= eps * (1 + 1e-5) + 1e-6).all()
+    np.testing.assert_array_equal(x_adv[::5], x[::5])  # wrong clean
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", FEW)
+def test_each_breaks_what_can_be_broken_and_depends_on_its_own_key(name, norm):
+    x = images(20)
+    y = labels(x)
+    keys = jax.random.split(KEY, 20)
+    strong = run(keys, x, y, 0.3 if norm == "linf" else 1.5, name=name, norm=norm)
+    assert wrong(strong, y).sum() >= 10, "the first four of five are right"
+    weak = run(keys, x, y, 0.05, name=name, norm=norm)
+    parts = [slice(i, i + 4) for i in range(0, 20, 4)]
+    few = np.concatenate([run(keys[i], x[i], y[i], 0.05, name=name, norm=norm) for i in parts])
+    np.testing.assert_allclose(weak, few, atol=2e-5)
+    np.testing.assert_array_equal(wrong(weak, y), wrong(few, y))
+
+
+def test_fab_at_an_infinite_radius_gives_the_nearest_wrong_point_of_a_line():
+    """Two classes and one hyperplane: the distance to it is known."""
+    w = np.linspace(-1, 1, 30).reshape(1, *SHAPE[:1], 5, 1).astype(np.float32)
+    linear = lambda x: jnp.stack([0 * x.sum((1, 2, 3)), (x * w).sum((1, 2, 3)) - 0.4], -1)  # noqa: E731
+    x = np.full((1, 6, 5, 1), 0.5, np.float32)
+    for norm, length in (("linf", 0.4 / np.abs(w).sum()), ("l2", 0.4 / np.sqrt((w**2).sum()))):
+        x_adv = attacks.fab_targeted(KEY, linear, x, np.zeros(1, int), eps=np.inf, norm=norm, num_steps=30)
+        assert wrong(x_adv, 0, linear).all()
+        np.testing.assert_allclose(distance(x_adv, x, norm), length, rtol=1e-3)
+        near = attacks.fab(KEY, linear, x, np.zeros(1, int), eps=length * 1.01, norm=norm, num_steps=30)
+        far = attacks.fab(KEY, linear, x, np.zeros(1, int), eps=length * 0.99, norm=norm, num_steps=30)
+        assert wrong(near, 0, linear).all() and np.array_equal(far, x)
+
+
+X = images(23, seed=1)
+Y = labels(X)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_reports_exactly_what_its_points_do(short, norm):
+    eps = {"linf": 0.08, "l2": 0.4}[norm]
+    result = attacks.autoattack(KEY, network, X, Y, eps=eps, norm=norm, version=ATTACKS, batch_size=8)
+    np.testing.assert_array_equal(result.robust, ~wrong(result.x_adv, Y))
+    np.testing.assert_array_equal(result.correct, ~wrong(X, Y))
+    np.testing.assert_array_equal(result.prediction, network(result.x_adv).argmax(-1))
+    np.testing.assert_array_equal(result.x_adv[result.robust], X[result.robust])
+    np.testing.assert_array_equal(result.broken_by == -1, result.robust)
+    np.testing.assert_array_equal(result.broken_by == 0, ~result.correct)
+    assert 0 < result.robust.sum() < result.correct.sum()
+    assert (distance(result.x_adv, X, norm) <= eps * (1 + 1e-5) + 1e-6).all()
+    values = list(result.accuracy.values())
+    assert values == sorted(values, reverse=True) and values[-1] == result.robust.mean()
+    assert list(result.accuracy) == ["clean", *ATTACKS] and not result.notes
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_neither_batch_size_nor_devices_matter(short, norm):
+    eps = {"linf": 0.08, "l2": 0.4}[norm]
+    run = partial(attacks.autoattack, KEY, network, X, Y, eps=eps, norm=norm, version=("apgd-ce", "fab-t", "square"))
+    one = run(batch_size=1, devices=jax.devices()[:1])
+    again = run(batch_size=1, devices=jax.devices()[:1])
+    np.testing.assert_array_equal(one.x_adv, again.x_adv)  # the same key, the same bits
+    for size, devices in ((7, 1), (64, 1), (16, 8)):
+        other = run(batch_size=size, devices=jax.devices()[:devices])
+        np.testing.assert_array_equal(one.robust, other.robust)
+        np.testing.assert_array_equal(one.broken_by, other.broken_by)
+        np.testing.assert_allclose(one.x_adv, other.x_adv, atol=2e-5)
+
+
+def test_a_larger_radius_never_makes_robust(short):
+    robust = [attacks.autoattack(KEY, network, X, Y, eps=eps, batch_size=32).robust for eps in (0, 0.05, 0.1, 0.5, 1)]
+    for small, large in zip(robust, robust[1:], strict=False):
+        assert (large <= small).all()
+    np.testing.assert_array_equal(robust[0], ~wrong(X, Y))
+    assert not robust[-1].any()
+
+
+def test_nothing_left_to_attack_and_nothing_that_breaks(short):
+    bad = attacks.autoattack(KEY, network, X, (labels(X) + 1 + (np.arange(23) % 5 == 0) * 2) % CLASSES, eps=0.1)
+    assert not bad.robust.any() or bad.correct.any()
+    none = attacks.autoattack(KEY, network, X, np.asarray(network(X).argmax(-1)) ^ 1, eps=0.1)
+    assert not none.correct.any() and np.array_equal(none.x_adv, X) and sum(map(sum, none.evaluations.values())) == 0
+    constant = lambda x: jnp.zeros((len(x), 4)).at[:, 2].set(1.0)  # noqa: E731
+    all_ = attacks.autoattack(KEY, constant, X, np.full(23, 2), eps=0.3)
+    assert all_.robust.all() and np.array_equal(all_.x_adv, X) and (all_.broken_by == -1).all()
+
+
+@pytest.mark.parametrize("classes", [2, 3])
+def test_few_classes(short, classes):
+    few = lambda x: network(x)[:, :classes]  # noqa: E731
+    y = np.asarray(few(X).argmax(-1))
+    result = attacks.autoattack(KEY, few, X, y, eps=0.1, version=ATTACKS)
+    assert (~result.robust).any()
+    assert len(result.notes) == (2 if classes == 2 else 1) and "apgd-t" in result.notes[-1]
+    with pytest.raises(ValueError, match="compares 4 classes and there are"):
+        attacks.apgd_targeted(KEY, few, X, y, eps=0.1)
+    if classes == 2:
+        with pytest.raises(ValueError, match="dlr compares 3 classes and there are 2"):
+            attacks.apgd(KEY, few, X, y, eps=0.1, objective=attacks.dlr)
+
+
+def test_a_randomised_network_is_attacked_on_average(short):
+    def noisy(x, keys):
+        noise = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)
+        return network(x + 0.02 * noise)
+
+    run = partial(attacks.autoattack, KEY, noisy, X, Y, eps=0.1, version="rand")
+    result, other = run(batch_size=7), run(batch_size=32)
+    assert result.robust.sum() < result.correct.sum()
+    np.testing.assert_array_equal(result.robust, other.robust)
+    forwards, gradients = result.evaluations["apgd-ce"]
+    assert forwards == gradients and forwards % 20 == 0
+
+
+class Stop(Exception):
+    pass
+
+
+def interrupted(monkeypatch, after):
+    """The slots, stopped when that many images are done."""
+    plain = slots.run
+
+    def run(*args, **options):
+        count = 0
+        for done in plain(*args, **options):
+            yield done
+            count += len(done.rows)
+            if count >= after:
+                raise Stop
+
+    monkeypatch.setattr(slots, "run", run)
+    return lambda: monkeypatch.setattr(slots, "run", plain)
+
+
+def test_goes_on_after_an_interruption(short, monkeypatch, tmp_path):
+    run = partial(attacks.autoattack, KEY, network, X, Y, eps=0.08, batch_size=4)
+    whole = run()
+    for after in (5, 9, 2):  # of one call after the other, in whichever attack that is
+        restore = interrupted(monkeypatch, after)
+        with pytest.raises(Stop):
+            run(resume=str(tmp_path / "a"))
+        restore()
+    files = sorted((tmp_path / "a").glob("*.npz"))
+    assert files
+    files[0].write_bytes(files[0].read_bytes()[:-40])  # a damaged part is attacked again
+    result = run(resume=str(tmp_path / "a"))
+    np.testing.assert_array_equal(result.x_adv, whole.x_adv)
+    np.testing.assert_array_equal(result.broken_by, whole.broken_by)
+    assert result.accuracy == whole.accuracy
+    monkeypatch.setattr(slots, "_advance", None)  # all is known: no step is taken
+    again = run(resume=str(tmp_path / "a"))
+    np.testing.assert_array_equal(again.robust, whole.robust)
+    assert again.evaluations == whole.evaluations
+    with pytest.raises(ValueError, match="holds another AutoAttack"):
+        attacks.autoattack(KEY, network, X, Y, eps=0.07, batch_size=4, resume=tmp_path / "a")
+
+
+def test_no_more_evaluations_than_the_released_code(monkeypatch):
+    """It takes all steps on every survivor, and FAB's all targets too until one breaks; ours stops where one does."""
+    result = attacks.autoattack(KEY, network, X, Y, eps=0.08, batch_size=23)
+    left = (~wrong(X, Y)).sum()
+    for name, each in (("apgd-ce", 101), ("apgd-t", 4 * 101), ("fab-t", 4 * 200), ("square", 5001)):
+        assert result.evaluations[name][0] <= left * each
+        left = round(result.accuracy[name] * len(X))
+
+
+def test_weights_are_arguments_and_programs_are_found_again(short):
+    def apply(weights, x):
+        return jnp.tanh(x.reshape(len(x), -1) @ weights[0]) @ weights[1]
+
+    run = partial(attacks.autoattack, KEY, x=X, y=Y, eps=0.08, version=("apgd-ce",), batch_size=8)
+    first = run(logits_fn=jax.tree_util.Partial(apply, (HIDDEN, OUT)))
+    size = slots._advance._cache_size()
+    other = run(logits_fn=jax.tree_util.Partial(apply, (HIDDEN * 0.5, OUT)))
+    assert slots._advance._cache_size() == size
+    assert not np.array_equal(first.x_adv, other.x_adv)
+    closed = slots.network(lambda x: apply((HIDDEN, OUT), x), X[0], 8, False, None)
+    shapes = {leaf.shape for leaf in jax.tree.leaves(closed.call)}
+    assert {HIDDEN.shape, OUT.shape} <= shapes
+
+
+def test_custom_objectives():
+    x, y = X[:4], np.asarray(network(X[:4]).argmax(-1))
+    least = lambda z, y: -z[:, 0]  # noqa: E731
+    x_adv = attacks.apgd(KEY, network, x, y, eps=0.01, num_steps=5, objective=least)
+    right = ~wrong(x_adv, y)
+    assert (network(x_adv)[right, 0] < network(x)[right, 0]).all() and right.any()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "best"}, "Unknown version 'best'"),
+        ({"version": ("apgd",)}, "Unknown attack 'apgd'"),
+        ({"version": ()}, "must name attacks"),
+        ({"version": ("fab", "fab")}, "each once"),
+        ({"norm": "l1"}, "Unknown norm 'l1'"),
+        ({"eps": -0.1}, "eps must not be negative"),
+        ({"x": (X * 255).astype(np.uint8)}, "divide uint8 images by 255"),
+        ({"x": X * 255}, r"must lie inside bounds \(0.0, 1.0\)"),
+        ({"y": Y[:3]}, "same batch size"),
+        ({"x": X[:0], "y": Y[:0]}, "Nothing to attack"),
+        ({"logits_fn": lambda x: network(x) * jnp.nan}, "The logits of 23 clean images are not finite"),
+        ({"logits_fn": lambda x: network(x)[:, :1]}, "nothing to attack in 1 class"),
+        ({"key": jax.random.PRNGKey(0)}, "key must be typed"),
+    ],
+)
+def test_plain_errors(change, message):
+    given = {"key": KEY, "logits_fn": network, "x": X, "y": Y, "eps": 0.1} | change
+    with pytest.raises(ValueError, match=message):
+        attacks.autoattack(**given)

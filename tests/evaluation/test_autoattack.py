@@ -1,0 +1,66 @@
+"""AutoAttack as a column of the records: it takes all images at once, and goes on where it stopped."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from lt_adv.evaluation import read, records
+from lt_adv.evaluation.protocol import resolve
+
+pytestmark = pytest.mark.usefixtures("short")
+SPEC = {"attack": "autoattack", "eps": 0.05, "version": ("apgd-ce", "square")}
+
+
+@pytest.fixture
+def run_both(toy, run):
+    return lambda **options: run(attacks={"pgd": toy.pgd, "autoattack": SPEC}, **options)
+
+
+def test_a_column_that_is_kept(toy, run_both, tmp_path, monkeypatch):
+    first, text = run_both()
+    assert first.conditions == ("clean", "pgd", "autoattack", "worst")
+    assert "autoattack   apgd-ce: robust" in text
+    assert 0 < first.correct("autoattack").sum() < first.correct("clean").sum()
+    folder = records.folder(tmp_path, first.header)
+    assert sorted(p.name for p in folder.iterdir())[-2:] == ["column-autoattack.npz", "header.json"]
+    assert first.header["attacks"]["autoattack"]["eps_255"] == 12.75
+    np.testing.assert_array_equal(read(tmp_path).attacks["autoattack"], first.attacks["autoattack"])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["lt_adv.evaluation.evaluate"], "autoattack", None)  # nothing is computed again
+        again, _ = run_both()
+    np.testing.assert_array_equal(again.attacks["autoattack"], first.attacks["autoattack"])
+
+    path = records.column_path(folder, "autoattack")
+    path.write_bytes(path.read_bytes()[:-30])
+    with pytest.raises(ValueError, match="column-autoattack.npz is damaged"):
+        read(tmp_path)
+    again, text = run_both()
+    assert "column-autoattack.npz is damaged" in text and "computed again" in text
+    np.testing.assert_array_equal(again.attacks["autoattack"], first.attacks["autoattack"])
+    path.unlink()
+    with pytest.raises(ValueError, match="autoattack is missing; run the evaluation again"):
+        read(tmp_path)
+
+
+def test_neither_batch_size_nor_devices_matter(run_both):
+    reference, _ = run_both(batch_size=7, devices=8, directory=None)
+    for size, devices in ((20, 1), (3, 2)):
+        other, _ = run_both(batch_size=size, devices=devices, directory=None)
+        np.testing.assert_array_equal(other.attacks["autoattack"], reference.attacks["autoattack"])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"version": "rand"}, "randomised networks"),
+        ({"version": "better"}, "Unknown version 'better'"),
+        ({"version": ("pgd",)}, "Unknown attack 'pgd'"),
+        ({"num_steps": 3}, "Unknown option of autoattack 'num_steps'"),
+        ({"eps": 8}, "8/255"),
+    ],
+)
+def test_bad_entries(change, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(SPEC | change)
