@@ -12,6 +12,7 @@
 --preset=ablation  the same budget for our own choices, and 1,000 validation images: the test set is not seen
 --config.x.y=z     another value for an entry of all configs
 --scales=0.1,1,10  scales of the logits at which PGD-20 is swept on the first seed, or none [all of sweep.py]
+--autoattack=30    images of each class that AutoAttack is run on, for the first seed, or none [none]
 --name=NAME        of the study [that of the preset or data set]
 --workdirs=PATH    where the runs are [workdirs/<name>]
 --out=PATH         where the results are [experiments/results]
@@ -52,6 +53,10 @@ def scales(text: str) -> list[float]:
     return [] if text == "none" else some(one_of("scale", sweep.SCALES, float))(text)
 
 
+def images(text: str) -> int:
+    return 0 if text == "none" else positive(int)(text)
+
+
 def parse(argv: Sequence[str]) -> jobs.Study:
     """What the command line asks for; ValueError of one line for what is not clear."""
     parser = Parser(prog="python -m experiments.study", allow_abbrev=False, add_help=False)
@@ -61,6 +66,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     parser.add_argument("--epochs", type=positive(int))
     parser.add_argument("--preset", type=one_of("preset", PRESETS))
     parser.add_argument("--scales", type=scales, default=list(sweep.SCALES))
+    parser.add_argument("--autoattack", type=images, default=0)
     parser.add_argument("--name", type=name)
     parser.add_argument("--workdirs", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -80,6 +86,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
         epochs=options.epochs or (preset.epochs if preset else None),
         overrides=(*(preset.overrides if preset else ()), *overrides),
         scales=tuple(sorted(options.scales)),
+        autoattack=options.autoattack,
         workdirs=options.workdirs or Path("workdirs") / title,
         out=options.out,
     )
@@ -105,8 +112,8 @@ def check(study: jobs.Study) -> None:
 def tabulate(study: jobs.Study) -> dict[str, Any]:
     """Write table.json and table.md of all that there is; returns the summary."""
     claims = {path.stem: readme.fields(path).get("Expected", "") for path in readme.CONFIGS.glob("*.py")}
-    results, sweeps = (jobs.results(study, part) for part in (study.part, jobs.SWEEP))
-    made = {"study": study.name, **summary.summarise(results, sweeps, jobs.failures(study), claims)}
+    main, sweeps, autoattack = (jobs.results(study, part) for part in (study.part, jobs.SWEEP, jobs.AUTOATTACK))
+    made = {"study": study.name, **summary.summarise(main, sweeps, jobs.failures(study), claims, autoattack)}
     record.write(study.folder / "table.json", made)
     pictures = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
     text = tables.page(made, [tables.all_images(made), *tables.slices(made), *findings.tables(made)], pictures)

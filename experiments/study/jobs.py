@@ -15,7 +15,7 @@ from experiments.benchmark import record
 from experiments.study import sweep
 from experiments.study.rows import ROWS, with_bases
 
-SWEEP = "scales"  # the part of it
+SWEEP, AUTOATTACK = "scales", "autoattack"  # the parts beside the main evaluation, of the first seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +29,7 @@ class Study:
     epochs: int | None
     overrides: tuple[str, ...]
     scales: tuple[float, ...]
+    autoattack: int  # images per class, 0 without
     workdirs: Path
     out: Path
 
@@ -50,6 +51,8 @@ class Study:
                 found.append(Job(row, seed, self.part))
                 if self.scales and seed == self.seeds[0]:
                     found.append(Job(row, seed, SWEEP))
+                if self.autoattack and seed == self.seeds[0]:
+                    found.append(Job(row, seed, AUTOATTACK))
         return found
 
 
@@ -64,7 +67,12 @@ class Job:
 
     @property
     def trains(self) -> bool:
-        return self.part != SWEEP and not ROWS[self.row].evaluates
+        return not self.beside and not ROWS[self.row].evaluates
+
+    @property
+    def beside(self) -> bool:
+        """Whether it looks at a network that the main part has looked at."""
+        return self.part in (SWEEP, AUTOATTACK)
 
     @property
     def trained(self) -> str:
@@ -80,7 +88,7 @@ class Job:
     @property
     def report(self) -> str:
         """The name of the report in that working directory; "" for the main one."""
-        return "-".join([self.row] * ROWS[self.row].evaluates + [SWEEP] * (self.part == SWEEP))
+        return "-".join([self.row] * ROWS[self.row].evaluates + [self.part] * self.beside)
 
 
 def command(study: Study, job: Job, workdirs: Path | None = None) -> list[str]:
@@ -94,6 +102,8 @@ def command(study: Study, job: Job, workdirs: Path | None = None) -> list[str]:
     if job.part == SWEEP:
         config = f"experiments/study/sweep.py:{config}"
         own.append(f"--config.eval.only={tuple(map(sweep.name, study.scales))}".replace(" ", ""))
+    if job.part == AUTOATTACK:
+        own += ["--config.eval.only=('autoattack',)", f"--config.eval.subset_per_class={study.autoattack}"]
     if not job.trains:
         own += ["--mode=eval", f"--config.eval.report={job.report}"]
     given = [f"--config={config}", f"--workdir={_workdir(workdirs, job.trained, job.seed)}"]
@@ -145,7 +155,7 @@ def run(study: Study) -> Iterator[tuple[Job, str | None]]:
     broken: set[tuple[str | None, int]] = set()
     for job in due(study):
         blocked = (job.needs, job.seed) in broken
-        if blocked and job.part == SWEEP:
+        if blocked and job.beside:
             continue  # the row itself has said it
         reason = f"needs {job.needs}, which failed" if blocked else launch(study, job)
         failure = failure_path(study, job)

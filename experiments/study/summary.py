@@ -10,10 +10,17 @@ from experiments.study.rows import ROWS
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # row -> a result per seed
 
 
-def summarise(results: Results, sweeps: Results, failed: Mapping[str, str], published: Mapping[str, str]) -> dict:
-    """`published`: what each config expects. Accuracies and errors are in [0, 1]; curves are means over the seeds."""
+def summarise(
+    results: Results,
+    sweeps: Results,
+    failed: Mapping[str, str],
+    published: Mapping[str, str],
+    autoattack: Results | None = None,
+) -> dict:
+    """`published`: what each config expects; `autoattack`: on fewer images, beside the results. Accuracies and errors are
+    in [0, 1]; curves are means over the seeds."""
     return {
-        "about": about(results),
+        "about": about(results) | autoattacked(autoattack or {}),
         "rows": {
             name: {
                 "title": ROWS[name].title,
@@ -21,7 +28,8 @@ def summarise(results: Results, sweeps: Results, failed: Mapping[str, str], publ
                 "varies": ROWS[name].varies,
                 "evaluates": ROWS[name].base if ROWS[name].evaluates else None,
                 "seeds": [run["seed"] for run in runs],
-                "figures": figures([run["report"]["metrics"] for run in runs]),
+                "figures": figures([run["report"]["metrics"] for run in runs])
+                | figures([under_autoattack(run["report"]["metrics"]) for run in (autoattack or {}).get(name, [])]),
                 "training_seconds": spread([run["training_seconds"] for run in runs]),
                 "published": published.get(ROWS[name].config, "") if ROWS[name].published else "",
                 "commits": sorted({run["commit"] for run in runs if run["commit"]}),
@@ -43,8 +51,19 @@ def spread(values: Sequence[float]) -> dict[str, Any]:
 
 def figures(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
     """Each metric over the seeds; one that a seed lacks is left out."""
-    names = [name for name in metrics[0] if all(found.get(name) is not None for found in metrics)]
+    names = [name for name in (metrics[0] if metrics else ()) if all(found.get(name) is not None for found in metrics)]
     return {name: spread([found[name] for found in metrics]) for name in names}  # type: ignore[misc]
+
+
+def under_autoattack(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Those of AutoAttack alone: the others stand for more images."""
+    return {name: value for name, value in metrics.items() if name.startswith("eval/autoattack/")}
+
+
+def autoattacked(results: Results) -> dict[str, Any]:
+    """On how many images AutoAttack was run, where it was not a part of the main evaluation."""
+    counts = {run["report"]["header"]["images"] for runs in results.values() for run in runs}
+    return {"autoattack_images": max(counts)} if counts else {}
 
 
 def classes(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

@@ -101,6 +101,8 @@ def sentence(summary: Summary) -> str:
     eps = f", eps {about['eps']!r} = {255 * about['eps']:.6g}/255" if "eps" in about else ""
     text = f"{about['dataset']}; {about['network']}, {about['epochs']} epochs{eps}; "
     text += f"{about['images']} images ({about['subset']}); {about['device']}, jax {about['jax_version']}."
+    if "autoattack_images" in about:
+        text += f" AutoAttack on {about['autoattack_images']} of them, one seed; it is not in the worst case."
     if about["different"]:
         text += f" Not the same for all rows: {', '.join(about['different']).replace('_', ' ')}."
     return text + " Accuracy in per cent; ± is the standard deviation over the seeds."

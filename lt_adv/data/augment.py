@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from lt_adv.data import randaugment
 
 POLICIES = {"randaugment": randaugment.randaugment, "autoaugment": randaugment.autoaugment}
-AUGMENTS = ("crop_flip", *POLICIES, "none")
+AUGMENTS = ("crop_flip", "flip", *POLICIES, "none")
 
 
 def augment(name: str, keys: jax.Array, image: jax.Array, *, pad: int) -> jax.Array:
@@ -14,7 +14,7 @@ def augment(name: str, keys: jax.Array, image: jax.Array, *, pad: int) -> jax.Ar
     if name in POLICIES:
         own = jax.vmap(lambda key: jax.random.fold_in(key, 2))(keys)  # 0 and 1 are those of crop and flip
         image = POLICIES[name](own, image)
-    return image if name == "none" else pad_crop_flip(keys, image, pad=pad)
+    return image if name == "none" else pad_crop_flip(keys, image, pad=0 if name == "flip" else pad)
 
 
 def pad_crop_flip(keys: jax.Array, image: jax.Array, *, pad: int = 4) -> jax.Array:

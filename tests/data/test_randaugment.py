@@ -121,7 +121,7 @@ def test_a_function_of_each_examples_key(case, seed, low, row):
     np.testing.assert_array_equal(policies[name](keys[row : row + 1], images[row : row + 1])[0], result[row])
 
 
-@pytest.mark.parametrize("name", ["crop_flip", "randaugment", "none"])
+@pytest.mark.parametrize("name", ["crop_flip", "flip", "randaugment", "none"])
 def test_policy_then_crop_and_flip(name):
     """Crop and flip are drawn as without a policy, and by other numbers than the policy's."""
     keys = jax.random.split(jax.random.key(5), 6)
@@ -129,7 +129,7 @@ def test_policy_then_crop_and_flip(name):
     result = jax.jit(functools.partial(augment.augment, name, pad=2))(keys, images)
     if name in policies:
         images = policies[name](jax.vmap(jax.random.fold_in, (0, None))(keys, 2), images)
-    expected = images if name == "none" else augment.pad_crop_flip(keys, images, pad=2)
+    expected = images if name == "none" else augment.pad_crop_flip(keys, images, pad=0 if name == "flip" else 2)
     np.testing.assert_array_equal(result, expected)
 
 

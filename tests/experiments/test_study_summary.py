@@ -40,6 +40,21 @@ def made(results):
     return {"study": "s", **summary.summarise(results, sweeps, {"cdt-seed0-full": "no such thing"}, PUBLISHED)}
 
 
+def test_autoattack_on_fewer_images_has_a_column_and_is_said(results):
+    less = run(0, robust=0.4)
+    less["report"]["header"]["images"] = 12
+    metrics = less["report"]["metrics"]
+    metrics |= {"eval/autoattack/accuracy": 0.25, "eval/autoattack/accuracy_tail": 0.125, "eval/worst/accuracy": 0.2}
+    made = summary.summarise(results, {}, {}, PUBLISHED, {"at": [less]})
+    figures = made["rows"]["at"]["figures"]
+    assert figures["eval/autoattack/accuracy"]["values"] == [0.25]
+    assert figures["eval/worst/accuracy"]["values"] != [0.2], "of all images"
+    assert "eval/autoattack/accuracy" not in made["rows"]["robal"]["figures"]
+    head, rows = tables.all_images(made)
+    assert [row[head.index("AutoAttack")] for row in rows] == ["25.0", "", ""]
+    assert "AutoAttack on 12 of them, one seed" in tables.sentence(made)
+
+
 def test_mean_and_deviation_of_a_sample():
     assert summary.spread([0.4, 0.5, 0.75]) == {
         "mean": pytest.approx(0.55),
