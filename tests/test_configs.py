@@ -150,7 +150,7 @@ def sgd(config):
 
 
 def steps(attacks):
-    return {name: (spec.num_steps, spec.step_size) for name, spec in attacks.items() if name != "fgsm"}
+    return {name: (spec.num_steps, spec.step_size) for name, spec in attacks.items() if "num_steps" in spec}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -158,6 +158,12 @@ def test_result_rows_take_the_last_epoch_and_the_whole_test_set(name):
     config = get(name, dataset="cifar10")
     assert config.data.validation_per_class == 0 and config.eval.checkpoint == "last"
     assert config.eval.subset_per_class == 0 and not config.eval.only and config.fidelity == "published"
+
+
+def test_our_recipe_leaves_the_crops_out_of_a_short_run_alone():
+    augments = {epochs: get("lt_adv", dataset="cifar10", epochs=epochs).data.augment for epochs in (10, 29, 30, 100)}
+    assert augments == {10: "flip", 29: "flip", 30: "crop_flip", 100: "crop_flip"}
+    assert get("lt_adv", dataset="digits").data.augment == "none"
 
 
 def rates(config, epochs, fidelity="published", steps_per_epoch=7):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"test", "cuda13", "cuda12", "tpu", "torch", "tfds-tf", "tensorboard"}
+EXTRAS = {"test", "cuda13", "cuda12", "tpu", "torch", "tfds-tf", "tensorboard", "export"}
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 USE = """
 import sys
@@ -109,7 +109,7 @@ def test_what_is_imported_is_asked_for(metadata):
             names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level else []
             imported |= {name.split(".")[0] for name in names}
     outside = {name for name in imported if name not in sys.stdlib_module_names and name != "lt_adv"}
-    for name in outside - {"tensorboardX", "torch"}:
+    for name in outside - {"tensorboardX", "torch", "safetensors"}:
         assert asked & {normal(d) for d in by_module[name]}, f"{name} is imported and not in install_requires"
     used = {normal(d) for name in outside for d in by_module.get(name, ())}
     assert asked - used == set(unimported)

@@ -28,6 +28,19 @@ def test_the_attack_example_runs():
     assert np.all(loss[1] > loss[0])
 
 
+@pytest.mark.usefixtures("short")
+def test_the_autoattack_example_runs():
+    scope: dict = {}
+    for example in (block for block in EXAMPLES if "from lt_adv import attacks" in block or "autoattack" in block):
+        exec(example, scope)
+        if "networks" not in scope:
+            continue
+        assert set(scope["networks"]) == {"linen", "nnx", "equinox", "plain"}
+        assert list(scope["result"].accuracy) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
+    result, network = scope["result"], scope["networks"]["plain"]  # the last one
+    np.testing.assert_array_equal(result.robust, network(result.x_adv).argmax(-1) == scope["labels"])
+
+
 @pytest.mark.parametrize("file", ["README.md", "experiments/gpu_queue.md"])
 def test_commands_parse(file):
     blocks = re.findall(r"^```bash\n(.*?)^```", (ROOT / file).read_text(), re.DOTALL | re.MULTILINE)

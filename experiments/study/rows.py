@@ -111,6 +111,7 @@ ABLATIONS = {
         method__balance=(0.2,),
         method__teacher_epochs=(6,),
         average__name=("none",),
+        data__augment=("crop_flip", "none"),
         optim__schedule=("cosine",),
         addons=(("robustlt",),),
     ),
