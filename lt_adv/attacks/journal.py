@@ -56,8 +56,8 @@ class Journal:
         """Writes what waits."""
         if self.waiting and self.where is not None:
             buffer = io.BytesIO()
-            columns = zip(*self.waiting, strict=True)
-            np.savez(buffer, **dict(zip(FIELDS, map(np.concatenate, columns), strict=True)))
+            columns: Any = dict(zip(FIELDS, zip(*self.waiting, strict=True), strict=True))
+            np.savez(buffer, **{name: np.concatenate(parts) for name, parts in columns.items()})  # type: ignore[arg-type]
             _write(self.where / f"{number}-{self.files:06d}.npz", buffer.getvalue())
             self.files += 1
         self.waiting = []

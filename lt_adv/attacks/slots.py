@@ -83,25 +83,39 @@ def _without_keys(call: Callable[[Array], Array], x: Array, _: Array) -> Array:
     return call(x)
 
 
-@functools.partial(jax.jit, static_argnums=0, donate_argnums=2)
-def _refill(attack: Iterated, where: Array, state: Any, *new: Array) -> Any:
-    return choose(where, attack.begin(*new), state)
+class Programs(NamedTuple):
+    """What runs on a mesh; each compiled once for an attack, a network's shapes and a number of slots."""
+
+    fill: Callable[..., Any]  # (attack, keys, x, y, target, eps, round) -> state
+    refill: Callable[..., Any]  # (attack, where, state, keys, ...) -> state
+    advance: Callable[..., Any]  # (attack, steps, network, state) -> state, broken, steps taken
+    logits: Callable[..., Array]  # (network, x, keys)
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _fill(attack: Iterated, *new: Array) -> Any:
-    return attack.begin(*new)
+@functools.lru_cache
+def programs(mesh: Mesh) -> Programs:
+    """The programs of a mesh. Results are sharded as the rows are put: in another way they would be compiled again."""
+    over_slots = NamedSharding(mesh, PartitionSpec("slots"))
 
+    def fill(attack: Iterated, *new: Array) -> Any:
+        return attack.begin(*new)
 
-@functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=3)
-def _advance(attack: Iterated, steps: int, call: Any, state: Any) -> Any:
-    state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(call, state), state)
-    return state, (state.broken, state.steps_taken)
+    def refill(attack: Iterated, where: Array, state: Any, *new: Array) -> Any:
+        return choose(where, attack.begin(*new), state)
 
+    def advance(attack: Iterated, steps: int, call: Any, state: Any) -> Any:
+        state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(call, state), state)
+        return state, state.broken, state.steps_taken
 
-@jax.jit
-def _logits(call: Any, x: Array, keys: Array) -> Array:
-    return logits_of(call, x, keys)
+    def logits(call: Any, x: Array, keys: Array) -> Array:
+        return logits_of(call, x, keys)
+
+    return Programs(
+        jax.jit(fill, static_argnums=0, out_shardings=over_slots),
+        jax.jit(refill, static_argnums=0, donate_argnums=2, out_shardings=over_slots),
+        jax.jit(advance, static_argnums=(0, 1), donate_argnums=3, out_shardings=over_slots),
+        jax.jit(logits, out_shardings=over_slots),
+    )
 
 
 @jax.jit
@@ -114,10 +128,10 @@ def example_keys(keys: Array, *numbers: Array) -> Array:
 
 def logits(network: Network, x: np.ndarray, keys: Array) -> np.ndarray:
     """Logits of all images, batch by batch, [n, classes]."""
-    found = []
+    found, program = [], programs(network.mesh).logits
     for start in range(0, len(x), network.slots):
         rows = np.minimum(np.arange(start, start + network.slots), len(x) - 1)
-        found.append(np.asarray(_logits(network.call, *network.put((x[rows], keys[rows])))))
+        found.append(np.asarray(program(network.call, *network.put((x[rows], keys[rows])))))
     return np.concatenate(found)[: len(x)]
 
 
@@ -137,7 +151,7 @@ def run(
     keys, x, y, eps and targets hold one row per image; targets[:, r] is that of round r. The order in which images are
     done depends on the slots; what becomes of each does not.
     """
-    size, total = network.slots, attack.num_steps
+    size, total, program = network.slots, attack.num_steps, programs(network.mesh)
     steps = min(CHUNK[min(attack.gradients, 1)], key=lambda steps: (-total % steps, steps)) if total else 0
     waiting = list(rows[::-1])
     row, turn = np.full(size, -1), np.zeros(size, np.int64)
@@ -154,10 +168,10 @@ def run(
             target = targets[at, np.minimum(turns, targets.shape[1] - 1)]
             new: tuple = (example_keys(keys[at], turns.astype(np.uint32)), x[at], y[at], target, eps[at], turns)
             where, *new = network.put((fresh, *new))
-            state = _fill(attack, *new) if state is None else _refill(attack, where, state, *new)
+            state = program.fill(attack, *new) if state is None else program.refill(attack, where, state, *new)
             fresh = np.zeros(size, bool)
-        state, facts = _advance(attack, steps, network.call, state)
-        broken, taken = (np.asarray(fact) for fact in jax.device_get(facts))
+        state, *facts = program.advance(attack, steps, network.call, state)
+        broken, taken = jax.device_get(facts)
         ended = busy & (broken | (taken >= total))
         spent += np.where(ended, np.minimum(taken, total), 0)
         again = ended & ~broken & (turn + 1 < attack.rounds)
