@@ -1,0 +1,126 @@
+"""What the kind `autoattack` attacks: one network in JAX and in PyTorch with the same weights, images and labels."""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+GOLDEN = Path(__file__).parents[2] / "tests" / "golden"
+HEADS = ("linear", "cosine")  # of the golden digit networks
+STRIDES = (1, 2, 2)
+
+
+class Case(NamedTuple):
+    image: np.ndarray  # float32 [n, h, w, c] in [0, 1]
+    label: np.ndarray | None  # int32 [n]; None: what the network itself predicts
+    eps: float
+    apply: Callable[[Any, Any], Any]  # (variables, x [b, h, w, c]) -> logits, in JAX
+    variables: Any
+    torch: Callable[[], Any]  # makes (x [b, c, h, w]) -> logits, float32 on CPU, in evaluation mode
+
+
+def case(config: Any, *, golden: str | None, images: int | None, workdir: str | None, eps: float | None) -> Case:
+    """A golden network, else that of the config, with the weights of the run in `workdir` or with its first ones; on so
+    many test images, evenly spread, or on all. `eps` is the config's or the golden one if it is not given."""
+    found = digits(golden) if golden else configured(config, workdir)
+    rows = np.arange(min(images or len(found.image), len(found.image)))
+    rows = rows * len(found.image) // len(rows)
+    label = None if found.label is None else found.label[rows]
+    return found._replace(image=found.image[rows], label=label, eps=eps or found.eps)
+
+
+def configured(config: Any, workdir: str | None) -> Case:
+    """The evaluated network of a config; ValueError for what the twin has not."""
+    import jax
+
+    from lt_adv import check, data, models
+    from lt_adv.training import checkpoint, program
+
+    if (dtype := config.eval.dtype) != "float32":
+        raise ValueError(f"config.eval.dtype = {dtype!r}: the PyTorch twin's AutoAttack has 'float32' alone.")
+    if (name := config.eval.adjustment.name) != "none":
+        raise ValueError(f"config.eval.adjustment.name = {name!r}: the PyTorch twin has 'none' alone.")
+    split = data.long_tailed(data.load(config.data), config.data)
+    model, image = models.create(config.model, len(split.class_names)), split.test.image
+    if workdir:
+        variables, _ = checkpoint.read_variables(workdir)
+        check.network(config, split, variables, workdir)
+        variables = {name: variables[name] for name in ("params", "batch_stats")}
+    else:
+        variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image.shape[1:]), np.float32))
+
+    def twin() -> Any:
+        from experiments.torch_twin import models as twins
+        from experiments.torch_twin import weights
+
+        net = twins.create(config.model, len(split.class_names), image.shape[-1])
+        net.load_state_dict(weights.to_torch(variables))
+        return net.eval().requires_grad_(False)
+
+    label = split.test.label if workdir else None
+    eps = config.eval.attacks.autoattack.eps
+    return Case(image.astype(np.float32) / 255, label, eps, program.evaluated(config, split), variables, twin)
+
+
+def digits(head: str, dtype: Any = np.float32) -> Case:
+    """A golden digit network: three convolutions, zero padding of one on every side, mean pool, and its head."""
+    path = GOLDEN / f"attacks_digits_{head}"
+    arrays, info = np.load(f"{path}.npz"), json.loads(path.with_suffix(".json").read_text())
+    weights = {name: arrays[name].astype(dtype) for name in arrays.files if name.startswith(("conv", "dense"))}
+    if head == "cosine":
+        share = arrays["class_counts"].astype(np.float32) / arrays["class_counts"].sum(dtype=np.float32)
+        weights["log_prior"] = np.log(share.astype(dtype))  # the share is float32 in any case, its log is not
+        weights |= {name: np.asarray(value, dtype) for name, value in info["head_parameters"].items()}
+    image, label = arrays["images"].astype(dtype), arrays["labels"].astype(np.int32)
+    return Case(image, label, info["eps"], digits_jax, weights, lambda: digits_torch(weights))
+
+
+def official(head: str) -> dict[str, Any]:
+    """The robust accuracies that the official code gave on a golden network, each attack alone, for some seeds."""
+    return json.loads((GOLDEN / f"attacks_digits_{head}.json").read_text())["official"]["plain"]
+
+
+def digits_jax(weights: Mapping[str, Any], x: Any) -> Any:
+    import jax
+    import jax.numpy as jnp
+
+    for number, stride in enumerate(STRIDES):
+        x = jax.lax.conv_general_dilated(
+            x, weights[f"conv{number}.kernel"], (stride, stride), ((1, 1), (1, 1)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )  # fmt: skip
+        x = jax.nn.relu(x + weights[f"conv{number}.bias"])
+    features, kernel = x.mean((1, 2)), weights["dense.kernel"]
+    if "log_prior" not in weights:
+        return features @ kernel + weights["dense.bias"]
+    features = features / jnp.linalg.norm(features, axis=1, keepdims=True)
+    kernel = kernel / (jnp.linalg.norm(kernel, axis=0) + weights["gamma"])
+    return weights["scale"] * features @ kernel - weights["tau_p"] * weights["log_prior"]
+
+
+def digits_torch(weights: Mapping[str, Any]) -> Callable[[Any], Any]:
+    import torch
+    import torch.nn.functional as F
+
+    class Digits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            for name, array in weights.items():
+                array = np.asarray(array)
+                turned = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+                self.register_buffer(name.replace(".", "_"), torch.tensor(turned))
+
+        def forward(self, x: Any) -> Any:
+            for number, stride in enumerate(STRIDES):
+                kernel, bias = getattr(self, f"conv{number}_kernel"), getattr(self, f"conv{number}_bias")
+                x = F.relu(F.conv2d(x, kernel, bias, stride, padding=1), inplace=True)
+            features, kernel = x.mean((2, 3)), self.dense_kernel
+            if "log_prior" not in weights:
+                return features @ kernel + self.dense_bias
+            features = features / features.norm(dim=1, keepdim=True)
+            kernel = kernel / (kernel.norm(dim=0) + self.gamma)
+            return self.scale * features @ kernel - self.tau_p * self.log_prior
+
+    return Digits()
