@@ -4,6 +4,7 @@
     python -m experiments.benchmark profile --config=...    the operations a step spends its time on
     python -m experiments.benchmark data    --config=...    the input pipeline alone, and loading the images
     python -m experiments.benchmark attack  --config=...    PGD through attacks.compile and as the twin's eager loop
+    python -m experiments.benchmark autoattack --config=... | --golden=...    AutoAttack, beside the twin's eager one
     python -m experiments.benchmark start   --config=...    seconds from the command to the first finished step
     python -m experiments.benchmark scaling --config=...    against batch size, depth, attack steps, devices
 
@@ -13,6 +14,12 @@
 --out=PATH         its folder [experiments/results/benchmark]
 --frameworks=...   of step: jax, released, tuned, or some of them; the last two need the extra torch
 --num-steps=...    of attack [10,20,100] and of scaling
+--attacks=apgd-ce,square    of autoattack [apgd-ce,apgd-t,fab-t,square: the standard version]
+--alone            each on all images, instead of one after the other on what is left
+--images=..., --eps=..., --queries=...    of autoattack: test images [all], another radius, Square's queries [5000]
+--workdir=PATH     of autoattack: a run whose last weights are attacked; without one the network is as it begins, and
+                   the labels are its own predictions
+--golden=HEAD      of autoattack: the digit network with that head in tests/golden, linear or cosine, each attack alone
 --batch-size=..., --depth=..., --devices=...    of scaling
 
 What fails is recorded with its reason, the rest goes on, and the exit code is 1 at the end; 2, after one line, for
@@ -27,11 +34,20 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmark import kinds, record, summary, tables
+from experiments.benchmark import attacked, kinds, record, summary, tables
 from experiments.options import Parser, name, one_of, positive, some
 from lt_adv import arguments, lookup
 
 FRAMEWORKS = ("jax", "released", "tuned")
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # that the twin has
+GOLDEN = ("--config=configs/at.py:dataset=digits", "--config.eval.batch_size=500")  # what else a process asks for
+
+
+def folder(text: str) -> str:
+    """One that is there, as the processes find it."""
+    if not Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {text!r}")
+    return text
 
 
 def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
@@ -49,12 +65,25 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
             sub.add_argument("--frameworks", type=some(one_of("framework", FRAMEWORKS)), default=list(FRAMEWORKS))
         if kind == "attack":
             sub.add_argument("--num-steps", type=whole, default=[10, 20, 100])
+        if kind == "autoattack":
+            sub.add_argument("--attacks", type=some(one_of("attack", ATTACKS)), default=tables.STANDARD.split("+"))
+            sub.add_argument("--alone", action="store_true")
+            sub.add_argument("--golden", type=one_of("head", attacked.HEADS))
+            sub.add_argument("--workdir", type=folder)
+            sub.add_argument("--eps", type=positive(float))
+            sub.add_argument("--images", type=positive(int))
+            sub.add_argument("--queries", type=positive(int), default=5000)
         if kind == "scaling":
             for option in ("--batch-size", "--depth", "--num-steps", "--devices"):
                 sub.add_argument(option, type=whole, default=[])
     options, rest = parser.parse_known_args(argv)
     if options.kind == "scaling" and not (options.batch_size or options.depth or options.num_steps or options.devices):
         raise ValueError("scaling needs at least one of --batch-size, --depth, --num-steps and --devices.")
+    if getattr(options, "golden", None):
+        if options.workdir or any(re.match(r"--?config(=|$)", given) for given in rest):
+            raise ValueError("--golden has a network and images of its own: no --config and no --workdir beside it.")
+        options.alone, options.name = True, options.name or f"autoattack-golden-{options.golden}"
+        rest = [*GOLDEN, *rest]
     for given in rest:
         if given.startswith("-") and not re.match(r"--?(no)?config\b", given):
             known = [f"--{option.replace('_', '-')}" for option in vars(options) if option != "kind"]

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from experiments.benchmark import attacked, summary
 from experiments.benchmark import record as records
-from experiments.benchmark import summary
 
 Record = dict[str, Any]
 Save = Callable[[], None]
@@ -75,6 +75,33 @@ def attack(record: Record, config: Sequence[str], options: Namespace, save: Save
         names = {str(number): (f"torch {number}", f"jax {number}") for number in options.num_steps}
         record["ratio"] = {name: summary.ratio(record["runs"], *pair) for name, pair in names.items()}
         record["images"] = images
+        save()
+
+    _rounds(record, config, options, lambda _: works, finish)
+
+
+def autoattack(record: Record, config: Sequence[str], options: Namespace, save: Save) -> None:
+    """AutoAttack by JAX and by the twin on the same network and images, in turn: its attacks one after the other on
+    what is left, or each alone."""
+    case = {name: getattr(options, name) for name in ("golden", "images", "workdir", "eps")}
+    series = {
+        "+".join(names): names for names in ([[n] for n in options.attacks] if options.alone else [options.attacks])
+    }
+    works = {}
+    for name, names in series.items():
+        setting = {"attacks": names, "queries": options.queries, **case}
+        works[f"jax {name}"] = Work("jax_autoattack", setting)
+        works[f"torch {name}"] = Work("torch_autoattack", setting, OFF_DEVICE)
+    record["queries"], record["trained"] = options.queries, bool(options.golden or options.workdir)
+    if options.golden:
+        record["config"] |= {"dataset": "digits", "network": f"golden digit network, {options.golden} head"}
+        if not options.images and options.queries == 5000:
+            record["official"] = attacked.official(options.golden)
+
+    def finish() -> None:
+        pairs = {name: (f"torch {name}", f"jax {name}") for name in series}
+        record["ratio"] = {name: summary.ratio(record["runs"], *pair) for name, pair in pairs.items()}
+        record["agreement"] = {name: summary.agreement(record["runs"], *pair) for name, pair in pairs.items()}
         save()
 
     _rounds(record, config, options, lambda _: works, finish)
@@ -189,4 +216,6 @@ def _brief(found: Mapping[str, Any]) -> str:
     return found["error"] if "error" in found else f"{found['seconds']:.2f} s"
 
 
-KINDS: Mapping[str, Callable[..., None]] = {k.__name__: k for k in (step, profile, data, attack, start, scaling)}
+KINDS: Mapping[str, Callable[..., None]] = {
+    k.__name__: k for k in (step, profile, data, attack, autoattack, start, scaling)
+}

@@ -4,6 +4,8 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 Runs = Sequence[Mapping[str, Any]]
 
 
@@ -61,6 +63,29 @@ def ratio(runs: Runs, slower: str, faster: str) -> dict[str, float] | None:
     return {"median": of_medians, "min": min(by_round), "max": max(by_round)}
 
 
+def agreement(runs: Runs, torch: str, jax: str) -> dict[str, Any]:
+    """Of the first round that has both series: how many images are robust in both, and in one of them alone.
+
+    With an "error" where these two differ by more than three standard deviations of a fair coin: each image that the
+    two attacks disagree about is as likely to be on either side if they are equally strong.
+    """
+    robust: dict[str, dict[int, np.ndarray]] = {torch: {}, jax: {}}
+    for run in runs:
+        if run["series"] in robust and "robust" in run:
+            bits = np.frombuffer(bytes.fromhex(run["robust"]), np.uint8)
+            robust[run["series"]][run["round"]] = np.unpackbits(bits, count=run["images"]).astype(bool)
+    both = sorted(robust[torch].keys() & robust[jax].keys())
+    if not both:
+        return {}
+    theirs, ours = (robust[name][both[0]] for name in (torch, jax))
+    found = {"both": theirs & ours, "jax": ours & ~theirs, "torch": theirs & ~ours}
+    counts: dict[str, Any] = {name: int(mask.sum()) for name, mask in found.items()}
+    if abs(counts["jax"] - counts["torch"]) > 3 * (counts["jax"] + counts["torch"]) ** 0.5:
+        shares = " and ".join(f"{100 * mask.mean():.2f} %" for mask in (ours, theirs))
+        counts["error"] = f"robust accuracies of JAX and PyTorch, {shares}, differ by more than noise"
+    return counts
+
+
 def peak(record: Mapping[str, Any]) -> float | None:
     """FLOP/s of a matrix product in the dtype of the network, the faster of two if the attack has another; None where
     unmeasured."""
@@ -73,5 +98,6 @@ def errors(record: Mapping[str, Any]) -> list[str]:
     """Everything that failed, a line each, as "what: why"."""
     parts = {"benchmark": record} | {name: record[name] for name in ("peak", "flops") if name in record}
     parts |= {f"flops of {name}": entry for name, entry in record.get("flops_of", {}).items()}
+    parts |= {f"agreement on {name}": entry for name, entry in record.get("agreement", {}).items()}
     parts |= record["summary"]
     return [f"{name}: {entry['error']}" for name, entry in parts.items() if "error" in entry]

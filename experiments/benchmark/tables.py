@@ -9,11 +9,13 @@ Record = Mapping[str, Any]
 Rows = tuple[list[str], list[list[str]]]
 UNKNOWN = "–"
 LONGEST = 8
+STANDARD = "apgd-ce+apgd-t+fab-t+square"
 COMMANDS = {
     "step": "step --config=configs/at_bsl.py:dataset=cifar10",
     "profile": "profile --config=configs/robal.py:dataset=cifar10",
     "data": "data --config=configs/at_bsl.py:dataset=cifar10",
     "attack": "attack --config=configs/at_bsl.py:dataset=cifar10 --num-steps=10,20,100",
+    "autoattack": "autoattack --golden=linear",
     "start": "start --config=configs/robal.py:dataset=digits",
     "scaling": "scaling --config=configs/at_bsl.py:dataset=cifar10 --batch-size=64,128,256 --num-steps=1,5,10",
 }
@@ -110,6 +112,34 @@ def attack(records: Sequence[Record]) -> Rows:
     return [*head, "JAX, images/s", "Rounds"], rows
 
 
+def autoattack(records: Sequence[Record]) -> Rows:
+    """Robust accuracy, evaluations per image and compile time are those of JAX / PyTorch."""
+    head = ["Device", "Network", "Images", "Attacks", "JAX, s", "PyTorch eager, s", "Speed-up", "Robust accuracy, %"]
+    head += ["Official", "Forward passes per image", "Gradients per image", "Compile, s", "Rounds"]
+    rows = []
+    for record in records:
+        for names, ratio in record["ratio"].items():
+            series = [f"{framework} {names}" for framework in ("jax", "torch")]
+            entries = [record["summary"].get(name, {}) for name in series]
+            runs = [next((r for r in record["runs"] if r["series"] == name and "robust" in r), None) for name in series]
+            images = next((run["images"] for run in runs if run), None)
+            network = record["config"]["network"] + ("" if record["trained"] else ", untrained")
+            row = [device(record), network, UNKNOWN if images is None else f"{images:,}"]
+            row += ["standard" if names == STANDARD else names.replace("+", ", ")]
+            row += [number(entry.get("ms"), 1e3) for entry in entries] + [times(ratio)]
+            agree = "" if "error" not in record["agreement"].get(names, {}) else " (differ)"
+            robust = [run and 100 * list(run["accuracy"].values())[-1] for run in runs]
+            row.append(" / ".join(UNKNOWN if share is None else f"{share:.2f}" for share in robust) + agree)
+            official = record.get("official", {}).get(names)
+            row.append(UNKNOWN if official is None else f"{100 * sum(official) / len(official):.2f}")
+            for kind in (0, 1):
+                each = [run and sum(count[kind] for count in run["evaluations"].values()) / images for run in runs]
+                row.append(" / ".join(map(number, each)))
+            row.append(" / ".join(number(entry.get("compile_cold_seconds")) for entry in entries))
+            rows.append([*row, rounds(record)])
+    return head, rows
+
+
 def data(records: Sequence[Record]) -> Rows:
     head = ["Device", "Images", "Batch", "Draw, gather, augment: images/s", "Load, s", "Load once decoded, s", "Rounds"]
     rows = []
@@ -143,5 +173,5 @@ def scaling(records: Sequence[Record]) -> Rows:
 
 
 TABLES: Mapping[str, Callable[[Sequence[Record]], Rows]] = {
-    t.__name__: t for t in (step, profile, data, attack, start, scaling)
+    t.__name__: t for t in (step, profile, data, attack, autoattack, start, scaling)
 }

@@ -9,13 +9,14 @@ import functools
 import json
 import math
 import os
-import resource
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmark.autoattack import jax_autoattack, torch_autoattack
+from experiments.benchmark.devices import memory, process_memory, torch_device
 from experiments.benchmark.timing import measure
 from lt_adv import arguments
 
@@ -93,21 +94,6 @@ def torch_step(config: Any, *, setting: str, seconds: float) -> dict[str, Any]:
     found = measure(step, wait, seconds)
     peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_memory()
     return found | {"loss": finite(float(last)), "memory": peak}
-
-
-def torch_device() -> tuple[Any, str, Callable[[Any], None]]:
-    """(torch, device, what waits for it); ImportError, naming the extra, without torch."""
-    try:
-        import torch
-    except ImportError:
-        raise ImportError("PyTorch is not installed: pip install -e '.[torch]'.") from None
-    cuda = torch.cuda.is_available()
-
-    def wait(_: Any) -> None:
-        if cuda:
-            torch.cuda.synchronize()
-
-    return torch, "cuda" if cuda else "cpu", wait
 
 
 def peak(config: Any, *, seconds: float) -> dict[str, Any]:
@@ -245,17 +231,6 @@ def torch_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, An
     return measure(pgd, wait, seconds) | {"images": len(y), "memory": peak()}
 
 
-def memory() -> int:
-    """The device's peak where it tells it, else that of this process."""
-    import jax
-
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use") or process_memory()
-
-
-def process_memory() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 def xla_costs() -> dict[str, float]:
     """XLA's own count for the largest program: {"flops", "bytes"}, where the backend gives them.
 
@@ -278,7 +253,10 @@ def finite(loss: float) -> float:
 
 WORKS = {
     work.__name__: work
-    for work in (jax_step, jax_profile, torch_step, peak, flops, pipeline, load, jax_attack, torch_attack)
+    for work in (
+        *(jax_step, jax_profile, torch_step, peak, flops, pipeline, load),
+        *(jax_attack, torch_attack, jax_autoattack, torch_autoattack),
+    )
 }
 
 

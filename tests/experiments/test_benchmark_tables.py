@@ -75,7 +75,7 @@ def test_one_round_has_no_range():
 @pytest.mark.parametrize("kind", speed.TABLES)
 def test_what_is_not_measured_is_said_with_its_command(kind, results):
     text = tables.benchmark(kind, results)
-    assert text.startswith(f"`{kind}`: not measured yet; `python -m experiments.benchmark {kind} --config=")
+    assert text.startswith(f"`{kind}`: not measured yet; `python -m experiments.benchmark {kind} --")
 
 
 def test_every_kind_has_a_table_in_the_readme():

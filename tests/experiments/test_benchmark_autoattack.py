@@ -1,0 +1,187 @@
+"""The kind `autoattack` of the benchmark: both works on the same network, and what is made of their numbers."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.benchmark import __main__ as door
+from experiments.benchmark import attacked, autoattack, record, summary, tables, worker
+from lt_adv import arguments, data
+from lt_adv.training import checkpoint
+from tests.experiments import NO_TORCH
+
+ROOT = Path(__file__).parents[2]
+DIGITS = "--config=configs/at.py:dataset=digits"
+WHAT = {"golden": None, "images": None, "workdir": None, "eps": None}
+
+
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    monkeypatch.chdir(ROOT)
+
+
+def in_this_process(work, config, environment=None, **options):
+    """`record.launch` without the process, which would start jax and torch anew."""
+    if work == "peak":
+        return {"device": "cpu", "platform": "cpu", "devices": 1, "matmul_flops_per_second": {"float32": 1e12}}
+    options = json.loads(json.dumps(options))
+    return json.loads(json.dumps(worker.WORKS[work](arguments.parse(["worker", *config]).config, **options)))
+
+
+def measured(tmp_path, monkeypatch, *given):
+    """The record of a tiny measurement with a twentieth of the steps."""
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    from experiments.torch_twin import autoattack as twin
+
+    monkeypatch.setattr(record, "launch", in_this_process)
+    monkeypatch.setattr(twin, "NUM_STEPS", 5)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    assert door.main(["autoattack", *given, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
+    torch.set_num_threads(threads)
+    found = json.loads((tmp_path / "x.json").read_text())
+    ours, theirs = found["runs"][:2]
+    assert ours["images"] == theirs["images"] == 16 and ours["eps"] == theirs["eps"]
+    assert ours["accuracy"]["clean"] == theirs["accuracy"]["clean"] > 0.5, "the same weights and images"
+    assert all(entry["jax"] + entry["torch"] <= 4 for entry in found["agreement"].values())
+    assert all(ratio["median"] > 0 for ratio in found["ratio"].values())
+    return found, ours, theirs
+
+
+def test_both_attack_a_golden_network(short, tmp_path, monkeypatch):
+    found, ours, theirs = measured(tmp_path, monkeypatch, "--golden=linear", "--attacks=apgd-ce,apgd-dlr")
+    names = ["jax apgd-ce", "torch apgd-ce", "jax apgd-dlr", "torch apgd-dlr"]
+    assert [run["series"] for run in found["runs"]] == names, "each alone, in turn"
+    forwards, gradients = theirs["evaluations"]["apgd-ce"]
+    assert forwards == gradients == 6 * round(16 * theirs["accuracy"]["clean"])
+    assert 0 < ours["evaluations"]["apgd-ce"][0] <= forwards
+    assert ours["eps"] == 0.15 and found["config"]["network"] == "golden digit network, linear head"
+    assert "official" not in found, "it is of all images"
+
+
+def test_both_attack_the_network_of_a_config(tmp_path, monkeypatch, capsys):
+    given = [DIGITS, "--eps=0.02", "--attacks=square", "--queries=6"]
+    found, ours, theirs = measured(tmp_path, monkeypatch, *given)
+    assert ours["eps"] == 0.02 and ours["accuracy"]["clean"] == 1 and not found["trained"]
+    for run in (ours, theirs):
+        forwards, gradients = run["evaluations"]["square"]
+        assert 16 <= forwards <= 16 * 7 and gradients == 0
+    assert "| WRN-10-1, untrained | 16 | square |" in capsys.readouterr().out
+
+
+def test_weights_of_a_run_in_both_frameworks(monkeypatch):
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    config = arguments.parse(["", DIGITS, "--config.data.split_seed=1"]).config
+    first = attacked.case(config, **WHAT)
+    assert first.label is None, "the labels of a network that was not trained are its own"
+    stored = {**jax.tree.map(np.asarray, first.variables), "extra": {}}
+    monkeypatch.setattr(checkpoint, "read_variables", lambda workdir: (stored, {}))
+    case = attacked.case(config, **WHAT | {"workdir": "run", "images": 20})
+    test = data.long_tailed(data.load(config.data), config.data).test
+    assert len(case.image) == len(case.label) == 20 and case.eps == 0.1
+    np.testing.assert_array_equal(case.label[:2], test.label[[0, len(test) // 20]])
+    logits = case.torch()(torch.from_numpy(case.image.transpose(0, 3, 1, 2).copy()))
+    np.testing.assert_allclose(case.apply(case.variables, case.image), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("--config.eval.dtype=bfloat16", "config.eval.dtype = 'bfloat16': the PyTorch twin's AutoAttack has 'float32'"),
+        ("--config.eval.adjustment.name=logit_adjustment", "config.eval.adjustment.name = 'logit_adjustment'"),
+    ],
+)
+def test_what_the_twin_has_not_is_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        attacked.case(arguments.parse(["", DIGITS, change]).config, **WHAT)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ([], "--config is missing"),
+        ([DIGITS, "--attacks=apgd"], "Unknown attack 'apgd'"),
+        ([DIGITS, "--attacks=fab"], "Unknown attack 'fab'"),
+        ([DIGITS, "--images=0"], "--images: must be above 0"),
+        ([DIGITS, "--queries=many"], "--queries: must be a number of type int"),
+        ([DIGITS, "--eps=-0.1"], "--eps: must be above 0"),
+        ([DIGITS, "--workdir=nowhere"], "--workdir: there is no folder 'nowhere'"),
+        ([DIGITS, "--golden=linear"], "--golden has a network and images of its own"),
+        (["--golden=linear", "--workdir=configs"], "--golden has a network and images of its own"),
+        (["--golden=robal"], "Unknown head 'robal'"),
+        ([DIGITS, "--querys=5"], "Did you mean '--queries'?"),
+    ],
+)
+def test_bad_arguments_are_answered_in_one_line(given, expected, monkeypatch, capsys):
+    monkeypatch.setattr(record, "launch", lambda *_, **__: pytest.fail("a process was started"))
+    assert door.main(["autoattack", *given]) == 2
+    printed = capsys.readouterr().err
+    assert printed.startswith("Error: ") and printed.count("\n") == 1 and expected in printed
+
+
+def test_square_is_given_its_queries_and_then_forgets_them():
+    from lt_adv.attacks.autoattack import _programs
+
+    standard = (("apgd-ce", "square"), 10, "linf", (0.0, 1.0), False)
+    with autoattack.asking(7):
+        module = __import__("sys").modules["lt_adv.attacks.autoattack"]
+        steps = {name: attack.num_steps for name, attack in module._programs(*standard)[0].items()}
+    assert steps == {"apgd-ce": 101, "square": 8} and module._programs is _programs
+
+
+def test_time_of_nested_spans_counts_once():
+    assert autoattack.union([(5, 6), (0, 4), (1, 2), (3, 4.5)]) == 5.5 and autoattack.union([]) == 0
+
+
+def test_what_jax_compiles_is_told_apart():
+    with autoattack.compiling() as spans:
+        jax.jit(lambda x: jax.jit(lambda x: x * 3.125)(x) + 1)(1.0)
+    seen = len(spans)
+    assert seen >= 3 and 0 < autoattack.union(spans) <= sum(end - start for start, end in spans) + 1e-9
+    jax.jit(lambda x: x * 3.25)(1.0)
+    assert len(spans) == seen, "it listens no more"
+
+
+def runs(ours, theirs):
+    def run(series, robust):
+        bits = np.packbits(np.asarray(robust, bool)).tobytes().hex()
+        return {"round": 0, "series": series, "robust": bits, "images": len(robust), "accuracy": {"clean": 1, "a": 0.5}}
+
+    return [run("jax a", ours), run("torch a", theirs), {"round": 1, "series": "jax a", "error": "killed"}]
+
+
+def test_both_agree_within_noise_or_the_record_says_so():
+    near = summary.agreement(runs([1, 1, 0, 1] * 25 + [0], [1, 0, 1, 1] * 25 + [0]), "torch a", "jax a")
+    assert near == {"both": 50, "jax": 25, "torch": 25}
+    far = summary.agreement(runs([1] * 100, [1] * 90 + [0] * 10), "torch a", "jax a")
+    assert far["error"] == "robust accuracies of JAX and PyTorch, 100.00 % and 90.00 %, differ by more than noise"
+    about = {"peak": {}, "summary": {}, "agreement": {"a": far, "b": near}}
+    assert summary.errors(about) == [f"agreement on a: {far['error']}"]
+    assert summary.agreement(runs([1], [1])[1:], "torch a", "jax a") == {}
+
+
+def test_a_row_of_the_table():
+    found = {
+        "machine": {"cpu": "Some CPU", "cores": 2},
+        "peak": {"platform": "cpu"},
+        "config": {"network": "WRN-34-10"},
+        "trained": True,
+        "official": {"a": [0.5, 0.52]},
+        "runs": [{**run, "evaluations": {"a": [808, 404]}} for run in runs([1] * 8, [1] * 7 + [0])],
+        "summary": {"jax a": {"ms": 12345.6, "compile_cold_seconds": 4.0}, "torch a": {"ms": 25000.0}},
+        "ratio": {"a": {"median": 2.0251, "min": 2.0251, "max": 2.0251}},
+        "agreement": {"a": {"error": "they differ"}},
+    }
+    head, (row,) = tables.autoattack([found])
+    shown = dict(zip(head, row, strict=True))
+    assert (shown["Device"], shown["Images"], shown["Attacks"]) == ("2 cores of Some CPU", "8", "a")
+    assert (shown["JAX, s"], shown["PyTorch eager, s"], shown["Speed-up"]) == ("12.3", "25.0", "2.03x")
+    assert shown["Robust accuracy, %"] == "50.00 / 50.00 (differ)" and shown["Official"] == "51.00"
+    assert shown["Forward passes per image"] == "101 / 101" and shown["Gradients per image"] == "50.5 / 50.5"
+    assert shown["Compile, s"] == "4.00 / –" and shown["Rounds"] == "2"
+    found |= {"runs": [{"round": 0, "series": "jax a", "error": "out of memory"}], "summary": {}, "ratio": {"a": None}}
+    _, (row,) = tables.autoattack([found])
+    assert dict(zip(head, row, strict=True))["Robust accuracy, %"] == "– / – (differ)"
