@@ -118,7 +118,8 @@ def whole(attack: Iterated, key: Array, logits_fn: Callable[..., Array], x: Arra
     """
     network = logits_fn if attack.random else lambda x, _: logits_fn(x)
     keys, eps = example_keys(key, x.shape[0]), norms.per_example("eps", eps, x)
-    eps = jnp.broadcast_to(eps.reshape(-1), x.shape[:1])
+    varies = jnp.zeros_like(x).reshape(len(x), -1).sum(axis=1)  # over every mesh axis that x varies over
+    eps = eps.reshape(-1) + varies
     logits = logits_of(network, x, keys)
     ranking = jnp.argsort(-logits, axis=-1)
 
@@ -126,6 +127,7 @@ def whole(attack: Iterated, key: Array, logits_fn: Callable[..., Array], x: Arra
         x_adv, broken = carry
         round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, r)
         target = jnp.take(ranking, (r + 1) % logits.shape[-1], axis=-1)  # what is not targeted looks away
+        target += varies.astype(target.dtype)
         state = attack.begin(round_keys, x, y, target, eps, jnp.full_like(y, r))
         state = lax.fori_loop(0, attack.num_steps, lambda _, state: attack.step(network, state), state)
         return choose(broken, x_adv, state.x_adv), broken | state.broken

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from lt_adv import attacks
 from lt_adv.attacks import slots
@@ -80,6 +82,26 @@ def test_each_breaks_what_can_be_broken_and_depends_on_its_own_key(name, norm):
     few = np.concatenate([run(keys[i], x[i], y[i], 0.05, name=name, norm=norm) for i in parts])
     np.testing.assert_allclose(weak, few, atol=2e-5)
     np.testing.assert_array_equal(wrong(weak, y), wrong(few, y))
+
+
+@pytest.mark.parametrize("name", ["apgd_targeted", "fab", "fab_targeted", "square"])
+def test_same_under_every_transformation(name):
+    x = images(16)
+    y, keys, eps = labels(x), jax.random.split(KEY, 16), np.linspace(0.02, 0.1, 16, dtype=np.float32)
+
+    def attack(keys, x, y, eps):
+        return FEW[name](keys, network, x, y, eps=eps)
+
+    expected = jax.jit(attack)(keys, x, y, eps)
+    compare = partial(np.testing.assert_allclose, desired=np.asarray(expected), atol=1e-5)
+    by_two = jax.tree.map(lambda a: a.reshape(8, 2, *a.shape[1:]), (keys, x, y, eps))
+    compare(jax.vmap(attack)(*by_two).reshape(x.shape))
+    compare(jax.pmap(attack)(*by_two).reshape(x.shape))
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    sharded = jax.shard_map(attack, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
+    compare(jax.jit(sharded)(keys, x, y, eps))
+    compiled = attacks.compile(FEW[name].func, lambda _, x: network(x), **FEW[name].keywords, eps=0.1)
+    assert compiled(KEY, None, x, y).shape == x.shape
 
 
 def test_fab_at_an_infinite_radius_gives_the_nearest_wrong_point_of_a_line():
