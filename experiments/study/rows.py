@@ -133,7 +133,7 @@ class Preset:
     rows: tuple[str, ...] = ()
 
 
-ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa", "autoattack")
+ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa")
 # One network, optimiser and radius for all rows, at half the size of the images. What belongs to a method stays its
 # own: the start of its attack, when the learning rate drops, and the epochs of a teacher, which come on top.
 CPU = (
@@ -150,7 +150,7 @@ CPU = (
     "--config.attack.eps=0.031",
     "--config.attack.step_size=0.0078",
     *(f"--config.eval.attacks.{name}.eps=0.031" for name in ATTACKS),
-    *(f"--config.eval.attacks.{name}.step_size=0.0078" for name in ATTACKS if name not in ("fgsm", "autoattack")),
+    *(f"--config.eval.attacks.{name}.step_size=0.0078" for name in ATTACKS if name != "fgsm"),
     "--config.eval.attacks.fgsm.start=zero",
     "--config.eval.only=('fgsm','pgd20','cw20','lsa')",
     "--config.eval.subset_per_class=100",

@@ -138,7 +138,8 @@ def test_commands(study):
 
 
 def test_autoattack_is_of_the_first_seed_and_of_fewer_images(study):
-    code, runs = study("--rows=at,shifted", "--seeds=0,1", "--epochs=5", "--scales=none", "--autoattack=3")
+    given = ("--epochs=5", "--scales=none", "--autoattack=3", "--config.eval.attacks.pgd20.eps=0.05")
+    code, runs = study("--rows=at,shifted", "--seeds=0,1", *given)
     assert code == 0
     assert runs.names == ["at-seed0", "at-seed0/autoattack", "at-seed0/shifted", "at-seed0/shifted-autoattack"] + [
         "at-seed1", "at-seed1/shifted",
@@ -146,6 +147,7 @@ def test_autoattack_is_of_the_first_seed_and_of_fewer_images(study):
     found = dict(zip(runs.names, runs.given, strict=True))
     config = arguments.parse(found["at-seed0/autoattack"][1:]).config
     assert config.eval.only == ("autoattack",) and config.eval.subset_per_class == 3
+    assert config.eval.attacks.autoattack.eps == 0.05, "the radius of pgd20"
     assert option(found["at-seed0/autoattack"], "mode") == "eval"
     assert study("--rows=at", "--autoattack=many")[0] == 2
 
