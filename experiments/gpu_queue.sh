@@ -2,12 +2,15 @@
 # The measurements of gpu_queue.md, entry by entry, each within ten minutes on one large GPU.
 #
 #   experiments/gpu_queue.sh prepare [image folder]    where there is a network, for a machine without one: fills .gpu/
-#   experiments/gpu_queue.sh <entry> ...               where the GPU is; without an entry all of them
+#   experiments/gpu_queue.sh <entry> ...               where the GPU is; without an entry all but the next
+#   experiments/gpu_queue.sh autoattack                hours, and no limit; autoattack-smoke tries it at a small size
 #
 # Results go to $OUT, or experiments/results/benchmark/; a short table comes last. Images: $IMAGES, a folder with
 # train/<class>/*, test/<class>/*, or what `prepare` packed, or random ones, which are as good for timing. $RUNS rounds
 # (3) of $TIMED seconds (5), at most $LIMIT seconds for an entry (570), with $PYTHON (python3). $MORE: further arguments
-# for all entries, to try them at a small size.
+# for all entries, to try them at a small size. The entry autoattack is one round with the network of the run in
+# $WORKDIR; without it, with one that it first trains for $EPOCHS epochs (5) on all training images; with an untrained
+# one, of which no image survives long, if the images are random. MORE=--images=500 makes it minutes.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-experiments/results/benchmark}
@@ -34,6 +37,7 @@ set_up() { # packages beside those of the machine, images, and where decoded one
     if [ -z "$images" ] && [ -f .gpu/images.tar.gz ]; then
         images=$scratch/images && mkdir "$images" && tar -C "$images" -xzf .gpu/images.tar.gz || exit
     fi
+    real=$images
     if [ -n "$images" ]; then
         data=(--config.data.name=image_folder --config.data.path="$images" --config.data.title="CIFAR-10-LT (image folder)")
     else
@@ -56,8 +60,20 @@ benchmark() { # kind, config, further arguments
         --runs="${RUNS:-3}" --seconds="${TIMED:-5}" --name="$entry-$device" --out="$out" "$@" ${MORE:-}
 }
 
+autoattack() { # further arguments of both: a smaller network
+    local at=configs/at.py:dataset=cifar10 limit=${LIMIT:-172800} workdir=${WORKDIR:-}
+    set -- --config.data.imbalance=none "$@"
+    if [ -z "$workdir" ] && [ -n "$real" ]; then
+        workdir=$scratch/$entry
+        timeout --kill-after=20 "$limit" "$python" -m lt_adv.main --config="$at,epochs=${EPOCHS:-5}" "${data[@]}" \
+            --workdir="$workdir" --config.model.dtype=bfloat16 --config.eval.only="('fgsm',)" "$@" >&2 || return
+    fi
+    RUNS=${RUNS:-1} benchmark autoattack "$at" ${workdir:+--workdir="$workdir"} --config.eval.batch_size=500 "$@"
+}
+
 measure() {
     local resnet=configs/at_bsl.py:dataset=cifar10 wrn=configs/robal.py:dataset=cifar10
+    local tiny="--config.model.depth=10 --config.model.width=1"
     case $entry in
         resnet18-bfloat16) benchmark step $resnet --config.model.dtype=bfloat16 ;;
         resnet18-float32) benchmark step $resnet --frameworks=jax,released ;; # "tuned" is bfloat16 on a GPU
@@ -69,8 +85,10 @@ measure() {
         start) benchmark start $wrn --config.model.dtype=bfloat16 ;;
         data) benchmark data $resnet ;;
         scaling) benchmark scaling $resnet --config.model.dtype=bfloat16 --batch-size=64,128,256,512 --num-steps=1,5,10 ;;
+        autoattack) autoattack ;;
+        autoattack-smoke) MORE="--images=64 --queries=50 --eps=0.002 ${MORE:-}" autoattack $tiny ;;
         smoke) # a tiny network through the same machinery, on whatever there is
-            benchmark step $wrn --config.model.depth=10 --config.model.width=1 --config.optim.batch_size=16 ;;
+            benchmark step $wrn $tiny --config.optim.batch_size=16 ;;
     esac
 }
 
@@ -80,8 +98,8 @@ if [ "${1:-}" = prepare ]; then
 fi
 [ $# -gt 0 ] || set -- "${entries[@]}"
 for entry in "$@"; do
-    [[ " ${entries[*]} smoke " == *" $entry "* ]] && continue
-    echo "Unknown entry $entry. There are: prepare ${entries[*]} smoke." >&2
+    [[ " ${entries[*]} autoattack autoattack-smoke smoke " == *" $entry "* ]] && continue
+    echo "Unknown entry $entry. There are: prepare ${entries[*]} autoattack autoattack-smoke smoke." >&2
     exit 2
 done
 set_up
