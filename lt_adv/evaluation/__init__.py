@@ -2,9 +2,11 @@
 
 from lt_adv.evaluation.evaluate import balanced_subset, evaluate, examples
 from lt_adv.evaluation.plots import main_attack
-from lt_adv.evaluation.protocol import takes_all, weights_digest
-from lt_adv.evaluation.records import Records, read
+from lt_adv.evaluation.protocol import split_digest, takes_all, weights_digest
+from lt_adv.evaluation.records import Records, digest, read
+from lt_adv.evaluation.reliability import probe, probed
 from lt_adv.evaluation.report import accuracy, balanced_accuracy, decomposition, metrics, summarise, warnings
+from lt_adv.evaluation.verdicts import figures, verdict
 from lt_adv.evaluation.write import accuracies, facts, markdown, show, table, warned, write_report
 
 __all__ = [
@@ -14,17 +16,23 @@ __all__ = [
     "balanced_accuracy",
     "balanced_subset",
     "decomposition",
+    "digest",
     "evaluate",
     "examples",
     "facts",
+    "figures",
     "main_attack",
     "markdown",
     "metrics",
+    "probe",
+    "probed",
     "read",
     "show",
+    "split_digest",
     "summarise",
     "table",
     "takes_all",
+    "verdict",
     "warned",
     "warnings",
     "weights_digest",
