@@ -129,6 +129,7 @@ def get(
         "split": "test",  # "validation", for whatever is chosen
         "subset_per_class": 0,  # 0: the whole split
         "only": (),  # names of attacks; all but AutoAttack, which takes as long as hundreds of PGD-20
+        "baseline": "",  # working directory of a run to hold the network against: is its gain real?
         "report": "",  # a name: reports/<name>/report.json; none: report.json
         "groups": "thirds",
         "checkpoint": "last",  # or "best", on the validation split

@@ -143,6 +143,7 @@ ENTRIES: Mapping[str, Rule] = {
     "eval.split": one_of(("test", "validation")),
     "eval.subset_per_class": ZERO_OR_MORE,
     "eval.only": each(a(str)),
+    "eval.baseline": a(str),
     "eval.report": lambda path, value: None if value == "" else file_name(path, value),
     "eval.groups": one_of(longtail.GROUPS),
     "eval.checkpoint": one_of(("last", "best")),

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -12,7 +11,7 @@ import ml_collections
 from etils import epath
 
 import lt_adv
-from lt_adv import check, data, evaluation, files, platform
+from lt_adv import baseline, check, data, evaluation, files, platform
 from lt_adv.training import checkpoint, logging, loop, program
 from lt_adv.training import mesh as meshes
 
@@ -43,6 +42,8 @@ def prepare(config: ml_collections.ConfigDict) -> None:
     """ValueError for values that cannot be; then jax may start."""
     check.values(config)
     platform.prepare(config.optim.batch_size, config.cpu_devices)
+    if config.eval.baseline:
+        _ended(config.eval.baseline, f"The baseline is the run in {config.eval.baseline!r} (config.eval.baseline)")
 
 
 def origin(config: ml_collections.ConfigDict) -> None:
@@ -52,13 +53,17 @@ def origin(config: ml_collections.ConfigDict) -> None:
     for stage in program.stages(config):
         if stage.init in ("fresh", "previous"):
             continue
-        begins = f"Stage {stage.name!r} begins with the run in {stage.init!r} (config.init_from)"
-        try:
-            _, meta = checkpoint.look(stage.init)
-        except FileNotFoundError as error:
-            raise ValueError(f"{begins}, where there is none: train it first, or name another.") from error
-        if not _finished(meta, "last"):
-            raise ValueError(f"{begins}, which is at {_position(meta)}: let it finish, or name another.")
+        _ended(stage.init, f"Stage {stage.name!r} begins with the run in {stage.init!r} (config.init_from)")
+
+
+def _ended(run: str, words: str) -> None:
+    """ValueError, which begins with `words`, unless the run in this directory is there and finished."""
+    try:
+        _, meta = checkpoint.look(run)
+    except FileNotFoundError as error:
+        raise ValueError(f"{words}, where there is none: train it first, or name another.") from error
+    if not _finished(meta, "last"):
+        raise ValueError(f"{words}, which is at {_position(meta)}: let it finish, or name another.")
 
 
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
@@ -190,6 +195,7 @@ def evaluate(
         "training_seconds": meta.get("seconds"),
         "commit": platform.commit(),
         "metrics": workdir / "metrics.jsonl",
+        "reliability": baseline.judge(config, workdir, (apply, variables), split, images, specs, trained),
     }
     if shown:
         context["examples"] = evaluation.examples(
@@ -215,12 +221,6 @@ def _images(options: ml_collections.ConfigDict, split: data.LongTailed) -> tuple
     chosen = evaluation.balanced_subset(images.label, options.subset_per_class)
     words = f"class-balanced subset, {options.subset_per_class} per class, seed 0"
     return images.take(chosen), words if options.split == "test" else f"{words}, of the validation split"
-
-
-def _code_digest() -> str:
-    """Of every line of this package: records made by other code never meet."""
-    root = pathlib.Path(lt_adv.__file__).parent
-    return hashlib.sha256(b"".join(f.read_bytes() for f in sorted(root.rglob("*.py")))).hexdigest()[:16]
 
 
 def _position(meta: Mapping[str, Any]) -> str:
@@ -249,7 +249,7 @@ def header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) ->
         "evaluation_seed": config.eval.seed,
         "config_digest": hashlib.sha256(json.dumps(_comparable(config.to_dict())).encode()).hexdigest()[:16],
         "lt_adv_version": lt_adv.__version__,
-        "code_digest": _code_digest(),
+        "code_digest": platform.code_digest(),
         "python_version": sys.version.partition(" ")[0],
     }
 

@@ -9,7 +9,7 @@ import rich.table
 from etils import epath
 
 from lt_adv import files
-from lt_adv.evaluation import plots, records, report
+from lt_adv.evaluation import plots, records, reliability_plot, report
 from lt_adv.evaluation.records import WORST, Records
 from lt_adv.evaluation.report import title
 
@@ -119,11 +119,44 @@ def accuracies(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
+def reliability(summary: Mapping[str, Any]) -> list[str]:
+    """The section on whether a gain over the baseline is real, as lines of markdown; none without a baseline."""
+    found = summary.get("reliability")
+    if found is None:
+        return []
+    verdict, protocol, sides = found["verdict"], found["protocol"], [found[side] for side in ("network", "baseline")]
+    rows = [[_attacked(name), *(percent(side["accuracy"][name]) for side in sides)] for name in sides[0]["accuracy"]]
+    rows += [[title(WORST), *(percent(side["worst"]) for side in sides)]]
+    last = f"{protocol['radii'][-1]:g}"
+    rows += [[f"PGD-{protocol['num_steps']}, radius {last}", *(percent(side["by_radius"][-1][1]) for side in sides)]]
+    rows += [["Images with zero input gradient", *(percent(side["zero_gradient"]) for side in sides)]]
+    rows += [["Largest logit minus second, median", *(f"{side['logit_lead']:.4g}" for side in sides)]]
+    return [
+        "## Is the gain real?",
+        "",
+        f"**{verdict['words']}**",
+        "",
+        *(f"- {line}" for line in (*verdict["reasons"], *verdict["notes"])),
+        "",
+        table(["", "This network", "Baseline"], rows),
+        "",
+        f"In per cent, on {protocol['images']} images that both networks were attacked on; radius "
+        f"{radius(protocol['eps'])}. The baseline is the run in {found['baseline_run']}. Worst case: here also under "
+        "PGD on rescaled logits. A figure counts where it is above the baseline's by three standard errors of the "
+        "paired differences.",
+        "",
+    ]
+
+
+def _attacked(name: str) -> str:
+    return {"square": "Square", "transfer": "Examples made on the baseline"}.get(name, title(name))
+
+
 def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
     """The paper-ready report of `report.summarise`, with `context` in it; accuracies in per cent."""
     lines = ["# Robustness under long-tailed data", "", *warned(summary)]
     lines += [f"- **{name}:** {value}" for name, value in facts(summary).items()]
-    lines += ["", *accuracies(summary), "## Natural + boundary = robust error", ""]
+    lines += ["", *accuracies(summary), *reliability(summary), "## Natural + boundary = robust error", ""]
     errors = ("natural_error", "boundary_error", "robust_error")
     rows = [
         [name.capitalize(), str(part["images"]), *(percent(part[error]) for error in errors)]
@@ -163,6 +196,9 @@ def show(summary: Mapping[str, Any], console: rich.console.Console | None = None
     console.print(terminal(summary))
     for warning in summary["warnings"]:
         console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    if found := summary.get("reliability"):
+        for line in (found["verdict"]["words"], *found["verdict"]["reasons"], *found["verdict"]["notes"]):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
 def write_report(directory: epath.PathLike, results: Records, context: Mapping[str, Any]) -> dict[str, Any]:
@@ -170,18 +206,22 @@ def write_report(directory: epath.PathLike, results: Records, context: Mapping[s
 
     `context`: class_counts [C] of the training set (needed); optional class_counts_before (the validation cut), groups
     (name of the definition, "thirds"), model, method, dataset, training_seconds, metrics (path of metrics.jsonl for the
-    training curves), examples (evaluate.examples, for the picture grid); any further plain entry becomes a line of the
-    header.
+    training curves), examples (evaluate.examples, for the picture grid), reliability (what `baseline.judge` found); any
+    further plain entry becomes a line of the header.
     """
     context = dict(context)
     curves, examples = context.pop("metrics", None), context.pop("examples", None)
     summary = report.summarise(results, context["class_counts"], context.pop("groups", "thirds"))
+    if (found := context.pop("reliability", None)) is not None:
+        summary["reliability"] = records.plain(found)
     summary["context"] = records.plain(context)
     drawn = {"Accuracy by class": plots.classes(summary), "Robust error": plots.errors(summary)}
     if curves is not None and (history := plots.read_metrics(curves)):
         drawn["Training curves"] = plots.curves(history)
     if examples is not None:
         drawn["Examples"] = plots.examples(examples, results.class_names, context["class_counts"])
+    if found is not None:
+        drawn["Reliability"] = reliability_plot.curves(found)
     directory = epath.Path(directory)
     pictures = {caption: f"plots/{caption.lower().replace(' ', '_')}.png" for caption in drawn}
     for caption, figure in drawn.items():
