@@ -26,7 +26,7 @@ def curves(found: Mapping[str, Any]) -> Figure:
                 axes.plot(*_columns(points), color=colour, linewidth=1.6, marker="o", markersize=3.5)
         if own[0] > 0:
             left.plot([own[0]], [100 * own[1]], color=colour, marker="o", markersize=8, fillstyle="none", linestyle="")
-    for axes, words in ((left, "lead of the largest logit when attacked"), (right, "radius")):
+    for axes, words in ((left, "lead of the largest logit when attacked (ring: as it is)"), (right, "radius")):
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(-2, 102)
