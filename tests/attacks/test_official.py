@@ -50,6 +50,8 @@ def test_official(head, variant, tmp_path):
     for name in AGREE if variant == "plain" else AGREE[1:]:
         agreement = (official(f"{name}.still_correct") == found[f"{name}.robust"]).mean()
         assert agreement >= 0.98, (name, agreement)
+    if variant != "plain":
+        return
     broken = (official("fab-t.linf") > 0) & (found["fab-t.linf"] > 0) & ~found["fab-t.robust"]
     ours, theirs = (np.median(length[broken]) for length in (found["fab-t.linf"], official("fab-t.linf")))
     assert abs(ours / theirs - 1) <= 0.02, (ours, theirs)
