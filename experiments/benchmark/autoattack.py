@@ -41,7 +41,7 @@ def torch_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **cas
     from experiments.torch_twin import autoattack as twin
 
     found, size = attacked.case(config, **case), config.eval.batch_size
-    net = found.torch().to(device)  # type: ignore[attr-defined]
+    net = found.torch().to(device)
     x = torch.tensor(found.image, device=device).permute(0, 3, 1, 2).contiguous()
     if found.label is None:
         y = torch.cat([net(part).argmax(-1) for part in x.split(size)])
