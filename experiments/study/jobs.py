@@ -104,7 +104,7 @@ def command(study: Study, job: Job, workdirs: Path | None = None) -> list[str]:
         own.append(f"--config.eval.only={tuple(map(sweep.name, study.scales))}".replace(" ", ""))
     if job.part == AUTOATTACK:
         config = f"experiments/study/autoattack.py:{config}"
-        own.append(f"--config.eval.subset_per_class={study.autoattack}")
+        own += ["--config.eval.only=('autoattack',)", f"--config.eval.subset_per_class={study.autoattack}"]
     if not job.trains:
         own += ["--mode=eval", f"--config.eval.report={job.report}"]
     given = [f"--config={config}", f"--workdir={_workdir(workdirs, job.trained, job.seed)}"]

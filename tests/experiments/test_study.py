@@ -140,6 +140,7 @@ def test_commands(study):
 
 def test_autoattack_is_of_the_first_seed_and_of_fewer_images(study):
     given = ("--epochs=5", "--scales=none", "--autoattack=3", "--config.eval.attacks.pgd20.eps=0.05")
+    given += ("--config.eval.only=('pgd20',)", "--config.eval.subset_per_class=9")  # of the main part
     code, runs = study("--rows=at,shifted", "--seeds=0,1", *given)
     assert code == 0
     assert runs.names == ["at-seed0", "at-seed0/autoattack", "at-seed0/shifted", "at-seed0/shifted-autoattack"] + [
