@@ -239,9 +239,9 @@ def _pixels(images: np.ndarray) -> np.ndarray:
 
 
 def _radii(eps: float, most: float) -> list[float]:
-    """2, 4, 8, ... as long as so many times eps is below `most`, then the factor that makes it `most`."""
+    """2, 4, 8, ... as long as so many times eps is well below `most`, then the factor that makes it `most`."""
     times, found = 2.0, []
-    while times * eps < most:
+    while times * eps < 0.75 * most:
         found.append(times)
         times *= 2
     return [*found, most / eps] if eps < most else found
