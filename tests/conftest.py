@@ -30,8 +30,8 @@ def short(monkeypatch):
     module = sys.modules["lt_adv.attacks.autoattack"]  # the package has the function under this name
     programs = module._programs
 
-    def shorter(names, classes, norm, bounds, random):
-        found, notes = programs(names, classes, norm, bounds, random)
+    def shorter(*given):
+        found, notes = programs(*given)
         fewer = {name: attack._replace(num_steps=attack.num_steps // 20) for name, attack in found.items()}
         return fewer, notes
 

@@ -1,7 +1,6 @@
 """AutoAttack on one network, by JAX and by the PyTorch twin: two works of `worker`, in the same words."""
 
 import contextlib
-import importlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -27,7 +26,8 @@ def jax_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **case:
         parts = np.split(found.image, range(size, len(found.image), size))
         label = np.concatenate([np.asarray(jax.jit(logits_fn)(part)).argmax(-1) for part in parts])
     key, options = jax.random.key(config.eval.seed), {"eps": found.eps, "version": tuple(attacks), "batch_size": size}
-    with asking(queries), compiling() as spans:
+    options["num_queries"] = queries
+    with compiling() as spans:
         start = time.perf_counter()
         result = autoattack(key, logits_fn, found.image, label, **options)
         taken = time.perf_counter() - start
@@ -74,23 +74,6 @@ def report(taken: float, compiled: float, eps: float, result: Any) -> dict[str, 
         "evaluations": result.evaluations,
         "robust": np.packbits(robust).tobytes().hex(),
     }
-
-
-@contextlib.contextmanager
-def asking(queries: int) -> Iterator[None]:
-    """JAX's Square with so many queries, for which `attacks.autoattack` has no option."""
-    module: Any = importlib.import_module("lt_adv.attacks.autoattack")  # the package has the function under this name
-    usual = module._programs
-
-    def programs(*given: Any) -> Any:
-        found, notes = usual(*given)
-        return {k: a._replace(num_steps=queries + 1) if k == "square" else a for k, a in found.items()}, notes
-
-    module._programs = programs
-    try:
-        yield
-    finally:
-        module._programs = usual
 
 
 @contextlib.contextmanager

@@ -99,16 +99,18 @@ def command(study: Study, job: Job, workdirs: Path | None = None) -> list[str]:
     if study.epochs and row.share:
         arguments.append(f"epochs={max(1, round(row.share * study.epochs))}")
     config, own = f"configs/{row.config}.py:{','.join(arguments)}", list(row.overrides)
+    common = list(study.overrides)
     if job.part == SWEEP:
         config = f"experiments/study/sweep.py:{config}"
         own.append(f"--config.eval.only={tuple(map(sweep.name, study.scales))}".replace(" ", ""))
     if job.part == AUTOATTACK:
         config = f"experiments/study/autoattack.py:{config}"
+        common = [o for o in common if not o.startswith("--config.eval.only=")]  # given twice, a tuple is added to
         own += ["--config.eval.only=('autoattack',)", f"--config.eval.subset_per_class={study.autoattack}"]
     if not job.trains:
         own += ["--mode=eval", f"--config.eval.report={job.report}"]
     given = [f"--config={config}", f"--workdir={_workdir(workdirs, job.trained, job.seed)}"]
-    given += [f"--config.seed={job.seed}", *study.overrides, *own]
+    given += [f"--config.seed={job.seed}", *common, *own]
     base = str(_workdir(workdirs, row.base, job.seed)) if row.base else ""
     return ["-m", "lt_adv.main", *(part.replace("{base}", base) for part in given)]
 

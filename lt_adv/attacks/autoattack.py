@@ -37,7 +37,7 @@ class Result(NamedTuple):
     prediction: np.ndarray  # int32 [n]: of x_adv
     broken_by: np.ndarray  # int32 [n]: the attack that broke the image, by its place in `accuracy`; 0 clean, -1 none
     accuracy: dict[str, float]  # "clean", then after each attack, in [0, 1]
-    evaluations: dict[str, tuple[int, int]]  # attack -> forward passes of one image, how many of them with a gradient
+    evaluations: dict[str, tuple[int, int]]  # attack -> forward passes that images asked for, and how many gradients
     notes: tuple[str, ...]  # what was done otherwise than the version says, and why
 
 
@@ -51,6 +51,7 @@ def autoattack(
     norm: str = "linf",
     version: str | Sequence[str] = "standard",
     batch_size: int = 256,
+    num_queries: int = 5000,
     bounds: Bounds = (0.0, 1.0),
     resume: Any = None,
     progress: Callable[[str], None] | None = None,
@@ -59,7 +60,7 @@ def autoattack(
     """AutoAttack on any number of images. Not traceable: it drives compiled attacks from the host.
 
     The version "standard" is APGD on cross-entropy, APGD on the targeted ratio and targeted FAB (nine targets each, or
-    as many as there are), and Square with 5,000 queries. "plus" adds APGD on the ratio and untargeted FAB, with five
+    as many as there are), and Square. "plus" adds APGD on the ratio and untargeted FAB, with five
     restarts of these three. "rand" is for randomised networks: APGD on both, gradients averaged over 20 draws;
     logits_fn is then called as logits_fn(x, keys), one key per image. A sequence of names out of `ATTACKS` runs these.
 
@@ -72,6 +73,7 @@ def autoattack(
       eps: radius, in units of the [0, 1] pixel range.
       norm: "linf" or "l2".
       batch_size: images that are attacked at once, rounded up to a multiple of the devices.
+      num_queries: of Square.
       resume: None, or a directory (a path, or an `etils.epath.Path` for a store) that keeps what is done; the same call
         goes on from there after an interruption. Each directory is of one call.
       progress: called with one line of text now and then.
@@ -87,12 +89,13 @@ def autoattack(
 
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks", ICML 2020.
+    Evaluations are counted as far as each image needs them: a slot that waits for the others' next look is not.
     Differs from the released code: keys belong to images; an image is left as soon as it is broken, FAB's too; with
     fewer than ten classes all wrong ones are targets.
     """
     names = attacks_of(version)
     x, y = np.asarray(x), np.asarray(y)
-    iterated.check(x, y, None, bounds, batch_size=batch_size)
+    iterated.check(x, y, None, bounds, batch_size=batch_size, num_queries=num_queries)
     if not len(x) or not batch_size:
         raise ValueError(f"Nothing to attack: {len(x)} images in batches of {batch_size}.")
     if not (x.min() >= bounds[0] and x.max() <= bounds[1]):
@@ -109,11 +112,11 @@ def autoattack(
     if not np.isfinite(clean).all():
         raise ValueError(f"The logits of {(~np.isfinite(clean)).any(-1).sum()} clean images are not finite.")
     ranking = np.argsort(-clean, axis=-1, kind="stable")
-    programs, notes = _programs(names, clean.shape[-1], norm, bounds, random)
+    programs, notes = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
     correct = clean.argmax(-1) == y
     x_adv, broken_by = x.copy(), np.where(correct, -1, 0).astype(np.int32)
     accuracy, evaluations = {"clean": float(correct.mean())}, {}
-    log = journal.open_(resume, journal.digest(x, y, clean, radius, jax.random.key_data(keys), (names, norm, bounds)))
+    log = journal.open_(resume, journal.digest(x, y, clean, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries)))
     say = progress or (lambda _: None)
 
     for number, (name, attack) in enumerate(programs.items(), start=1):
@@ -171,7 +174,7 @@ def attacks_of(version: str | Sequence[str]) -> tuple[str, ...]:
 
 
 def _programs(
-    names: tuple[str, ...], classes: int, norm: str, bounds: Bounds, random: bool
+    names: tuple[str, ...], classes: int, norm: str, bounds: Bounds, random: bool, num_queries: int
 ) -> tuple[dict[str, Iterated], tuple[str, ...]]:
     """The attacks by name, and what had to be changed for a small number of classes."""
     if classes < 2:
@@ -191,15 +194,17 @@ def _programs(
         "apgd-t": lambda: apgd_targeted_program(targeted_ratio, norm, 100, targets, 0.75, eot, bounds),
         "fab": lambda: fab_program(classes, norm, 100, restarts, 0.1, 1.05, 0.9, bounds),
         "fab-t": lambda: fab_targeted_program(norm, 100, targets, 0.1, 1.05, 0.9, bounds),
-        "square": lambda: square_program(difference, norm, 5000, 0.8, bounds),
+        "square": lambda: square_program(difference, norm, num_queries, 0.8, bounds),
     }
     return {name: build[name]() for name in names}, tuple(notes)
 
 
 def _even(images: int, batch_size: int) -> int:
-    """As few slots as attack the images in as few waves, in eighths of a batch: few shapes, and few idle slots."""
-    waves, step = max(-(-images // batch_size), 1), max(batch_size // 8, 1)
-    return min(-(-max(images, 1) // (waves * step)) * step, batch_size)
+    """As few slots as attack the images in as few waves, rounded up by an eighth at most: few idle, and few shapes."""
+    waves = max(-(-images // batch_size), 1)
+    size = max(-(-images // waves), 1)
+    step = 2 ** max(size.bit_length() - 4, 0)
+    return min(-(-size // step) * step, batch_size)
 
 
 def _kept(fresh: Iterator[slots.Done], log: journal.Journal, number: int, least: int) -> Iterator[slots.Done]:

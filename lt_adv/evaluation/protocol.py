@@ -15,7 +15,7 @@ from lt_adv.attacks.autoattack import attacks_of
 from lt_adv.evaluation import records
 
 NAMES = ("fgsm", "pgd", "mim", "cw", "autoattack")
-NOT_OPTIONS = ("x_init", "bounds", "batch_size", "resume", "progress", "devices")  # the evaluation's own
+NOT_OPTIONS = ("x_init", "bounds", "batch_size", "num_queries", "resume", "progress", "devices")  # the evaluation's own
 
 
 def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:

@@ -122,16 +122,6 @@ def test_bad_arguments_are_answered_in_one_line(given, expected, monkeypatch, ca
     assert printed.startswith("Error: ") and printed.count("\n") == 1 and expected in printed
 
 
-def test_square_is_given_its_queries_and_then_forgets_them():
-    from lt_adv.attacks.autoattack import _programs
-
-    standard = (("apgd-ce", "square"), 10, "linf", (0.0, 1.0), False)
-    with autoattack.asking(7):
-        module = __import__("sys").modules["lt_adv.attacks.autoattack"]
-        steps = {name: attack.num_steps for name, attack in module._programs(*standard)[0].items()}
-    assert steps == {"apgd-ce": 101, "square": 8} and module._programs is _programs
-
-
 def test_time_of_nested_spans_counts_once():
     assert autoattack.union([(5, 6), (0, 4), (1, 2), (3, 4.5)]) == 5.5 and autoattack.union([]) == 0
 
