@@ -1,4 +1,4 @@
-"""Our own recipe: self-distillation with much gradient matching, an average of the weights, and no crops in a short run.
+"""Our own recipe: self-distillation with much gradient matching, averaged weights, and no crops in a short run.
 
 Paper      none: this project's, made of Cho et al. and Lee et al. (gradient matching), both ICLR 2025, and an average
 Command    python -m lt_adv.main --config=configs/lt_adv.py:dataset=cifar10

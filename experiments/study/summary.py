@@ -17,8 +17,8 @@ def summarise(
     published: Mapping[str, str],
     autoattack: Results | None = None,
 ) -> dict:
-    """`published`: what each config expects; `autoattack`: on fewer images, beside the results. Accuracies and errors are
-    in [0, 1]; curves are means over the seeds."""
+    """`published`: what each config expects; `autoattack`: on fewer images, beside the results. Accuracies and errors
+    are in [0, 1]; curves are means over the seeds."""
     return {
         "about": about(results) | autoattacked(autoattack or {}),
         "rows": {

@@ -116,7 +116,8 @@ def autoattack(
     correct = clean.argmax(-1) == y
     x_adv, broken_by = x.copy(), np.where(correct, -1, 0).astype(np.int32)
     accuracy, evaluations = {"clean": float(correct.mean())}, {}
-    log = journal.open_(resume, journal.digest(x, y, clean, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries)))
+    call = journal.digest(x, y, clean, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries))
+    log = journal.open_(resume, call)
     say = progress or (lambda _: None)
 
     for number, (name, attack) in enumerate(programs.items(), start=1):
