@@ -56,7 +56,7 @@ def wrong(x_adv, y, logits_fn=network):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", FEW)
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), eps=st.floats(0, 1, width=32), border=st.booleans())
 def test_inside_ball_and_box_and_what_is_wrong_stays(name, norm, seed, eps, border):
     x = images(10, seed)

@@ -1,7 +1,7 @@
 """AutoAttack's attacks, alone and together, against runs of the official code on two networks and their hard variants.
 
 Logits x 10,000, where the gradient of the cross-entropy vanishes in float32; input quantised to 16 grey levels,
-where every gradient is zero and only Square gets through.
+where every gradient is zero and only Square gets through. The hard variants are attacked on every second image.
 """
 
 import os
@@ -16,6 +16,7 @@ import pytest
 from lt_adv import attacks
 from tests.attacks.conftest import load
 from tests.attacks.official import VARIANTS
+from tests.attacks.test_golden_autoattack import FAST
 
 HEADS = ("linear", "cosine")
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -23,33 +24,43 @@ POINTS = {"plain": 1.0, "scaled_1e4": 1.5, "quantised_16": 1.5}
 AGREE = ("apgd-ce", "apgd-t", "fab-t")
 
 
-def off(net, variant, name, robust):
-    """Points between the robust accuracy and the mean of the official seeds."""
-    return 100 * abs(robust.mean() - net.arrays[f"official.{variant}.{name}.still_correct"].mean())
+def every(variant):
+    return slice(None, None, 1 if variant == "plain" else 2)
+
+
+def misses(net, variant, name, robust):
+    """How far an attack alone is from the official one: (what, by how much) of each limit that it misses."""
+    official = net.arrays[f"official.{variant}.{name}.still_correct"][:, every(variant)]
+    points = 100 * abs(robust.mean() - official.mean())  # of robust accuracy, from the mean of the seeds
+    found = [("points", points)] if points > POINTS[variant] + 1e-9 else []
+    # Which image breaks by accident, where the gradient is zero or nearly so, is up to the random start.
+    if name in {"plain": AGREE, "scaled_1e4": AGREE[1:], "quantised_16": ()}[variant]:
+        agreement = (official == robust).mean(axis=-1)
+        found += [("agreement", agreement)] if agreement.min() < 0.98 else []
+    return found
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("head", HEADS)
 def test_official(head, variant, tmp_path):
-    names = ("apgd-dlr", *STANDARD)
+    names = ("apgd-dlr", *STANDARD) if variant == "plain" else STANDARD
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    command = [sys.executable, "-m", "tests.attacks.official", head, variant, str(tmp_path / "out.npz"), *names]
+    command = [sys.executable, "-m", "tests.attacks.official", head, variant, str(every(variant).step)]
+    command += [str(tmp_path / "out.npz"), *names]
     subprocess.run(command, check=True, env=environment, timeout=1200)
     net, found = load(head), np.load(tmp_path / "out.npz")
-    official = lambda name: net.arrays[f"official.{variant}.{name}"]  # noqa: E731
+    official = lambda name: net.arrays[f"official.{variant}.{name}"][..., every(variant)]  # noqa: E731
     for name in names:
-        assert off(net, variant, name, found[f"{name}.robust"]) <= POINTS[variant], name
+        assert not misses(net, variant, name, found[f"{name}.robust"]), name
     worst = np.logical_and.reduce([found[f"{name}.robust"] for name in STANDARD]).mean()
-    assert abs(worst - net.info["official"][variant]["worst_case"]) <= 0.005
+    theirs = np.logical_and.reduce([official(f"{name}.still_correct")[0] for name in STANDARD]).mean()
+    assert abs(worst - theirs) <= 0.005
+    if variant == "plain":
+        assert abs(worst - net.info["official"][variant]["worst_case"]) <= 0.005
     queries = np.stack([official(f"square.queries_seed{seed}") for seed in range(3)])
     for count in (100, 500, 1000, 5000):
         survivors = [100 * np.mean((q > count), axis=-1) for q in (found["square.queries"], queries)]
         assert abs(survivors[0] - survivors[1].mean()) <= 1.5, count
-    if variant == "quantised_16":
-        return  # which image breaks by accident, on the way of a gradient of zero, is up to the random start
-    for name in AGREE if variant == "plain" else AGREE[1:]:
-        agreement = (official(f"{name}.still_correct") == found[f"{name}.robust"]).mean()
-        assert agreement >= 0.98, (name, agreement)
     if variant != "plain":
         return
     broken = (official("fab-t.linf") > 0) & (found["fab-t.linf"] > 0) & ~found["fab-t.robust"]
@@ -59,16 +70,16 @@ def test_official(head, variant, tmp_path):
 
 @pytest.mark.parametrize("objective", [attacks.cross_entropy, attacks.margin])
 def test_pgd_20_in_the_place_of_any_attack_fails(objective):
-    gaps = {name: [] for name in STANDARD}
+    missed = {name: [] for name in STANDARD}
     for head in HEADS:
         net = load(head)
         for variant, change in VARIANTS.items():
             logits_fn = change(net.logits_fn)
-            attack = jax.jit(partial(attacks.pgd, logits_fn=logits_fn, objective=objective, num_steps=20))
+            attack = partial(attacks.pgd, logits_fn=logits_fn, objective=objective, num_steps=20)
             options = {"eps": net.info["eps"], "step_size": net.info["step_size"]}
-            x_adv = attack(jax.random.key(0), x=net.x, y=net.y, **options)
+            x_adv = jax.jit(attack, compiler_options=FAST)(jax.random.key(0), x=net.x, y=net.y, **options)
             robust = np.asarray((logits_fn(net.x).argmax(-1) == net.y) & (logits_fn(x_adv).argmax(-1) == net.y))
+            robust = robust[every(variant)]
             for name in STANDARD:
-                gaps[name].append(off(net, variant, name, robust) - POINTS[variant])
-    for name, gap in gaps.items():
-        assert max(gap) > 0, f"PGD-20 passes for {name}: {gap}"
+                missed[name] += misses(net, variant, name, robust)
+    assert all(missed.values()), missed
