@@ -4,7 +4,8 @@ import pytest
 
 from experiments.study import sweep
 from lt_adv import arguments
-from tests.experiments.test_study import ROOT, option, study  # noqa: F401
+from tests.experiments.conftest import ROOT
+from tests.experiments.study_parts import option
 
 
 def test_autoattack_is_of_the_first_seed_and_of_fewer_images(study):
