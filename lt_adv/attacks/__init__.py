@@ -11,6 +11,7 @@ from lt_adv.attacks.fab import fab, fab_targeted
 from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
 from lt_adv.attacks.objectives import (
     cross_entropy,
+    cross_entropy_of_differences,
     difference,
     dlr,
     kl_divergence,
@@ -26,6 +27,7 @@ __all__ = [
     "autoattack",
     "compile",
     "cross_entropy",
+    "cross_entropy_of_differences",
     "cw",
     "difference",
     "dlr",

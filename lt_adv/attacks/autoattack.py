@@ -14,7 +14,7 @@ from lt_adv.attacks import iterated, journal, norms, slots
 from lt_adv.attacks.apgd import apgd_program, apgd_targeted_program
 from lt_adv.attacks.fab import fab_program, fab_targeted_program
 from lt_adv.attacks.iterated import Bounds, Iterated
-from lt_adv.attacks.objectives import cross_entropy, difference, dlr, targeted_difference, targeted_dlr
+from lt_adv.attacks.objectives import cross_entropy_of_differences, difference, dlr, targeted_difference, targeted_dlr
 from lt_adv.attacks.square import square_program
 from lt_adv.attacks.starts import example_keys
 
@@ -190,7 +190,7 @@ def _programs(
         targeted_ratio = targeted_difference
         notes.append("apgd-t: the targeted ratio needs four classes; the difference of logits takes its place.")
     build = {
-        "apgd-ce": lambda: apgd_program(cross_entropy, norm, 100, restarts, 0.75, eot, bounds),
+        "apgd-ce": lambda: apgd_program(cross_entropy_of_differences, norm, 100, restarts, 0.75, eot, bounds),
         "apgd-dlr": lambda: apgd_program(ratio, norm, 100, restarts, 0.75, eot, bounds),
         "apgd-t": lambda: apgd_targeted_program(targeted_ratio, norm, 100, targets, 0.75, eot, bounds),
         "fab": lambda: fab_program(classes, norm, 100, restarts, 0.1, 1.05, 0.9, bounds),

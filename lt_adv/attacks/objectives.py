@@ -26,6 +26,27 @@ def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array
     return jnp.log(jnp.exp(logits).sum(axis=-1)) - _at_label(logits, y)
 
 
+def cross_entropy_of_differences(logits: Array, y: Array) -> Array:
+    """Cross-entropy as log(1 + sum_{j != y} exp(z_j - z_y)): the value of `cross_entropy`, without a cancellation.
+
+    Where the softmax is saturated, its gradient is zero to the last bit, in every compiled program; that of
+    `cross_entropy` is the difference of two numbers close to one, and what rounding leaves of it depends on how a
+    compiler fuses them. AutoAttack, whose answer must not, takes this form.
+
+    Args:
+      logits: [batch, classes], at least two classes.
+      y: labels, integers [batch].
+
+    Returns:
+      [batch], in nats.
+    """
+    lead = jnp.where(_is_label(logits, y), 0, logits - _at_label(logits, y)[:, None])  # of y itself: exp(0) = 1
+    shift = lax.stop_gradient(lead.max(axis=-1, keepdims=True))  # 0 where y is the largest
+    others = jnp.where(_is_label(logits, y), 0, jnp.exp(lead - shift)).sum(axis=-1)
+    shift = shift[:, 0]
+    return jnp.where(shift > 0, shift + jnp.log(others + jnp.exp(-shift)), jnp.log1p(others))
+
+
 def margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
     """The Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0).
 

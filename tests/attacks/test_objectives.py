@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from lt_adv import attacks
 
@@ -47,3 +48,42 @@ def test_kl_divergence():
     other = probs[::-1]
     expected = np.sum(other * np.log(other / probs), axis=1)
     np.testing.assert_allclose(attacks.kl_divergence(LOGITS, other), expected, rtol=1e-5)
+
+
+def test_cross_entropy_of_differences_is_the_cross_entropy(float64):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(200, 7)) * 5)
+    y = jnp.asarray(np.random.default_rng(1).integers(0, 7, 200))
+    both = (attacks.cross_entropy, attacks.cross_entropy_of_differences)
+    values = [objective(logits, y) for objective in both]
+    gradients = [jax.grad(lambda z, objective=objective: objective(z, y).sum())(logits) for objective in both]
+    np.testing.assert_allclose(values[1], values[0], rtol=1e-9, atol=1e-14)
+    np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-9, atol=1e-14)
+
+
+def test_a_saturated_softmax_leaves_exact_zeros():
+    logits = jnp.array([[300.0, 0.0, -5.0], [0.0, 300.0, 0.0]])
+    value, gradient = jax.jit(
+        jax.value_and_grad(lambda z: attacks.cross_entropy_of_differences(z, jnp.array([0, 0])).sum())
+    )(logits)
+    np.testing.assert_array_equal(gradient, [[0, 0, 0], [-1, 1, 0]])
+    assert value == 300
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
+def test_ratios_know_no_scale_and_no_shift(scale):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 6)), jnp.float32)
+    y, target = (jnp.asarray(np.random.default_rng(i).integers(0, 6, 50)) for i in (1, 2))
+    changed = scale * logits + 3 * scale
+    np.testing.assert_allclose(attacks.dlr(changed, y), attacks.dlr(logits, y), rtol=2e-3)
+    np.testing.assert_allclose(
+        attacks.targeted_dlr(changed, y, target), attacks.targeted_dlr(logits, y, target), rtol=2e-3, atol=1e-5
+    )
+    wrong = np.asarray(logits.argmax(-1) != y)
+    for objective in (attacks.dlr, attacks.difference):
+        np.testing.assert_array_equal(np.asarray(objective(logits, y)) > 0, wrong)
+    ordered = np.sort(np.asarray(logits), axis=-1)[:, ::-1]
+    z_y, z_t = np.asarray(logits)[np.arange(50), y], np.asarray(logits)[np.arange(50), target]
+    other = np.where(wrong, ordered[:, 0], ordered[:, 1])
+    np.testing.assert_allclose(attacks.dlr(logits, y), (other - z_y) / (ordered[:, 0] - ordered[:, 2]), rtol=1e-5)
+    below = ordered[:, 0] - (ordered[:, 2] + ordered[:, 3]) / 2
+    np.testing.assert_allclose(attacks.targeted_dlr(logits, y, target), (z_t - z_y) / below, rtol=1e-5, atol=1e-6)

@@ -48,7 +48,7 @@ def test_official(head, variant, tmp_path):
     for name in names:
         assert not misses(net, variant, name, found[f"{name}.robust"]), name
     worst = np.logical_and.reduce([found[f"{name}.robust"] for name in STANDARD]).mean()
-    assert abs(worst - net.info["official"][variant]["worst_case"]) <= 0.005
+    assert abs(worst - net.info["official"][variant]["worst_case"]) <= 0.005 + 1e-9
     queries = np.stack([official(f"square.queries_seed{seed}") for seed in range(3)])
     for count in (100, 500, 1000, 5000):
         survivors = [100 * np.mean((q > count), axis=-1) for q in (found["square.queries"], queries)]

@@ -23,7 +23,7 @@ def test_lt_adv_evaluates_what_pytorch_trained(tmp_path, capsys):
     assert train.main(["train", *options, "--setting=released", "--device=cpu"]) == 0
     printed = capsys.readouterr().out
     assert "epoch 2/2" in printed
-    config, workdir, _ = arguments.parse(["main", *options])
+    config, workdir, *_ = arguments.parse(["main", *options])
     dataset = data.load(config.data)
     summary, split = run.evaluate(config, workdir, dataset), data.long_tailed(dataset, config.data)
     header = summary["header"]
