@@ -18,7 +18,9 @@ APGD = {
     "apgd_ce": apgd_program(attacks.cross_entropy_of_differences, "linf", 100, 1, 0.75, None, BOX),
     "apgd_dlr": apgd_program(attacks.dlr, "linf", 100, 1, 0.75, None, BOX),
     "apgd_t": apgd_targeted_program(attacks.targeted_dlr, "linf", 100, 1, 0.75, None, BOX),
-    "apgd_ce_l2": apgd_program(attacks.cross_entropy_of_differences, "l2", 100, 1, 0.75, None, BOX),
+    # On one image the softmax is saturated in float64, and its gradient is what rounding leaves of p_y - 1: the golden
+    # path follows it, so the form of the cross-entropy that has this difference is compared here.
+    "apgd_ce_l2": apgd_program(attacks.cross_entropy, "l2", 100, 1, 0.75, None, BOX),
 }
 
 
