@@ -83,7 +83,7 @@ def apgd(
     with `eot`, objectives are averaged over the draws as gradients are.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    iterated.check(x, y, None, bounds, num_steps=num_steps, num_restarts=num_restarts)
+    bounds = iterated.check(x, y, None, bounds, num_steps=num_steps, num_restarts=num_restarts)
     attack = apgd_program(objective, norm, num_steps, num_restarts, rho, eot, bounds)
     return iterated.whole(attack, key, logits_fn, x, y, eps)
 
@@ -115,7 +115,7 @@ def apgd_targeted(
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, section 4.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    iterated.check(x, y, None, bounds, num_steps=num_steps, num_targets=num_targets)
+    bounds = iterated.check(x, y, None, bounds, num_steps=num_steps, num_targets=num_targets)
     num_targets = min(num_targets, iterated.num_classes(logits_fn, x, eot is not None) - 1)
     attack = apgd_targeted_program(objective, norm, num_steps, num_targets, rho, eot, bounds)
     return iterated.whole(attack, key, logits_fn, x, y, eps)

@@ -95,7 +95,9 @@ def autoattack(
     """
     names = attacks_of(version)
     x, y = np.asarray(x), np.asarray(y)
-    iterated.check(x, y, None, bounds, batch_size=batch_size, num_queries=num_queries)
+    bounds = iterated.check(x, y, None, bounds, batch_size=batch_size, num_queries=num_queries)
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise ValueError(f"y must be integer labels [n], got {y.dtype} of shape {y.shape}.")
     if not len(x) or not batch_size:
         raise ValueError(f"Nothing to attack: {len(x)} images in batches of {batch_size}.")
     if not (x.min() >= bounds[0] and x.max() <= bounds[1]):
@@ -113,6 +115,8 @@ def autoattack(
         raise ValueError(f"The logits of {(~np.isfinite(clean)).any(-1).sum()} clean images are not finite.")
     ranking = np.argsort(-clean, axis=-1, kind="stable")
     programs, notes = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
+    if not (y.min() >= 0 and y.max() < clean.shape[-1]):
+        raise ValueError(f"y must be labels of {clean.shape[-1]} classes, got {y.min()} to {y.max()}.")
     correct = clean.argmax(-1) == y
     x_adv, broken_by = x.copy(), np.where(correct, -1, 0).astype(np.int32)
     accuracy, evaluations = {"clean": float(correct.mean())}, {}

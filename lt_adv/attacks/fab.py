@@ -74,7 +74,7 @@ def fab(
     ICML 2020, algorithm 1.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    iterated.check(x, y, None, bounds, num_steps=num_steps, num_restarts=num_restarts)
+    bounds = iterated.check(x, y, None, bounds, num_steps=num_steps, num_restarts=num_restarts)
     classes = iterated.num_classes(logits_fn, x)
     attack = fab_program(classes, norm, num_steps, num_restarts, alpha_max, eta, beta, bounds)
     return iterated.whole(attack, key, logits_fn, x, y, eps)
@@ -107,7 +107,7 @@ def fab_targeted(
     ICML 2020; targets as in "Reliable evaluation of adversarial robustness", ICML 2020, section 5.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    iterated.check(x, y, None, bounds, num_steps=num_steps, num_targets=num_targets)
+    bounds = iterated.check(x, y, None, bounds, num_steps=num_steps, num_targets=num_targets)
     num_targets = min(num_targets, iterated.num_classes(logits_fn, x) - 1)
     attack = fab_targeted_program(norm, num_steps, num_targets, alpha_max, eta, beta, bounds)
     return iterated.whole(attack, key, logits_fn, x, y, eps)

@@ -41,8 +41,8 @@ class Iterated(NamedTuple):
     gradients: int = 1  # as many of them with a backward pass
 
 
-def check(x: Array, y: Array, x_init: Array | None, bounds: Bounds, **counts: int) -> None:
-    """ValueError for what cannot be meant; `counts` are numbers of steps and the like, 0 or more."""
+def check(x: Array, y: Array, x_init: Array | None, bounds: Bounds, **counts: int) -> Bounds:
+    """The bounds, as a tuple; ValueError for what cannot be meant. `counts` are numbers of steps and the like, >= 0."""
     low, high = bounds
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating, inside bounds, got {x.dtype}: divide uint8 images by 255.")
@@ -55,6 +55,7 @@ def check(x: Array, y: Array, x_init: Array | None, bounds: Bounds, **counts: in
             raise ValueError(f"{name} must be a Python int, 0 or more, got {count!r}.")
     if not low < high:
         raise ValueError(f"bounds must be (low, high) with low < high, got {(low, high)}.")
+    return low, high
 
 
 def logits_of(network: Network, x: Array, keys: Array) -> Array:

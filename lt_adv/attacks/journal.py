@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pathlib
+import re
 from typing import Any
 
 import numpy as np
@@ -44,7 +45,9 @@ class Journal:
     def __init__(self, where: Any) -> None:
         self.where = where
         self.waiting: list[Done] = []
-        self.files = 0 if where is None else len(list(where.iterdir()))
+        names = [path.name for path in where.iterdir()] if where is not None else []
+        numbers = [int(found[1]) for found in map(re.compile(r"\d+-(\d+)\.npz").fullmatch, names) if found]
+        self.files = max(numbers, default=-1) + 1
 
     def add(self, number: int, done: Done, least: int) -> None:
         """Keeps what is done; written as soon as it is `least` images."""

@@ -71,7 +71,7 @@ def square(
     Differs from the released code: every image draws windows and signs of its own.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    iterated.check(x, y, None, bounds, num_queries=num_queries)
+    bounds = iterated.check(x, y, None, bounds, num_queries=num_queries)
     attack = square_program(objective, norm, num_queries, p_init, bounds)
     return iterated.whole(attack, key, logits_fn, x, y, eps)
 

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from lt_adv.models import weight_files
+from tests.experiments import NO_TORCH
 from tests.models.torch_files import SAVE, save_header, save_npz, save_safetensors, save_torch
 
 STATE = {"conv1.weight": np.arange(54.0, dtype=np.float32).reshape(2, 3, 3, 3), "n": np.array(7), "e": np.ones((0, 2))}
@@ -46,7 +47,7 @@ def test_a_truncated_file(tmp_path, suffix, kept):
 def test_a_file_of_something_else(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_text("<html>Quota exceeded, try again tomorrow.</html>")
-    pytest.importorskip("torch") if suffix == ".pt" else None
+    pytest.importorskip("torch", reason=NO_TORCH) if suffix == ".pt" else None
     assert "cannot be imported: " in refused(path)
 
 
@@ -64,7 +65,7 @@ class Marks:
 @pytest.mark.parametrize("way", ["whole", "entry"])
 def test_code_in_a_file_is_not_run(tmp_path, suffix, way):
     path, mark = tmp_path / f"weights{suffix}", tmp_path / "mark"
-    torch = pytest.importorskip("torch") if suffix != ".npz" else None
+    torch = pytest.importorskip("torch", reason=NO_TORCH) if suffix != ".npz" else None
     if way == "whole":
         path.write_bytes(pickle.dumps(Marks(mark), protocol=2))
     elif torch:

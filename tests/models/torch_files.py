@@ -7,6 +7,7 @@ import struct
 import numpy as np
 import pytest
 
+from tests.experiments import NO_TORCH
 from tests.models.test_backbones import SPECIFICATION, fill
 
 REAT = (
@@ -66,7 +67,7 @@ def wide_resnet_state(variables):
 
 
 def save_torch(path, state, wrap=lambda state: state):
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
     torch.save(wrap({name: torch.from_numpy(np.array(array)) for name, array in state.items()}), path)
     return path
 
