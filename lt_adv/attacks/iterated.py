@@ -39,6 +39,7 @@ class Iterated(NamedTuple):
     random: bool = False  # whether the network takes one key per example besides x
     forwards: int = 1  # forward passes of one step,
     gradients: int = 1  # as many of them with a backward pass
+    carries: tuple[str, ...] = ()  # what, with a new start, makes up the state in the midst of a round; () if too much
 
 
 def check(x: Array, y: Array, x_init: Array | None, bounds: Bounds, **counts: int) -> Bounds:

@@ -6,6 +6,7 @@ shape, spread over all devices.
 """
 
 import functools
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lt_adv.attacks.iterated import Iterated, choose, logits_of
 
 CHUNK = {1: range(8, 26), 0: range(40, 91)}  # steps between two looks at the slots, with gradients and without
+TURN = 500  # steps after which an image within a round makes room for another one
 
 
 class Network(NamedTuple):
@@ -87,7 +89,7 @@ class Programs(NamedTuple):
     """What runs on a mesh; each compiled once for an attack, a network's shapes and a number of slots."""
 
     fill: Callable[..., Any]  # (attack, keys, x, y, target, eps, round) -> state
-    refill: Callable[..., Any]  # (attack, where, state, keys, ...) -> state
+    refill: Callable[..., Any]  # (attack, where, state, back, kept, keys, ...) -> state
     advance: Callable[..., Any]  # (attack, steps, network, state) -> state, broken, steps taken
     logits: Callable[..., Array]  # (network, x, keys)
 
@@ -100,8 +102,9 @@ def programs(mesh: Mesh) -> Programs:
     def fill(attack: Iterated, *new: Array) -> Any:
         return attack.begin(*new)
 
-    def refill(attack: Iterated, where: Array, state: Any, *new: Array) -> Any:
-        return choose(where, attack.begin(*new), state)
+    def refill(attack: Iterated, where: Array, state: Any, back: Array, kept: dict[str, Array], *new: Array) -> Any:
+        begun = attack.begin(*new)
+        return choose(where, choose(back, begun._replace(**kept), begun), state)
 
     def advance(attack: Iterated, steps: int, call: Any, state: Any) -> Any:
         state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(call, state), state)
@@ -149,37 +152,61 @@ def run(
     """Attacks the images `rows` of x, round by round until broken, and yields them as they get done.
 
     keys, x, y, eps and targets hold one row per image; targets[:, r] is that of round r. The order in which images are
-    done depends on the slots; what becomes of each does not.
+    done depends on the slots; what becomes of each does not. An image keeps its slot until it is done, so that little
+    is lost where a run stops; once as few wait as there are slots, they take turns, lest the last ones run on alone.
     """
     size, total, program = network.slots, attack.num_steps, programs(network.mesh)
     steps = min(CHUNK[min(attack.gradients, 1)], key=lambda steps: (-total % steps, steps)) if total else 0
-    waiting = list(rows[::-1])
-    row, turn = np.full(size, -1), np.zeros(size, np.int64)
-    fresh, state, spent = np.ones(size, bool), None, np.zeros(size, np.int64)
+    waiting, row, seated, fresh = deque(rows.tolist()), np.full(size, -1), np.zeros(size, int), np.ones(size, bool)
+    turn, spent, state = np.zeros(len(x), np.int32), np.zeros(len(x), np.int64), None
+    kept: dict[int, dict[str, np.ndarray]] = {}  # of the images that left within a round
     while True:
         for slot in np.flatnonzero(row < 0)[: len(waiting)]:
-            row[slot], turn[slot], fresh[slot] = waiting.pop(), 0, True
+            row[slot], seated[slot], fresh[slot] = waiting.popleft(), 0, True
         busy = row >= 0
         if not busy.any():
             return
         if fresh.any():
             at = np.where(busy, row, row[busy][0])  # an idle slot repeats an image, and nobody looks
-            turns = np.minimum(turn, attack.rounds - 1).astype(np.int32)
-            target = targets[at, np.minimum(turns, targets.shape[1] - 1)]
-            new: tuple = (example_keys(keys[at], turns.astype(np.uint32)), x[at], y[at], target, eps[at], turns)
-            where, *new = network.put((fresh, *new))
-            state = program.fill(attack, *new) if state is None else program.refill(attack, where, state, *new)
+            target = targets[at, np.minimum(turn[at], targets.shape[1] - 1)]
+            new: tuple = (example_keys(keys[at], turn[at].astype(np.uint32)), x[at], y[at], target, eps[at], turn[at])
+            if state is None:
+                state = program.fill(attack, *network.put(new))
+            else:
+                back = fresh & busy & np.isin(row, list(kept))
+                fields = _rows({name: getattr(state, name) for name in attack.carries}, back, row, kept)
+                where, back, fields, *new = network.put((fresh, back, fields, *new))
+                state = program.refill(attack, where, state, back, fields, *new)
             fresh = np.zeros(size, bool)
         state, *facts = program.advance(attack, steps, network.call, state)
         broken, taken = jax.device_get(facts)
+        seated += steps
         ended = busy & (broken | (taken >= total))
-        spent += np.where(ended, np.minimum(taken, total), 0)
-        again = ended & ~broken & (turn + 1 < attack.rounds)
-        turn[again] += 1
-        fresh |= again
-        done = ended & ~again
+        spent[row[ended]] += np.minimum(taken, total)[ended]
+        done = ended & (broken | (turn[row] + 1 >= attack.rounds))
+        again = ended & ~done
+        turn[row[again]] += 1
+        if 0 < len(waiting) <= size:
+            leaving = busy & ~ended & (seated >= TURN) & bool(attack.carries)
+            if leaving.any():
+                fields = jax.device_get({name: getattr(state, name) for name in attack.carries})
+                kept |= {row[slot]: {name: fields[name][slot] for name in fields} for slot in np.flatnonzero(leaving)}
+            waiting.extend(row[again | leaving].tolist())
+            row[again | leaving] = -1
+        fresh |= again & (row >= 0)
         if done.any():
             hit = done & broken
             points = np.asarray(state.x_adv)[hit] if hit.any() else x[:0]
-            yield Done(row[done], broken[done], points, spent[done])
-            row[done], spent[done] = -1, 0
+            yield Done(row[done], broken[done], points, spent[row[done]])
+            row[done] = -1
+
+
+def _rows(
+    like: dict[str, Array], back: np.ndarray, row: np.ndarray, kept: dict[int, dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
+    """What images come back with, in the rows of their slots; taken out of `kept`."""
+    fields = {name: np.zeros(value.shape, value.dtype) for name, value in like.items()}
+    for slot in np.flatnonzero(back):
+        for name, value in kept.pop(row[slot]).items():
+            fields[name][slot] = value
+    return fields

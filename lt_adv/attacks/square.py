@@ -105,7 +105,7 @@ def square_program(objective: Callable, norm: str, num_queries: int, p_init: flo
         new = state._replace(x_adv=x_adv, value=value, steps_taken=state.steps_taken + 1, broken=broken)
         return choose(~state.broken & (state.steps_taken <= num_queries), new, state)
 
-    return Iterated(begin, step, num_queries + 1, 1, gradients=0)
+    return Iterated(begin, step, num_queries + 1, 1, gradients=0, carries=("x_adv", "value", "steps_taken"))
 
 
 def _sides(p_init: float, shape: tuple[int, ...], norm: str) -> np.ndarray:

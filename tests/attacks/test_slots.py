@@ -1,0 +1,105 @@
+"""The engine under AutoAttack: who sits in which slot changes the time, never the result."""
+
+import jax
+import numpy as np
+import pytest
+
+from lt_adv import attacks
+from lt_adv.attacks import slots
+from lt_adv.attacks.apgd import apgd_targeted_program
+from lt_adv.attacks.objectives import difference, targeted_difference
+from lt_adv.attacks.square import square_program
+from tests.attacks.test_autoattack import images, labels, network
+
+APGD = apgd_targeted_program(targeted_difference, "linf", 16, 3, 0.75, None, (0.0, 1.0))
+SQUARE = square_program(difference, "linf", 180, 0.8, (0.0, 1.0))
+
+
+def run(attack, x, y, eps, batch_size):
+    """{image: (broken, point, steps)}, and the slot-steps that were computed; on one device."""
+    devices, n = jax.local_devices()[:1], len(x)
+    net = slots.network(network, x[0], batch_size, False, devices)
+    keys = jax.random.split(jax.random.key(0), n)
+    radius = np.broadcast_to(np.asarray(eps, np.float32), n)
+    targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
+    found, looks = {}, 0
+    program = slots.programs(net.mesh)
+
+    def advance(attack, steps, *args):
+        nonlocal looks
+        looks += steps
+        return program.advance(attack, steps, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(slots, "programs", lambda mesh: program._replace(advance=advance))
+        for done in slots.run(attack, net, np.arange(n), keys=keys, x=x, y=y, eps=radius, targets=targets):
+            points = iter(done.x_adv)
+            for row, broken, steps in zip(done.rows.tolist(), done.broken, done.steps, strict=True):
+                assert row not in found, "done twice"
+                found[row] = (bool(broken), next(points) if broken else None, int(steps))
+    assert len(found) == n
+    return found, looks * net.slots
+
+
+def assert_same(a, b):
+    for row, (broken, point, steps) in a.items():
+        assert (broken, steps) == (b[row][0], b[row][2]), row
+        if broken:
+            np.testing.assert_array_equal(point, b[row][1])
+
+
+@pytest.mark.parametrize("attack", [APGD, SQUARE], ids=["apgd-t", "square"])
+def test_taking_turns_changes_nothing(attack, monkeypatch):
+    x = images(13)
+    y, eps = labels(x), np.linspace(0.001, 0.06, 13)
+    alone, _ = run(attack, x, y, eps, 13)
+    assert 3 <= sum(broken for broken, _, _ in alone.values()) <= 10, "some are broken soon, some late, some never"
+    monkeypatch.setattr(slots, "TURN", 1)
+    for size in (3, 7, 12):
+        assert_same(alone, run(attack, x, y, eps, size)[0])
+
+
+@pytest.mark.parametrize("attack", [APGD, SQUARE], ids=["apgd-t", "square"])
+def test_the_last_images_do_not_run_on_alone(attack, monkeypatch):
+    """Ten images that never break in eight slots: two of them after the others would keep eight slots for all their
+    steps once more, 63 % of the slots at work."""
+    monkeypatch.setattr(slots, "TURN", 1)
+    x = images(10)
+    y = np.asarray(network(x).argmax(-1))
+    found, computed = run(attack, x, y, 0.0, 8)
+    assert not any(broken for broken, _, _ in found.values())
+    assert sum(steps for _, _, steps in found.values()) >= 0.75 * computed
+
+
+def test_where_many_wait_an_image_is_finished_first(monkeypatch):
+    """What is done can be kept by then: of all images but twice as many as there are slots."""
+    x = images(24)
+    y = np.asarray(network(x).argmax(-1))
+    begun, finished, behind = set(), set(), []
+    keys_of = slots.example_keys
+
+    def seen(keys, turns):
+        begun.update(np.asarray(jax.random.key_data(keys))[:, 1].tolist())
+        behind.append(len(begun) - len(finished))
+        return keys_of(keys, turns)
+
+    monkeypatch.setattr(slots, "example_keys", seen)
+    net = slots.network(network, x[0], 4, False, jax.local_devices()[:1])
+    keys = jax.random.split(jax.random.key(0), 24)
+    targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
+    eps = np.zeros(24, np.float32)
+    for done in slots.run(APGD, net, np.arange(24), keys=keys, x=x, y=y, eps=eps, targets=targets):
+        finished.update(done.rows.tolist())
+    assert len(finished) == len(begun) == 24
+    assert max(behind) <= 8
+
+
+def test_whole_attack_with_turns(monkeypatch):
+    monkeypatch.setattr(slots, "TURN", 100)
+    x = images(11)
+    options = {"eps": 0.05, "version": ("square",), "num_queries": 400}
+    whole, parts = (
+        attacks.autoattack(jax.random.key(3), network, x, labels(x), batch_size=size, **options) for size in (11, 8)
+    )
+    np.testing.assert_array_equal(whole.x_adv, parts.x_adv)
+    assert whole.evaluations == parts.evaluations
