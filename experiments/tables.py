@@ -164,7 +164,8 @@ def study(results: Path = RESULTS) -> str:
     for path in sorted(path for path in results.glob("*/table.json") if not path.parent.name.startswith(ABLATION)):
         made = json.loads(path.read_text())
         pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
-        tables = [study_tables.all_images(made, published=False), study_tables.groups(made), *findings.tables(made)]
+        tables = [study_tables.all_images(made, published=False), study_tables.groups(made)]
+        tables += [*study_tables.verdicts(made), *findings.tables(made)]
         blocks.append(f"**{made['study']}.** {study_tables.page(made, tables, pictures)}")
     return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
 

@@ -13,6 +13,7 @@
 --config.x.y=z     another value for an entry of all configs
 --scales=0.1,1,10  scales of the logits at which PGD-20 is swept on the first seed, or none [all of sweep.py]
 --autoattack=30    images of each class that AutoAttack is run on, for the first seed, or none [none]
+--baseline=at      the row that the others are held against, for the first seed: is a gain over it real? [none]
 --name=NAME        of the study [that of the preset or data set]
 --workdirs=PATH    where the runs are [workdirs/<name>]
 --out=PATH         where the results are [experiments/results]
@@ -67,6 +68,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     parser.add_argument("--preset", type=one_of("preset", PRESETS))
     parser.add_argument("--scales", type=scales, default=list(sweep.SCALES))
     parser.add_argument("--autoattack", type=images, default=0)
+    parser.add_argument("--baseline", type=one_of("row", ROWS), default="")
     parser.add_argument("--name", type=name)
     parser.add_argument("--workdirs", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -87,6 +89,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
         overrides=(*(preset.overrides if preset else ()), *overrides),
         scales=tuple(sorted(options.scales)),
         autoattack=options.autoattack,
+        baseline=options.baseline,
         workdirs=options.workdirs or Path("workdirs") / title,
         out=options.out,
     )
@@ -112,11 +115,13 @@ def check(study: jobs.Study) -> None:
 def tabulate(study: jobs.Study) -> dict[str, Any]:
     """Write table.json and table.md of all that there is; returns the summary."""
     claims = {path.stem: readme.fields(path).get("Expected", "") for path in readme.CONFIGS.glob("*.py")}
-    main, sweeps, autoattack = (jobs.results(study, part) for part in (study.part, jobs.SWEEP, jobs.AUTOATTACK))
-    made = {"study": study.name, **summary.summarise(main, sweeps, jobs.failures(study), claims, autoattack)}
+    main, *beside = (jobs.results(study, part) for part in (study.part, jobs.SWEEP, jobs.AUTOATTACK, jobs.VERDICT))
+    sweeps, autoattack, verdicts = beside
+    failed = jobs.failures(study)
+    made = {"study": study.name, **summary.summarise(main, sweeps, failed, claims, autoattack, verdicts)}
     record.write(study.folder / "table.json", made)
     pictures = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
-    text = tables.page(made, [tables.all_images(made), *tables.slices(made), *findings.tables(made)], pictures)
+    text = tables.page(made, [tables.all_images(made), *tables.slices(made), *tables.verdicts(made), *findings.tables(made)], pictures)
     files.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
     return made
 

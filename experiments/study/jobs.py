@@ -15,7 +15,7 @@ from experiments.benchmark import record
 from experiments.study import sweep
 from experiments.study.rows import ROWS, with_bases
 
-SWEEP, AUTOATTACK = "scales", "autoattack"  # the parts beside the main evaluation, of the first seed
+SWEEP, AUTOATTACK, VERDICT = "scales", "autoattack", "verdict"  # beside the main evaluation, of the first seed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Study:
     overrides: tuple[str, ...]
     scales: tuple[float, ...]
     autoattack: int  # images per class, 0 without
+    baseline: str  # the row that verdicts compare with, "" without
     workdirs: Path
     out: Path
 
@@ -47,12 +48,14 @@ class Study:
         """Every job, after those that it needs; all rows of the first seed come first, and it alone is swept."""
         found = []
         for seed in self.seeds:
-            for row in with_bases(self.rows):
+            for row in with_bases([self.baseline, *self.rows] if self.baseline else self.rows):
                 found.append(Job(row, seed, self.part))
                 if self.scales and seed == self.seeds[0]:
                     found.append(Job(row, seed, SWEEP))
                 if self.autoattack and seed == self.seeds[0]:
                     found.append(Job(row, seed, AUTOATTACK))
+                if self.baseline not in ("", row) and seed == self.seeds[0]:
+                    found.append(Job(row, seed, VERDICT))
         return found
 
 
@@ -72,7 +75,7 @@ class Job:
     @property
     def beside(self) -> bool:
         """Whether it looks at a network that the main part has looked at."""
-        return self.part in (SWEEP, AUTOATTACK)
+        return self.part in (SWEEP, AUTOATTACK, VERDICT)
 
     @property
     def trained(self) -> str:
@@ -105,8 +108,11 @@ def command(study: Study, job: Job, workdirs: Path | None = None) -> list[str]:
         own.append(f"--config.eval.only={tuple(map(sweep.name, study.scales))}".replace(" ", ""))
     if job.part == AUTOATTACK:
         config = f"experiments/study/autoattack.py:{config}"
-        common = [o for o in common if not o.startswith("--config.eval.only=")]  # given twice, a tuple is added to
         own += ["--config.eval.only=('autoattack',)", f"--config.eval.subset_per_class={study.autoattack}"]
+    if job.part == VERDICT:
+        own += ["--config.eval.only=('pgd20',)", f"--config.eval.baseline={_workdir(workdirs, study.baseline, job.seed)}"]
+    if job.part in (AUTOATTACK, VERDICT):
+        common = [o for o in common if not o.startswith("--config.eval.only=")]  # given twice, a tuple is added to
     if not job.trains:
         own += ["--mode=eval", f"--config.eval.report={job.report}"]
     given = [f"--config={config}", f"--workdir={_workdir(workdirs, job.trained, job.seed)}"]
@@ -149,7 +155,7 @@ def due(study: Study) -> list[Job]:
         there = (_workdir(study.workdirs, job.row, job.seed) / "checkpoints").exists()
         if not finished(study, job) or job.trains and (job.row, job.seed) in needed and not there:
             found.append(job)
-            needed.add((job.needs, job.seed))
+            needed |= {(job.needs, job.seed), (study.baseline if job.part == VERDICT else None, job.seed)}
     return found[::-1]
 
 
@@ -183,6 +189,8 @@ def launch(study: Study, job: Job) -> str | None:
     if _written(report) == before:
         return f"it ended without a report: {record.portable(last.strip() or 'no word')}"
     summary = json.loads(report.read_text())
+    if "reliability" in summary:
+        summary["reliability"]["baseline_run"] = record.portable(summary["reliability"]["baseline_run"])
     record.write(
         result_path(study, job),
         {

@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from experiments.study import sweep
@@ -16,11 +17,13 @@ def summarise(
     failed: Mapping[str, str],
     published: Mapping[str, str],
     autoattack: Results | None = None,
+    verdicts: Results | None = None,
 ) -> dict:
-    """`published`: what each config expects; `autoattack`: on fewer images, beside the results. Accuracies and errors
-    are in [0, 1]; curves are means over the seeds."""
+    """`published`: what each config expects. Beside the results: `autoattack`, on fewer images, and `verdicts` on a
+    gain over a baseline. Accuracies and errors are in [0, 1]; curves are means over the seeds."""
+    autoattack, verdicts = autoattack or {}, verdicts or {}
     return {
-        "about": about(results) | autoattacked(autoattack or {}),
+        "about": about(results) | autoattacked(autoattack) | judged(verdicts),
         "rows": {
             name: {
                 "title": ROWS[name].title,
@@ -29,12 +32,13 @@ def summarise(
                 "evaluates": ROWS[name].base if ROWS[name].evaluates else None,
                 "seeds": [run["seed"] for run in runs],
                 "figures": figures([run["report"]["metrics"] for run in runs])
-                | figures([under_autoattack(run["report"]["metrics"]) for run in (autoattack or {}).get(name, [])]),
+                | figures([under_autoattack(run["report"]["metrics"]) for run in autoattack.get(name, [])]),
                 "training_seconds": spread([run["training_seconds"] for run in runs]),
                 "published": published.get(ROWS[name].config, "") if ROWS[name].published else "",
                 "commits": sorted({run["commit"] for run in runs if run["commit"]}),
                 "warnings": sorted({line for run in runs for line in run["report"]["warnings"]}),
                 "classes": classes([run["report"] for run in runs]),
+                "verdict": verdicts[name][0]["report"]["reliability"]["verdict"] if name in verdicts else None,
                 "scales": scales(sweeps[name][0]["report"]) if name in sweeps else [],
             }
             for name, runs in results.items()
@@ -64,6 +68,15 @@ def autoattacked(results: Results) -> dict[str, Any]:
     """On how many images AutoAttack was run, where it was not a part of the main evaluation."""
     counts = {run["report"]["header"]["images"] for runs in results.values() for run in runs}
     return {"autoattack_images": max(counts)} if counts else {}
+
+
+def judged(verdicts: Results) -> dict[str, Any]:
+    """On how many images gains were judged, and which row is the baseline."""
+    found = [run["report"]["reliability"] for runs in verdicts.values() for run in runs]
+    if not found:
+        return {}
+    name = Path(found[0]["baseline_run"]).name.rpartition("-seed")[0]
+    return {"judged_images": found[0]["protocol"]["images"], "baseline": ROWS[name].title if name in ROWS else name}
 
 
 def classes(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:

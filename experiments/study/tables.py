@@ -54,12 +54,29 @@ def accuracies(summary: Summary, caption: str, metrics: Mapping[str, str]) -> Ta
 
 
 def all_images(summary: Summary, published: bool = True) -> Table:
-    """Of all images, under every condition; with the number of seeds, the seconds and what is published."""
+    """Of all images, under every condition; with the verdict on the gain over the baseline where there is one, the
+    number of seeds, the seconds and what is published."""
     head, rows = accuracies(summary, "All images", {title(c): f"eval/{c}/accuracy" for c in conditions(summary)})
+    judged = any(row.get("verdict") for row in summary["rows"].values())
+    head += ["Verdict"] * judged
     for cells, row in zip(rows, summary["rows"].values(), strict=True):
+        cells += [verdict(row)] * judged
         cells += [str(len(row["seeds"])), _spread(row["training_seconds"], 1, 0)]
         cells += [row["published"] or "–"] * published
     return [*head, "Seeds", "Training in s", *["Published (source: the config)"] * published], rows
+
+
+def verdict(row: Mapping[str, Any]) -> str:
+    """In a word; "" where there is none."""
+    found = row.get("verdict")
+    return "" if not found else "trustworthy" if found["trustworthy"] else "**not trustworthy**"
+
+
+def verdicts(summary: Summary) -> list[Table]:
+    """Why rows are not trustworthy, where some are not."""
+    rows = [row for row in summary["rows"].values() if row.get("verdict")]
+    reasons = [[row["title"], *row["verdict"]["reasons"]] for row in rows if row["verdict"]["reasons"]]
+    return [(["Not trustworthy", "Why"], [[name, " ".join(why)] for name, *why in reasons])] if reasons else []
 
 
 def slices(summary: Summary) -> list[Table]:
@@ -103,6 +120,8 @@ def sentence(summary: Summary) -> str:
     text += f"{about['images']} images ({about['subset']}); {about['device']}, jax {about['jax_version']}."
     if "autoattack_images" in about:
         text += f" AutoAttack on {about['autoattack_images']} of them, one seed; it is not in the worst case."
+    if "baseline" in about:
+        text += f" Verdicts: the gain over {about['baseline']}, on {about['judged_images']} images, one seed."
     if about["different"]:
         text += f" Not the same for all rows: {', '.join(about['different']).replace('_', ' ')}."
     return text + " Accuracy in per cent; ± is the standard deviation over the seeds."
