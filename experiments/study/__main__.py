@@ -68,7 +68,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     parser.add_argument("--preset", type=one_of("preset", PRESETS))
     parser.add_argument("--scales", type=scales, default=list(sweep.SCALES))
     parser.add_argument("--autoattack", type=images, default=0)
-    parser.add_argument("--baseline", type=one_of("row", ROWS), default="")
+    parser.add_argument("--baseline", type=one_of("row", ROWS))
     parser.add_argument("--name", type=name)
     parser.add_argument("--workdirs", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
@@ -89,7 +89,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
         overrides=(*(preset.overrides if preset else ()), *overrides),
         scales=tuple(sorted(options.scales)),
         autoattack=options.autoattack,
-        baseline=options.baseline,
+        baseline=options.baseline or "",
         workdirs=options.workdirs or Path("workdirs") / title,
         out=options.out,
     )
@@ -121,7 +121,8 @@ def tabulate(study: jobs.Study) -> dict[str, Any]:
     made = {"study": study.name, **summary.summarise(main, sweeps, failed, claims, autoattack, verdicts)}
     record.write(study.folder / "table.json", made)
     pictures = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
-    text = tables.page(made, [tables.all_images(made), *tables.slices(made), *tables.verdicts(made), *findings.tables(made)], pictures)
+    found = [tables.all_images(made), *tables.slices(made), *tables.verdicts(made), *findings.tables(made)]
+    text = tables.page(made, found, pictures)
     files.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
     return made
 

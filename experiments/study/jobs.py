@@ -110,7 +110,8 @@ def command(study: Study, job: Job, workdirs: Path | None = None) -> list[str]:
         config = f"experiments/study/autoattack.py:{config}"
         own += ["--config.eval.only=('autoattack',)", f"--config.eval.subset_per_class={study.autoattack}"]
     if job.part == VERDICT:
-        own += ["--config.eval.only=('pgd20',)", f"--config.eval.baseline={_workdir(workdirs, study.baseline, job.seed)}"]
+        baseline = _workdir(workdirs, study.baseline, job.seed)
+        own += ["--config.eval.only=('pgd20',)", f"--config.eval.baseline={baseline}"]
     if job.part in (AUTOATTACK, VERDICT):
         common = [o for o in common if not o.startswith("--config.eval.only=")]  # given twice, a tuple is added to
     if not job.trains:

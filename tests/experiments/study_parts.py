@@ -42,6 +42,13 @@ def report(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
     return {**summarise(records, counts), "context": {"commit": "0123456789ab", "class_counts": list(counts)}}
 
 
+def judged(baseline, trustworthy):
+    """What `lt_adv.baseline.judge` would say."""
+    reasons = [] if trustworthy else ["The gain is not real.", "Of it, nothing is left."]
+    verdict = {"trustworthy": trustworthy, "words": "", "reasons": reasons, "notes": [], "gains": []}
+    return {"verdict": verdict, "protocol": {"images": 25}, "baseline_run": str(baseline)}
+
+
 def option(given, name):
     """The last value of --name=..., as that is the one that holds; None without one."""
     return ([part.partition("=")[2] for part in given if part.startswith(f"--{name}=")] or [None])[-1]
@@ -80,6 +87,9 @@ class Runs:
         path = written(given)
         path.parent.mkdir(parents=True, exist_ok=True)
         found = report(int(option(given, "config.seed")), swept="sweep.py" in option(given, "config"))
+        if where := option(given, "config.eval.baseline"):
+            assert (Path(where) / "checkpoints").exists(), "the baseline is not there yet"
+            found["reliability"] = judged(where, trustworthy=row == "robal")
         path.write_text(json.dumps(found))
         return 0, ""
 

@@ -1,5 +1,9 @@
 """What the study looks at beside the main evaluation: PGD on rescaled logits, and AutoAttack."""
 
+import json
+import shutil
+from pathlib import Path
+
 import pytest
 
 from experiments.study import sweep
@@ -22,6 +26,35 @@ def test_autoattack_is_of_the_first_seed_and_of_fewer_images(study):
     assert config.eval.attacks.autoattack.eps == 0.05, "the radius of pgd20"
     assert option(found["at-seed0/autoattack"], "mode") == "eval"
     assert study("--rows=at", "--autoattack=many")[0] == 2
+
+
+def test_every_row_is_held_against_the_baseline(study):
+    given = ("--scales=none", "--baseline=at", "--config.eval.only=('fgsm',)")
+    code, runs = study("--rows=robal,shifted", "--seeds=0,1", *given)
+    assert code == 0
+    assert runs.names == [
+        "at-seed0", "robal-seed0", "robal-seed0/verdict", "at-seed0/shifted", "at-seed0/shifted-verdict",
+        "at-seed1", "robal-seed1", "at-seed1/shifted",
+    ]  # fmt: skip
+    found = dict(zip(runs.names, runs.given, strict=True))
+    for name in ("robal-seed0/verdict", "at-seed0/shifted-verdict"):
+        config = arguments.parse(found[name][1:]).config
+        assert config.eval.only == ("pgd20",) and config.eval.baseline.endswith("/at-seed0")
+        assert option(found[name], "mode") == "eval"
+    table = json.loads((study.folder / "table.json").read_text())
+    assert table["about"]["baseline"] == "AT" and table["rows"]["robal"]["verdict"]["trustworthy"]
+    assert table["rows"]["at"]["verdict"] is None
+    text = (study.folder / "table.md").read_text()
+    assert "| trustworthy |" in text and "**not trustworthy**" in text
+    assert "The gain is not real. Of it, nothing is left." in text
+    assert "the gain over AT, on 25 images" in text
+    results = [path.read_text() for path in study.folder.glob("*-verdict.json")]
+    assert len(results) == 2 and not any(str(study.folder.parent) in text for text in results)
+    shutil.rmtree(Path(option(found["at-seed0"], "workdir")) / "checkpoints")
+    (study.folder / "robal-seed0-verdict.json").unlink()
+    code, runs = study("--rows=robal,shifted", "--seeds=0,1", *given)
+    assert code == 0 and runs.names == ["at-seed0", "robal-seed0/verdict"], "the baseline's network is needed"
+    assert study("--rows=at", "--baseline=att")[0] == 2
 
 
 def test_the_sweep_follows_the_radius(monkeypatch):
