@@ -9,7 +9,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from lt_adv import data, evaluation, files, platform
+from lt_adv import data, evaluation, files, platform, processes
 from lt_adv.data import longtail
 from lt_adv.evaluation import reliability
 from lt_adv.training import logging, program
@@ -123,7 +123,7 @@ def _facts(
         images.image,
         images.label,
         transfer=plain,
-        mesh=meshes.make_mesh(),
+        mesh=processes.local(meshes.make_mesh()),
         batch_size=config.eval.batch_size,
         **options,
     )

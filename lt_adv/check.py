@@ -87,6 +87,7 @@ ENTRIES: Mapping[str, Rule] = {
     "seed": SEED,
     "init_from": a(str),
     "parallel": one_of(meshes.PARALLEL),
+    "sharded": each(one_of(meshes.SHARDED)),
     "cpu_devices": optional(ONE_OR_MORE),
     "fidelity": one_of(base.FIDELITIES),
     "data.name": a(str),
@@ -198,6 +199,8 @@ def values(config: ml_collections.ConfigDict) -> None:
         if config.eval[name] == value and not config.data.validation_per_class:
             raise ValueError(f"config.eval.{name} is {value!r}, which needs config.data.validation_per_class above 0.")
     optional(whole(f"[1, {config.optim.batch_size}]"))("config.cpu_devices", config.cpu_devices)
+    if config.sharded and config.parallel == "pmap":
+        raise ValueError("config.sharded: pmap keeps a whole copy of the state on each device, take shard_map.")
     if config.average.name == "ema" and config.average.start_epoch:
         raise ValueError("config.average.start_epoch is of 'swa': an 'ema' begins with the first step, leave it at 0.")
     if config.average.name == "swa":

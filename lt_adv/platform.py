@@ -16,7 +16,8 @@ SMALLEST_SHARE = 16  # images of a batch on one CPU device: ours, smaller shares
 
 
 def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
-    """Call before anything is computed. `cpu_devices`: of `config.cpu_devices`, None for one per core.
+    """Call before anything is computed. `cpu_devices`: of `config.cpu_devices`, None for one per core. Joins the other
+    processes where the environment names them (`processes.join`).
 
     XLA's CPU backend runs convolutions of up to 64 channels on one thread, and much else between them. As many devices
     as cores, each with its share of the batch, keep all cores busy (measured in the README, Speed). On a machine with
@@ -24,10 +25,13 @@ def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
     """
     import jax
 
+    from lt_adv import processes
+
+    processes.join()
     given = "xla_force_host_platform_device_count" in os.environ.get("XLA_FLAGS", "")
     if not given and "JAX_NUM_CPU_DEVICES" not in os.environ:
         with contextlib.suppress(RuntimeError):  # the backends are up
-            jax.config.update("jax_num_cpu_devices", cpu_devices or share(batch_size, cores()))
+            jax.config.update("jax_num_cpu_devices", cpu_devices or share(batch_size // processes.count(), cores()))
     if not jax.config.jax_compilation_cache_dir:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -11,12 +11,12 @@ import ml_collections
 from etils import epath
 
 import lt_adv
-from lt_adv import baseline, check, data, evaluation, files, platform
+from lt_adv import baseline, check, data, evaluation, files, platform, processes
 from lt_adv.training import checkpoint, logging, loop, program
 from lt_adv.training import mesh as meshes
 
 # What may change between two starts in a working directory. Training watches itself through the adjustment.
-FREE = ("eval.", "data.data_dir", "data.download", "cpu_devices")
+FREE = ("eval.", "data.data_dir", "data.download", "cpu_devices", "sharded")
 WATCHED = ("eval.adjustment.", "eval.dtype")
 
 
@@ -32,6 +32,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         own = program.configured(config, stage)
         check.stage_fits(own, stage, data.long_tailed(dataset, own.data) if stage.overrides else split, mesh.size)
     _images(config.eval, split)
+    processes.wait("the working directory is looked at")
     claim(config, workdir)
     describe(config, split, workdir, mesh)
     loop.train(config, workdir, dataset, mesh)
@@ -42,6 +43,8 @@ def prepare(config: ml_collections.ConfigDict) -> None:
     """ValueError for values that cannot be; then jax may start."""
     check.values(config)
     platform.prepare(config.optim.batch_size, config.cpu_devices)
+    logging.console.quiet = not processes.first()
+    processes.same("The config", json.dumps(_comparable(config.to_dict()), sort_keys=True))
     if config.eval.baseline:
         _ended(config.eval.baseline, f"The baseline is the run in {config.eval.baseline!r} (config.eval.baseline)")
 
@@ -84,6 +87,8 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
 
 def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Store the config in the working directory; ValueError, and nothing is left behind, if it cannot be written."""
+    if not processes.first():
+        return
     new = not workdir.exists()
     if (workdir / "checkpoints").exists() and not (workdir / "config.json").exists():
         raise ValueError(f"{workdir} has checkpoints and no config.json that says of what: use another --workdir.")
@@ -159,7 +164,8 @@ def evaluate(
     """Evaluate the trained network of a working directory and write its report; interrupted, it resumes.
 
     The report goes to the working directory itself, or to reports/<config.eval.report> where that is named. Weights of
-    others, a file in `config.init_from`, are evaluated as if they had been trained in the working directory.
+    others, a file in `config.init_from`, are evaluated as if they had been trained in the working directory. Of several
+    processes the first one gets the report.
     """
     options = config.eval
     imports = check.imports(config)
@@ -187,24 +193,28 @@ def evaluate(
         class_names=split.class_names,
         console=logging.console,
     )
-    shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.takes_all(spec)])
-    context = {
-        "class_counts": counts,
-        "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
-        "groups": options.groups,
-        "training_seconds": meta.get("seconds"),
-        "commit": platform.commit(),
-        "metrics": workdir / "metrics.jsonl",
-        "reliability": baseline.judge(config, workdir, (apply, variables), split, images, specs, trained),
-    }
-    if shown:
-        context["examples"] = evaluation.examples(
-            key, apply, variables, images, records, attack=shown, spec=specs[shown], class_counts=counts, mesh=mesh
-        )
-    directory = report_directory(config, workdir)
-    summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
-    evaluation.show(summary, logging.console)
-    logging.console.print(f"Report: {directory / 'report.md'}", soft_wrap=True)
+    summary = {}
+    if processes.first():  # on its own devices
+        network, own = (apply, variables), processes.local(mesh)
+        shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.takes_all(spec)])
+        context = {
+            "class_counts": counts,
+            "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
+            "groups": options.groups,
+            "training_seconds": meta.get("seconds"),
+            "commit": platform.commit(),
+            "metrics": workdir / "metrics.jsonl",
+            "reliability": baseline.judge(config, workdir, network, split, images, specs, trained),
+        }
+        if shown:
+            context["examples"] = evaluation.examples(
+                key, *network, images, records, attack=shown, spec=specs[shown], class_counts=counts, mesh=own
+            )
+        directory = report_directory(config, workdir)
+        summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
+        evaluation.show(summary, logging.console)
+        logging.console.print(f"Report: {directory / 'report.md'}", soft_wrap=True)
+    processes.wait("the report is written")
     return summary
 
 

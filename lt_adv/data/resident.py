@@ -6,18 +6,21 @@ The draws are functions of a key, traceable, and independent of the number of de
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import Mesh
 
+from lt_adv import processes
 from lt_adv.data.dataset import Split
 
 
 def put(split: Split, mesh: Mesh) -> dict[str, jax.Array]:
-    """{"image" uint8 [n, h, w, c], "label" int32 [n], "index" int32 [n]}, a full copy on every device of `mesh`."""
+    """{"image" uint8 [n, h, w, c], "label" int32 [n], "index" int32 [n]}, a full copy on every device of `mesh`.
+
+    Of several processes each fills its own devices from its own copy of the split.
+    """
     if len(split) and int(split.index.max()) > np.iinfo(np.int32).max:
         raise ValueError("Original indices above 2^31 - 1 do not fit the int32 they have on the devices.")
     arrays = {"image": split.image, "label": split.label, "index": split.index.astype(np.int32)}
-    return {k: jax.device_put(np.asarray(v), NamedSharding(mesh, P())) for k, v in arrays.items()}
+    return processes.put({k: np.asarray(v) for k, v in arrays.items()}, processes.replicated(mesh))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

@@ -12,6 +12,7 @@ import rich.console
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lt_adv import processes
 from lt_adv.attacks import autoattack
 from lt_adv.evaluation import progress, protocol, records
 from lt_adv.evaluation.records import CLEAN, WORST, Records
@@ -80,14 +81,14 @@ class _Runner:
     """Network and data on the mesh: attacks and judges one padded batch at a time."""
 
     def __init__(self, key, apply, variables, mesh: Mesh) -> None:
-        self.apply, self.mesh = apply, mesh
+        self.given, self.apply, self.mesh = (key, apply, variables), apply, mesh
         self.shard = NamedSharding(mesh, PartitionSpec("data"))
-        self.key, self.variables = jax.device_put((key, variables), NamedSharding(mesh, PartitionSpec()))
+        self.key, self.variables = processes.put((key, variables), processes.replicated(mesh))
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
         """Rows padded to `size` by repeating the first, in shards; the padding's results are cut off afterwards."""
         rows = np.concatenate([rows, np.broadcast_to(rows[:1], (size - len(rows), *rows.shape[1:]))])
-        return jax.make_array_from_callback(rows.shape, self.shard, lambda where: rows[where])
+        return processes.put(rows, self.shard)
 
     def batch(self, split: Any, rows: slice | np.ndarray, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(x, y, index) of some rows of the split, padded to a multiple of the devices that holds `size`."""
@@ -171,7 +172,7 @@ def evaluate(
                 prediction = runner.judge(name, options.get(name, {}), x, x_adv, len(label))
                 columns[CLEAN if name == CLEAN else f"attack/{name}"] = prediction
                 meter.count(name, int((prediction == label).sum()), len(label), work[name])
-            if where is not None and jax.process_index() == 0:
+            if where is not None and processes.first():
                 records.write_batch(where, number, columns)
             found[number] = columns
     columns = {
@@ -186,36 +187,42 @@ def _column(
     runner: _Runner, name: str, spec: Mapping[str, Any], split: Any, batch_size: int, where: epath.Path | None, console
 ) -> np.ndarray:
     """Predictions under an attack that looks at all images at once: AutoAttack, whose batches are what is left."""
+    column = None
     if where is not None:
         try:
-            if (column := records.read_column(where, name)) is not None:
-                return column
+            column = records.read_column(where, name)
         except ValueError as error:
             console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
+    if processes.agree(column is not None):
+        return column
     options = protocol.resolve(spec)[1]
     parts = [slice(i, i + batch_size) for i in range(0, len(split.label), batch_size)]
     x = np.concatenate([np.asarray(_pixels(np.asarray(split.image[rows]))) for rows in parts])
+    mine = processes.share(len(x))  # each process drives its own devices
+    here = _Runner(*runner.given, processes.local(runner.mesh))
+    journal = f"{jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""
     result = autoattack(
-        runner.keys(name, split.index.astype(np.uint32)),
-        jax.tree_util.Partial(runner.apply, runner.variables),
-        x,
-        split.label,
+        here.keys(name, split.index.astype(np.uint32)[mine]),
+        jax.tree_util.Partial(here.apply, here.variables),
+        x[mine],
+        split.label[mine],
         **options,
-        batch_size=batch_size,
-        resume=where and where / name,
+        batch_size=batch_size // jax.process_count() or 1,
+        resume=where and where / name / journal,
         progress=lambda line: console.print(f"{name}   {line}", highlight=False, soft_wrap=True),
-        devices=list(runner.mesh.devices.flat),
+        devices=list(here.mesh.devices.flat),
     )
+    x_adv_all, prediction = processes.gather((result.x_adv, result.prediction), len(x))
     for note in result.notes:
         console.print(f"warning: {note}", highlight=False, soft_wrap=True)
     for rows in parts:
-        x_adv = runner.put(result.x_adv[rows], -(-batch_size // runner.mesh.size) * runner.mesh.size)
+        x_adv = runner.put(x_adv_all[rows], -(-batch_size // runner.mesh.size) * runner.mesh.size)
         images = len(split.label[rows])
         runner.judge(name, options, runner.put(x[rows], len(x_adv)), x_adv, images)
-    if where is not None and jax.process_index() == 0:
-        records.write_column(where, name, result.prediction)
+    if where is not None and processes.first():
+        records.write_column(where, name, prediction)
         (where / name).rmtree()
-    return result.prediction
+    return prediction
 
 
 def examples(
@@ -266,7 +273,7 @@ def _resume(
         known = None
     if known not in (None, header):
         raise ValueError(f"{where} holds records under another header (edited by hand?); move it away.")
-    if known is None and jax.process_index() == 0:
+    if known is None and processes.first():
         records.write_header(where, header)
     found = {}
     for number, rows in enumerate(parts):
@@ -276,7 +283,8 @@ def _resume(
                 found[number] = _expected(batch, pieces, split, rows, records.batch_path(where, number))
         except ValueError as error:
             console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
-    return found
+    seen = processes.in_all(np.isin(np.arange(len(parts)), list(found)))  # one may see a file that another does not yet
+    return {number: found[number] for number in np.flatnonzero(seen).tolist()}
 
 
 def _expected(batch, pieces: list[str], split, rows: slice, path: epath.Path) -> dict[str, np.ndarray]:

@@ -1,6 +1,7 @@
 """Orbax checkpoints of the train state, with a digest of our own: orbax restores a flipped byte silently."""
 
 import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
-from lt_adv import lookup
+from lt_adv import lookup, processes
 
 TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
 VARIABLES = ("params", "batch_stats")
@@ -34,8 +35,18 @@ def _words(a: jax.Array) -> jax.Array:
     return unsigned.astype(jnp.uint32).reshape(-1)
 
 
-@jax.jit
 def _checksums(tree: Any) -> Any:
+    meshes = {a.sharding.mesh for a in jax.tree.leaves(tree) if isinstance(getattr(a, "sharding", None), NamedSharding)}
+    return _compiled_checksums(meshes.pop() if len(meshes) == 1 else None)(tree)
+
+
+@functools.lru_cache(maxsize=8)
+def _compiled_checksums(mesh: Mesh | None) -> Any:
+    """On a mesh every device gets the result: of several processes each has to read it."""
+    return jax.jit(_all_checksums, out_shardings=mesh and processes.replicated(mesh))
+
+
+def _all_checksums(tree: Any) -> Any:
     def checksum(a):
         words = _words(a)
         position = jax.lax.iota(jnp.uint32, words.size)
@@ -121,19 +132,31 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def restore(self, step: int, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
-        """(state, meta) of `step`, replicated over `mesh`; ValueError if it is damaged or of another network."""
-        sharding = NamedSharding(mesh, PartitionSpec())
-        target = jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), like)
+        """(state, meta) of `step`, over `mesh` in whole copies or in shards, as `like` is; ValueError if it is damaged
+        or of another network."""
+
+        def wanted(a: jax.Array) -> jax.ShapeDtypeStruct:
+            spec = a.sharding.spec if isinstance(a.sharding, NamedSharding) else PartitionSpec()
+            return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
+
+        failure: Exception | None = None
+        wrong: list[str] = []
         try:
             restored = self._manager.restore(
-                step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(jax.tree.map(wanted, like)), meta=ocp.args.JsonRestore()
+                ),
             )
             state, meta = restored["state"], restored["meta"]
-            wrong = _differing(state, meta)
         except TRANSIENT:
             raise  # a store that does not answer has damaged nothing
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
-            raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({_first_line(error)})") from error
+            failure = error
+        if not processes.agree(failure is None):
+            reason = _first_line(failure) if failure else "by another process"
+            raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
+        wrong = _differing(state, meta)
         if wrong:
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
         return state, meta
@@ -151,14 +174,10 @@ class Checkpoints:
             except ValueError as error:
                 errors.append(str(error))
                 continue
-            for damaged, text in zip(reversed(self.steps()), errors, strict=False):
-                aside = self.directory.parent.parent / "damaged" / f"{self.directory.name}-{damaged}"
-                logging.warning("%s: moved to %s, going on from checkpoint %d.", text, aside, step)
-                aside.parent.mkdir(parents=True, exist_ok=True)
-                if aside.exists():
-                    aside.rmtree()
-                (self.directory / str(damaged)).rename(aside)
             if errors:
+                if processes.first():
+                    self._put_aside(list(zip(reversed(self.steps()), errors, strict=False)), step)
+                processes.wait("damaged checkpoints are moved")
                 self._manager.reload()
             return restored
         if errors:
@@ -166,6 +185,16 @@ class Checkpoints:
                 f"None of the checkpoints can be restored: {'; '.join(errors)}. Use another --workdir, or delete them."
             )
         return None
+
+
+    def _put_aside(self, damaged: list[tuple[int, str]], kept: int) -> None:
+        for step, text in damaged:
+            aside = self.directory.parent.parent / "damaged" / f"{self.directory.name}-{step}"
+            logging.warning("%s: moved to %s, going on from checkpoint %d.", text, aside, kept)
+            aside.parent.mkdir(parents=True, exist_ok=True)
+            if aside.exists():
+                aside.rmtree()
+            (self.directory / str(step)).rename(aside)
 
 
 def _first_line(error: BaseException) -> str:

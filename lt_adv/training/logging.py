@@ -11,14 +11,15 @@ import rich.console
 import rich.progress
 from etils import epath
 
-from lt_adv import files
+from lt_adv import files, processes
 
 QUIET = 3.0  # seconds between two lines where there is no terminal
 console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Lines:
-    """A file of JSON lines, written whole and atomically each time: stores cannot append, and a log is small."""
+    """A file of JSON lines, written whole and atomically each time: stores cannot append, and a log is small.
+    Of several processes the first one writes."""
 
     def __init__(self, path: epath.Path):
         self._path = path
@@ -42,7 +43,8 @@ class Lines:
     def add(self, row: Mapping[str, Any]) -> None:
         """Numbers that do not exist (a group that no example was drawn from) are left out: JSON has no NaN."""
         self.rows.append({k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))})
-        files.write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
+        if processes.first():
+            files.write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
 
 class TensorBoard:

@@ -9,11 +9,13 @@ import jax
 import ml_collections
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lt_adv import data
+from lt_adv import data, processes
 from lt_adv.data import longtail
 from lt_adv.training import logging, program
+from lt_adv.training import mesh as meshes
 from lt_adv.training.checkpoint import BEST, Checkpoints
 from lt_adv.training.monitor import Monitor
 from lt_adv.training.step import ends_window
@@ -28,12 +30,17 @@ class NonFinite(FloatingPointError):
 
 
 class StopSignal:
-    """Set by SIGTERM while a run trains; looked at between two steps."""
+    """Set by SIGTERM while a run trains; looked at between two steps.
+
+    Of several processes one may get it, or a pod's notice of preemption: jax's service then names the step, the same
+    one for all, after which they stop.
+    """
 
     def __enter__(self):
         self._event = threading.Event()
         self._previous = None
-        if threading.current_thread() is threading.main_thread():
+        self._looks = 0
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
         return self
 
@@ -42,7 +49,10 @@ class StopSignal:
             signal.signal(signal.SIGTERM, self._previous)
 
     def is_set(self) -> bool:
-        return self._event.is_set()
+        if jax.process_count() == 1:
+            return self._event.is_set()
+        self._looks += 1
+        return multihost_utils.reached_preemption_sync_point(self._looks)
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset, mesh: Mesh) -> None:
@@ -60,7 +70,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
         for number, stage in enumerate(program.stages(config)):
             built = program.build(number, stage, config, dataset, mesh, previous)
             state, seconds = _run(built, workdir, lines, speed, names, stop, seconds)
-            previous = jax.device_get(state.variables)
+            previous = jax.device_get(processes.everywhere(state.variables, processes.replicated(mesh)))
             names.append(built.name)
 
 
@@ -102,9 +112,11 @@ def _run(
     best = BEST if built.data.validation is not None else None
     checkpoints = Checkpoints(workdir / "checkpoints" / built.name, keep=config.checkpoint.keep, best_metric=best)
     state = built.first_state()
+    processes.same("The training set", built.data.digest)
     restored = checkpoints.restore_latest(state, built.mesh)
     if restored is not None:
         state, meta = restored
+        state = meshes.at_home(state, built.mesh, config.parallel)
         seconds = meta["seconds"]
         _same_run(built, meta, workdir)
     first = int(state.step)
@@ -116,7 +128,7 @@ def _run(
     for log in (lines, speed):
         log.keep(first, built.name, earlier)
     monitors = _monitors(built)
-    boards = [logging.TensorBoard(workdir)] if config.log.tensorboard else []
+    boards = [logging.TensorBoard(workdir)] if config.log.tensorboard and processes.first() else []
     saved = first if restored is not None else None
     best_so_far = max((row[best] for row in lines.rows if row["stage"] == built.name and best in row), default=-1.0)
     clock, mark = time.perf_counter(), first
@@ -126,7 +138,8 @@ def _run(
     def save(step: int, row: dict[str, Any]) -> None:
         nonlocal saved
         meta = {"step": step, "seconds": seconds, **_identity(built)}
-        checkpoints.save(step, state, meta, {best: row[best]} if best and best in row else None)
+        metrics = {best: row[best]} if best and best in row else None
+        checkpoints.save(step, meshes.of_all(state, built.mesh, config.parallel), meta, metrics)
         saved = step
 
     with logging.Progress(built.name, built.info.epochs, per_epoch, config.optim.batch_size, first) as progress:
@@ -144,7 +157,8 @@ def _run(
             now = time.perf_counter()
             rate, seconds = (done - mark) * config.optim.batch_size / (now - clock), seconds + now - clock
             if epoch_ended:
-                row |= _watch(monitors, state.evaluated, epoch % config.log.validate_every_epochs == 0 or done == total)
+                watched = processes.everywhere(state.evaluated, processes.replicated(built.mesh))
+                row |= _watch(monitors, watched, epoch % config.log.validate_every_epochs == 0 or done == total)
             if ends_window(step, per_epoch, config.log.every_steps):
                 for log in (lines, *boards):
                     log.add({"stage": built.name, "step": done, "epoch": epoch, **row})

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lt_adv import attacks
+from lt_adv import attacks, processes
 from lt_adv.training.net import AXIS
 
 
@@ -40,9 +40,10 @@ class Monitor:
         rows = np.concatenate([np.arange(len(label)), np.zeros(padding, np.int64)]).reshape(-1, size)
         image, label = np.asarray(image)[rows], self._label[rows]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
-        self._batches = jax.device_put((image, label, keys), sharding)
+        self._batches = processes.put((image, label, keys), sharding)
 
-        self._predict = jax.jit(lambda variables, x: jnp.argmax(apply(variables, x), -1))
+        everywhere = processes.replicated(mesh)  # every process counts
+        self._predict = jax.jit(lambda variables, x: jnp.argmax(apply(variables, x), -1), out_shardings=everywhere)
         self._attacks: dict[str, Any] = {"clean": None}
         if attack is not None:
             self._attacks[f"pgd{attack['num_steps']}"] = attacks.compile(attacks.pgd, apply, **attack)

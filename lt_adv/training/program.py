@@ -39,7 +39,7 @@ class Program:
     resident: Any
     teacher: Any
     first_state: Callable[[], TrainState]
-    mesh: Mesh
+    mesh: Mesh  # all devices; the state lives on `meshes.home` of it
 
     @property
     def num_steps(self) -> int:
@@ -132,12 +132,13 @@ def build(
     if config.attack.dtype:
         attacked = models.create({**config.model, "dtype": config.attack.dtype}, info.num_classes, axis_name=AXIS)
     step, init_window = steps.make_train_step(
-        stage.method, model.apply, tx, rate, info, options, mesh, config.parallel, attack_apply=attacked.apply
+        stage.method, model.apply, tx, rate, info, options, mesh, config.parallel, attacked.apply, config.sharded
     )
-    teacher = meshes.replicate(previous, mesh) if stage.teacher == "previous" else {}
-    on_device = resident.put(split.train, mesh)
+    home = meshes.home(mesh, config.parallel)
+    teacher = meshes.replicate(previous, home) if stage.teacher == "previous" else {}
+    on_device = resident.put(split.train, home)
     if class_aware:
-        on_device["classes"] = meshes.replicate(resident.class_table(split.train.label, len(counts)), mesh)
+        on_device["classes"] = meshes.replicate(resident.class_table(split.train.label, len(counts)), home)
 
     def first_state() -> TrainState:
         start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())
@@ -146,8 +147,9 @@ def build(
             source = previous if stage.init == "previous" else checkpoint.read_variables(stage.init)[0]
             start = merge(start, {name: source[name] for name in start if name in source}, stage.init)
         state = states.create(key, start, tx, stage.method.init(info), averaged=options.average["name"] != "none")
-        state = meshes.replicate(state, mesh)
-        return meshes.replicate(state.replace(window=init_window(state, on_device, teacher)), mesh)
+        state = meshes.replicate(state, home)
+        state = meshes.replicate(state.replace(window=init_window(state, on_device, teacher)), home)
+        return meshes.place(state, home, config.sharded)
 
     return Program(
         name=f"{number}_{stage.name}",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import jax
@@ -77,13 +77,14 @@ def make_train_step(
     mesh: Mesh,
     parallel: str = "pmap",
     attack_apply: Callable[..., Any] | None = None,
+    sharded: Collection[str] = (),
 ) -> tuple[Callable[[TrainState, Any, Any], tuple[TrainState, Any]], Callable[[TrainState, Any, Any], Any]]:
     """(`step(state, data, teacher) -> (state, metrics)`, `init_window(state, data, teacher)`), the first compiled once
     and its state donated; the second gives the `window` of a state that has taken no step.
 
     `data` is what `resident.put` made, `teacher` the frozen variables of another network or {}. `metrics` are the means
     over the current window (see `ends_window`), on the device: fetch them at log steps only. `attack_apply`, if given,
-    is the same network in another dtype, which `method.perturb` sees instead.
+    is the same network in another dtype, which `method.perturb` sees instead. `sharded`: see `mesh.shardings`.
 
     Everything random is a function of (key, step, position in the whole batch): neither the number of devices nor a
     restart changes it. (Dropout, where a network has it, is drawn by device.) Per-replica code over the axis "data":
@@ -140,16 +141,8 @@ def make_train_step(
         value_and_gradient = canonical(jax.value_and_grad(objective, has_aux=True))
         (value, (extra, metrics, batch_stats)), gradient = value_and_gradient(params)
         gradient = lax.pmean(gradient, AXIS)
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
-        new_params = optax.apply_updates(state.params, updates)
-
         ends_epoch = (state.step + 1) % info.steps_per_epoch == 0
         extra = jax.tree.map(lambda new, old: jnp.where(ends_epoch, new, old), method.epoch_end(extra, clock), extra)
-        average = {}
-        if state.average:
-            w = average_weight(options.average, state.step, info.steps_per_epoch)
-            new = {"params": new_params, "batch_stats": batch_stats}
-            average = jax.tree.map(lambda a, p: a + w * (p - a), state.average, new)
 
         sums = _sums({"loss": value, **metrics}, label, membership)
         norm = optax.tree.norm(gradient)
@@ -160,28 +153,36 @@ def make_train_step(
         window = sums
         if state.window:
             window = jax.tree.map(lambda old, new: jnp.where(starts_window, 0, old) + new, state.window, sums)
-        new_state = TrainState(
+        found = (gradient, batch_stats, jax.tree.map(_same_everywhere, extra), window)
+        return found, {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in window.items()}
+
+    def finish(state: TrainState, found) -> TrainState:
+        gradient, batch_stats, extra, window = found
+        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        average = {}
+        if state.average:
+            w = average_weight(options.average, state.step, info.steps_per_epoch)
+            new = {"params": params, "batch_stats": batch_stats}
+            average = jax.tree.map(lambda a, p: a + w * (p - a), state.average, new)
+        return TrainState(
             step=state.step + 1,
-            params=new_params,
+            params=params,
             batch_stats=batch_stats,
             opt_state=opt_state,
             average=average,
-            extra=jax.tree.map(_same_everywhere, extra),
+            extra=extra,
             window=window,
             key=state.key,
         )
-        return new_state, {
-            name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in window.items()
-        }
 
     def init_window(state: TrainState, data, teacher):
         """Empty sums of every metric: the state must have its final structure before the first call."""
-        shapes = jax.eval_shape(
-            meshes.parallelise(functools.partial(replica, attack=False), mesh, parallel), state, data, teacher
-        )
+        short = functools.partial(replica, attack=False)
+        shapes = jax.eval_shape(meshes.parallelise(short, finish, mesh, parallel, sharded), state, data, teacher)
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[0].window)
 
-    return meshes.parallelise(replica, mesh, parallel), init_window
+    return meshes.parallelise(replica, finish, mesh, parallel, sharded), init_window
 
 
 def _membership(groups: Mapping[str, np.ndarray] | None, num_classes: int) -> dict[str, np.ndarray]:
