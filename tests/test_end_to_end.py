@@ -34,7 +34,7 @@ def make_train_step(*args, **options):
     step, init_window = make(*args, **options)
 
     def signalled(state, data, teacher):
-        if int(jax.device_get(state.step)) == number:
+        if int(jax.device_get(state.step)) == number and os.environ.get("JAX_PROCESS_ID", "1") == "1":
             os.kill(os.getpid(), sign)
         return step(state, data, teacher)
 
@@ -71,7 +71,10 @@ def final(workdir):
     """Every array of the last checkpoint, by path."""
     stage = workdir / "checkpoints" / "0_train"
     last = max((d for d in stage.iterdir() if d.name.isdigit()), key=lambda d: int(d.name))
-    tree = ocp.PyTreeCheckpointer().restore(last / "state")
+    handler = ocp.PyTreeCheckpointHandler()
+    tree = handler.metadata(last / "state").tree
+    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # whatever devices it was saved from
+    tree = handler.restore(last / "state", args=ocp.args.PyTreeRestore(item=tree, restore_args=whole))
     tree["key"] = jax.random.key_data(tree["key"])
     return int(last.name), {
         jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(tree)

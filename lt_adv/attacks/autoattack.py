@@ -32,7 +32,7 @@ class Result(NamedTuple):
     """What AutoAttack leaves, in numpy arrays, one row per image in the order of x."""
 
     x_adv: np.ndarray  # like x: a point that is classified wrongly, or x itself where none was found
-    robust: np.ndarray  # bool [n]: whether logits_fn, in batches of `batch_size`, classifies x_adv as y
+    robust: np.ndarray  # bool [n]: whether logits_fn, in batches of `batch_size`, says y of x_adv; a random one said it
     correct: np.ndarray  # bool [n]: whether it classifies x as y
     prediction: np.ndarray  # int32 [n]: of x_adv
     broken_by: np.ndarray  # int32 [n]: the attack that broke the image, by its place in `accuracy`; 0 clean, -1 none
@@ -62,7 +62,8 @@ def autoattack(
     The version "standard" is APGD on cross-entropy, APGD on the targeted ratio and targeted FAB (nine targets each, or
     as many as there are), and Square. "plus" adds APGD on the ratio and untargeted FAB, with five
     restarts of these three. "rand" is for randomised networks: APGD on both, gradients averaged over 20 draws;
-    logits_fn is then called as logits_fn(x, keys), one key per image. A sequence of names out of `ATTACKS` runs these.
+    logits_fn is then called as logits_fn(x, keys), one key per image. A sequence of names out of `ATTACKS` runs these,
+    without restarts.
 
     Args:
       key: one typed key, or one per image [n]. The result depends on it alone, neither on `batch_size` nor on devices.
@@ -89,7 +90,7 @@ def autoattack(
 
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks", ICML 2020.
-    Evaluations are counted as far as each image needs them: a slot that waits for the others' next look is not.
+    Evaluations are those of slots at work: of an image that is broken, up to the next look at the slots.
     Differs from the released code: keys belong to images; an image is left as soon as it is broken, FAB's too; with
     fewer than ten classes all wrong ones are targets.
     """
@@ -107,10 +108,12 @@ def autoattack(
     keys, random = example_keys(key, len(x)), version == "rand"
     network = slots.network(logits_fn, x[0], min(batch_size, len(x)), random, devices)
 
-    def judge(points: np.ndarray) -> np.ndarray:
-        return slots.logits(network, points, slots.example_keys(keys, np.uint32(len(ATTACKS))))
+    def judge(points: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
+        """Logits of some images' points; of a random network each judgement is a draw of its own."""
+        return slots.logits(network, points, slots.example_keys(keys[rows], np.uint32(len(ATTACKS) + number)))
 
-    clean = judge(x)
+    everyone = np.arange(len(x))
+    clean = judge(x, everyone, 0)
     if not np.isfinite(clean).all():
         raise ValueError(f"The logits of {(~np.isfinite(clean)).any(-1).sum()} clean images are not finite.")
     ranking = np.argsort(-clean, axis=-1, kind="stable")
@@ -118,15 +121,16 @@ def autoattack(
     if not (y.min() >= 0 and y.max() < clean.shape[-1]):
         raise ValueError(f"y must be labels of {clean.shape[-1]} classes, got {y.min()} to {y.max()}.")
     correct = clean.argmax(-1) == y
-    x_adv, broken_by = x.copy(), np.where(correct, -1, 0).astype(np.int32)
+    x_adv, prediction = x.copy(), clean.argmax(-1).astype(np.int32)
+    broken_by = np.where(correct, -1, 0).astype(np.int32)
     accuracy, evaluations = {"clean": float(correct.mean())}, {}
-    call = journal.digest(x, y, clean, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries))
-    log = journal.open_(resume, call)
+    call = journal.digest(x, y, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries))
+    log = journal.open_(resume, call, clean)
     say = progress or (lambda _: None)
 
     for number, (name, attack) in enumerate(programs.items(), start=1):
         rows = np.flatnonzero(broken_by == -1)
-        left, hit, steps = np.isin(np.arange(len(x)), rows), np.zeros(len(x), bool), 0
+        left, hit, steps = np.isin(everyone, rows), np.zeros(len(x), bool), 0
         known, start = log.read(number), time.perf_counter()
         told, before = start, sum(len(done.rows) for done in known)
         fresh = slots.run(
@@ -152,14 +156,17 @@ def autoattack(
                     f"{_minutes(remaining)} left"
                 )
         if hit.any():  # judged again by the program that has the last word: rounding decides on the very boundary
-            hit[hit] = judge(x_adv[hit]).argmax(-1) != y[hit]
+            found = np.flatnonzero(hit)
+            prediction[found] = judge(x_adv[found], found, number).argmax(-1)
+            hit[found] = prediction[found] != y[found]
         x_adv[rows[~hit[rows]]] = x[rows[~hit[rows]]]
         broken_by[hit] = number
         accuracy[name] = float((broken_by == -1).mean())
         evaluations[name] = (steps * attack.forwards, steps * attack.gradients)
         say(f"{name}: robust {100 * accuracy[name]:.2f} % after {_minutes(time.perf_counter() - start)}")
 
-    prediction = judge(x_adv).argmax(-1).astype(np.int32)
+    if not random:
+        prediction = judge(x_adv, everyone, 0).argmax(-1).astype(np.int32)
     robust = prediction == y
     accuracy[names[-1]] = float(robust.mean())
     return Result(x_adv, robust, correct, prediction, broken_by, accuracy, evaluations, notes)

@@ -47,6 +47,8 @@ def check(x: Array, y: Array, x_init: Array | None, bounds: Bounds, **counts: in
     low, high = bounds
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise ValueError(f"x must be floating, inside bounds, got {x.dtype}: divide uint8 images by 255.")
+    if jnp.finfo(x.dtype).bits < 32:  # whose rounding leaves the ball, by a tenth of the radius in bfloat16
+        raise ValueError(f"x must be float32 or float64, got {x.dtype}: cast it; logits_fn may compute in {x.dtype}.")
     if y.shape[:1] != x.shape[:1]:
         raise ValueError(f"x and y must have the same batch size, got shapes {x.shape} and {y.shape}.")
     if x_init is not None and jnp.shape(x_init) != x.shape:
@@ -60,12 +62,12 @@ def check(x: Array, y: Array, x_init: Array | None, bounds: Bounds, **counts: in
 
 
 def logits_of(network: Network, x: Array, keys: Array) -> Array:
-    """The network's logits; ValueError unless they are one array [batch, classes]."""
+    """The network's logits, in the type of x; ValueError unless they are one array [batch, classes]."""
     logits = network(x, keys)
     if getattr(logits, "ndim", 0) != 2 or logits.shape[:1] != x.shape[:1]:
         shapes = jax.tree.map(jnp.shape, logits)
         raise ValueError(f"logits_fn must return one array [batch, classes], got {shapes}.")
-    return logits
+    return logits.astype(x.dtype)
 
 
 def num_classes(logits_fn: Callable[..., Array], x: Array, random: bool = False) -> int:
@@ -75,7 +77,10 @@ def num_classes(logits_fn: Callable[..., Array], x: Array, random: bool = False)
 
 
 def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) -> tuple[Array, Array, Array]:
-    """(values [b], logits, gradient of their sum [b, ...]) for value(x) -> (values, logits)."""
+    """(values [b], logits, gradient of their sum [b, ...]) for value(x) -> (values, logits).
+
+    Where the gradient is not a number it counts as zero: a step along it would leave the images.
+    """
 
     def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
         values, logits = value(x)
@@ -84,7 +89,7 @@ def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) 
         return jnp.sum(values), (values, logits)  # a sum: each example's gradient is its own
 
     (_, (values, logits)), gradient = canonical(jax.value_and_grad(total, has_aux=True))(x)
-    return lax.stop_gradient((values, logits, gradient))
+    return lax.stop_gradient((values, logits, jnp.where(jnp.isnan(gradient), 0, gradient)))
 
 
 def wrong(logits: Array, y: Array) -> Array:
@@ -109,7 +114,7 @@ def choose(mask: Array, new: Any, old: Any) -> Any:
 def on_boundary(keys: Array, x: Array, norm: norms.Norm) -> Array:
     """One random displacement per example, of length one."""
     noise = jax.vmap(lambda key: norm.sample(key, x.shape[1:], x.dtype))(keys)
-    return noise / norm.length(noise)
+    return noise / jnp.maximum(norm.length(noise), jnp.finfo(x.dtype).tiny)  # a draw can be zero
 
 
 def whole(attack: Iterated, key: Array, logits_fn: Callable[..., Array], x: Array, y: Array, eps: ArrayLike) -> Array:

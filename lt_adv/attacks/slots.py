@@ -181,7 +181,8 @@ def run(
         state, *facts = program.advance(attack, steps, network.call, state)
         broken, taken = jax.device_get(facts)
         seated += steps
-        ended = busy & (broken | (taken >= total))
+        # Of a random network a point that was wrong once may be right in the next draw: the search goes on.
+        ended = busy & (broken & (not attack.random) | (taken >= total))
         spent[row[ended]] += np.minimum(taken, total)[ended]
         done = ended & (broken | (turn[row] + 1 >= attack.rounds))
         again = ended & ~done

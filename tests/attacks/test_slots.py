@@ -1,12 +1,16 @@
 """The engine under AutoAttack: who sits in which slot changes the time, never the result."""
 
+from functools import partial
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from lt_adv import attacks
 from lt_adv.attacks import slots
 from lt_adv.attacks.apgd import apgd_targeted_program
+from lt_adv.attacks.autoattack import ATTACKS
 from lt_adv.attacks.objectives import difference, targeted_difference
 from lt_adv.attacks.square import square_program
 from tests.attacks.test_autoattack import images, labels, network
@@ -103,3 +107,69 @@ def test_whole_attack_with_turns(monkeypatch):
     )
     np.testing.assert_array_equal(whole.x_adv, parts.x_adv)
     assert whole.evaluations == parts.evaluations
+
+
+def test_a_random_network_is_judged_by_fresh_draws_and_a_broken_image_stays_broken():
+    def noisy(x, keys):
+        return network(x + 0.1 * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys))
+
+    x = images(40)
+    y = np.asarray(network(x).argmax(-1))
+    result = attacks.autoattack(jax.random.key(1), noisy, x, y, eps=0.02, version="rand", batch_size=40)
+    left = list(result.accuracy.values())
+    assert left == sorted(left, reverse=True) and left[0] > left[-1] == result.robust.mean()
+    np.testing.assert_array_equal(result.robust, result.broken_by == -1)
+    assert result.evaluations["apgd-ce"][0] == 20 * 101 * result.correct.sum(), "no draw ends the search"
+    assert (result.x_adv[result.robust] == x[result.robust]).all()
+    assert (result.x_adv[~result.robust & result.correct] != x[~result.robust & result.correct]).any((1, 2, 3)).all()
+
+    def by_key(x, keys):  # right for the key that image i has in each judgement, wrong for those of all others
+        own = (jax.random.key_data(keys)[:, None] == allowed).all(-1).any(-1)
+        return jnp.stack([jnp.where(own, 1.0, -1.0), jnp.zeros(len(x))], -1) + 0 * x.sum((1, 2, 3))[:, None]
+
+    keys = jax.random.split(jax.random.key(5), 6)
+    judgements = [slots.example_keys(keys[3:4], np.uint32(len(ATTACKS) + number)) for number in range(3)]
+    allowed = jax.random.key_data(jnp.concatenate(judgements))
+    result = attacks.autoattack(keys, by_key, x[:6], np.zeros(6, int), eps=0.02, version="rand", batch_size=6)
+    np.testing.assert_array_equal(result.correct, np.arange(6) == 3)
+    np.testing.assert_array_equal(result.robust, np.arange(6) == 3)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_not_a_number_breaks_nothing(norm):
+    def network_with_a_pole(x):
+        return network(x) + jnp.sqrt(x[:, 0, 0, 0] * 0)[:, None]
+
+    x = images(20)
+    y = np.asarray(network(x).argmax(-1))
+    names = ("apgd-ce", "apgd-t", "fab-t")
+    options = {"eps": 1e-6, "norm": norm, "version": names, "batch_size": 20}
+    result = attacks.autoattack(jax.random.key(0), network_with_a_pole, x, y, **options)
+    assert result.robust.all() and np.isfinite(result.x_adv).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_type_whose_rounding_leaves_the_ball_is_refused(dtype):
+    x = jnp.asarray(images(4), dtype)
+    with pytest.raises(ValueError, match=f"must be float32 or float64, got {dtype}"):
+        attacks.autoattack(jax.random.key(0), network, x, labels(images(4)), eps=0.1)
+    with pytest.raises(ValueError, match="must be float32 or float64"):
+        attacks.square(jax.random.key(0), network, x, labels(images(4)), eps=0.1)
+    half = attacks.apgd(
+        jax.random.key(0), lambda x: network(x).astype(dtype), images(4), labels(images(4)), eps=0.1, num_steps=3
+    )
+    assert half.dtype == np.float32, "the network may compute in it"
+
+
+def test_a_journal_is_found_again_by_a_network_that_rounds_otherwise(tmp_path):
+    x = images(8)
+    y = labels(x)
+    run = partial(attacks.autoattack, jax.random.key(0), x=x, y=y, eps=0.08, version=("apgd-ce",), resume=tmp_path)
+    whole = run(network, batch_size=4)
+    again = run(lambda x: network(x) * (1 + 1e-6), batch_size=3)
+    np.testing.assert_array_equal(again.robust, whole.robust)
+    with pytest.raises(ValueError, match="holds another AutoAttack"):
+        run(lambda x: network(x) * 1.1, batch_size=4)
+    (tmp_path / "logits.npy").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="holds another AutoAttack"):
+        run(network, batch_size=4)
