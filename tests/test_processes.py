@@ -25,9 +25,8 @@ SHORT = [
     "--config.model.name=wide_resnet", "--config.model.depth=10", "--config.model.width=1",
     "--config.model.dtype=float64", "--config.eval.dtype=float64",
     "--config.attack.num_steps=1", "--config.average.name=ema",
-    "--config.data.validation_per_class=2", "--config.log.every_steps=3", "--config.checkpoint.every_epochs=1",
-    "--config.eval.attacks.autoattack.eps=0.35", "--config.eval.attacks.pgd20.num_steps=2",
-    "--config.eval.only=('pgd20','autoattack')", "--config.eval.subset_per_class=2", "--config.eval.batch_size=8",
+    "--config.log.every_steps=3", "--config.checkpoint.every_epochs=1", "--config.eval.attacks.pgd20.num_steps=2",
+    "--config.eval.attacks.autoattack.eps=0.35", "--config.eval.subset_per_class=2", "--config.eval.batch_size=8",
 ]  # fmt: skip
 SHARDED = ["--config.parallel=shard_map", "--config.sharded=('opt_state','average','params')"]
 SILENCE = 10
@@ -41,15 +40,15 @@ def port():
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """`launch(workdir, *arguments, count=2, devices=2, interrupt=None)`: what each process said, in their order."""
+    """`launch(workdir, *arguments, count=2, devices=2, only=..., interrupt=None)`: what each process said, in order."""
     cache = tmp_path_factory.mktemp("compiled")
     common = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     common |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "JAX_ENABLE_X64": "1"}
     common |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "LT_ADV_SILENCE": str(SILENCE)}
 
-    def start(workdir, *arguments, count=2, devices=2, interrupt=None):
+    def start(workdir, *arguments, count=2, devices=2, only=("pgd20",), interrupt=None):
         door = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]
-        command = [sys.executable, *door, *SHORT, f"--workdir={workdir}", *arguments]
+        command = [sys.executable, *door, *SHORT, f"--config.eval.only={only}", f"--workdir={workdir}", *arguments]
         common["JAX_NUM_CPU_DEVICES"] = str(devices)
         names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port()}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
         running = []
@@ -149,19 +148,22 @@ def test_shards_survive_a_sigterm_and_a_flipped_byte(launch, one, tmp_path):
         np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-9)
 
 
-def test_an_evaluation_of_two_processes_resumes(launch, one, two, tmp_path):
-    """Of records of which one batch is lost; and one process goes on with what two have trained."""
+def test_an_evaluation_of_two_processes(launch, two, tmp_path):
+    """It resumes where a batch of the records is lost, shares AutoAttack, and says what one process says of the same
+    network."""
     again = tmp_path / "again"
     shutil.copytree(two, again)
     (lost,) = again.glob("eval/records/*/batch-00001.npz")
     lost.unlink()
-    shutil.rmtree(again / "plots")
     (again / "report.json").unlink()
     succeeded(launch(again, "--mode=eval"))
     assert metrics(again) == metrics(two) and lost.exists()
-    single = succeeded(launch(again, "--mode=eval", "--config.eval.report=single", count=1, devices=1))[0]
-    assert "Report:" in single.stdout
-    assert json.loads((again / "reports/single/report.json").read_text())["metrics"] == metrics(one)
+    both = ("pgd20", "autoattack")
+    succeeded(launch(again, "--mode=eval", only=both))
+    shared = metrics(again)
+    assert shared["eval/autoattack/accuracy"] < shared["eval/pgd20/accuracy"]
+    succeeded(launch(again, "--mode=eval", count=1, devices=1, only=both))
+    assert metrics(again) == shared
 
 
 def test_what_differs_is_said_in_one_line(launch, tmp_path):

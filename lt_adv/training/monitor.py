@@ -42,8 +42,10 @@ class Monitor:
         keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
         self._batches = processes.put((image, label, keys), sharding)
 
-        everywhere = processes.replicated(mesh)  # every process counts
-        self._predict = jax.jit(lambda variables, x: jnp.argmax(apply(variables, x), -1), out_shardings=everywhere)
+        self._everywhere = processes.replicated(mesh)  # every process counts
+        # Nothing is exchanged before all batches are done: programs that exchange must not be in flight side by side.
+        shard = NamedSharding(mesh, PartitionSpec(AXIS))
+        self._predict = jax.jit(lambda variables, x: jnp.argmax(apply(variables, x), -1), out_shardings=shard)
         self._attacks: dict[str, Any] = {"clean": None}
         if attack is not None:
             self._attacks[f"pgd{attack['num_steps']}"] = attacks.compile(attacks.pgd, apply, **attack)
@@ -56,7 +58,8 @@ class Monitor:
             for i in range(self._batches[1].shape[0]):
                 x, y, keys = self._take(self._batches, i)
                 predictions.append(self._predict(variables, x if attack is None else attack(keys, variables, x, y)))
-            right = np.concatenate([np.asarray(p) for p in predictions])[: len(self._label)] == self._label
+            whole = [np.asarray(processes.everywhere(p, self._everywhere)) for p in predictions]
+            right = np.concatenate(whole)[: len(self._label)] == self._label
             result[f"{name}/accuracy"] = float(right.mean())
             classes = np.unique(self._label)
             result[f"{name}/balanced_accuracy"] = float(np.mean([right[self._label == c].mean() for c in classes]))

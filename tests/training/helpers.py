@@ -62,6 +62,7 @@ def make(
     freeze=None,
     optim_options=None,
     attack_apply=None,
+    sharded=(),
     seed=3,
     **options,
 ):
@@ -78,7 +79,7 @@ def make(
     tx = optim.create(config, rate, variables["params"], freeze)
     options = StepOptions(batch_size=batch_size, eps=0.1, step_size=0.05, pad=1, log_every=2, **options)
     step, init_window = make_train_step(
-        method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply
+        method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply, sharded=sharded
     )
     teacher = meshes.replicate(teacher or {}, mesh)
     data = resident.put(split(), mesh)
@@ -86,7 +87,7 @@ def make(
     key = jax.random.key(seed)
     state = meshes.replicate(states.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
     state = meshes.replicate(state.replace(window=init_window(state, data, teacher)), mesh)
-    return step, state, data, teacher
+    return step, meshes.place(state, mesh, sharded), data, teacher
 
 
 def run(method, devices, parallel="pmap", steps=4, **options):

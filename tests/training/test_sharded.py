@@ -1,0 +1,80 @@
+"""State that is cut up among the devices: what it is, that it changes no number, and how it is saved."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from etils import epath
+from jax.sharding import PartitionSpec as P
+
+from lt_adv import methods
+from lt_adv.training import mesh as meshes
+from lt_adv.training import state as states
+from lt_adv.training.checkpoint import Checkpoints, digest
+from tests.training.helpers import assert_same, make, run
+
+ALL = meshes.SHARDED
+EMA = {"name": "ema", "decay": 0.9, "start_epoch": 0}
+METHOD = methods.create({"name": "at"}, num_steps=1)
+
+
+def specs(state):
+    return {
+        jax.tree_util.keystr(path): a.sharding.spec
+        for path, a in jax.tree_util.tree_leaves_with_path(state)
+        if a.sharding.spec != P()
+    }
+
+
+def test_the_longest_axis_that_fits_is_cut_and_only_in_the_parts_asked_for():
+    mesh = meshes.make_mesh(jax.devices()[:4])
+    shapes = {"kernel": (3, 3, 8, 12), "dense": (64, 10), "bias": (6,), "scalar": (), "empty": (0, 4)}
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
+    made = states.TrainState(0, params, params, params, params, {}, {}, None)
+    made = made.replace(step=jax.ShapeDtypeStruct((), jnp.int32), key=jax.ShapeDtypeStruct((4,), jnp.uint32))
+    found = meshes.shardings(made, mesh, ("opt_state", "average"))
+    assert {name: s.spec for name, s in found.opt_state.items()} == {
+        "kernel": P(None, None, None, "data"), "dense": P("data"), "bias": P(), "scalar": P(), "empty": P(None, "data"),
+    }  # fmt: skip
+    assert found.average == found.opt_state
+    whole = jax.tree.leaves([found.params, found.batch_stats, found.key, found.step])
+    assert {s.spec for s in whole} == {P()}
+    alone = meshes.shardings(made, meshes.make_mesh(jax.devices()[:1]), ALL)
+    assert {s.spec for s in jax.tree.leaves(alone)} == {P()}, "one device has it all"
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("sharded", [("opt_state",), ALL], ids=["optimiser", "all"])
+def test_as_one_device(sharded):
+    expected = run(METHOD, 1, average=EMA)
+    for devices in (2, 4):
+        assert_same(run(METHOD, devices, "shard_map", sharded=sharded, average=EMA), expected, 1e-9)
+
+
+def test_every_step_leaves_each_device_its_part(caplog):
+    step, state, data, teacher = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)
+    before = specs(state)
+    assert len(before) >= 3 * 2 and all(name.startswith((".params", ".opt_state", ".average")) for name in before)
+    kernel = state.params["kernel"]
+    assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 4)} and kernel.shape == (6, 4)
+    with jax.log_compiles():
+        for _ in range(3):
+            old = state
+            state, _ = step(state, data, teacher)
+    assert specs(state) == before and old.params["kernel"].is_deleted(), "donated"
+    assert sum("Finished XLA compilation of jit(sharded_step)" in line for line in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("devices", [1, 2, 4])
+def test_shards_are_restored_on_any_number_of_devices(tmp_path, devices):
+    _, state, _, _ = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)
+    stage = epath.Path(tmp_path) / "checkpoints" / "0_train"
+    checkpoints = Checkpoints(stage)
+    checkpoints.save(1, state, {"step": 1})
+    checkpoints.close()
+    _, other, _, _ = make(METHOD, devices, "shard_map", sharded=ALL, average=EMA, seed=4)
+    restored, meta = Checkpoints(stage).restore(1, other, meshes.make_mesh(jax.devices()[:devices]))
+    assert specs(restored) == specs(other) and bool(specs(restored)) == (devices > 1)
+    assert digest(restored) == digest(state) == meta["digest"] != digest(other)
+    for mine, theirs in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(mine, theirs)
