@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import tables as speed
+from experiments.communication import paper
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -193,6 +194,16 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
     return table(head, rows, left=3)
 
 
+def communication(results: Path = RESULTS) -> str:
+    """What the devices exchange in a step, and what that comes to on paper."""
+    blocks = []
+    for path in sorted((results / "communication").glob("*.json")):
+        record = json.loads(path.read_text())
+        blocks += [table(*paper.measured(record), left=1), table(*paper.table(record), left=2)]
+    command = "python -m experiments.communication --config=configs/robal.py:dataset=digits"
+    return "\n\n".join(blocks) or f"Communication: {NOT_YET}; `{command}` measures it."
+
+
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
     "index": index,
@@ -200,6 +211,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study": study,
     "ablation": ablation,
     "precision": precision,
+    "communication": communication,
     **SPEED,
 }
 
