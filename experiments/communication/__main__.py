@@ -1,6 +1,6 @@
 """What the devices exchange in a training step, counted; and what that costs on large machines, on paper.
 
-    python -m experiments.communication --config=configs/robal.py:dataset=digits [--devices=1,2,4,8] [--config.x.y=z ...]
+    python -m experiments.communication --config=configs/robal.py:dataset=digits [--devices=1,2,4,8] [--config...]
 
 Each number of devices is a process with as many virtual ones; with shard_map, as pmap is the same program, and as a
 sharded state needs it. The program is compiled with a state in whole copies and in shards, and its text is counted.
