@@ -106,6 +106,7 @@ def assert_close(workdir, other, tolerance):
         np.testing.assert_allclose(actual[name], array, rtol=tolerance, atol=tolerance, err_msg=name)
     assert len(rows(workdir)) == len(rows(other)) == 6
     for mine, theirs in zip(rows(workdir), rows(other), strict=True):
+        assert mine.pop("stage") == theirs.pop("stage")
         assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
     assert metrics(workdir) == metrics(other)
 

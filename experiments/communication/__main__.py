@@ -4,8 +4,9 @@
 
 Each number of devices is a process with as many virtual ones; with shard_map, as pmap is the same program, and as a
 sharded state needs it. The program is compiled with a state in whole copies and in shards, and its text is counted.
-The networks of the papers (ResNet-18, WRN-34-10) are traced, not compiled. What comes out goes to
-experiments/results/communication/<name>.json, and from there, with the arithmetic of `paper`, into the README.
+The networks of the papers (ResNet-18, WRN-34-10, on images of 32 x 32, ten attack steps) are traced, not compiled.
+What comes out goes to experiments/results/communication/<name>.json, and from there, with the arithmetic of `paper`,
+into the README.
 
 --devices=1,2,4,8   [1,2,4,8]
 --name=NAME         of the file [communication]
@@ -26,9 +27,10 @@ from lt_adv.main import one_line
 
 RESULTS = Path(__file__).parents[1] / "results" / "communication"
 STATES = {"whole": "()", "sharded": "('opt_state','average','params')"}
+LARGE = ["--config.data.image_size=32", "--config.attack.num_steps=10"]  # as CIFAR is
 NETWORKS = {
-    "ResNet-18": ["--config.model.name=resnet18"],
-    "WRN-34-10": ["--config.model.name=wide_resnet", "--config.model.depth=34", "--config.model.width=10"],
+    "ResNet-18": [*LARGE, "--config.model.name=resnet18"],
+    "WRN-34-10": [*LARGE, "--config.model.name=wide_resnet", "--config.model.depth=34", "--config.model.width=10"],
 }
 
 
