@@ -67,9 +67,12 @@ def all_images(summary: Summary, published: bool = True) -> Table:
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """In a word; "" where there is none."""
+    """In a word, with the classes whose gain is not real; "" where there is none."""
     found = row.get("verdict")
-    return "" if not found else "trustworthy" if found["trustworthy"] else "**not trustworthy**"
+    if not found or found["trustworthy"]:
+        return "trustworthy" if found else ""
+    groups = dict.fromkeys(gain["group"] or "all" for gain in found["gains"] if not gain["real"])
+    return f"**not real: {', '.join(groups)}**" if groups else "**not trustworthy**"
 
 
 def verdicts(summary: Summary) -> list[Table]:

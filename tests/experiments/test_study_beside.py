@@ -45,7 +45,7 @@ def test_every_row_is_held_against_the_baseline(study):
     assert table["about"]["baseline"] == "AT" and table["rows"]["robal"]["verdict"]["trustworthy"]
     assert table["rows"]["at"]["verdict"] is None
     text = (study.folder / "table.md").read_text()
-    assert "| trustworthy |" in text and "**not trustworthy**" in text
+    assert "| trustworthy |" in text and "| **not real: all, tail** |" in text
     assert "The gain is not real. Of it, nothing is left." in text
     assert "the gain over AT, on 25 images" in text
     results = [path.read_text() for path in study.folder.glob("*-verdict.json")]
