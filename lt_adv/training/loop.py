@@ -62,6 +62,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
             state, seconds = _run(built, workdir, lines, speed, names, stop, seconds)
             previous = jax.device_get(state.variables)
             names.append(built.name)
+        if stop.is_set():  # after the last step, whose checkpoint is there
+            raise Preempted("SIGTERM: training is finished and saved. The same command goes on with the evaluation.")
 
 
 def _monitors(built: program.Program) -> dict[str, Monitor]:
