@@ -19,6 +19,7 @@ import os
 import signal
 import sys
 import threading
+import types
 from collections.abc import Sequence
 
 from lt_adv import arguments
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.StreamHandler()
     log.addFilter(is_shown)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[log])
+    sys.excepthook = excepthook
     handles = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, terminate) if handles else None
     try:
@@ -65,6 +67,12 @@ def terminate(*_: object) -> None:
 def is_shown(record: logging.LogRecord) -> bool:
     # Whatever matters of what orbax logs, it raises as well; so of its reads, of which asyncio logs all but the first.
     return not any(package in record.pathname for package in ("orbax", "asyncio"))
+
+
+def excepthook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    # After a checkpoint that could not be written, each array that was waiting for it says so with a traceback.
+    if str(error) != "Event loop is closed":
+        sys.__excepthook__(kind, error, trace)
 
 
 def is_answered(error: Exception) -> bool:

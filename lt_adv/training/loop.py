@@ -62,6 +62,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
             state, seconds = _run(built, workdir, lines, speed, names, stop, seconds)
             previous = jax.device_get(state.variables)
             names.append(built.name)
+        lines.write()  # whole again, whatever became of the file
         if stop.is_set():  # after the last step, whose checkpoint is there
             raise Preempted("SIGTERM: training is finished and saved. The same command goes on with the evaluation.")
 
@@ -108,6 +109,7 @@ def _run(
     if restored is not None:
         state, meta = restored
         seconds = meta["seconds"]
+        lines.put_back(meta.get("lines", lines.rows))  # older checkpoints have none
         _same_run(built, meta, workdir)
     first = int(state.step)
     if first == total:
@@ -127,7 +129,7 @@ def _run(
 
     def save(step: int, row: dict[str, Any]) -> None:
         nonlocal saved
-        meta = {"step": step, "seconds": seconds, **_identity(built)}
+        meta = {"step": step, "seconds": seconds, "lines": list(lines.rows), **_identity(built)}
         checkpoints.save(step, state, meta, {best: row[best]} if best and best in row else None)
         saved = step
 
