@@ -19,7 +19,6 @@ import os
 import signal
 import sys
 import threading
-import types
 from collections.abc import Sequence
 
 from lt_adv import arguments
@@ -38,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.StreamHandler()
     log.addFilter(is_shown)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[log])
-    sys.excepthook = excepthook
+    sys.unraisablehook = unraisable
     handles = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, terminate) if handles else None
     try:
@@ -69,10 +68,10 @@ def is_shown(record: logging.LogRecord) -> bool:
     return not any(package in record.pathname for package in ("orbax", "asyncio"))
 
 
-def excepthook(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-    # After a checkpoint that could not be written, each array that was waiting for it says so with a traceback.
-    if str(error) != "Event loop is closed":
-        sys.__excepthook__(kind, error, trace)
+def unraisable(found: "sys.UnraisableHookArgs") -> None:
+    # Once an array cannot be read or written, each other one that is under way finds its event loop closed and says so.
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def is_answered(error: Exception) -> bool:

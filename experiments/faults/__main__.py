@@ -23,6 +23,7 @@ import argparse
 import json
 import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -137,4 +138,6 @@ def go_on(made: dict[str, Any], folder: Path, options: argparse.Namespace, write
 
 
 if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):  # a shell ignores the first for what runs in the background
+        signal.signal(number, signal.default_int_handler)
     sys.exit(main(sys.argv[1:]))

@@ -15,8 +15,6 @@ PER_EPOCH = 7  # steps; the runs save after each epoch
 LINES = r"/(metrics|timing)\.jsonl$"
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES")
 ARRAYS = 30  # files that a checkpoint has at least, when it is whole
-# Not to be injected yet, and why.
-WAITING = {"host_death": "a run is one process so far; of several, one is to die while the others wait"}
 
 
 @dataclasses.dataclass
