@@ -114,7 +114,7 @@ def strayed(found: Outcome, reference: Reference) -> list[str]:
 
 
 def kept(found: Outcome, before: list[int], after: list[int]) -> list[str]:
-    """Whether nothing is lost but the steps since the last save that had time to end: the one before the last begun."""
+    """Whether nothing is lost but the steps since the last save that is known to have ended."""
     ended = max([0, *before[-1:], *found.saves[:-1]])
     if max([0, *after]) < ended:
         return [f"the newest checkpoint is {max([0, *after])}, though the save of step {ended} had ended"]

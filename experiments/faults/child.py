@@ -133,7 +133,7 @@ def _each_step(come_by: Callable[[Any], None]) -> None:
 
 
 def _trace(path: Path) -> None:
-    """A line per step, and one per save that begins; each is there before the step is."""
+    """A line before each step, and one after each save: orbax writes it then, and the one before it has ended."""
     file = path.open("w", buffering=1)
 
     def step(state: Any) -> None:
@@ -143,7 +143,11 @@ def _trace(path: Path) -> None:
         file.write(json.dumps({"step": number, "digest": hashlib.sha256(found.encode()).hexdigest()[:16]}) + "\n")
 
     _each_step(step)
-    _before(checkpoint.Checkpoints, "save", lambda _, number, *rest: file.write(json.dumps({"save": number}) + "\n"))
+
+    def saving(_: Any, number: int, *rest: Any) -> None:
+        file.write(json.dumps({"save": number}) + "\n")
+
+    _before(checkpoint.Checkpoints, "save", lambda *_: None, saving)
 
 
 def _at_step(injection: Injection, act: Callable[[], None]) -> None:

@@ -43,7 +43,7 @@ class Outcome:
     out: str
     err: str
     steps: dict[int, str]  # digest of the state before each step that was begun
-    saves: list[int]  # that were begun
+    saves: list[int]  # that are under way or ended; all but the last have ended
 
     @property
     def resumed(self) -> int:
