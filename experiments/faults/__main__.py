@@ -20,6 +20,7 @@ exit code is 1 if anything failed, 2, after one line, for arguments that cannot 
 """
 
 import argparse
+import contextlib
 import json
 import os
 import shlex
@@ -38,6 +39,7 @@ from experiments.faults import campaign, disk
 from experiments.faults.points import POINTS, possible
 from experiments.faults.run import Run
 from experiments.options import Parser, name, one_of, positive, some
+from lt_adv import workdirs
 from lt_adv.platform import code_digest, commit
 
 RESULTS = record.ROOT / "experiments" / "results" / "faults"
@@ -79,18 +81,24 @@ def main(argv: Sequence[str]) -> int:
         return 2
     path = options.out / f"{options.name or f'digest-{options.digest}'}.json"
     folder = options.workdirs.absolute()
-    try:
-        with disk.mounted(folder / "disk") as mounts:
-            points = options.points or possible(mounts)
-            if impossible := sorted(set(points) - set(possible(mounts))):
-                print(f"Error: {', '.join(impossible)}: this process may not mount a file system.", file=sys.stderr)
-                return 2
-            drawn = campaign.draw(points, options.faults or EACH * len(points), options.seed)
-            made = begun(path, new(argv, options, drawn))
+    with contextlib.ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(workdirs.held(folder))  # against a second campaign
+            can = possible(stack.enter_context(disk.mounted(folder / "disk")))
+            if missing := [point for point in options.points or can if point not in can]:
+                raise ValueError(f"{', '.join(missing)}: this process may not mount a file system.")
+        except (ValueError, OSError) as error:
+            print("Error:", error, file=sys.stderr)
+            return 2
+        points = options.points or can
+        drawn = campaign.draw(points, options.faults or EACH * len(points), options.seed)
+        made = begun(path, new(argv, options, drawn))
+        try:
             made = go_on(made, folder, options, lambda: record.write(path, made))
-    except KeyboardInterrupt:
-        print("Interrupted: the same command goes on.", file=sys.stderr)
-        return 130
+        except KeyboardInterrupt:
+            print("Interrupted: the same command goes on.", file=sys.stderr)
+            return 130
     failed = [row for run in made["runs"] for row in run["faults"] if row["problems"]]
     print(f"{sum(map(len, drawn))} faults, {len(failed)} failed. {path}")
     return 1 if failed else 0

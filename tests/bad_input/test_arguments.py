@@ -5,7 +5,6 @@ import gc
 import re
 import subprocess
 import sys
-import types
 
 import jax
 import pytest
@@ -260,16 +259,6 @@ def test_reads_that_nobody_waits_for_say_nothing(caplog):
     asyncio.run(start())
     gc.collect()
     assert "never retrieved" in caplog.text and not any(map(main.is_shown, caplog.records))
-
-
-def test_arrays_whose_event_loop_is_closed_say_nothing(monkeypatch):
-    """As tensorstore has it printed, once for every array that was under way when another one failed."""
-    printed = []
-    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
-    said = [types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another")]
-    for one in said:
-        main.unraisable(one)
-    assert printed == said[1:]
 
 
 def test_interrupt(monkeypatch, capsys, tmp_path):

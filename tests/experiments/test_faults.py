@@ -3,7 +3,6 @@
 import collections
 import dataclasses
 import json
-import os
 import shutil
 
 import numpy as np
@@ -96,7 +95,7 @@ def test_the_table(tmp_path):
     folder.mkdir()
     (folder / "digest-off.json").write_text(json.dumps(RECORD | {"digest": False}))
     (folder / "digest-on.json").write_text(json.dumps(RECORD))
-    text, _, _, row, waiting, _, off = tables.faults(tmp_path).splitlines()
+    text, _, _, _, row, waiting, _, off = tables.faults(tmp_path).splitlines()
     assert "10 faults at 1 points, 1 of them failed; 1 of 2 runs ended as the unbroken one" in text
     assert row == "| `commit` | SIGKILL | 10 | 1 |  | 7 |" and "`host_death` | not yet" in waiting
     assert off.startswith("With the digest of checkpoints switched off")
@@ -121,14 +120,11 @@ def test_the_door(tmp_path, monkeypatch, capsys):
     assert door.main(given) == 1
     made = json.loads((tmp_path / "digest-on.json").read_text())
     assert called[1] == called[2] and [len(run["faults"]) for run in made["runs"]] == [8, 8, 4]
-    assert {name: (row["faults"], row["failed"]) for name, row in made["points"].items()}.keys() == {
-        "commit",
-        "step_killed",
-    }
+    assert [row["faults"] for row in made["points"].values()] == [10, 10]
     assert sum(row["failed"] for row in made["points"].values()) == 4 and door.main(given) == 1 and len(called) == 4
     capsys.readouterr()
-    for wrong, text in (("--points=comit", "commit"), ("--digest=no", "on, off"), ("--points=full_disk", "mount")):
-        assert door.main([wrong]) == 2
+    for wrong, text in (("--points=comit", "commit"), ("--digest=no", "off, on"), ("--points=full_disk", "mount")):
+        assert door.main([*given[:2], wrong]) == 2
         printed = capsys.readouterr().err
         assert printed.startswith("Error: ") and printed.count("\n") == 1 and text in printed
 
@@ -193,4 +189,3 @@ def test_a_byte_of_the_end_is_noticed(real):
     array = np.arange(4, dtype=np.float32)
     other = np.frombuffer(bytes([array.tobytes()[0] ^ 1]) + array.tobytes()[1:], np.float32)
     assert compare._array(array) != compare._array(other) and compare._array(array) != compare._array(array[None])
-    assert os.environ["JAX_PLATFORMS"] == "cpu"
