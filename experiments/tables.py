@@ -7,7 +7,7 @@ A result is one file experiments/results/<study>/<row or config>-seed<n>-<part>.
 report.json), `command`, `machine`, `commit`, and `row` where it is of a row of `experiments.study`. The part "full" is
 the whole split, "scales" a sweep, any other a fixed class-balanced subset; the split is that of the report's header
 ("test" where it has none). What `experiments.study` makes of its results is table.json beside them. Those of speed are
-experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them.
+experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them; those of faults likewise.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from typing import Any
 
 from experiments.benchmark import tables as speed
 from experiments.communication import paper
+from experiments.faults import tables as faults_tables
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -185,6 +186,11 @@ def _unmeasured(what: str, preset: str) -> str:
     return f"{what}: {NOT_YET}; `{command}` measures it."
 
 
+def faults(results: Path = RESULTS) -> str:
+    """What `experiments.faults` did to runs, and what became of them."""
+    return faults_tables.page(results / "faults")
+
+
 def benchmark(kind: str, results: Path = RESULTS) -> str:
     """What `experiments.benchmark <kind>` measured, a row or more per file."""
     found = speed.read(results / "benchmark").get(kind)
@@ -212,6 +218,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "ablation": ablation,
     "precision": precision,
     "communication": communication,
+    "faults": faults,
     **SPEED,
 }
 

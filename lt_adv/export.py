@@ -22,7 +22,7 @@ import ml_collections
 import numpy as np
 from etils import epath
 
-from lt_adv import check, data, evaluation, files, platform, run
+from lt_adv import check, data, evaluation, files, platform, run, workdirs
 from lt_adv.attacks import convolutions
 from lt_adv.models import adjustments
 from lt_adv.training import logging, program
@@ -95,8 +95,8 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
     Of a report that has a name, `eval.report`, it is reports/<name>/export: the card shows the report beside it.
     The network is the one that --mode=eval evaluates: `eval.checkpoint`, averaged weights, `eval.dtype`,
     `eval.adjustment`. `command` is how the run was started, for the card. Errors: ImportError without the packages of
-    the extra; ValueError where training is not finished, or the config not that of the run; FileNotFoundError where
-    there is no checkpoint.
+    the extra; ValueError where training is not finished, or the config not that of the run, or while another process
+    works there; FileNotFoundError where there is no checkpoint.
     """
     if missing := [package for package in EXTRA if importlib.util.find_spec(package) is None]:
         raise ImportError(f"--mode=export needs {' and '.join(missing)}: pip install -e '.[export]'.")
@@ -107,6 +107,8 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
             "config.init_from names others' weights: --mode=export is for networks that were trained here."
         )
     variables, meta, split = run.trained(config, workdir)
+    if jax.process_count() > 1:
+        raise ValueError("--mode=export is done by one process: start a single one.")
     facts = run.header(config, split, meta, subset="")
     if facts["training"] != "finished":
         where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
@@ -122,7 +124,8 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
         "config.json": (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode(),
         "README.md": card(facts, command, split, *measured(directory, wanted)).encode(),
     }
-    files.replace_folder(directory / "export", contents)
+    with workdirs.held(workdir):
+        files.replace_folder(directory / "export", contents)
     size = sum(map(len, contents.values())) / 1e6
     logging.console.print(
         f"Export: {directory / 'export' / 'README.md'} says how to use it, {size:.1f} MB in all.", soft_wrap=True

@@ -1,6 +1,8 @@
 """Files that others read while they are written, or after a kill."""
 
 import os
+import pathlib
+import shutil
 from collections.abc import Mapping
 
 from etils import epath
@@ -46,3 +48,16 @@ def replace_folder(path: epath.PathLike, contents: Mapping[str, bytes]) -> None:
             old.rename(path)
         raise
     old.rmtree(missing_ok=True)
+
+
+def clear(folder: epath.PathLike) -> None:
+    """Remove below `folder`, which is no bucket's, what killed processes were writing with the functions above.
+
+    A folder that was taken away for a new one, which then did not come, is put back. Nobody may be writing there now.
+    """
+    folder = pathlib.Path(folder)
+    for path in list(folder.rglob(".*.old")):
+        place = path.parent / path.name[1:].rsplit(".", 2)[0]
+        shutil.rmtree(path) if place.exists() else path.rename(place)
+    for path in list(folder.rglob(".*.tmp")):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -9,15 +9,23 @@
                              to be used without this project [train]
 
 Bad input is answered by one line on stderr and exit code 2; with LT_ADV_TRACEBACK=1 in the environment, by a traceback.
+SIGTERM ends it with exit code 0, and the same command goes on: training from a checkpoint that it still writes,
+evaluation from its last record.
 """
 
 import functools
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Sequence
 
 from lt_adv import arguments
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived where nothing has to be saved; as KeyboardInterrupt, not for those who await an Exception."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +37,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.StreamHandler()
     log.addFilter(is_shown)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[log])
+    sys.unraisablehook = unraisable
+    handles = threading.current_thread() is threading.main_thread()
+    previous = signal.signal(signal.SIGTERM, terminate) if handles else None
     try:
         run(arguments.parse(argv))
     except Exception as error:
@@ -39,12 +50,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from the last checkpoint or record.", file=sys.stderr)
         return 130
+    except Terminated:
+        print("SIGTERM: the same command goes on from the last checkpoint or record.")
+    finally:
+        if handles:
+            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
     return 0
+
+
+def terminate(*_: object) -> None:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a second one must not disturb the way out
+    raise Terminated
 
 
 def is_shown(record: logging.LogRecord) -> bool:
     # Whatever matters of what orbax logs, it raises as well; so of its reads, of which asyncio logs all but the first.
     return not any(package in record.pathname for package in ("orbax", "asyncio"))
+
+
+def unraisable(found: "sys.UnraisableHookArgs") -> None:
+    # Once an array cannot be read or written, each other one that is under way finds its event loop closed and says so.
+    if str(found.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(found)
 
 
 def is_answered(error: Exception) -> bool:

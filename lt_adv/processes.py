@@ -6,7 +6,7 @@ the others would wait for it in the next exchange between devices.
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -80,6 +80,21 @@ def in_all(holds: np.ndarray) -> np.ndarray:
 def agree(holds: bool) -> bool:
     """Whether it holds in all processes."""
     return bool(in_all(np.array(holds)))
+
+
+def by_first(act: Callable[[], None]) -> None:
+    """Done by the first process, while the others wait; where it fails, ValueError in all."""
+    failure: Exception | None = None
+    if first():
+        try:
+            act()
+        except ValueError as error:
+            failure = error
+    if failure:
+        agree(False)
+        raise failure
+    if not agree(True):
+        raise ValueError("The first process has failed: it says why.")
 
 
 def same(what: str, text: str) -> None:

@@ -11,20 +11,17 @@ import ml_collections
 from etils import epath
 
 import lt_adv
-from lt_adv import baseline, check, data, evaluation, files, platform, processes
+from lt_adv import baseline, check, data, evaluation, platform, processes, workdirs
 from lt_adv.training import checkpoint, logging, loop, program
 from lt_adv.training import mesh as meshes
-
-# What may change between two starts in a working directory. Training watches itself through the adjustment.
-FREE = ("eval.", "data.data_dir", "data.download", "cpu_devices", "sharded")
-WATCHED = ("eval.adjustment.", "eval.dtype")
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Train (or go on), then evaluate. ValueError before anything is written for a config that cannot be, or does not
     fit the data, the devices or what is in the working directory."""
     prepare(config)
-    compare(config, workdir, training=True)
+    together(config)
+    workdirs.compare(config, workdir, training=True)
     origin(config)
     dataset, mesh = data.load(config.data), meshes.make_mesh()
     split = data.long_tailed(dataset, config.data)
@@ -32,21 +29,24 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
         own = program.configured(config, stage)
         check.stage_fits(own, stage, data.long_tailed(dataset, own.data) if stage.overrides else split, mesh.size)
     _images(config.eval, split)
-    processes.wait("the working directory is looked at")
-    claim(config, workdir)
-    describe(config, split, workdir, mesh)
-    loop.train(config, workdir, dataset, mesh)
-    evaluate(config, workdir, dataset=dataset)
+    with workdirs.claimed(config, workdir):
+        describe(config, split, workdir, mesh)
+        loop.train(config, workdir, dataset, mesh)
+        _evaluate(config, workdir, *trained(config, workdir, dataset))
 
 
 def prepare(config: ml_collections.ConfigDict) -> None:
     """ValueError for values that cannot be; then jax may start."""
     check.values(config)
     platform.prepare(config.optim.batch_size, config.cpu_devices)
-    logging.console.quiet = not processes.first()
-    processes.same("The config", json.dumps(_comparable(config.to_dict()), sort_keys=True))
     if config.eval.baseline:
         _ended(config.eval.baseline, f"The baseline is the run in {config.eval.baseline!r} (config.eval.baseline)")
+
+
+def together(config: ml_collections.ConfigDict) -> None:
+    """ValueError unless all processes have this config; from here on the first one speaks for all."""
+    logging.console.quiet = not processes.first()
+    processes.same("The config", json.dumps(workdirs.comparable(config.to_dict()), sort_keys=True))
 
 
 def origin(config: ml_collections.ConfigDict) -> None:
@@ -67,47 +67,6 @@ def _ended(run: str, words: str) -> None:
         raise ValueError(f"{words}, where there is none: train it first, or name another.") from error
     if not _finished(meta, "last"):
         raise ValueError(f"{words}, which is at {_position(meta)}: let it finish, or name another.")
-
-
-def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
-    """ValueError, with the difference, if the working directory was started with another config."""
-    path = workdir / "config.json"
-    if not path.exists():
-        return
-    try:
-        theirs = _comparable(json.loads(path.read_text()), training=training)
-    except (ValueError, AssertionError) as error:  # no JSON, or no dict
-        raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
-    mine = _comparable(config.to_dict(), training=training)
-    changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
-    if changed:
-        shown = "; ".join(f"{name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}" for name in changed)
-        raise ValueError(f"{workdir} began with another config ({shown}): use another --workdir, or the old values.")
-
-
-def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Store the config in the working directory; ValueError, and nothing is left behind, if it cannot be written."""
-    if not processes.first():
-        return
-    new = not workdir.exists()
-    if (workdir / "checkpoints").exists() and not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} has checkpoints and no config.json that says of what: use another --workdir.")
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        files.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
-    except OSError as error:
-        if new and workdir.exists():
-            workdir.rmtree()
-        reason = error.strerror or error
-        raise ValueError(f"{workdir} cannot be written ({reason}): change that, or use another --workdir.") from error
-
-
-def _comparable(config: Mapping[str, Any], *, training: bool = False) -> dict[str, str]:
-    """{"optim.epochs": "80", ...}, of the entries that must not change."""
-    fixed = {
-        k: v for k, v in check.flat(config).items() if not k.startswith(FREE) or training and k.startswith(WATCHED)
-    }
-    return {name: json.dumps(value) for name, value in fixed.items()}
 
 
 def describe(config, split, workdir, mesh) -> None:
@@ -135,7 +94,7 @@ def trained(
 ) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
     """(variables, meta, split) of the network that `config.eval` asks for; ValueError unless the config is its own."""
     prepare(config)
-    compare(config, workdir)
+    workdirs.compare(config, workdir)
     variables, meta = checkpoint.read_variables(workdir, config.eval.checkpoint)
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
     if meta["class_counts"] != list(split.class_counts):
@@ -153,7 +112,7 @@ def imported(
 ) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
     """What `trained` gives, of the file of weights in `config.init_from`; how it was trained, meta does not know."""
     prepare(config)
-    compare(config, workdir)
+    workdirs.compare(config, workdir)
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
     return *program.imported(config, split), split
 
@@ -167,15 +126,27 @@ def evaluate(
     others, a file in `config.init_from`, are evaluated as if they had been trained in the working directory. Of several
     processes the first one gets the report.
     """
-    options = config.eval
+    prepare(config)
+    together(config)
     imports = check.imports(config)
-    variables, meta, split = (imported if imports else trained)(config, workdir, dataset)
-    counts = split.class_counts
-    if not imports and not _finished(meta, options.checkpoint):
+    found = (imported if imports else trained)(config, workdir, dataset)
+    _images(config.eval, found[2])
+    with workdirs.claimed(config, workdir) if imports else workdirs.held(workdir):
+        return _evaluate(config, workdir, *found)
+
+
+def _evaluate(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    variables: dict[str, Any],
+    meta: dict[str, Any],
+    split: data.LongTailed,
+) -> dict[str, Any]:
+    """`evaluate`, in a working directory that this process holds."""
+    options, counts = config.eval, split.class_counts
+    if not check.imports(config) and not _finished(meta, options.checkpoint):
         logging.console.print(f"Note: this evaluates {_position(meta)}, not the end of training.", soft_wrap=True)
     images, subset = _images(options, split)
-    if imports:
-        claim(config, workdir)
     specs = options.attacks.to_dict()
     chosen = options.only or [name for name, spec in specs.items() if not evaluation.takes_all(spec)]
     specs = {name: spec for name, spec in specs.items() if name in chosen}
@@ -257,7 +228,7 @@ def header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) ->
         "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
         **(_training(config, meta) if "step" in meta else meta),  # of weights of others, nothing is known
         "evaluation_seed": config.eval.seed,
-        "config_digest": hashlib.sha256(json.dumps(_comparable(config.to_dict())).encode()).hexdigest()[:16],
+        "config_digest": hashlib.sha256(json.dumps(workdirs.comparable(config.to_dict())).encode()).hexdigest()[:16],
         "lt_adv_version": lt_adv.__version__,
         "code_digest": platform.code_digest(),
         "python_version": sys.version.partition(" ")[0],

@@ -27,9 +27,10 @@ ROOMS: dict[str, set[str]] = {
     "arguments": {"lookup"},
     "check": {"lookup", "attacks", "models", "data", "methods", "training", "evaluation"},
     "baseline": {"files", "platform", "processes", "data", "training", "evaluation"},
-    "run": {"__init__", "baseline", "lookup", "files", "processes", "platform", "check"}
+    "workdirs": {"files", "processes", "check"},
+    "run": {"__init__", "baseline", "lookup", "processes", "platform", "check", "workdirs"}
     | {"data", "training", "evaluation"},
-    "export": {"files", "platform", "attacks", "data", "models", "training", "evaluation", "check", "run"},
+    "export": {"files", "platform", "attacks", "data", "models", "training", "evaluation", "check", "run", "workdirs"},
     "platform": {"processes"},
     "main": {"training", "arguments", "run", "export"},
 }
@@ -50,6 +51,7 @@ PACKAGES: dict[str, set[str]] = {
     "arguments": {"absl", "etils", "ml_collections"},
     "check": NUMERIC | {"etils", "flax", "ml_collections"},
     "baseline": NUMERIC | {"etils", "ml_collections"},
+    "workdirs": NUMERIC | {"etils", "ml_collections"},
     "run": NUMERIC | {"etils", "flax", "ml_collections"},
     "export": NUMERIC | {"etils", "flax", "ml_collections", "safetensors"},
     "platform": {"jax"},

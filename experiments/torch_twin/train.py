@@ -77,7 +77,7 @@ def train(given: arguments.Arguments, setting: str, device: str) -> None:
     import torch
 
     from experiments.torch_twin.step import Trainer
-    from lt_adv import check, data, run
+    from lt_adv import check, data, workdirs
     from lt_adv.training import logging
     from lt_adv.training.checkpoint import Checkpoints
 
@@ -85,36 +85,40 @@ def train(given: arguments.Arguments, setting: str, device: str) -> None:
     check.values(config)
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir} has checkpoints, and the PyTorch twin resumes none: use another --workdir.")
-    run.compare(config, workdir, training=True)
+    workdirs.compare(config, workdir, training=True)
     split = data.long_tailed(data.load(config.data), config.data)
     check.fits(config, split, 1)
     trainer = Trainer(config, split, setting=setting, device=device, seed=config.seed)
-    run.claim(config, workdir)
-    lines = logging.Lines(workdir / "metrics.jsonl")
-    epochs, per_epoch = config.optim.epochs, trainer.steps_per_epoch
-    meta: dict[str, Any] = {
-        "stage": f"0_train by PyTorch {torch.__version__}, {setting}, on {device}",
-        "stages": 1,
-        "total_steps": epochs * per_epoch,
-        "class_counts": list(split.class_counts),
-        "data_digest": split.digest,
-    }
-    logging.console.print(f"{meta['stage']}  method {config.method.name}  model {config.model.name}  workdir {workdir}")
-    checkpoints = Checkpoints(workdir / "checkpoints" / "0_train", keep=config.checkpoint.keep)
-    seconds = 0.0
-    for epoch in range(1, epochs + 1):
-        began = time.perf_counter()
-        loss = float(torch.stack([trainer.step() for _ in range(per_epoch)]).mean())
-        taken = time.perf_counter() - began
-        seconds += taken
-        if not math.isfinite(loss):
-            raise FloatingPointError(f"The loss is {loss} in epoch {epoch}.")
-        lines.add({"stage": meta["stage"], "step": trainer.steps, "epoch": epoch, "train/loss": loss})
-        rate = per_epoch * config.optim.batch_size / taken
-        logging.console.print(f"epoch {epoch}/{epochs}  {rate:,.0f} img/s  loss {loss:.3f}")
-        if epoch == epochs or epoch % config.checkpoint.every_epochs == 0:
-            checkpoints.save(trainer.steps, trainer.variables(), {"step": trainer.steps, "seconds": seconds, **meta})
-    checkpoints.close()
+    with workdirs.claimed(config, workdir):
+        lines = logging.Lines(workdir / "metrics.jsonl")
+        epochs, per_epoch = config.optim.epochs, trainer.steps_per_epoch
+        meta: dict[str, Any] = {
+            "stage": f"0_train by PyTorch {torch.__version__}, {setting}, on {device}",
+            "stages": 1,
+            "total_steps": epochs * per_epoch,
+            "class_counts": list(split.class_counts),
+            "data_digest": split.digest,
+        }
+        logging.console.print(
+            f"{meta['stage']}  method {config.method.name}  model {config.model.name}  workdir {workdir}"
+        )
+        checkpoints = Checkpoints(workdir / "checkpoints" / "0_train", keep=config.checkpoint.keep)
+        seconds = 0.0
+        for epoch in range(1, epochs + 1):
+            began = time.perf_counter()
+            loss = float(torch.stack([trainer.step() for _ in range(per_epoch)]).mean())
+            taken = time.perf_counter() - began
+            seconds += taken
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The loss is {loss} in epoch {epoch}.")
+            lines.add({"stage": meta["stage"], "step": trainer.steps, "epoch": epoch, "train/loss": loss})
+            rate = per_epoch * config.optim.batch_size / taken
+            logging.console.print(f"epoch {epoch}/{epochs}  {rate:,.0f} img/s  loss {loss:.3f}")
+            if epoch == epochs or epoch % config.checkpoint.every_epochs == 0:
+                checkpoints.save(
+                    trainer.steps, trainer.variables(), {"step": trainer.steps, "seconds": seconds, **meta}
+                )
+        checkpoints.close()
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -66,9 +67,22 @@ def digest(tree: Any) -> dict[str, str]:
     }
 
 
+def sealed(state: Any, meta: dict[str, Any]) -> dict[str, Any]:
+    """`meta` with the digests of the arrays and its own."""
+    return {**meta, "digest": {**digest(state), "meta": _seal(meta)}}
+
+
+def _seal(meta: dict[str, Any]) -> str:
+    plain = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def _differing(tree: Any, meta: dict[str, Any]) -> list[str]:
-    """The arrays of `tree` whose digest is not the stored one."""
-    return [name for name, value in digest(tree).items() if meta["digest"].get(name) != value]
+    """The arrays of `tree` whose digest is not the stored one, and "meta" if that is damaged."""
+    stored, found = meta["digest"], digest(tree)
+    if "meta" in stored:  # older checkpoints have none
+        found["meta"] = _seal(meta)
+    return [name for name, value in found.items() if stored.get(name) != value]
 
 
 def _options(keep: int, best: str | None) -> ocp.CheckpointManagerOptions:
@@ -96,7 +110,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best_metric))
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        meta = {**meta, "digest": digest(state)}
+        meta = sealed(state, meta)
         if step in self._manager.all_steps():
             return
         with self._writing():
@@ -140,7 +154,6 @@ class Checkpoints:
             return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
 
         failure: Exception | None = None
-        wrong: list[str] = []
         try:
             restored = self._manager.restore(
                 step,
@@ -156,8 +169,7 @@ class Checkpoints:
         if not processes.agree(failure is None):
             reason = _first_line(failure) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
-        wrong = _differing(state, meta)
-        if wrong:
+        if wrong := _differing(state, meta):
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
         return state, meta
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import rich.console
 import rich.progress
+from absl import logging as warnings
 from etils import epath
 
 from lt_adv import files, processes
@@ -23,17 +24,23 @@ class Lines:
 
     def __init__(self, path: epath.Path):
         self._path = path
-        self.rows: list[dict[str, Any]]
-        try:
-            self.rows = (
-                [json.loads(line) for line in path.read_text().splitlines() if line.strip()] if path.exists() else []
-            )
-            for row in self.rows:
+        self.rows: list[dict[str, Any]] = []
+        for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
+            try:
+                row = json.loads(line)
                 row["stage"], row["step"]
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(
-                f"{path} is damaged ({error}): put it back as it was, or use another --workdir."
-            ) from error
+            except (ValueError, KeyError, TypeError) as error:
+                warnings.warning("%s is damaged in line %d (%s).", path, len(self.rows) + 1, error)
+                break
+            self.rows.append(row)
+
+    def put_back(self, rows: Iterable[Mapping[str, Any]]) -> None:
+        """What a checkpoint has kept, in place of what the file says, which may have been damaged since."""
+        self.rows = [dict(row) for row in rows]
+
+    def write(self) -> None:
+        if processes.first():
+            files.write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
     def keep(self, last_step: int, stage: str, earlier: Iterable[str] = ()) -> None:
         """Forget the rows after `last_step` of `stage`: the run goes on from there."""
@@ -43,8 +50,7 @@ class Lines:
     def add(self, row: Mapping[str, Any]) -> None:
         """Numbers that do not exist (a group that no example was drawn from) are left out: JSON has no NaN."""
         self.rows.append({k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))})
-        if processes.first():
-            files.write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
+        self.write()
 
 
 class TensorBoard:

@@ -72,6 +72,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
             state, seconds = _run(built, workdir, lines, speed, names, stop, seconds)
             previous = jax.device_get(processes.everywhere(state.variables, processes.replicated(mesh)))
             names.append(built.name)
+        lines.write()  # whole again, whatever became of the file
+        if stop.is_set():  # after the last step, whose checkpoint is there
+            raise Preempted("SIGTERM: training is finished and saved. The same command goes on with the evaluation.")
 
 
 def _monitors(built: program.Program) -> dict[str, Monitor]:
@@ -118,6 +121,7 @@ def _run(
         state, meta = restored
         state = meshes.at_home(state, built.mesh, config.parallel)
         seconds = meta["seconds"]
+        lines.put_back(meta.get("lines", lines.rows))  # older checkpoints have none
         _same_run(built, meta, workdir)
     first = int(state.step)
     if first == total:
@@ -137,7 +141,7 @@ def _run(
 
     def save(step: int, row: dict[str, Any]) -> None:
         nonlocal saved
-        meta = {"step": step, "seconds": seconds, **_identity(built)}
+        meta = {"step": step, "seconds": seconds, "lines": list(lines.rows), **_identity(built)}
         metrics = {best: row[best]} if best and best in row else None
         checkpoints.save(step, meshes.of_all(state, built.mesh, config.parallel), meta, metrics)
         saved = step

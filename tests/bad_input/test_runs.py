@@ -5,6 +5,8 @@ import json
 import os
 import re
 import shutil
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -122,10 +124,23 @@ def test_checkpoint_of_another_network(answer, run):
     assert "it is at step 2 of 2 of stage 0_train: let it finish, or correct the config" in printed
 
 
-def test_damaged_metrics(answer, run):
-    for text in ('{"stage": "0_tr', "3", "[]", '{"step": 1}'):
-        (run / "metrics.jsonl").write_text(text)
-        assert re.search(r"metrics\.jsonl is damaged .* or use another --workdir", answer(*TINY))
+@pytest.mark.parametrize("text", ['{"stage": "0_tr', "3", "[]", '{"step": 1}', "", None])
+def test_damaged_metrics_are_put_back_from_the_checkpoint(run, caplog, text):
+    path = run / "metrics.jsonl"
+    whole = path.read_text()
+    path.unlink() if text is None else path.write_text(text)
+    assert main.main(["main", *TINY, f"--workdir={run}"]) == 0
+    assert path.read_text() == whole and ("metrics.jsonl is damaged in line 1" in caplog.text) == bool(text)
+
+
+def test_arrays_whose_event_loop_is_closed_say_nothing(monkeypatch):
+    """As tensorstore has it printed, once for every array that was under way when another one failed."""
+    printed = []
+    monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
+    said = [types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another")]
+    for one in said:
+        main.unraisable(one)
+    assert printed == said[1:]
 
 
 def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):

@@ -95,6 +95,15 @@ def test_damaged_words_about_a_checkpoint_are_damage(saved, state, content):
     assert Checkpoints(saved).restore_latest(state, meshes.make_mesh())[1]["step"] == 1
 
 
+def test_a_changed_word_about_a_checkpoint_is_damage(saved, state):
+    """Still JSON, and a number of seconds: only the digest of the words tells."""
+    path = saved / "2" / "meta" / "metadata"
+    path.write_text(path.read_text().replace('"seconds": 1.0', '"seconds": 9.0'))
+    with pytest.raises(ValueError, match="its digest differs at meta"):
+        Checkpoints(saved).restore(2, state, meshes.make_mesh())
+    assert read_variables(saved.parent.parent)[1]["step"] == 1
+
+
 def test_a_store_that_does_not_answer_has_damaged_nothing(saved, state, monkeypatch):
     checkpoints = Checkpoints(saved)
 

@@ -1,0 +1,57 @@
+"""What a run ended with, as digests: two ends are the same exactly where these are equal."""
+
+import hashlib
+import warnings
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from experiments.faults.run import Run
+
+EXPORTED = ("network.jax", "weights.safetensors")  # the others name folders
+LEFT_OUT = ("checkpoints", "damaged", "eval")  # compared by content, or of faults; records lie below a digest
+
+
+def end(run: Run) -> dict[str, str]:
+    """Every array of the last checkpoint, the lines of training, every prediction, the export, and which files lie
+    about."""
+    found = {f"file {path}": "" for path in files(run.folder)}
+    found |= {f"checkpoint {step}": "" for step in run.checkpoints()}
+    found |= {f"array {name}": text for name, text in arrays(run.newest() / "state").items()}
+    found["metrics.jsonl"] = _digest((run.folder / "metrics.jsonl").read_bytes())
+    found |= {f"export/{name}": _digest((run.folder / "export" / name).read_bytes()) for name in EXPORTED}
+    for path in sorted(run.folder.glob("eval/records/*/*.npz")):
+        with np.load(path) as columns:
+            found |= {f"{path.stem} {name}": _array(columns[name]) for name in columns.files}
+    return found
+
+
+def files(folder: Path) -> list[str]:
+    """All that a run leaves, by name, beside its checkpoints and records."""
+    paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in paths if path.parts[0] not in LEFT_OUT)
+
+
+def arrays(state: Path) -> dict[str, str]:
+    """Read as orbax reads them, and not through the code that is tried here."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of shardings that are not told: it is the same machine
+        tree = ocp.PyTreeCheckpointer().restore(state)
+    tree["key"] = jax.random.key_data(tree["key"])
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): _array(np.asarray(leaf)) for path, leaf in leaves}
+
+
+def differing(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
+    """What is not in both alike."""
+    return sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+
+
+def _array(array: np.ndarray) -> str:
+    return f"{array.dtype} {array.shape} {_digest(np.ascontiguousarray(array).tobytes())}"
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:16]

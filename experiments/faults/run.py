@@ -1,0 +1,157 @@
+"""A run that is hurt: its folder, its starts, and what is known of it from outside."""
+
+import dataclasses
+import json
+import multiprocessing
+import re
+import shutil
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.faults import child
+from experiments.faults.child import Injection
+
+KILLED, TERMINATED, REFUSED = -9, 0, 2
+SECONDS = 240  # that a start may take
+STAGE = "0_train"
+CONFIG = (
+    "--config=configs/at.py:dataset=digits,epochs=14",
+    "--config.data.name=npz",  # the digits in a file, so that they go through the cache of decoded images
+    "--config.data.augment=crop_flip",
+    "--config.data.pad=1",
+    "--config.average.name=ema",
+    "--config.attack.num_steps=1",
+    "--config.log.every_steps=3",
+    "--config.log.clean_per_class=0",
+    "--config.checkpoint.every_epochs=1",
+    "--config.cpu_devices=1",
+    "--config.eval.only=('fgsm',)",
+    "--config.eval.subset_per_class=6",
+    "--config.eval.batch_size=4",
+)
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload([child.__name__])
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """What a start left: its exit code (None: it had to be ended), what it printed, and its trace."""
+
+    code: int | None
+    out: str
+    err: str
+    steps: dict[int, str]  # digest of the state before each step that was begun
+    saves: list[int]  # that are under way or ended; all but the last have ended
+
+    @property
+    def resumed(self) -> int:
+        """The step that training went on from, 0 for one that began anew."""
+        found = re.search(r"Resumed \S+ at step (\d+)", self.out)
+        return int(found[1]) if found else 0
+
+
+class Run:
+    """One working directory below `disk`, the data beside it."""
+
+    def __init__(self, disk: Path, name: str, data: Path, digest: bool = True):
+        self.disk, self.folder, self.digest = disk, disk / name, digest
+        self.cache = data.parent / f"{name}-data" / "lt_adv_cache"
+        self._files = data.parent / f"{name}-files" / "start"
+        self._config = [*CONFIG, f"--config.data.path={data}", f"--config.data.data_dir={self.cache.parent}"]
+        for folder in (self.folder, self.cache.parent, self._files.parent):
+            shutil.rmtree(folder, ignore_errors=True)
+        self._files.parent.mkdir()
+
+    def remove(self) -> None:
+        for folder in (self.folder, self.cache.parent, self._files.parent):
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def checkpoints(self) -> list[int]:
+        """The steps of those that are in place."""
+        stage = self.folder / "checkpoints" / STAGE
+        return sorted(int(path.name) for path in stage.glob("*") if path.name.isdigit())
+
+    def newest(self) -> Path:
+        return self.folder / "checkpoints" / STAGE / str(self.checkpoints()[-1])
+
+    def has_cache(self) -> None:
+        if not list(self.cache.glob("[!.]*")):
+            self._passes(Injection("before_save", "kill"), code=KILLED)
+
+    def reaches(self, where: str | int) -> None:
+        """Goes on without a fault to "evaluated", or until there are that many checkpoints."""
+        if where == "evaluated" and not (self.folder / "report.json").exists():
+            self._passes(code=TERMINATED)
+        if isinstance(where, int) and len(self.checkpoints()) < where:
+            self._passes(Injection("step", "term", count=16), code=TERMINATED)
+
+    def _passes(self, *injections: Injection, code: int) -> None:
+        found = self.start(injections=injections)
+        if found.code != code:
+            raise Unfit(f"a start without a fault ended with {found.code}: {last(found.err) or last(found.out)}")
+
+    def begin(self, files: Path, mode: str = "train", injections: Sequence[Injection] = (), slow: float = 0.0) -> Any:
+        argv = [*self._config, f"--workdir={self.folder}", f"--mode={mode}"]
+        options = {"slow": slow, "digest": self.digest}
+        process = processes.Process(target=child.enter, args=(argv, injections, files), kwargs=options)
+        process.start()
+        return process
+
+    def start(
+        self, mode: str = "train", injections: Sequence[Injection] = (), slow: float = 0.0, beside: bool = False
+    ) -> Outcome:
+        """A start to its end; `beside` it, once it waits, a second one, which takes its place if it is not refused."""
+        shutil.rmtree(self._files.parent)
+        self._files.parent.mkdir()
+        process = self.begin(self._files, mode, injections, slow)
+        try:
+            if beside:
+                waits = Path(f"{self._files}.waits")
+                while not waits.exists() and process.is_alive():
+                    time.sleep(0.05)
+                other = self._files.with_name("second")
+                second = self.ended(self.begin(other), other)
+                if waits.exists():
+                    process.kill()
+                if complaint := refusal(second):
+                    return dataclasses.replace(second, err=f"beside another run: {complaint}", code=None)
+            return self.ended(process, self._files)
+        finally:
+            process.kill()
+
+    def ended(self, process: Any, files: Path) -> Outcome:
+        process.join(SECONDS)
+        code = process.exitcode
+        if code is None:
+            process.kill()
+            process.join()
+        out, err, trace = (Path(f"{files}.{ending}") for ending in ("out", "err", "trace"))
+        rows = [json.loads(line) for line in trace.read_text().splitlines()] if trace.exists() else []
+        return Outcome(
+            code,
+            out.read_text() if out.exists() else "",
+            err.read_text() if err.exists() else "",
+            {row["step"]: row["digest"] for row in rows if "step" in row},
+            [row["save"] for row in rows if "save" in row],
+        )
+
+
+class Unfit(RuntimeError):
+    """A run that no fault can be done to any more."""
+
+
+def last(text: str) -> str:
+    lines = text.strip().splitlines()
+    return lines[-1][:300] if lines else ""
+
+
+def refusal(found: Outcome) -> str:
+    """ "" if it was one: exit code 2 and, warnings aside, one line that begins with "Error:"; else what is wrong."""
+    lines = [line for line in found.err.splitlines() if not line.startswith("WARNING:")]
+    if found.code != REFUSED:
+        return f"exit code {found.code} instead of {REFUSED}: {last(found.err) or last(found.out)}"
+    if len(lines) != 1 or not lines[0].startswith("Error: "):
+        return f"{len(lines)} lines on stderr: {' / '.join(lines)[:300]}"
+    return ""

@@ -1,0 +1,93 @@
+"""A working directory belongs to one config, and to one process at a time."""
+
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from configs import at
+from lt_adv import main, workdirs
+from lt_adv import run as runs
+from tests.bad_input.conftest import DIGITS
+
+ROOT = Path(__file__).parents[1]
+HOLDER = (
+    "import sys, time; from lt_adv import workdirs\nwith workdirs.held(sys.argv[1]): print(flush=True), time.sleep(60)"
+)
+
+
+@pytest.fixture
+def holder(tmp_path):
+    """A process that holds the working directory `tmp_path / "run"`."""
+    (tmp_path / "run").mkdir()
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "run")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as process:
+        assert process.stdout.readline() == b"\n"
+        yield process
+        process.kill()
+
+
+def test_a_second_run_is_refused_until_the_first_is_killed(holder, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(runs.loop, "train", lambda *_: sys.exit("trains"))
+    given = ["main", DIGITS, f"--workdir={tmp_path / 'run'}"]
+    assert main.main(given) == 2
+    printed = capsys.readouterr().err
+    assert (
+        printed
+        == f"Error: Another process works in {tmp_path / 'run'}: wait until it ends, or use another --workdir.\n"
+    )
+    assert [path.name for path in (tmp_path / "run").iterdir()] == [workdirs.LOCK]
+    holder.kill()
+    holder.wait()
+    with pytest.raises(SystemExit, match="trains"):
+        main.main(given)
+
+
+def test_evaluation_is_refused_too(holder, tmp_path, monkeypatch):
+    split = runs.data.long_tailed(
+        runs.data.load(at.get_config("dataset=digits").data), at.get_config("dataset=digits").data
+    )
+    monkeypatch.setattr(runs, "trained", lambda *_: ({}, {}, split))
+    with pytest.raises(ValueError, match="Another process works in"):
+        runs.evaluate(at.get_config("dataset=digits"), runs.epath.Path(tmp_path / "run"))
+
+
+def test_what_a_killed_process_was_writing_is_removed(tmp_path):
+    for name in ("eval/.batch.npz.7.tmp", "reports/x/.export.7.tmp/network", "reports/x/.export.7.old/network"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "eval" / "batch.npz").write_text("whole")
+    with workdirs.held(tmp_path):
+        found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
+    assert found == [workdirs.LOCK, "eval/batch.npz", "reports/x/export/network"]  # the old one, put back
+    assert (tmp_path / found[-1]).read_text() == "reports/x/.export.7.old/network"
+
+
+def test_another_process_of_the_same_run_and_a_bucket_take_no_lock(tmp_path, monkeypatch):
+    with workdirs.held("gs://bucket/run"):
+        pass
+    monkeypatch.setattr(workdirs.jax, "process_index", lambda: 1)
+    with workdirs.held(tmp_path), workdirs.held(tmp_path):
+        assert not list(tmp_path.iterdir())
+
+
+DOOR = """
+import sys, time
+from lt_adv import main, run
+run.train = lambda *_: print("begun", flush=True) or time.sleep(60)
+sys.exit(main.main(["main", "--config=configs/at.py:dataset=digits"]))
+"""
+
+
+def test_sigterm_outside_of_training_is_no_failure():
+    with subprocess.Popen([sys.executable, "-c", DOOR], cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "begun\n"
+        began = time.monotonic()
+        process.send_signal(signal.SIGTERM)
+        printed, _ = process.communicate()
+    assert process.returncode == 0 and time.monotonic() - began < 30
+    assert printed == "SIGTERM: the same command goes on from the last checkpoint or record.\n"
