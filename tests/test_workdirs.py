@@ -70,7 +70,7 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
 def test_another_process_of_the_same_run_and_a_bucket_take_no_lock(tmp_path, monkeypatch):
     with workdirs.held("gs://bucket/run"):
         pass
-    monkeypatch.setattr(workdirs.jax, "process_index", lambda: 1)
+    monkeypatch.setattr(workdirs.processes, "first", lambda: False)
     with workdirs.held(tmp_path), workdirs.held(tmp_path):
         assert not list(tmp_path.iterdir())
 

@@ -162,6 +162,7 @@ class Checkpoints:
                 ),
             )
             state, meta = restored["state"], restored["meta"]
+            dict(meta["digest"])  # all processes look at it below, or none
         except TRANSIENT:
             raise  # a store that does not answer has damaged nothing
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
