@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -51,7 +52,7 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
         return
     try:
         theirs = comparable(json.loads(path.read_text()), training=training)
-    except (ValueError, AssertionError) as error:  # no JSON, or no dict
+    except (ValueError, AssertionError, RecursionError) as error:  # no JSON, or no dict
         raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
     mine = comparable(config.to_dict(), training=training)
     changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
@@ -66,7 +67,7 @@ def claimed(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[
 
     ValueError if another process has it, and if it cannot be written; then nothing is left behind.
     """
-    new = not workdir.exists()
+    new = list(itertools.takewhile(lambda folder: not folder.exists(), (workdir, *workdir.parents)))
     if (workdir / "checkpoints").exists() and not (workdir / "config.json").exists():
         raise ValueError(f"{workdir} has checkpoints and no config.json that says of what: use another --workdir.")
     with contextlib.ExitStack() as stack:
@@ -79,8 +80,11 @@ def claimed(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[
                 content = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
                 files.write_atomically(workdir / "config.json", content)
             except OSError as error:
-                if new and workdir.exists():
+                if workdir in new and workdir.exists():
                     workdir.rmtree()
+                with contextlib.suppress(OSError):  # not there either, or no longer empty
+                    for folder in new[1:]:
+                        folder.rmdir()
                 reason = f"{workdir} cannot be written ({error.strerror or error})"
                 raise ValueError(f"{reason}: change that, or use another --workdir.") from error
 

@@ -24,11 +24,11 @@ ROOMS: dict[str, set[str]] = {
     "methods": {"lookup", "attacks", "losses"},
     "training": {"lookup", "files", "processes", "attacks", "models", "data", "methods"},
     "evaluation": {"lookup", "files", "processes", "attacks", "data"},
-    "arguments": {"lookup"},
-    "check": {"lookup", "attacks", "models", "data", "methods", "training", "evaluation"},
+    "arguments": {"lookup", "files"},
+    "check": {"lookup", "files", "attacks", "models", "data", "methods", "training", "evaluation"},
     "baseline": {"files", "platform", "processes", "data", "training", "evaluation"},
     "workdirs": {"files", "processes", "check"},
-    "run": {"__init__", "baseline", "lookup", "processes", "platform", "check", "workdirs"}
+    "run": {"__init__", "baseline", "lookup", "files", "processes", "platform", "check", "workdirs"}
     | {"data", "training", "evaluation"},
     "export": {"files", "platform", "attacks", "data", "models", "training", "evaluation", "check", "run", "workdirs"},
     "platform": {"processes"},

@@ -1,15 +1,12 @@
 """Orbax checkpoints of the train state, with a digest of our own: orbax restores a flipped byte silently."""
 
 import contextlib
-import functools
-import hashlib
 import json
 import re
 from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
@@ -18,71 +15,11 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lt_adv import lookup, processes
+from lt_adv.training.digests import differing, known, sealed
 
 TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
 VARIABLES = ("params", "batch_stats")
 BEST = "valid/pgd20/accuracy"  # what the best checkpoint is the best in; the validation split is balanced
-
-
-def _words(a: jax.Array) -> jax.Array:
-    """The bits of `a` as uint32, flat."""
-    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-        a = jax.random.key_data(a)
-    a = a.reshape(-1)
-    if a.dtype == bool:
-        a = a.astype(jnp.uint8)
-    width = a.dtype.itemsize
-    unsigned = jax.lax.bitcast_convert_type(a, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[width])
-    return unsigned.astype(jnp.uint32).reshape(-1)
-
-
-def _checksums(tree: Any) -> Any:
-    meshes = {a.sharding.mesh for a in jax.tree.leaves(tree) if isinstance(getattr(a, "sharding", None), NamedSharding)}
-    return _compiled_checksums(meshes.pop() if len(meshes) == 1 else None)(tree)
-
-
-@functools.lru_cache(maxsize=8)
-def _compiled_checksums(mesh: Mesh | None) -> Any:
-    """On a mesh every device gets the result: of several processes each has to read it."""
-    return jax.jit(_all_checksums, out_shardings=mesh and processes.replicated(mesh))
-
-
-def _all_checksums(tree: Any) -> Any:
-    def checksum(a):
-        words = _words(a)
-        position = jax.lax.iota(jnp.uint32, words.size)
-        # Odd multipliers are units modulo 2**32, so no single changed word can cancel; two of them make 64 bits.
-        odd = (2 * position + 1) * jnp.uint32(0x9E3779B1)
-        return jnp.stack([jnp.sum(words * odd), jnp.sum((words ^ (words >> 15)) * (odd * odd))])
-
-    return jax.tree.map(checksum, tree)
-
-
-def digest(tree: Any) -> dict[str, str]:
-    """Path of each array -> 16 hexadecimal digits over its bits. Computed where the arrays are, shards and all."""
-    leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): "".join(f"{int(w):08x}" for w in a)
-        for path, a in leaves
-    }
-
-
-def sealed(state: Any, meta: dict[str, Any]) -> dict[str, Any]:
-    """`meta` with the digests of the arrays and its own."""
-    return {**meta, "digest": {**digest(state), "meta": _seal(meta)}}
-
-
-def _seal(meta: dict[str, Any]) -> str:
-    plain = {name: value for name, value in meta.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _differing(tree: Any, meta: dict[str, Any]) -> list[str]:
-    """The arrays of `tree` whose digest is not the stored one, and "meta" if that is damaged."""
-    stored, found = meta["digest"], digest(tree)
-    if "meta" in stored:  # older checkpoints have none
-        found["meta"] = _seal(meta)
-    return [name for name, value in found.items() if stored.get(name) != value]
 
 
 def _options(keep: int, best: str | None) -> ocp.CheckpointManagerOptions:
@@ -161,7 +98,7 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(jax.tree.map(wanted, like)), meta=ocp.args.JsonRestore()
                 ),
             )
-            state, meta = restored["state"], restored["meta"]
+            state, meta = restored["state"], known(restored["meta"])
             dict(meta["digest"])  # all processes look at it below, or none
         except TRANSIENT:
             raise  # a store that does not answer has damaged nothing
@@ -170,7 +107,7 @@ class Checkpoints:
         if not processes.agree(failure is None):
             reason = _first_line(failure) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
-        if wrong := _differing(state, meta):
+        if wrong := differing(state, meta):
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
         return state, meta
 
@@ -264,8 +201,10 @@ def _stored(workdir: epath.PathLike) -> tuple[epath.Path, list[tuple[epath.Path,
     root = epath.Path(workdir) / "checkpoints"
     if "://" not in str(root):
         root = root.expanduser().absolute()  # orbax wants it absolute
-    stages = sorted(root.glob("[0-9]*_*"), key=lambda s: int(s.name.split("_")[0]))
-    found = [(s, step) for s in stages for step in sorted(int(d.name) for d in s.iterdir() if d.name.isdigit())]
+    stages = [s for s in root.glob("*") if re.match(r"[0-9]+_", s.name) and s.is_dir()]
+    stages.sort(key=lambda s: int(s.name.partition("_")[0]))
+    steps = {s: sorted(int(d.name) for d in s.iterdir() if re.fullmatch("[0-9]+", d.name)) for s in stages}
+    found = [(s, step) for s in stages for step in steps[s]]
     if not found:
         raise FileNotFoundError(f"There is no checkpoint under {root}: train first, or correct --workdir.")
     return root, found
@@ -285,7 +224,7 @@ def _variables(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meta(stage: epath.Path, step: int) -> dict[str, Any]:
-    return json.loads((stage / str(step) / "meta" / "metadata").read_text())
+    return known(json.loads((stage / str(step) / "meta" / "metadata").read_text()))
 
 
 def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -295,6 +234,6 @@ def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]
         stage / str(step) / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
     )
     meta = _meta(stage, step)
-    if wrong := _differing(restored, meta):
+    if wrong := differing(restored, meta):
         raise ValueError(f"its digest differs at {wrong[0]}")
     return _variables(restored), meta

@@ -15,7 +15,7 @@ from etils import epath
 from lt_adv import files, processes
 
 QUIET = 3.0  # seconds between two lines where there is no terminal
-console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = rich.console.Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Lines:
@@ -29,7 +29,7 @@ class Lines:
             try:
                 row = json.loads(line)
                 row["stage"], row["step"]
-            except (ValueError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 warnings.warning("%s is damaged in line %d (%s).", path, len(self.rows) + 1, error)
                 break
             self.rows.append(row)
