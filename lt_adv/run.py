@@ -12,7 +12,7 @@ from etils import epath
 
 import lt_adv
 from lt_adv import baseline, check, data, evaluation, platform, processes, workdirs
-from lt_adv.training import checkpoint, logging, loop, program
+from lt_adv.training import checkpoint, digests, logging, loop, program
 from lt_adv.training import mesh as meshes
 
 
@@ -211,7 +211,7 @@ def _position(meta: Mapping[str, Any]) -> str:
 
 def _finished(meta: Mapping[str, Any], which: str) -> bool:
     """Whether a checkpoint is the end of the last stage; the best one on validation counts as asked for."""
-    if missing := [name for name in checkpoint.ENTRIES if name not in meta]:
+    if missing := [name for name in digests.ENTRIES if name not in meta]:
         words = f"The checkpoint of stage {meta.get('stage')} says nothing of its {missing[0]}"
         raise ValueError(f"{words}: it is of an earlier version, which cannot be read.")
     ended = meta["step"] == meta["total_steps"] or which == "best"
