@@ -2,7 +2,8 @@
 
 A step computes for t = images per device x FLOPs per image / (share x peak), and tells the others, per device,
   the gradient, a ring all-reduce: 2 (n - 1) / n x bytes / bandwidth;
-  small sums, of batch statistics and metrics, one after the other: their number x latency.
+  small sums, of batch statistics and metrics, one after the other: their number x latency. They are counted as traced,
+  with one for each array of the gradient; XLA merges more than half of them.
 Efficiency is t / (t + both), as if nothing were hidden: a lower bound. The gradient's sum can hide behind the backward
 pass of the update, alone of all passes; it does so from a batch on where that takes as long. What a device reaches of
 its peak, and the latencies, are assumptions of ours; the method is as good as these.
