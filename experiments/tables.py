@@ -7,7 +7,8 @@ A result is one file experiments/results/<study>/<row or config>-seed<n>-<part>.
 report.json), `command`, `machine`, `commit`, and `row` where it is of a row of `experiments.study`. The part "full" is
 the whole split, "scales" a sweep, any other a fixed class-balanced subset; the split is that of the report's header
 ("test" where it has none). What `experiments.study` makes of its results is table.json beside them. Those of speed are
-experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them.
+experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them; tallies of bad input are
+experiments/results/fuzz/<surface>.json, of `experiments.fuzz`.
 """
 
 import argparse
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import tables as speed
+from experiments.fuzz import tables as tallies
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -193,6 +195,14 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
     return table(head, rows, left=3)
 
 
+def fuzz(results: Path = RESULTS) -> str:
+    """The tallies of `experiments.fuzz`, a row for each kind of input."""
+    found = [json.loads(path.read_text()) for path in sorted((results / "fuzz").glob("*.json"))]
+    return (
+        table(*tallies.fuzz(found), left=2) if found else f"Fuzz: {NOT_YET}; `python -m experiments.fuzz` measures it."
+    )
+
+
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
     "index": index,
@@ -200,6 +210,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study": study,
     "ablation": ablation,
     "precision": precision,
+    "fuzz": fuzz,
     **SPEED,
 }
 

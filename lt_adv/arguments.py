@@ -11,7 +11,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
-from lt_adv import lookup
+from lt_adv import files, lookup
 
 MODES = ("train", "eval", "export")
 FLAGS = ("config", "workdir", "mode")
@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> Arguments:
             raise ValueError(f"Unexpected argument {stray[0]!r}: another value for an entry is written --config.x.y=z.")
     except flags.Error as error:
         raise ValueError(str(error)) from error
-    workdir = epath.Path(known.workdir or _workdir(known.config))
+    workdir = files.place(known.workdir or _workdir(known.config), "--workdir")
     if "://" not in str(workdir):
         workdir = workdir.expanduser().absolute()  # orbax wants it absolute
     command = shlex.join(["python", "-m", "lt_adv.main", f"--config={known.config}", *rest])

@@ -31,7 +31,7 @@ def configured(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         stored["cpu_devices"] = config.cpu_devices
     except FileNotFoundError as error:
         raise ValueError(f"config.eval.baseline: there is no {path}: is it the working directory of a run?") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"config.eval.baseline: {path} is damaged ({type(error).__name__}: {error}).") from error
     return ml_collections.ConfigDict(stored)
 
@@ -114,8 +114,10 @@ def _facts(
     }
     path = directory / "reliability" / f"{evaluation.digest(identity)}.json"
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
+        kept = json.loads(path.read_text())
+        if evaluation.digest(kept["facts"]) == kept["digest"]:
+            return kept["facts"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     found = reliability.probe(
         jax.random.key(config.eval.seed),
@@ -128,7 +130,7 @@ def _facts(
         **options,
     )
     try:
-        files.write_atomically(path, json.dumps(found))
+        files.write_atomically(path, json.dumps({"digest": evaluation.digest(found), "facts": found}))
     except OSError as error:  # somebody else's baseline
         logging.console.print(f"warning: {path} cannot be written ({error.strerror}).", highlight=False, soft_wrap=True)
     return found

@@ -7,9 +7,9 @@ from typing import Any
 import flax
 import ml_collections
 
-from lt_adv import data, lookup, models
+from lt_adv import data, files, lookup, models
 from lt_adv.attacks import norms, starts
-from lt_adv.data import augment, longtail
+from lt_adv.data import augment, images, longtail
 from lt_adv.evaluation import protocol
 from lt_adv.evaluation.records import CLEAN, WORST
 from lt_adv.methods import base
@@ -63,6 +63,11 @@ def file_name(path: str, value: Any) -> None:
         raise ValueError(f"{path} must be a name, of letters, digits, '_', '-' and '.', not {value!r}.")
 
 
+def path_of(path: str, value: Any) -> None:
+    a(str)(path, value)
+    files.place(value, path)
+
+
 def each(rule: Rule) -> Rule:
     def rules(path: str, values: Any) -> None:
         a(tuple)(path, values)
@@ -85,15 +90,15 @@ ONE_OR_MORE, ZERO_OR_MORE, SEED = whole(f"[1, {MOST}]"), whole(f"[0, {MOST}]"), 
 # Every entry that all configs have. The options of a model, head, method, adjustment or attack are looked at by these.
 ENTRIES: Mapping[str, Rule] = {
     "seed": SEED,
-    "init_from": a(str),
+    "init_from": path_of,
     "parallel": one_of(meshes.PARALLEL),
     "cpu_devices": optional(ONE_OR_MORE),
     "fidelity": one_of(base.FIDELITIES),
     "data.name": a(str),
     "data.title": a(str),
-    "data.data_dir": optional(a(str)),
-    "data.path": optional(a(str)),
-    "data.image_size": optional(ONE_OR_MORE),
+    "data.data_dir": optional(path_of),
+    "data.path": optional(path_of),
+    "data.image_size": optional(whole(f"[1, {images.LARGEST}]")),
     "data.download": a(bool),
     "data.imbalance": one_of(longtail.PROFILES),
     "data.imbalance_ratio": number("[1, inf)", RATIO),
@@ -143,7 +148,7 @@ ENTRIES: Mapping[str, Rule] = {
     "eval.split": one_of(("test", "validation")),
     "eval.subset_per_class": ZERO_OR_MORE,
     "eval.only": each(a(str)),
-    "eval.baseline": a(str),
+    "eval.baseline": path_of,
     "eval.report": lambda path, value: None if value == "" else file_name(path, value),
     "eval.groups": one_of(longtail.GROUPS),
     "eval.checkpoint": one_of(("last", "best")),

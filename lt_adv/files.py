@@ -6,12 +6,29 @@ from collections.abc import Mapping
 from etils import epath
 
 
+def place(text: str, named: str) -> epath.Path:
+    """The path that `text` says; ValueError, which begins with how it is `named`, for one that no file can have."""
+    try:
+        text.encode()
+        if "\0" not in text:
+            return epath.Path(text)
+        reason = "there is a byte 0 in it"
+    except UnicodeEncodeError:
+        reason = "it is no UTF-8"
+    except KeyError as error:  # epath's, for a store that it does not know
+        reason = f"nothing is known of {error.args[0]}, where a bucket is gs://... or s3://..."
+    raise ValueError(f"{named} {text!r} is no path: {reason}.")
+
+
 def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     """All of `content` or nothing: written under another name, then renamed. Makes the folder where it is missing.
 
-    Errors: OSError where it cannot be written; an old file of that name stays, and nothing else is left behind.
+    Errors: OSError where it cannot be written, ValueError where a folder stands there; an old file of that name stays,
+    and nothing else is left behind.
     """
     path = epath.Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder, and a file is to be written there: move it elsewhere.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:

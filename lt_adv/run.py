@@ -1,6 +1,8 @@
 """A run from config to report: what `main` calls. Training and evaluation meet here and know nothing of each other."""
 
+import contextlib
 import hashlib
+import itertools
 import json
 import sys
 from collections.abc import Mapping
@@ -73,7 +75,7 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
         return
     try:
         theirs = _comparable(json.loads(path.read_text()), training=training)
-    except (ValueError, AssertionError) as error:  # no JSON, or no dict
+    except (ValueError, AssertionError, RecursionError) as error:  # no JSON, or no dict
         raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
     mine = _comparable(config.to_dict(), training=training)
     changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
@@ -84,15 +86,18 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
 
 def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Store the config in the working directory; ValueError, and nothing is left behind, if it cannot be written."""
-    new = not workdir.exists()
+    new = list(itertools.takewhile(lambda folder: not folder.exists(), (workdir, *workdir.parents)))
     if (workdir / "checkpoints").exists() and not (workdir / "config.json").exists():
         raise ValueError(f"{workdir} has checkpoints and no config.json that says of what: use another --workdir.")
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         files.write_atomically(workdir / "config.json", json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n")
     except OSError as error:
-        if new and workdir.exists():
+        if workdir in new and workdir.exists():
             workdir.rmtree()
+        with contextlib.suppress(OSError):  # not there either, or no longer empty
+            for folder in new[1:]:
+                folder.rmdir()
         reason = error.strerror or error
         raise ValueError(f"{workdir} cannot be written ({reason}): change that, or use another --workdir.") from error
 

@@ -19,6 +19,12 @@ def test_text_and_bytes_in_a_new_folder(tmp_path):
     assert [f.name for f in path.parent.iterdir()] == ["file"]
 
 
+def test_a_folder_in_the_place_of_a_file(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, and a file is to be written there: move it"):
+        files.write_atomically(tmp_path, "new")
+    assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(".*.tmp"))
+
+
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", ["write_bytes", "replace"])
 def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch, at, failure):

@@ -7,13 +7,14 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 import shutil
 import tarfile
 import tempfile
 import urllib.request
 import zipfile
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -23,6 +24,8 @@ from PIL import Image
 Examples = Iterator[tuple[int, dict[str, Any]]]
 """(original index, the fields image (an encoded stream), label and index) of each image."""
 VERSION = "1.0.0"  # of our TensorFlow-Datasets builders
+LARGEST = 200 << 20  # bytes of a member: the largest official one has 154 million
+NUMBERED = re.compile(r".*_([0-9]{1,9})\.JPEG")  # the name of an image of Tiny-ImageNet
 OFFLINE = "python -m lt_adv.main --config=configs/robal.py:dataset=digits"
 
 
@@ -107,17 +110,30 @@ def _safe(name: str, path: Path) -> str:
     return str(parts)
 
 
-def _tar_members(path: Path) -> dict[str, bytes]:
-    """The regular files of a .tar.gz, by their name without the folder."""
+def _unreadable(path: Path, error: Exception) -> ValueError:
+    return ValueError(f"{path} is not a readable archive ({' '.join(str(error).split()) or type(error).__name__}).")
+
+
+def _small(name: str, size: int) -> None:
+    if size > LARGEST:
+        raise ValueError(f"{name} claims {size} bytes, more than the {LARGEST} allowed")
+
+
+def _tar_members(path: Path, wanted: Collection[str]) -> dict[str, bytes]:
+    """The regular files of a .tar.gz that have these names in whatever folder; ValueError unless they are all there."""
+    found = {}
     try:
         with tarfile.open(path, "r:gz") as tar:
-            return {
-                PurePosixPath(_safe(member.name, path)).name: tar.extractfile(member).read()
-                for member in tar
-                if _safe(member.name, path) and member.isreg()
-            }
-    except (tarfile.TarError, EOFError, OSError) as error:
-        raise ValueError(f"{path} is not a readable .tar.gz ({error}).") from error
+            for member in tar:
+                name = PurePosixPath(_safe(member.name, path)).name
+                if name in wanted and (file := tar.extractfile(member) if member.isreg() else None):
+                    _small(name, member.size)
+                    found[name] = file.read()
+    except Exception as error:  # a damaged archive fails in many ways
+        raise _unreadable(path, error) from error
+    if missing := [name for name in wanted if name not in found]:
+        raise ValueError(f"{path} has no {', '.join(missing)}.")
+    return found
 
 
 def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, Examples]]:
@@ -126,12 +142,18 @@ def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, Examples]
     CIFAR-10: one label byte, then 3072 of pixels, red, green and blue planes [32, 32]. CIFAR-100 (`coarse`) has the
     superclass before the label. The original index counts through the batches in order. Images become PNG streams.
     """
-    members = _tar_members(path)
     header = 2 if coarse else 1
     train = ["train.bin"] if coarse else [f"data_batch_{i}.bin" for i in range(1, 6)]
     test, names = ("test.bin", "fine_label_names.txt") if coarse else ("test_batch.bin", "batches.meta.txt")
-    if missing := [name for name in (*train, test, names) if name not in members]:
-        raise ValueError(f"{path} has no {', '.join(missing)}.")
+    members = _tar_members(path, (*train, test, names))
+    classes = _text(members[names], path, names).split()
+    for file in (*train, test):
+        labels = np.frombuffer(members[file], np.uint8)[header - 1 :: header + 3072]
+        if not members[file] or len(members[file]) % (header + 3072) or labels.max() >= len(classes):
+            raise ValueError(
+                f"{path}: {file} is not of images of {len(classes)} classes, {header + 3072} bytes each "
+                f"({len(members[file])} bytes, labels up to {max(labels, default=0)})."
+            )
 
     def examples(files: list[str]) -> Examples:
         records = np.frombuffer(b"".join(members[file] for file in files), np.uint8).reshape(-1, header + 3072)
@@ -139,7 +161,14 @@ def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, Examples]
             pixels = record[header:].reshape(3, 32, 32).transpose(1, 2, 0)
             yield index, {"image": _png(pixels), "label": int(record[header - 1]), "index": index}
 
-    return members[names].decode().split(), {"train": examples(train), "test": examples([test])}
+    return classes, {"train": examples(train), "test": examples([test])}
+
+
+def _text(content: bytes, path: Path, name: str) -> str:
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: {name} is no text ({error}).") from error
 
 
 def _png(pixels: np.ndarray) -> io.BytesIO:
@@ -159,37 +188,49 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
     try:
         zipped = zipfile.ZipFile(path)
         members = {PurePosixPath(_safe(name, path)).parts[1:]: name for name in zipped.namelist()}
-        text = {name: zipped.read(members[(name,)]).decode() for name in ("wnids.txt", "words.txt")}
-        annotations = zipped.read(members[("val", "val_annotations.txt")]).decode()
-    except KeyError as error:
-        raise ValueError(f"{path} has no {error}.") from error
-    except (zipfile.BadZipFile, OSError) as error:
-        raise ValueError(f"{path} is not a readable .zip ({error}).") from error
-    wnids = sorted(text["wnids.txt"].split())
-    label = {wnid: i for i, wnid in enumerate(wnids)}
+    except Exception as error:  # a damaged archive fails in many ways
+        raise _unreadable(path, error) from error
 
-    words = dict(line.split("\t")[:2] for line in text["words.txt"].splitlines() if line)
-    names = [words.get(wnid, wnid).split(",")[0].strip() for wnid in wnids]
+    def content(*parts: str) -> bytes:
+        if parts not in members:
+            raise ValueError(f"{path} has no {'/'.join(parts)}.")
+        try:
+            _small(parts[-1], zipped.getinfo(members[parts]).file_size)
+            return zipped.read(members[parts])
+        except Exception as error:
+            raise _unreadable(path, error) from error
+
+    def lines(*parts: str) -> list[str]:
+        return [line for line in _text(content(*parts), path, parts[-1]).splitlines() if line]
+
+    wnids = sorted(" ".join(lines("wnids.txt")).split())
+    label = {wnid: i for i, wnid in enumerate(wnids)}
+    words = {wnid: text for wnid, _, text in (line.partition("\t") for line in lines("words.txt"))}
+    names = [(words.get(wnid) or wnid).split("\t")[0].split(",")[0].strip() for wnid in wnids]
     twice = {name for name, count in Counter(names).items() if count > 1}
     names = [f"{name} ({wnid})" if name in twice else name for name, wnid in zip(names, wnids, strict=True)]
 
-    numbers: dict[str, list[tuple[int, str]]] = {wnid: [] for wnid in wnids}
-    for parts, member in members.items():
-        if len(parts) == 4 and parts[0] == "train" and parts[1] in label and parts[3].endswith(".JPEG"):
-            numbers[parts[1]].append((int(parts[3].removesuffix(".JPEG").rsplit("_", 1)[1]), member))
+    numbers: dict[str, list[tuple[int, tuple[str, ...]]]] = {wnid: [] for wnid in wnids}
+    for parts in members:
+        if len(parts) == 4 and parts[0] == "train" and parts[1] in label and (found := NUMBERED.fullmatch(parts[3])):
+            numbers[parts[1]].append((int(found[1]), parts))
+    tested = [line.split("\t")[:2] for line in lines("val", "val_annotations.txt")]
+    if odd := [row for row in tested if len(row) < 2 or row[1] not in label or not NUMBERED.fullmatch(row[0])]:
+        raise ValueError(f"{path}: val_annotations.txt says {odd[0]}, which is no image and its class.")
+    if not tested or not any(numbers.values()):
+        raise ValueError(f"{path} has no images of its classes.")
     per_class = max(number for found in numbers.values() for number, _ in found) + 1
 
     def train() -> Examples:
         for wnid, found in numbers.items():
-            for number, member in sorted(found):
+            for number, parts in sorted(found):
                 index = label[wnid] * per_class + number
-                yield index, {"image": io.BytesIO(zipped.read(member)), "label": label[wnid], "index": index}
+                yield index, {"image": io.BytesIO(content(*parts)), "label": label[wnid], "index": index}
 
     def test() -> Examples:
-        for line in annotations.splitlines():
-            file, wnid = line.split("\t")[:2]
-            index = int(file.removesuffix(".JPEG").rsplit("_", 1)[1])
-            image = io.BytesIO(zipped.read(members[("val", "images", file)]))
+        for file, wnid in tested:
+            index = int(NUMBERED.fullmatch(file)[1])
+            image = io.BytesIO(content("val", "images", file))
             yield index, {"image": image, "label": label[wnid], "index": index}
 
     return names, {"train": train(), "test": test()}

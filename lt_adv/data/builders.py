@@ -54,6 +54,8 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         path = Path(dl_manager.manual_dir) / self._archive.file
         archives.check(self._archive, path)
         names, examples = self._read(path)
+        if len(names) != self.CLASSES:
+            raise ValueError(f"{path} names {len(names)} classes, and there are {self.CLASSES}.")
         self.info.features["label"].names = names
         return examples
 

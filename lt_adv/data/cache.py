@@ -5,8 +5,10 @@ shapes and dtypes are checked, and the sha256 of every array up to `FULL_CHECK_B
 would take seconds, are trusted beyond their size.
 """
 
+import errno
 import json
 import logging
+import math
 import os
 import shutil
 import tempfile
@@ -39,10 +41,12 @@ def load(data_dir: Path, name: str, source: Source) -> Dataset:
         except Exception as error:  # a damaged .npy fails in many ways
             log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, " ".join(str(error).split()))
     class_names, decodings = source.read()
+    if odd := [name for name in class_names if name != name.encode(errors="replace").decode()]:
+        raise ValueError(f"The class name {odd[0]!r} is no UTF-8, as reports are written: rename the class.")
     try:
         _write(folder, class_names, decodings)
     except OSError as error:
-        size = sum(int(np.prod(d.shape)) for d in decodings.values()) >> 20
+        size = sum(math.prod(d.shape) for d in decodings.values()) >> 20
         raise ValueError(
             f"Cannot write the cache {folder} ({error.strerror or error}); it needs a writable folder with "
             f"{size + 1} MiB free, which --config.data.data_dir names."
@@ -72,6 +76,9 @@ def _open(folder: Path, name: str) -> Dataset:
 def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, Decoding]) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     _remove_stale(folder)
+    needed = sum(math.prod(d.shape) for d in decodings.values())
+    if needed > shutil.disk_usage(folder.parent).free:  # rather than to fill the disk first
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's 0700 would lock out the others who share the data folder

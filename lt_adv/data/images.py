@@ -2,6 +2,7 @@
 
 import dataclasses
 import io
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -13,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lt_adv.data.dataset import Decoding
 
 MAX_PIXELS = 1 << 26  # below Pillow's own limit: a small file that claims more is a decompression bomb
+LARGEST = math.isqrt(MAX_PIXELS)  # side of a square that images are scaled to
 CHUNK = 256
 
 
@@ -58,6 +60,12 @@ def resize(image: np.ndarray, size: int | None) -> np.ndarray:
     if size is None or image.shape[1:3] == (size, size):
         return image
     channels = image.shape[-1]
+    needed, there = len(image) * size * size * channels, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > there:
+        raise ValueError(
+            f"config.data.image_size {size} makes {needed >> 30} GiB of images, and this machine has {there >> 30} GiB "
+            "of memory: make it smaller."
+        )
     return np.stack([convert(Image.fromarray(x[..., 0] if channels == 1 else x), channels, size) for x in image])
 
 

@@ -5,6 +5,7 @@ prepared by our own TensorFlow-Datasets builders, and any other name is looked u
 """
 
 import os
+import stat
 from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -16,6 +17,7 @@ from lt_adv.data import cache, images
 from lt_adv.data.dataset import Dataset, Decoding, Source, decoding, in_memory
 
 SPLITS = ("train", "test")
+ARRAYS = ("train_image", "train_label", "test_image", "test_label", "class_names")  # of an .npz; the last is optional
 
 
 def load(data_config: Mapping[str, Any]) -> Dataset:
@@ -25,8 +27,8 @@ def load(data_config: Mapping[str, Any]) -> Dataset:
     it is); download (False). ValueError or FileNotFoundError, in one line, for anything missing, unknown or unreadable.
     """
     name, size = data_config["name"], data_config.get("image_size")
-    if size is not None and (size != int(size) or size < 1):
-        raise ValueError(f"image_size must be a whole number of pixels from 1, not {size}.")
+    if size is not None and (size != int(size) or not 1 <= size <= images.LARGEST):
+        raise ValueError(f"image_size must be a whole number of pixels in [1, {images.LARGEST}], not {size}.")
     if name == "digits":
         return in_memory(name, digits(size))
     directory = data_config.get("data_dir") or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -74,17 +76,19 @@ def npz(path: Path, size: int | None = None) -> Source:
     """
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}: --config.data.path must name an .npz.")
-    stat = path.stat()
+    about = path.stat()
 
     def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {k: file[k] for k in file.files}
+                there = sorted(file.files)
+                arrays = {k: file[k] for k in ARRAYS if k in there}
         except Exception as error:  # a damaged zip fails in many ways
             raise ValueError(f"{path} is not a readable .npz without pickled objects ({error}).") from error
-        missing = [k for s in SPLITS for k in (f"{s}_image", f"{s}_label") if k not in arrays]
-        if missing:
-            raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(sorted(arrays)) or 'none'}.")
+        if missing := [k for k in ARRAYS[:-1] if k not in arrays]:
+            raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(there) or 'none'}.")
+        if other := [k for k, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{path}: {other[0]} is no array.")
         splits, largest = {}, 0
         for split in SPLITS:
             image, label = arrays[f"{split}_image"], arrays[f"{split}_label"]
@@ -112,7 +116,7 @@ def npz(path: Path, size: int | None = None) -> Source:
             raise ValueError(f"{path}: class_names has {len(names)} entries, the labels go up to {largest}.")
         return names, splits
 
-    return Source([str(path.resolve()), stat.st_size, stat.st_mtime_ns, size], read)
+    return Source([str(path.resolve()), about.st_size, about.st_mtime_ns, size], read)
 
 
 def image_folder(path: Path, size: int | None = None) -> Source:
@@ -159,7 +163,7 @@ def _list_images(folder: Path) -> dict[str, list[tuple[str, int, int]]]:
     for entry in os.scandir(folder):
         if entry.is_dir() and not entry.name.startswith("."):
             found = [
-                (file.name, (stat := file.stat()).st_size, stat.st_mtime_ns)
+                (file.name, *_size_and_time(file))
                 for file in os.scandir(entry)
                 if file.name.lower().endswith((".jpg", ".jpeg", ".png")) and not file.name.startswith(".")
             ]
@@ -169,3 +173,11 @@ def _list_images(folder: Path) -> dict[str, list[tuple[str, int, int]]]:
     if not listing:
         raise ValueError(f"The folder {folder} has no class folders.")
     return listing
+
+
+def _size_and_time(file: os.DirEntry) -> tuple[int, int]:
+    """Bytes, and modification time in ns; a pipe or a device could be read forever."""
+    about = file.stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ValueError(f"{file.path} is no file: an image folder has images and nothing else under such names.")
+    return about.st_size, about.st_mtime_ns

@@ -136,7 +136,7 @@ def evaluate(
     `apply` object: pass the same one again and nothing is compiled twice. Errors: ValueError for a bad attack entry,
     when an attack leaves its ball or [0, 1] (tolerance 1e-6), or when logits are not finite.
     """
-    console = console or rich.console.Console(stderr=True)
+    console = console or rich.console.Console(stderr=True, markup=False)
     if reserved := {CLEAN, WORST} & set(attacks):
         raise ValueError(f"An attack cannot be called {' or '.join(sorted(reserved))}: the report uses the name.")
     if not len(split.label) or batch_size < 1:

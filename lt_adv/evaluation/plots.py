@@ -164,10 +164,10 @@ def errors(summary: Mapping[str, Any]) -> Figure:
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     """The lines of a metrics.jsonl; lines that are no JSON objects (cut off by a crash) are left out."""
     found = []
-    for line in epath.Path(path).read_text().splitlines() if epath.Path(path).exists() else ():
+    for line in epath.Path(path).read_bytes().splitlines() if epath.Path(path).exists() else ():
         try:
             entry = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             continue
         if isinstance(entry, dict):
             found.append(entry)

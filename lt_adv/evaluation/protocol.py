@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from lt_adv import attacks, lookup
-from lt_adv.attacks.autoattack import attacks_of
+from lt_adv.attacks.autoattack import VERSIONS, attacks_of
 from lt_adv.evaluation import records
 
 NAMES = ("fgsm", "pgd", "mim", "cw", "autoattack")
@@ -48,9 +48,16 @@ def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
         raise ValueError(
             f"eps {options['eps']!r} of {name!r} is not in the [0, 1] pixel range; is {options['eps']}/255 meant?"
         )
-    if name == "autoattack" and attacks_of(options["version"]) == attacks_of("rand"):
-        raise ValueError("The version 'rand' of autoattack is for randomised networks, and none here is.")
+    if name == "autoattack":
+        _check_version(options["version"])
     return name, options
+
+
+def _check_version(version: Any) -> None:
+    if not isinstance(version, (str, tuple, list)) or isinstance(version, str) and version not in VERSIONS:
+        raise lookup.unknown("version of autoattack", version, set(VERSIONS) - {"rand"})
+    if attacks_of(version) == attacks_of("rand"):
+        raise ValueError("The version 'rand' of autoattack is for randomised networks, and none here is.")
 
 
 def takes_all(spec: Mapping[str, Any]) -> bool:

@@ -129,7 +129,7 @@ def read_header(where: epath.PathLike) -> dict[str, Any] | None:
         return json.loads(path.read_text())
     except FileNotFoundError:
         return None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"Record file {path} is damaged ({type(error).__name__}).") from error
 
 
@@ -145,8 +145,11 @@ def write_batch(where: epath.PathLike, number: int, columns: Mapping[str, np.nda
 
 
 def read_batch(where: epath.PathLike, number: int) -> dict[str, np.ndarray] | None:
-    """The columns of one batch, None where it is missing; ValueError where the file is damaged."""
-    return _read(batch_path(where, number))
+    """The columns of one batch, None where it is missing; ValueError where the file is damaged or cannot be true."""
+    path = batch_path(where, number)
+    if (found := _read(path)) is not None:
+        _check(where, path, {name: column for name, column in found.items() if name not in ("index", "label")})
+    return found
 
 
 def _read(path: epath.Path) -> dict[str, np.ndarray] | None:
@@ -173,11 +176,26 @@ def write_column(where: epath.PathLike, name: str, prediction: np.ndarray) -> No
 
 
 def read_column(where: epath.PathLike, name: str) -> np.ndarray | None:
-    """A column, None where it is missing; ValueError where the file is damaged."""
-    found = _read(column_path(where, name))
-    if found is not None and set(found) != {"prediction"}:
-        raise ValueError(f"Record file {column_path(where, name)} holds other columns.")
-    return None if found is None else found["prediction"]
+    """A column, None where it is missing; ValueError where the file is damaged or cannot be true."""
+    path = column_path(where, name)
+    if (found := _read(path)) is None:
+        return None
+    if set(found) != {"prediction"}:
+        raise ValueError(f"Record file {path} holds other columns.")
+    _check(where, path, found)
+    return found["prediction"]
+
+
+def _check(where: epath.PathLike, path: epath.Path, columns: Mapping[str, np.ndarray]) -> None:
+    """ValueError unless the columns are classes of the header beside them, one for each image of the file."""
+    header = read_header(where)
+    classes, images = (len(header["class_names"]), header["images"]) if header else (np.inf, None)
+    for name, column in columns.items():
+        fits = column.ndim == 1 and (name != "prediction" or images in (None, len(column)))
+        if not fits or column.dtype.kind not in "iu":
+            raise ValueError(f"Record file {path} holds {column.dtype} {column.shape} where predictions should be.")
+        if column.size and not 0 <= column.min() <= column.max() < classes:
+            raise ValueError(f"Record file {path} holds predictions of classes that do not exist.")
 
 
 def assemble(

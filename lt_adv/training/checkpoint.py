@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -128,7 +129,7 @@ class Checkpoints:
             restored = self._manager.restore(
                 step, args=ocp.args.Composite(state=ocp.args.StandardRestore(target), meta=ocp.args.JsonRestore())
             )
-            state, meta = restored["state"], restored["meta"]
+            state, meta = restored["state"], _known(restored["meta"])
             wrong = _differing(state, meta)
         except TRANSIENT:
             raise  # a store that does not answer has damaged nothing
@@ -222,8 +223,10 @@ def _stored(workdir: epath.PathLike) -> tuple[epath.Path, list[tuple[epath.Path,
     root = epath.Path(workdir) / "checkpoints"
     if "://" not in str(root):
         root = root.expanduser().absolute()  # orbax wants it absolute
-    stages = sorted(root.glob("[0-9]*_*"), key=lambda s: int(s.name.split("_")[0]))
-    found = [(s, step) for s in stages for step in sorted(int(d.name) for d in s.iterdir() if d.name.isdigit())]
+    stages = [s for s in root.glob("*") if re.match(r"[0-9]+_", s.name) and s.is_dir()]
+    stages.sort(key=lambda s: int(s.name.partition("_")[0]))
+    steps = {s: sorted(int(d.name) for d in s.iterdir() if re.fullmatch("[0-9]+", d.name)) for s in stages}
+    found = [(s, step) for s in stages for step in steps[s]]
     if not found:
         raise FileNotFoundError(f"There is no checkpoint under {root}: train first, or correct --workdir.")
     return root, found
@@ -243,7 +246,19 @@ def _variables(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meta(stage: epath.Path, step: int) -> dict[str, Any]:
-    return json.loads((stage / str(step) / "meta" / "metadata").read_text())
+    return _known(json.loads((stage / str(step) / "meta" / "metadata").read_text()))
+
+
+def _known(meta: Any) -> dict[str, Any]:
+    """What a checkpoint says of itself; ValueError where that is not what a run would say: it has no digest."""
+    kinds: dict[str, Any] = {"step": int, "total_steps": int, "stage": str, "seconds": (int, float)}
+    kinds |= {"class_counts": list, "digest": dict} | ({"stages": int} if "stages" in meta else {})  # once it had none
+    for name, kind in kinds.items():
+        if not isinstance(meta[name], kind) or isinstance(meta[name], bool):
+            raise ValueError(f"its {name} is {meta[name]!r}")
+    if not math.isfinite(meta["seconds"]):
+        raise ValueError(f"its seconds are {meta['seconds']}")
+    return meta
 
 
 def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -14,7 +14,7 @@ from etils import epath
 from lt_adv import files
 
 QUIET = 3.0  # seconds between two lines where there is no terminal
-console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+console = rich.console.Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Lines:
@@ -29,7 +29,7 @@ class Lines:
             )
             for row in self.rows:
                 row["stage"], row["step"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(
                 f"{path} is damaged ({error}): put it back as it was, or use another --workdir."
             ) from error

@@ -55,7 +55,7 @@ def test_neither_batch_size_nor_devices_matter(run_both):
     ("change", "message"),
     [
         ({"version": "rand"}, "randomised networks"),
-        ({"version": "better"}, "Unknown version 'better'"),
+        ({"version": "better"}, "Unknown version of autoattack 'better'"),
         ({"version": ("pgd",)}, "Unknown attack 'pgd'"),
         ({"num_steps": 3}, "Unknown option of autoattack 'num_steps'"),
         ({"eps": 8}, "8/255"),

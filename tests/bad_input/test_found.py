@@ -1,0 +1,152 @@
+"""What `experiments.fuzz` found, each by itself: bad input that once had a traceback, an unclear line, or no end."""
+
+import json
+import os
+import re
+import zipfile
+from collections import namedtuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lt_adv import main
+from lt_adv.data import cache, load
+from lt_adv.evaluation import plots, records
+from lt_adv.training.checkpoint import _known
+from tests.bad_input.conftest import DIGITS
+
+
+@pytest.mark.parametrize("entry", ["config.init_from", "config.eval.baseline", "workdir"])
+@pytest.mark.parametrize(
+    ("path", "line"),
+    [
+        ("a\0b", r"'a\\x00b' is no path: there is a byte 0 in it"),
+        ("a\udcff", r"'a\\udcff' is no path: it is no UTF-8"),
+        ("http://x/y", r"'http://x/y' is no path: nothing is known of http://, where a bucket is gs://"),
+    ],
+)
+def test_what_is_no_path(answer, entry, path, line):
+    assert re.search(f"{entry} {line}", answer(DIGITS, f"--{entry}={path}"))
+
+
+def test_a_name_that_looks_like_markup(no_training, tmp_path, capsys):
+    """Of rich, which writes to the terminal."""
+    assert main.main(["main", DIGITS, f"--workdir={tmp_path}/[/b]"]) == 0
+    assert "[/b]" in capsys.readouterr().out
+
+
+def test_no_folder_is_left_of_a_path_that_cannot_be(answer, tmp_path):
+    assert "cannot be written" in answer(DIGITS, f"--workdir={tmp_path}/new/{'x' * 300}")
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize("version", ["'best'", "5"])
+def test_the_versions_that_can_be_asked_for(answer, version):
+    """The one for randomised networks is not among them."""
+    spec = f"{{'a':{{'attack':'autoattack','eps':0.1,'version':{version}}}}}"
+    line = answer(DIGITS, f"--config.eval.attacks={spec}")
+    assert re.search(rf"Unknown version of autoattack {version}\. .*There are: plus, standard\.", line)
+
+
+def test_images_that_no_memory_holds(answer, no_training, monkeypatch):
+    assert "config.data.image_size must be a whole number in [1, 8192]" in answer(
+        DIGITS, "--config.data.image_size=9999"
+    )
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 16)  # pages of as many bytes: 4 GiB
+    printed = answer(DIGITS, "--config.data.image_size=2000")
+    assert "config.data.image_size 2000 makes 4 GiB of images, and this machine has 4 GiB of memory" in printed
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for split in ("train", "test"):
+        for name in ("cat", "dog"):
+            (tmp_path / "images" / split / name).mkdir(parents=True)
+            Image.fromarray(np.zeros((4, 4, 3), np.uint8)).save(tmp_path / "images" / split / name / "0.png")
+    return tmp_path / "images"
+
+
+def read(folder):
+    return load({"name": "image_folder", "path": str(folder), "data_dir": str(folder.parent)})
+
+
+def test_a_pipe_is_not_waited_for(folder):
+    os.mkfifo(folder / "train" / "cat" / "1.png")
+    with pytest.raises(ValueError, match=r"cat/1\.png is no file"):
+        read(folder)
+
+
+def test_a_class_whose_name_is_no_text(folder):
+    for split in ("train", "test"):
+        (folder / split / "cat").rename(os.fsdecode(os.fsencode(folder / split) + b"/\xff"))
+    with pytest.raises(ValueError, match=r"class name '\\udcff' is no UTF-8"):
+        read(folder)
+
+
+def test_a_full_disk_is_noticed_before_it_is_filled(folder, monkeypatch):
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=100))
+    with pytest.raises(ValueError, match="Cannot write the cache .*No space left on device"):
+        read(folder)
+    assert not list((folder.parent / "lt_adv_cache").iterdir())
+
+
+def test_a_member_that_is_no_array(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
+        for name in ("train_image", "train_label", "test_image", "test_label"):
+            file.writestr(f"{name}.npy", b"no array")
+    with pytest.raises(ValueError, match=r"a\.npz: train_image is no array"):
+        load({"name": "npz", "path": str(tmp_path / "a.npz"), "data_dir": str(tmp_path)})
+
+
+def test_a_log_that_is_no_text(tmp_path):
+    """The curves are drawn of the lines that can be read."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n\xff{"step": 2}\n' + b"[" * 100_000 + b'\n{"step": 3}\n')
+    assert [row["step"] for row in plots.read_metrics(path)] == [1, 3]
+
+
+FORGED = [
+    (np.array([0, 1, 2]), "classes that do not exist"),
+    (np.array([0, -1, 1]), "classes that do not exist"),
+    (np.array([[0], [1], [0]]), r"holds int64 \(3, 1\)"),
+    (np.array([0.0, 1.0, 1.0]), "holds float64"),
+]
+
+
+@pytest.mark.parametrize(("column", "line"), FORGED)
+def test_forged_predictions(tmp_path, column, line):
+    records.write_header(tmp_path, {"class_names": ["a", "b"], "images": 3})
+    whole = {"index": np.arange(3), "label": np.array([0, 1, 1])}
+    records.write_batch(tmp_path, 0, {**whole, "clean": np.array([0, 1, 1]), "attack/pgd": column})
+    with pytest.raises(ValueError, match=rf"batch-00000\.npz.*{line}"):
+        records.read_batch(tmp_path, 0)
+    records.write_column(tmp_path, "autoattack", column)
+    with pytest.raises(ValueError, match=rf"column-autoattack\.npz.*{line}"):
+        records.read_column(tmp_path, "autoattack")
+
+
+def test_a_column_of_too_few_predictions(tmp_path):
+    records.write_header(tmp_path, {"class_names": ["a", "b"], "images": 3})
+    records.write_column(tmp_path, "autoattack", np.array([0, 1]))
+    with pytest.raises(ValueError, match="where predictions should be"):
+        records.read_column(tmp_path, "autoattack")
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"{"])
+def test_json_that_is_none(answer, tmp_path, content):
+    (tmp_path / "run").mkdir()
+    for name in ("run/config.json", "header.json"):
+        (tmp_path / name).write_bytes(content)
+    assert "config.json is damaged" in answer(DIGITS)
+    with pytest.raises(ValueError, match=r"header\.json is damaged"):
+        records.read_header(tmp_path)
+
+
+def test_known_entries_of_a_checkpoint():
+    meta = {"step": 1, "total_steps": 2, "stage": "0_train", "seconds": 0.5, "class_counts": [1, 2], "digest": {}}
+    assert _known(meta) is meta and _known({**meta, "stages": 1})
+    changes = {"step": "1", "total_steps": None, "stage": [], "class_counts": 3, "digest": "", "seconds": float("nan")}
+    for name, value in {**changes, "stages": "1"}.items():
+        with pytest.raises(ValueError, match=name):
+            _known(json.loads(json.dumps({**meta, name: value})))
