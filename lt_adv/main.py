@@ -15,7 +15,9 @@ import functools
 import logging
 import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from lt_adv import arguments
 
@@ -29,6 +31,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     log = logging.StreamHandler()
     log.addFilter(is_shown)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[log])
+    if not isinstance(sys.unraisablehook, functools.partial):
+        sys.unraisablehook = functools.partial(unraisable, sys.unraisablehook)
     try:
         run(arguments.parse(argv))
     except Exception as error:
@@ -45,6 +49,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def is_shown(record: logging.LogRecord) -> bool:
     # Whatever matters of what orbax logs, it raises as well; so of its reads, of which asyncio logs all but the first.
     return not any(package in record.pathname for package in ("orbax", "asyncio"))
+
+
+def unraisable(usual: Callable, said: Any) -> None:
+    """What nobody can catch, said as usual; but for the other reads of a checkpoint of which one has failed."""
+    files = [frame.filename for frame in traceback.extract_tb(said.exc_traceback)]
+    if not any(f"/{package}/" in file for file in files for package in ("orbax", "asyncio")):
+        usual(said)
 
 
 def is_answered(error: Exception) -> bool:

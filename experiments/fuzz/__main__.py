@@ -92,17 +92,15 @@ def _ended(code: int) -> str:
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """ValueError of one line for what is not clear."""
-    from experiments.fuzz.surfaces import SURFACES
-
     parser = Parser(prog="python -m experiments.fuzz", allow_abbrev=False, add_help=False)
-    choices = ("all", *SURFACES)
+    choices = ("all", *tables.SURFACES)
     parser.add_argument("--surface", type=some(one_of("surface", choices)), default=["all"])
     parser.add_argument("--inputs", type=positive(int), default=300)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=positive(float), default=60.0)
     parser.add_argument("--out", type=Path, default=record.RESULTS.parent)
     options = parser.parse_args(argv)
-    options.surface = list(SURFACES) if "all" in options.surface else options.surface
+    options.surface = list(tables.SURFACES) if "all" in options.surface else options.surface
     return options
 
 

@@ -34,7 +34,7 @@ def main(name: str, seed: int, first: int, end: int, folder: str) -> None:
 
     shared = Path(folder) / name
     shared.mkdir(parents=True, exist_ok=True)
-    surface = surfaces.SURFACES[name](shared)
+    surface = surfaces.make(name, shared)
     if Path("/proc/self/statm").exists():
         limit_memory()
     say(ready=True)

@@ -3,6 +3,8 @@
 import json
 import os
 import re
+import subprocess
+import sys
 import zipfile
 from collections import namedtuple
 
@@ -14,7 +16,8 @@ from lt_adv import main
 from lt_adv.data import cache, load
 from lt_adv.evaluation import plots, records
 from lt_adv.training.checkpoint import _known
-from tests.bad_input.conftest import DIGITS
+from tests.bad_input.conftest import DIGITS, ROOT
+from tests.bad_input.test_runs import TINY
 
 
 @pytest.mark.parametrize("entry", ["config.init_from", "config.eval.baseline", "workdir"])
@@ -150,3 +153,15 @@ def test_known_entries_of_a_checkpoint():
     for name, value in {**changes, "stages": "1"}.items():
         with pytest.raises(ValueError, match=name):
             _known(json.loads(json.dumps({**meta, name: value})))
+
+
+def test_a_damaged_checkpoint_says_one_line(tmp_path):
+    """As a process: the reads that were on their way had a traceback each, of threads that no test hears."""
+    command = [sys.executable, "-m", "lt_adv.main", *TINY, f"--workdir={tmp_path / 'run'}"]
+    assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
+    for file in (tmp_path / "run" / "checkpoints" / "0_train" / "2" / "state" / "d").iterdir():
+        os.truncate(file, 10)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and re.fullmatch(
+        r"WARNING: checkpoint 2 in .* going on from checkpoint 1\.\n", done.stderr
+    )

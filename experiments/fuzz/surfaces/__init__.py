@@ -1,17 +1,12 @@
-"""The kinds of input, by name."""
+"""The kinds of input: a module each, with a class of its name."""
 
-from collections.abc import Mapping
+import importlib
+from pathlib import Path
 
 from experiments.fuzz.cases import Surface
-from experiments.fuzz.surfaces import archive, arguments, checkpoint, config, image_folder, npz, run_files, weights
 
-SURFACES: Mapping[str, type[Surface]] = {
-    "arguments": arguments.Arguments,
-    "config": config.Config,
-    "image_folder": image_folder.ImageFolder,
-    "npz": npz.Npz,
-    "archive": archive.Archive,
-    "weights": weights.Weights,
-    "checkpoint": checkpoint.Checkpoint,
-    "run_files": run_files.RunFiles,
-}
+
+def make(name: str, shared: Path) -> Surface:
+    """The surface `name`; what all its inputs need goes to the folder `shared`. Weights need PyTorch."""
+    module = importlib.import_module(f"{__name__}.{name}")
+    return getattr(module, "".join(part.capitalize() for part in name.split("_")))(shared)

@@ -45,7 +45,6 @@ class Checkpoint:
     def __init__(self, shared: Path) -> None:
         self.run, self.other = shared / "trained", shared / "other"
         train(self.run, NO_ATTACKS)
-        train(self.other, NO_ATTACKS, "--config.model.width=2")
 
     def running(self) -> AbstractContextManager[Any]:
         return self._running(self.trains)
@@ -63,7 +62,7 @@ class Checkpoint:
         shutil.copytree(self.run, place)
         argv = [AT, *TINY, NO_ATTACKS, f"--workdir={box.run}"]
         argv += [f"--config.init_from={place}"] if mode == "begin" else [f"--mode={mode}"]
-        named = [str(place), str(place.resolve())]
+        named = [str(place), "The checkpoint of stage"]
         if valid:
             return Case("valid", f"{mode}: {self._whole(rng, place)}", argv, True)
         change = one(rng, (self._file, self._meta, self._meta, self._beside, self._network, self._steps))
@@ -125,6 +124,7 @@ class Checkpoint:
         checkpoints = place / "checkpoints"
         if rng.integers(2):
             shutil.rmtree(checkpoints)
+            train(self.other, NO_ATTACKS, "--config.model.width=2")  # as soon as it is needed
             shutil.copytree(self.other / "checkpoints", checkpoints)
             return "another network", "twice as wide", False
         (place / "config.json").unlink()

@@ -17,8 +17,8 @@ from experiments.fuzz.cases import Case
 from experiments.fuzz.draw import damaged, one, value
 from experiments.fuzz.surfaces.checkpoint import AT, TINY, train
 from experiments.fuzz.surfaces.npz import Hidden
-from lt_adv import evaluation
-from lt_adv.evaluation import reliability
+from lt_adv import evaluation, main
+from lt_adv.evaluation import plots, reliability
 
 ATTACKS = "--config.eval.attacks={'pgd':{'attack':'pgd','eps':0.1,'step_size':0.1,'num_steps':1}}"
 WRITTEN = ("report.md", "report.json", "plots", "config.json", "plots/examples.png", "eval", "reports")
@@ -26,15 +26,14 @@ JSON_FILES = ("config.json", "metrics.jsonl", "timing.jsonl")
 
 
 class RunFiles:
-    """Examples and the probes of a baseline are computed once, as they depend on nothing here."""
+    """Examples and the probes of a baseline are computed once, as they depend on nothing here; pictures are drawn, and
+    not encoded."""
 
     def __init__(self, shared: Path) -> None:
         self.run, self._kept = shared / "evaluated", {}
         with self.running():
             train(self.run, ATTACKS)
-            train(self.run.parent / "held", ATTACKS, f"--config.eval.baseline={self.run}")
-        shutil.rmtree(self.run)
-        shutil.move(self.run.parent / "held", self.run)
+            main.main(["main", *self._evaluation(self.run), f"--config.eval.baseline={self.run}"])
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -48,11 +47,15 @@ class RunFiles:
                     return self._kept[name]
 
                 stack.enter_context(mock.patch.object(where, name, once))
+            stack.enter_context(mock.patch.object(plots, "png", lambda figure: b"a picture"))
             yield
+
+    def _evaluation(self, where: Path) -> list[str]:
+        return [AT, *TINY, ATTACKS, "--mode=eval", f"--workdir={where}"]
 
     def case(self, rng: np.random.Generator, box: Box, valid: bool) -> Case:
         shutil.copytree(self.run, box.run)
-        argv = [AT, *TINY, ATTACKS, "--mode=eval", f"--workdir={box.run}"]
+        argv = self._evaluation(box.run)
         place, held = box.run, bool(rng.integers(3) == 0)
         if held:
             place = box.work / "earlier"
