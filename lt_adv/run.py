@@ -138,6 +138,7 @@ def trained(
     compare(config, workdir)
     variables, meta = checkpoint.read_variables(workdir, config.eval.checkpoint)
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
+    _finished(meta, config.eval.checkpoint)  # or of another version
     if meta["class_counts"] != list(split.class_counts):
         theirs, ours = _short(meta["class_counts"]), _short(split.class_counts)
         raise ValueError(
@@ -234,8 +235,9 @@ def _position(meta: Mapping[str, Any]) -> str:
 
 def _finished(meta: Mapping[str, Any], which: str) -> bool:
     """Whether a checkpoint is the end of the last stage; the best one on validation counts as asked for."""
-    if "stages" not in meta:
-        raise ValueError(f"The checkpoint of stage {meta['stage']} is of an earlier version, which cannot be read.")
+    if missing := [name for name in checkpoint.ENTRIES if name not in meta]:
+        words = f"The checkpoint of stage {meta.get('stage')} says nothing of its {missing[0]}"
+        raise ValueError(f"{words}: it is of an earlier version, which cannot be read.")
     ended = meta["step"] == meta["total_steps"] or which == "best"
     return ended and meta["stage"].startswith(f"{meta['stages'] - 1}_")
 

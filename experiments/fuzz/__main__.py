@@ -36,9 +36,13 @@ START = 600  # seconds that a process may take to begin: one surface trains a sm
 
 def environment(folder: str) -> dict[str, str]:
     """Nothing outside of `folder` is anybody's business: home, caches and temporary files are there."""
-    places = {name: f"{folder}/home" for name in ("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TMPDIR")}
-    os.makedirs(f"{folder}/home", exist_ok=True)
-    compiled = {"JAX_COMPILATION_CACHE_DIR": f"{folder}/home/jax", "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+    home = os.path.join(folder, "home")
+    os.makedirs(home, exist_ok=True)
+    places = dict.fromkeys(("HOME", "XDG_CACHE_HOME", "MPLCONFIGDIR", "TMPDIR"), home)
+    compiled = {
+        "JAX_COMPILATION_CACHE_DIR": os.path.join(home, "jax"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
     flags = "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1"
     return {**os.environ, **places, **compiled, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}
 

@@ -19,14 +19,14 @@ LEFT_OVER = re.compile(r"\..*\.(tmp|old|new)|\.lt_adv.*|\..*-[0-9a-f]{16}\..*|.*
 
 
 class Box:
-    """`given`: the input, which stays as it is; `run`: the working directory; `data`: data sets and caches; `work`:
+    """`given`: the input, which stays as it is; `run`: the working directory; `data`: data sets and caches; `start`:
     where the program is started. `canary` is what hidden code would write; nothing else may appear under `root`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.given, self.run, self.data, self.work = (root / name for name in ("given", "run", "data", "work"))
+        self.given, self.run, self.data, self.start = (root / name for name in ("given", "run", "data", "start"))
         self.canary = root / "canary"
-        for folder in (self.given, self.data, self.work):
+        for folder in (self.given, self.data, self.start):
             folder.mkdir(parents=True)
 
     def code(self) -> str:
@@ -62,7 +62,7 @@ class Box:
                 return f"{path} was changed"
             if path not in before and LEFT_OVER.fullmatch(name):
                 return f"{path} is left half written"
-            if part not in ("given", "run", "data", "work"):
+            if part not in ("given", "run", "data", "start"):
                 return f"{path} was written outside"
             if path in before and path not in after and part == "data":
                 return f"{path} is gone"

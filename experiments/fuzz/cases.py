@@ -15,6 +15,7 @@ from unittest import mock
 
 import numpy as np
 
+from experiments.benchmark.record import portable
 from experiments.fuzz.box import FENCE, Box
 from lt_adv import evaluation, main
 from lt_adv.training import loop
@@ -76,12 +77,12 @@ def examine(surface: Surface, seed: int, number: int, scratch: Path, drawn: Any 
     try:
         case = surface.case(rng, box, valid)
         drawn(case)
-        os.chdir(box.work)
+        os.chdir(box.start)
         answer, line = _answer(surface, case, box)
     finally:
         os.chdir(here)
         shutil.rmtree(root, ignore_errors=True)
-    said = [" ".join(text.replace(str(scratch), "...").split()) for text in (case.words, line)]
+    said = [" ".join(portable(text.replace(str(scratch), "...")).split()) for text in (case.words, line)]
     return Outcome(case.kind, said[0][:300], case.expected is True, answer, said[1][:400])
 
 

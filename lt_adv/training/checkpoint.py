@@ -20,6 +20,9 @@ from lt_adv import lookup
 
 TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
 VARIABLES = ("params", "batch_stats")
+# What a run says in each of its checkpoints, and is read by others.
+ENTRIES: dict[str, Any] = {"step": int, "total_steps": int, "stage": str, "stages": int, "class_counts": list}
+ENTRIES["seconds"] = (int, float)
 BEST = "valid/pgd20/accuracy"  # what the best checkpoint is the best in; the validation split is balanced
 
 
@@ -251,12 +254,12 @@ def _meta(stage: epath.Path, step: int) -> dict[str, Any]:
 
 def _known(meta: Any) -> dict[str, Any]:
     """What a checkpoint says of itself; ValueError where that is not what a run would say: it has no digest."""
-    kinds: dict[str, Any] = {"step": int, "total_steps": int, "stage": str, "seconds": (int, float)}
-    kinds |= {"class_counts": list, "digest": dict} | ({"stages": int} if "stages" in meta else {})  # once it had none
-    for name, kind in kinds.items():
-        if not isinstance(meta[name], kind) or isinstance(meta[name], bool):
-            raise ValueError(f"its {name} is {meta[name]!r}")
-    if not math.isfinite(meta["seconds"]):
+    if not isinstance(meta, dict):
+        raise ValueError(f"what it says of itself is {meta!r:.50}")
+    for name, kind in {"digest": dict, **ENTRIES}.items():
+        if name in meta and (not isinstance(meta[name], kind) or isinstance(meta[name], bool)):
+            raise ValueError(f"its {name} is {meta[name]!r:.50}")
+    if not math.isfinite(meta.get("seconds", 0.0)):
         raise ValueError(f"its seconds are {meta['seconds']}")
     return meta
 

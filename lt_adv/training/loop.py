@@ -105,7 +105,7 @@ def _run(
     restored = checkpoints.restore_latest(state, built.mesh)
     if restored is not None:
         state, meta = restored
-        seconds = meta["seconds"]
+        seconds = meta.get("seconds", 0.0)
         _same_run(built, meta, workdir)
     first = int(state.step)
     if first == total:
@@ -178,11 +178,11 @@ def _identity(built: program.Program) -> dict[str, Any]:
 def _same_run(built: program.Program, meta: dict[str, Any], workdir: epath.Path) -> None:
     """ValueError if the images are others than those of the checkpoint; a word if the bits may differ."""
     now = _identity(built)
-    if meta["data_digest"] != now["data_digest"]:
+    if meta.get("data_digest") != now["data_digest"]:
         raise ValueError(f"{workdir} was trained on other images than config.data gives now: use another --workdir.")
     for name in ("devices", "jax_version"):
-        if meta[name] != now[name]:
-            text = f"{name.replace('_', ' ')} was {meta[name]} and is {now[name]}"
+        if meta.get(name) != now[name]:
+            text = f"{name.replace('_', ' ')} was {meta.get(name)} and is {now[name]}"
             logging.console.print(f"Note: {text}: the numbers will be close to those of an unbroken run, not equal.")
 
 

@@ -149,6 +149,9 @@ def test_json_that_is_none(answer, tmp_path, content):
 def test_known_entries_of_a_checkpoint():
     meta = {"step": 1, "total_steps": 2, "stage": "0_train", "seconds": 0.5, "class_counts": [1, 2], "digest": {}}
     assert _known(meta) is meta and _known({**meta, "stages": 1})
+    for other in ([], None, 3):
+        with pytest.raises(ValueError, match="what it says of itself"):
+            _known(other)
     changes = {"step": "1", "total_steps": None, "stage": [], "class_counts": 3, "digest": "", "seconds": float("nan")}
     for name, value in {**changes, "stages": "1"}.items():
         with pytest.raises(ValueError, match=name):

@@ -189,7 +189,7 @@ def test_damage_is_drawn_of_every_kind_and_repeats():
 def test_state_of_a_box(tmp_path):
     box = Box(tmp_path / "box")
     before = box.state()
-    assert set(before) == {"given", "data", "work"} and box.wrong(before, refused=True) is None
+    assert set(before) == {"given", "data", "start"} and box.wrong(before, refused=True) is None
     half = box.data / "lt_adv_cache" / "a-0123456789abcdef"
     half.mkdir(parents=True)
     (half / "train_image.npy").write_bytes(b"")

@@ -40,7 +40,7 @@ class Arguments:
         return no_computation()
 
     def case(self, rng: np.random.Generator, box: Box, valid: bool) -> Case:
-        (box.work / "configs").symlink_to(ROOT / "configs")
+        (box.start / "configs").symlink_to(ROOT / "configs")
         name = one(rng, FRESH)
         workdir = one(rng, WORKDIRS)
         argv = [f"--config=configs/{name}.py:dataset=digits", *one(rng, OVERRIDES), f"--workdir={box.run}/{workdir}"]
@@ -62,7 +62,7 @@ class Arguments:
 
     def _stray(self, rng: np.random.Generator, box: Box, argv: list[str]) -> Case:
         content = damaged(rng, "\n".join(argv[:-1]).encode())[1]
-        (box.work / "given").write_bytes(content)
+        (box.start / "given").write_bytes(content)
         argv.insert(int(rng.integers(len(argv) + 1)), one(rng, FLAGS + NAMES))
         return Case("stray argument", " ".join(argv), argv, None)
 

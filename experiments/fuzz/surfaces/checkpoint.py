@@ -58,7 +58,7 @@ class Checkpoint:
     def case(self, rng: np.random.Generator, box: Box, valid: bool) -> Case:
         mode = one(rng, ("eval", "eval", "eval", "train", "begin", "begin"))
         self.trains = mode == "train"
-        place = box.work / "earlier" if mode == "begin" else box.run
+        place = box.start / "earlier" if mode == "begin" else box.run
         shutil.copytree(self.run, place)
         argv = [AT, *TINY, NO_ATTACKS, f"--workdir={box.run}"]
         argv += [f"--config.init_from={place}"] if mode == "begin" else [f"--mode={mode}"]

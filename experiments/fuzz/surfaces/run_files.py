@@ -58,7 +58,7 @@ class RunFiles:
         argv = self._evaluation(box.run)
         place, held = box.run, bool(rng.integers(3) == 0)
         if held:
-            place = box.work / "earlier"
+            place = box.start / "earlier"
             shutil.copytree(self.run, place)
             argv.append(f"--config.eval.baseline={place}")
         if valid:
