@@ -43,7 +43,7 @@ def whole(interval: str) -> Rule:
 
 def one_of(choices: Collection[str]) -> Rule:
     def rule(path: str, value: Any) -> None:
-        if value not in choices:
+        if not isinstance(value, str) or value not in choices:
             raise lookup.unknown(path, value, choices)
 
     return rule

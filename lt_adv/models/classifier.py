@@ -60,7 +60,7 @@ def create(model_config: Mapping[str, Any], num_classes: int, axis_name: str | N
     options = dict(model_config)
     head_config = options.pop("head", {"name": "linear"})
     dtype_name = options.pop("dtype", "float32")
-    if dtype_name not in DTYPES:
+    if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
         raise lookup.unknown("model dtype", dtype_name, DTYPES)
     if num_classes < 2:
         raise ValueError(f"A classifier needs at least 2 classes, not {num_classes}.")

@@ -44,6 +44,16 @@ def test_no_folder_is_left_of_a_path_that_cannot_be(answer, tmp_path):
     assert not (tmp_path / "new").exists()
 
 
+@pytest.mark.parametrize("entry", ["eval.dtype", "model.dtype", "attack.dtype", "optim.schedule"])
+def test_a_list_where_a_name_should_be(answer, tmp_path, entry):
+    (tmp_path / "mine.py").write_text(
+        "from configs import at\ndef get_config(arg=None):\n    c = at.get_config(arg)\n"
+        f"    with c.ignore_type():\n        c.update_from_flattened_dict({{{entry!r}: ['float32']}})\n    return c\n"
+    )
+    line = answer(f"--config={tmp_path}/mine.py:dataset=digits")
+    assert re.search(r"Unknown [\w. ]*(dtype|schedule) \['float32'\]\. ", line)
+
+
 @pytest.mark.parametrize("version", ["'best'", "5"])
 def test_the_versions_that_can_be_asked_for(answer, version):
     """The one for randomised networks is not among them."""

@@ -112,7 +112,7 @@ class Config:
         section, _, last = path.rpartition(".")
         named = [name for name in (path, last, section, repr(given), " ".join(str(given).split())) if name]
         named += ["addon"] * (path == "addons")
-        return Case(kind, words, argv, self._expected(path, self.entries[name][path], given), named)
+        return Case(kind, words, argv, self._expected(path, self.entries[name][path], given, in_file), named)
 
     def _drawn(self, rng: np.random.Generator, usual: Any) -> Any:
         """Of any type, or a little beside what it is."""
@@ -125,10 +125,10 @@ class Config:
             near = (list(usual), (*usual, "x"), (*usual, -1), (usual,), None, usual * 2)
         return one(rng, near) if rng.integers(2) else value(rng)
 
-    def _expected(self, path: str, usual: Any, given: Any) -> bool | None:
-        """False where nobody can mean it."""
+    def _expected(self, path: str, usual: Any, given: Any, in_file: bool) -> bool | None:
+        """False where nobody can mean it; on the command line every value is a text, and a folder may be called nan."""
         if isinstance(given, float) and not math.isfinite(given):
-            return False
+            return None if path in FREE and not in_file else False
         if isinstance(usual, str) and path not in FREE and given in NAMES and given not in ("None", "True"):
             return False
         return None
