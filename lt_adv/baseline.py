@@ -54,7 +54,10 @@ def judge(
     if not config.eval.baseline:
         return None
     where, theirs = epath.Path(config.eval.baseline), configured(config)
-    variables, _, other = trained(theirs, where)
+    try:
+        variables, _, other = trained(theirs, where)
+    except ValueError as error:
+        raise ValueError(f"config.eval.baseline: the run in {where}: {error}") from error
     same = (split.class_names, split.test.image.shape[1:]) == (other.class_names, other.test.image.shape[1:])
     if not same:
         raise ValueError(f"config.eval.baseline: the run in {where} was trained on other classes or sizes of images.")

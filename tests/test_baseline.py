@@ -116,6 +116,11 @@ def test_bad_baselines(made, answer, tmp_path):  # noqa: F811
     (damaged / "config.json").unlink()
     assert "is it the working directory of a run?" in answer(*TINY, *at, f"--config.eval.baseline={damaged}")
     other = json.loads((plain / "config.json").read_text())
+    seed, other["seed"] = other["seed"], "x"
+    (damaged / "config.json").write_text(json.dumps(other))
+    said = answer(*TINY, *at, f"--config.eval.baseline={damaged}")
+    assert f"config.eval.baseline: the run in {damaged}: config.seed must be a whole number" in said
+    other["seed"] = seed
     other["data"]["image_size"] = 9
     (damaged / "config.json").write_text(json.dumps(other))
     assert "trained on other classes or sizes" in answer(*TINY, *at, f"--config.eval.baseline={damaged}")

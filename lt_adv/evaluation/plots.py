@@ -162,16 +162,24 @@ def errors(summary: Mapping[str, Any]) -> Figure:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; lines that are no JSON objects (cut off by a crash) are left out."""
+    """The lines of a metrics.jsonl; lines that are no JSON objects (cut off by a crash), or do not say where in
+    training they stand, are left out."""
     found = []
     for line in epath.Path(path).read_bytes().splitlines() if epath.Path(path).exists() else ():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict):
+        if isinstance(entry, dict) and _stands(entry):
             found.append(entry)
     return found
+
+
+def _stands(entry: Mapping[str, Any]) -> bool:
+    """Whether step and epoch are numbers where they are given, and the stage a name."""
+    clock = [entry.get(name, 0) for name in ("step", "epoch")]
+    numbers = all(isinstance(value, int | float) and abs(value) < 1e15 for value in clock)  # so, no NaN
+    return numbers and isinstance(entry.get("stage", ""), str)
 
 
 def _clock(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], str]:

@@ -115,7 +115,8 @@ def test_a_member_that_is_no_array(tmp_path):
 def test_a_log_that_is_no_text(tmp_path):
     """The curves are drawn of the lines that can be read."""
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1}\n\xff{"step": 2}\n' + b"[" * 100_000 + b'\n{"step": 3}\n')
+    lost = b'{"step": []}\n{"step": 1, "epoch": "x"}\n{"step": 1, "stage": {}}\n{"step": NaN}\n'
+    path.write_bytes(lost + b'{"step": 1}\n\xff{"step": 2}\n' + b"[" * 100_000 + b'\n{"step": 3}\n')
     assert [row["step"] for row in plots.read_metrics(path)] == [1, 3]
 
 

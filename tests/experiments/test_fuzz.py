@@ -165,7 +165,7 @@ def _unsafe(load, path, **options):
     ("name", "where", "instead"),
     [
         ("config", (check, "values"), lambda config: None),
-        ("archive", (archives, "_safe"), lambda name, path: name),
+        ("archive", (archives, "_safe"), lambda name: name),
         ("archive", (archives, "check"), lambda archive, path: None),
         ("image_folder", (cache, "shutil"), _Keeps()),
         ("npz", (np, "load"), functools.partial(_unsafe, np.load)),
