@@ -26,10 +26,14 @@ def blocks(record: Mapping[str, Any]) -> list[str]:
     failed = sum(row["failed"] for row in points.values())
     ended = sum(run["end"] == "the same" for run in runs)
     text = f"`{record['command']}` ({machine['cores']} cores of {machine['cpu']}, jax {record['versions']['jax']}, "
-    text += f"commit {record['commit']}): {total} faults at {len(points)} points, {failed} of them failed; "
+    drawn = sum(map(len, record["drawn"]))
+    text += f"commit {record['commit']}): {total} faults{f' of {drawn} so far' if total < drawn else ''} "
+    text += f"at {len(points)} points, {failed} of them failed; "
     text += f"{ended} of {len(runs)} runs ended as the unbroken one."
     if not record["digest"]:
-        return [f"With the digest of checkpoints switched off, {text}"]
+        return [
+            f"With the digest of checkpoints switched off, {text} A run that went astray fails at each fault after it."
+        ]
     head = ["Point", "What happens", "Faults", "Failed", "Fell back to an earlier checkpoint", "Steps lost at most"]
     rows = [[f"`{name}`", row["words"], *map(_cell, _figures(row))] for name, row in points.items()]
     rows += [[f"`{name}`", f"not yet: {why}", "0", "", "", ""] for name, why in WAITING.items()]
