@@ -34,7 +34,7 @@ assert np.allclose(x_adv[:, :3], 0.5 + 0.1 * (1 - 2 * np.eye(3)[:2]))  # down in
 def wheel(tmp_path_factory):
     """A wheel built from a copy of the clone, with the setuptools that is installed: nothing is fetched."""
     source, out = tmp_path_factory.mktemp("clone") / "lt_adv", tmp_path_factory.mktemp("wheel")
-    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "workdir*", "results", ".*", "build", "dist")
+    unwanted = shutil.ignore_patterns("__pycache__", "*.egg-info", "results", ".*", "build", "dist")
     source.mkdir()
     for name in ("lt_adv", "configs", "experiments", "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=unwanted)
