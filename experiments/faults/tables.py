@@ -9,7 +9,7 @@ from lt_adv.evaluation.write import table
 
 COMMAND = "python -m experiments.faults"
 # Points that wait for a function in points.py, and why.
-WAITING = {"host_death": "a run is one process so far; of several, one is to die while the others wait"}
+WAITING = {"host_death": "the campaign starts one process; tests/test_processes.py kills one of two"}
 
 
 def page(folder: Path) -> str:
