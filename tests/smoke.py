@@ -1,6 +1,6 @@
 """Import, one training step, one attack: what CI asks of every supported Python.
 
-python -m tests.smoke
+    python -m tests.smoke
 """
 
 import platform

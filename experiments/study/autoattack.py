@@ -1,7 +1,7 @@
 """Another config, whose AutoAttack follows the radius of its pgd20.
 
-python -m lt_adv.main --mode=eval --config=experiments/study/autoattack.py:configs/at.py:dataset=digits
-    --config.eval.only="('autoattack',)" --workdir=...
+    python -m lt_adv.main --mode=eval --config=experiments/study/autoattack.py:configs/at.py:dataset=digits
+        --config.eval.only="('autoattack',)" --workdir=...
 """
 
 from lt_adv import arguments

@@ -92,7 +92,9 @@ def robal_margin(
     return cross_entropy(scale * logits - margins * _one_hot(logits, labels) + prior, labels)
 
 
-def class_dependent_temperature(logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 0.3) -> Array:
+def class_dependent_temperature(
+    logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 0.3
+) -> Array:
     """CDT: the cross-entropy of z_c / (n_max / n_c)^tau. Arguments and result: top of the module.
 
     The temperature belongs to the loss: the network attacked and evaluated has the logits z.
