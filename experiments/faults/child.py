@@ -30,7 +30,7 @@ from etils import epath
 
 from lt_adv import export, main  # noqa: F401
 from lt_adv.data import cache
-from lt_adv.training import checkpoint
+from lt_adv.training import checkpoint, digests
 from lt_adv.training import step as steps
 
 LOCAL = type(epath.Path("/"))
@@ -138,7 +138,7 @@ def _trace(path: Path) -> None:
 
     def step(state: Any) -> None:
         with jax.transfer_guard("allow"):
-            found = json.dumps(checkpoint.digest(state), sort_keys=True)
+            found = json.dumps(digests.digest(state), sort_keys=True)
             number = int(jax.device_get(state.step))
         file.write(json.dumps({"step": number, "digest": hashlib.sha256(found.encode()).hexdigest()[:16]}) + "\n")
 

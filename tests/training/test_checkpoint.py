@@ -12,7 +12,8 @@ from etils import epath
 
 from lt_adv.training import mesh as meshes
 from lt_adv.training import state as states
-from lt_adv.training.checkpoint import BEST, Checkpoints, digest, look, read_variables
+from lt_adv.training.checkpoint import BEST, Checkpoints, look, read_variables
+from lt_adv.training.digests import digest
 from tests.training.helpers import Small
 
 
