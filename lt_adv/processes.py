@@ -4,6 +4,7 @@ Whatever one process finds by itself (a file that is damaged, a signal) must be 
 the others would wait for it in the next exchange between devices.
 """
 
+import functools
 import hashlib
 import os
 from collections.abc import Callable, Mapping
@@ -83,12 +84,12 @@ def agree(holds: bool) -> bool:
 
 
 def by_first(act: Callable[[], None]) -> None:
-    """Done by the first process, while the others wait; where it fails, ValueError in all."""
+    """Done by the first process, while the others wait; where it fails, its error there, ValueError in the others."""
     failure: Exception | None = None
     if first():
         try:
             act()
-        except ValueError as error:
+        except Exception as error:  # whatever it is, the others must not wait for ever
             failure = error
     if failure:
         agree(False)
@@ -128,7 +129,7 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
 
 
 def share(rows: int) -> slice:
-    """This process's part of so many rows: every so manieth one."""
+    """This process's part of so many rows: of n processes every n-th row, from its own number on."""
     return slice(jax.process_index(), rows, jax.process_count())
 
 
@@ -163,9 +164,15 @@ def everywhere(tree: Any, sharding: NamedSharding) -> Any:
             mine = list(local(sharding.mesh).devices.flat)
             if set(mine) <= copies.keys():
                 return jax.make_array_from_single_device_arrays(a.shape, sharding, [copies[d] for d in mine])
-        return jax.jit(lambda a: a, out_shardings=sharding)(a)
+        return _copied(sharding)(a)
 
     return jax.tree.map(one, tree)
+
+
+@functools.lru_cache(maxsize=8)
+def _copied(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
+    """Compiled once for each shape, not in each call."""
+    return jax.jit(lambda a: a, out_shardings=sharding)
 
 
 def local(mesh: Mesh) -> Mesh:

@@ -36,3 +36,17 @@ def test_counts_every_image_once_whatever_the_batch(devices, batch_size):
     for group, classes in GROUPS.items():
         assert result[f"clean/accuracy_{group}"] == pytest.approx(right[np.isin(LABEL, classes)].mean())
     assert result["pgd3/accuracy"] < result["clean/accuracy"]
+
+
+def test_nothing_is_compiled_again_when_it_is_asked_again(caplog):
+    mesh = meshes.make_mesh(jax.devices()[:4])
+    label = np.arange(20) % 4
+    image = np.zeros((20, 2, 2, 1), np.uint8)
+    groups = {"head": np.array([0])}
+    apply = lambda variables, x: jnp.zeros((len(x), 4)) + variables + 0 * x.sum()  # noqa: E731
+    monitor = Monitor(jax.random.key(0), apply, image, label, groups=groups, mesh=mesh, batch_size=4)
+    variables = meshes.replicate(np.float32(1), mesh)
+    first = monitor(variables)
+    with jax.log_compiles():
+        assert monitor(variables) == first
+    assert not [line for line in caplog.messages if "Finished XLA compilation" in line]
