@@ -30,19 +30,21 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
 
     Errors: OSError where the file cannot be written.
     """
-    if "://" in os.fspath(workdir) or not processes.first():
+    with contextlib.ExitStack() as stack:
+        processes.by_first(lambda: _lock(epath.Path(workdir), stack))
         yield
+
+
+def _lock(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
+    """Held until `stack` ends."""
+    if "://" in os.fspath(workdir):
         return
-    workdir = epath.Path(workdir)
-    with open(workdir / LOCK, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ValueError(
-                f"Another process works in {workdir}: wait until it ends, or use another --workdir."
-            ) from None
-        files.clear(workdir)
-        yield
+    file = stack.enter_context((workdir / LOCK).open("a"))
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"Another process works in {workdir}: wait until it ends, or use another --workdir.") from None
+    files.clear(workdir)
 
 
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
@@ -75,7 +77,7 @@ def claimed(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[
         def begin() -> None:
             try:
                 workdir.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(held(workdir))
+                _lock(workdir, stack)
                 compare(config, workdir, training=not check.imports(config))  # it may be another's by now
                 content = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
                 files.write_atomically(workdir / "config.json", content)
