@@ -15,7 +15,7 @@ import jax
 import numpy as np
 import pytest
 
-from lt_adv import processes
+from lt_adv import processes, workdirs
 from lt_adv.training import checkpoint
 from tests.test_end_to_end import DRIVER, final
 
@@ -175,6 +175,15 @@ def test_what_differs_is_said_in_one_line(launch, tmp_path):
         assert result.returncode == 2
         (line,) = (line for line in result.stderr.splitlines() if line.startswith("Error:"))
         assert "config.sharded: pmap keeps a whole copy" in line
+
+
+def test_a_working_directory_that_is_taken_is_refused_by_both(launch, tmp_path):
+    with workdirs.held(tmp_path):
+        first, second = launch(tmp_path)
+    assert first.returncode == second.returncode == 2, "neither waits for the other"
+    assert "Error: Another process works in" in first.stderr
+    assert "Error: The first process has failed: it says why." in second.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [workdirs.LOCK]
 
 
 @pytest.mark.parametrize(
