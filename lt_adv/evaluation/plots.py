@@ -220,7 +220,8 @@ PANELS = {  # title -> (which metrics, what a line is called once these words ar
 
 def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     """Training curves from metric lines: loss, training and validation accuracy; a panel without data is left out."""
-    names = sorted({name for entry in history for name in entry})
+    found = {name for entry in history for name in entry}
+    names = sorted(found, key=lambda name: (name.endswith(("_head", "_body", "_tail")), name))  # a group, one colour
     times, unit = _clock(history)
     panels = {}
     for head, (pattern, silent) in PANELS.items():

@@ -138,6 +138,16 @@ def test_curves_with_missing_keys():
     assert plots.png(plots.curves([{"step": 1}]))
 
 
+def test_a_group_has_one_colour_in_all_panels():
+    ends = ("accuracy_head", "accuracy_body", "accuracy_tail")
+    names = ["train/accuracy", "train/clean/balanced_accuracy"]
+    names += [f"train/{c}{end}" for c in ("", "clean/") for end in ends]
+    robust, clean = plots.curves([{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)]).axes
+    colours = [{text.get_text(): text.get_color() for text in axes.texts} for axes in (robust, clean)]
+    assert all(colours[0][group] == colours[1][group] for group in ("head", "body", "tail"))
+    assert colours[0]["all"] == colours[1]["balanced"]
+
+
 def test_curves_stand_at_fractions_of_epochs_and_stages_follow_each_other():
     lines = [("a", 2, 1), ("a", 4, 1), ("a", 6, 2), ("a", 8, 2), ("b", 5, 1), ("b", 10, 1)]
     history = [{"stage": s, "step": n, "epoch": e, "train/loss": 1.0} for s, n, e in lines]
