@@ -151,28 +151,36 @@ def gather(columns: Any, rows: int) -> Any:
 def everywhere(tree: Any, sharding: NamedSharding) -> Any:
     """Whole copies of `tree` on every device of a replicated `sharding`, from shards or from other devices' copies.
 
-    The copies that a process has on its own devices (pmap's) are used as they are.
+    The copies that a process has on its own devices (pmap's) are used as they are. All others are made by one program:
+    of several in flight side by side, two processes may begin different ones, and then each waits for the other.
     """
+    leaves, structure = jax.tree.flatten(tree)
+    typed = [jnp.issubdtype(a.dtype, jax.dtypes.prng_key) for a in leaves]
+    plain = [jax.random.key_data(a) if key else a for a, key in zip(leaves, typed, strict=True)]
+    found = [_as_it_is(a, sharding) for a in plain]
+    missing = [i for i, a in enumerate(found) if a is None]
+    for i, copy in zip(missing, _copied(sharding)([plain[i] for i in missing]) if missing else (), strict=True):
+        found[i] = copy
+    whole = [jax.random.wrap_key_data(a) if key else a for a, key in zip(found, typed, strict=True)]
+    return jax.tree.unflatten(structure, whole)
 
-    def one(a: jax.Array) -> jax.Array:
-        if a.sharding.is_equivalent_to(sharding, a.ndim):
-            return a
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(one(jax.random.key_data(a)))
-        if a.is_fully_replicated:
-            copies = {shard.device: shard.data for shard in a.addressable_shards}
-            mine = list(local(sharding.mesh).devices.flat)
-            if set(mine) <= copies.keys():
-                return jax.make_array_from_single_device_arrays(a.shape, sharding, [copies[d] for d in mine])
-        return _copied(sharding)(a)
 
-    return jax.tree.map(one, tree)
+def _as_it_is(a: jax.Array, sharding: NamedSharding) -> jax.Array | None:
+    """Whole copies of `a` where nothing has to be moved for them."""
+    if a.sharding.is_equivalent_to(sharding, a.ndim):
+        return a
+    if a.is_fully_replicated:
+        copies = {shard.device: shard.data for shard in a.addressable_shards}
+        mine = list(local(sharding.mesh).devices.flat)
+        if set(mine) <= copies.keys():
+            return jax.make_array_from_single_device_arrays(a.shape, sharding, [copies[d] for d in mine])
+    return None
 
 
 @functools.lru_cache(maxsize=8)
-def _copied(sharding: NamedSharding) -> Callable[[jax.Array], jax.Array]:
-    """Compiled once for each shape, not in each call."""
-    return jax.jit(lambda a: a, out_shardings=sharding)
+def _copied(sharding: NamedSharding) -> Callable[[list[jax.Array]], list[jax.Array]]:
+    """Compiled once for each list of shapes, not in each call."""
+    return jax.jit(lambda arrays: arrays, out_shardings=sharding)
 
 
 def local(mesh: Mesh) -> Mesh:
