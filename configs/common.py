@@ -82,6 +82,7 @@ def get(
         "path": "",  # image_folder and npz
         "image_size": config_dict.placeholder(int),  # as it is
         "download": False,
+        "resident_gib": 8.0,  # images that take more do not live on the devices: they are streamed
         "imbalance": "exponential",  # "step", "balanced", "none"
         "imbalance_ratio": known["ratio"],
         "balanced_fraction": 0.1,  # of "balanced"

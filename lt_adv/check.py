@@ -101,6 +101,7 @@ ENTRIES: Mapping[str, Rule] = {
     "data.path": optional(path_of),
     "data.image_size": optional(whole(f"[1, {images.LARGEST}]")),
     "data.download": a(bool),
+    "data.resident_gib": NOT_NEGATIVE,
     "data.imbalance": one_of(longtail.PROFILES),
     "data.imbalance_ratio": number("[1, inf)", RATIO),
     "data.balanced_fraction": number("(0, 1]"),

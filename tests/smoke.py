@@ -21,7 +21,7 @@ def main() -> None:
     mesh = meshes.make_mesh()
     (stage,) = program.stages(config)
     built = program.build(0, stage, config, data.load(config.data), mesh)
-    state, metrics = built.step(built.first_state(), built.resident, built.teacher)
+    state, metrics = built.step(built.first_state(), built.feed.example, built.teacher)
     loss = float(metrics["loss"])
     assert int(state.step) == 1 and np.isfinite(loss), metrics
 

@@ -29,6 +29,7 @@ SHORT = [
     "--config.eval.attacks.autoattack.eps=0.35", "--config.eval.subset_per_class=2", "--config.eval.batch_size=8",
 ]  # fmt: skip
 SHARDED = ["--config.parallel=shard_map", "--config.sharded=('opt_state','average','params')"]
+STREAMED = "--config.data.resident_gib=0"
 SILENCE = 10
 
 
@@ -116,11 +117,12 @@ def test_two_processes_are_as_one_device(one, two):
 
 
 def test_one_is_killed_and_both_go_on_bit_for_bit(launch, two, tmp_path):
-    """Before step 10: step 7 was saved. The other one does not wait for ever."""
+    """Before step 10: step 7 was saved. The other one does not wait for ever. Then each reads its part of the batches:
+    the bits are those of a set that lives on the devices."""
     survivor, killed = launch(tmp_path, interrupt=("step", 10, 9))
     assert killed.returncode == -9
     assert survivor.returncode not in (0, -9) and "another task died" in survivor.stderr
-    first, _ = succeeded(launch(tmp_path))
+    first, _ = succeeded(launch(tmp_path, STREAMED))
     assert "Resumed 0_train at step 7 of 14" in first.stdout
     (_, actual), (_, expected) = final(tmp_path), final(two)
     assert not [name for name in expected if expected[name].tobytes() != actual[name].tobytes()]
@@ -138,7 +140,7 @@ def test_shards_survive_a_sigterm_and_a_flipped_byte(launch, one, tmp_path):
     content = bytearray(arrays.read_bytes())
     content[len(content) // 2] ^= 1
     arrays.write_bytes(content)
-    first, second = succeeded(launch(tmp_path, *SHARDED))
+    first, second = succeeded(launch(tmp_path, *SHARDED, STREAMED))
     assert "Resumed 0_train at step 7 of 14" in first.stdout
     assert (tmp_path / "damaged" / f"0_train-{newest.name}").exists()
     assert_close(tmp_path, one, 1e-9)

@@ -97,5 +97,5 @@ def forward(model_config: Mapping[str, Any], image_shape: Sequence[int], num_cla
 def step(built: Program) -> float:
     """FLOPs of one training step, attack and update, per image of the batch: counted in the program that trains."""
     state = jax.eval_shape(built.first_state)
-    jaxpr = jax.make_jaxpr(built.step)(state, built.resident, built.teacher)
+    jaxpr = jax.make_jaxpr(built.step)(state, built.feed.example, built.teacher)
     return count(jaxpr) / built.config.optim.batch_size

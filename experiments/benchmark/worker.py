@@ -52,7 +52,7 @@ def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict
         jax.block_until_ready(behind)
         behind = metrics
         with jax.transfer_guard("disallow"):
-            state, metrics = built.step(state, built.resident, built.teacher)
+            state, metrics = built.step(state, built.feed.example, built.teacher)
         return metrics
 
     found = measure(step, jax.block_until_ready, seconds)
@@ -69,7 +69,7 @@ def jax_profile(config: Any) -> dict[str, Any]:
 
     def step() -> Any:
         nonlocal state
-        state, metrics = built.step(state, built.resident, built.teacher)
+        state, metrics = built.step(state, built.feed.example, built.teacher)
         return metrics
 
     found = profiled.operations(step)

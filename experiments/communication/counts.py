@@ -61,7 +61,7 @@ def counted(config: Any, *, devices: int, compile: bool) -> dict[str, Any]:
     jax.config.update("jax_enable_compilation_cache", False)  # what is measured is compiling
     built = build(config, devices)
     state = built.first_state()
-    arguments = (state, built.resident, built.teacher)
+    arguments = (state, built.feed.example, built.teacher)
     jaxpr = jax.make_jaxpr(built.step)(*arguments)
     found: dict[str, Any] = {
         "devices": devices,

@@ -5,7 +5,9 @@ shapes and dtypes are checked, and the sha256 of every array up to `FULL_CHECK_B
 would take seconds, are trusted beyond their size.
 """
 
+import contextlib
 import errno
+import io
 import json
 import logging
 import math
@@ -13,12 +15,14 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 
 import numpy as np
 
-from lt_adv.data.dataset import ARRAYS, Dataset, Decoding, Source, Split, digest_of, sha256
+from lt_adv import files
+from lt_adv.data.dataset import ARRAYS, Dataset, Decoding, Source, Split, digest_of, sha256, whole
 
 VERSION = 1
 FULL_CHECK_BYTES = 512 << 20
@@ -32,8 +36,12 @@ def folder_of(data_dir: Path, name: str, source: Source) -> Path:
     return data_dir / "lt_adv_cache" / f"{name.replace('/', '-')}-{new_sha256(identity.encode()).hexdigest()[:16]}"
 
 
-def load(data_dir: Path, name: str, source: Source) -> Dataset:
-    """The set from its cache; decoded first where there is none, or a damaged one (which one line of warning names)."""
+def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> Dataset:
+    """The set from its cache; decoded first where there is none, or a damaged one (which one line of warning names).
+
+    A set that is not there, and whose training images would take more than `limit` bytes, is left as it is where its
+    images can be decoded one by one.
+    """
     folder = folder_of(data_dir, name, source)
     if folder.exists():
         try:
@@ -43,6 +51,8 @@ def load(data_dir: Path, name: str, source: Source) -> Dataset:
     class_names, decodings = source.read()
     if odd := [name for name in class_names if name != name.encode(errors="replace").decode()]:
         raise ValueError(f"The class name {odd[0]!r} is no UTF-8, as reports are written: rename the class.")
+    if math.prod(decodings["train"].shape) > limit and all(d.image is not None for d in decodings.values()):
+        return whole(name, class_names, {k: Split(d.image, d.label, d.index) for k, d in decodings.items()})
     try:
         _write(folder, class_names, decodings)
     except OSError as error:
@@ -52,6 +62,25 @@ def load(data_dir: Path, name: str, source: Source) -> Dataset:
             f"{size + 1} MiB free, which --config.data.data_dir names."
         ) from error
     return _open(folder, name)
+
+
+def remembered(data_dir: Path, name: str, identity: object, compute: Callable[[], dict[str, np.ndarray]]) -> dict:
+    """Small arrays that take long to find: from `<data_dir>/lt_adv_cache/<name>-<fingerprint>.npz`, written first where
+    there is none or a damaged one."""
+    path = folder_of(data_dir, name, Source(identity, lambda: ((), {}))).with_suffix(".npz")
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return {k: file[k] for k in file.files}
+    except FileNotFoundError:
+        pass
+    except Exception as error:  # a damaged zip fails in many ways
+        log.warning("%s is damaged (%s): it is made again.", path, " ".join(str(error).split()))
+    arrays = compute()
+    content = io.BytesIO()
+    np.savez(content, **arrays)
+    with contextlib.suppress(OSError):  # where nothing can be written they are found anew next time
+        files.write_atomically(path, content.getvalue())
+    return arrays
 
 
 def _open(folder: Path, name: str) -> Dataset:

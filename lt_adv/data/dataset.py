@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import numpy as np
 
@@ -12,7 +13,10 @@ ARRAYS = ("image", "label", "index")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """`image` uint8 [n, h, w, c], `label` int32 [n], `index` int64 [n]: the position in the original data."""
+    """`image` uint8 [n, h, w, c], `label` int32 [n], `index` int64 [n]: the position in the original data.
+
+    Of a set that is too large to be kept decoded, `image` is an `images.Undecoded` in place of an array.
+    """
 
     image: np.ndarray
     label: np.ndarray
@@ -22,8 +26,9 @@ class Split:
         return len(self.label)
 
     def take(self, positions: np.ndarray) -> "Split":
-        """The examples at `positions`, in that order."""
-        return Split(self.image[positions], self.label[positions], self.index[positions])
+        """The examples at `positions`, in that order; images that are not decoded yet stay so."""
+        image = self.image[positions] if isinstance(self.image, np.ndarray) else self.image.at(positions)
+        return Split(image, self.label[positions], self.index[positions])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,12 +61,16 @@ class LongTailed:
 
 @dataclasses.dataclass(frozen=True)
 class Decoding:
-    """A split about to be decoded: `blocks()` yields its images in order, uint8 [k, h, w, c], of `shape` in all."""
+    """A split about to be decoded: `blocks()` yields its images in order, uint8 [k, h, w, c], of `shape` in all.
+
+    `image`: an `images.Undecoded` of the same, where they can be decoded one by one.
+    """
 
     shape: tuple[int, int, int, int]
     label: np.ndarray
     index: np.ndarray
     blocks: Callable[[], Iterator[np.ndarray]]
+    image: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,8 +89,10 @@ def decoding(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> Decodin
     return Decoding(image.shape, label.astype(np.int32), index.astype(np.int64), lambda: iter([image]))
 
 
-def sha256(array: np.ndarray) -> str:
-    """The sha256 of an array's bytes in C order."""
+def sha256(array: Any) -> str:
+    """The sha256 of an array's bytes in C order; of images that are not decoded, what identifies them."""
+    if not isinstance(array, np.ndarray):
+        return array.digest
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
 
 
@@ -95,10 +106,16 @@ def in_memory(name: str, source: Source) -> Dataset:
     """A `Dataset` without a cache, for sets small enough to be read at every start."""
     class_names, decodings = source.read()
     splits = {k: Split(np.concatenate(list(d.blocks())), d.label, d.index) for k, d in decodings.items()}
+    return whole(name, class_names, splits)
+
+
+def whole(name: str, class_names: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
+    """The `Dataset` of these splits."""
     arrays = {}
     for split_name, split in splits.items():
         for field in ARRAYS:
             array = getattr(split, field)
-            array.flags.writeable = False  # as the memory-mapped arrays of the cache
+            if isinstance(array, np.ndarray):
+                array.flags.writeable = False  # as the memory-mapped arrays of the cache
             arrays[f"{split_name}_{field}"] = {"shape": array.shape, "dtype": str(array.dtype), "sha256": sha256(array)}
     return Dataset(name, splits["train"], splits["test"], class_names, digest_of(class_names, arrays))

@@ -1,6 +1,7 @@
 """JPEG and PNG bytes to uint8 arrays, with a thread pool; every failure is one line that names the image."""
 
 import dataclasses
+import hashlib
 import io
 import math
 import os
@@ -24,12 +25,67 @@ class BadImage(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """The images of a split as files: `names` for messages, `read(positions)` their bytes, from any thread."""
+    """The images of a split as files: `names` for messages, `read(positions)` their bytes, from any thread.
+
+    `identity` changes with their bytes, as far as that is seen without reading them.
+    """
 
     names: Sequence[str]
     read: Callable[[Sequence[int]], list[bytes]]
     label: np.ndarray
     index: np.ndarray
+    identity: str
+
+
+class Undecoded:
+    """Images that are decoded each time they are asked for: `images[rows]`, by a slice or by positions, is the array
+    uint8 [k, h, w, c] that the decoded images would give. A bad image is a ValueError then, not before.
+    """
+
+    dtype, ndim = np.dtype(np.uint8), 4
+
+    def __init__(self, encoded: Encoded, shape: tuple[int, int, int], size: int | None, rows: np.ndarray | None = None):
+        self._encoded, self._size = encoded, size
+        self._rows = np.arange(len(encoded.names)) if rows is None else rows
+        self.shape = (len(self._rows), *shape)
+        self.nbytes = math.prod(self.shape)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        positions = self._rows[rows]
+        parts = [positions[i : i + CHUNK] for i in range(0, len(positions), CHUNK)]
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            decoded = list(pool.map(self._decode, parts))
+        return np.concatenate(decoded) if decoded else np.zeros((0, *self.shape[1:]), np.uint8)
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        if dtype not in (None, self.dtype) or copy is False:
+            raise ValueError(f"Images are decoded to new arrays of uint8, not {dtype}.")
+        return self[:]
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """What `images[rows]` gives, in the caller's thread."""
+        return self._decode(self._rows[rows])
+
+    def at(self, rows: np.ndarray) -> "Undecoded":
+        """The images at these positions, decoded no more than before."""
+        return Undecoded(self._encoded, self.shape[1:], self._size, self._rows[rows])
+
+    @property
+    def digest(self) -> str:
+        """Changes with the files and the choice of them: pixels would all have to be decoded."""
+        said = f"{self._encoded.identity} {self.shape} {self._size} ".encode()
+        return hashlib.sha256(said + self._rows.astype("<i8").tobytes()).hexdigest()
+
+    def _decode(self, positions: Sequence[int]) -> np.ndarray:
+        channels = self.shape[-1]
+        decoded = _each(self._encoded, positions, lambda data, name: convert(_open(data, name), channels, self._size))
+        for position, image in zip(positions, decoded, strict=True):
+            if image.shape != self.shape[1:]:
+                raise BadImage(f"{self._encoded.names[position]} is {image.shape}, the others are {self.shape[1:]}.")
+        return np.stack(decoded)
 
 
 def _open(data: bytes, name: str) -> Image.Image:
@@ -69,23 +125,28 @@ def resize(image: np.ndarray, size: int | None) -> np.ndarray:
     return np.stack([convert(Image.fromarray(x[..., 0] if channels == 1 else x), channels, size) for x in image])
 
 
+def _each(encoded: Encoded, positions: Sequence[int], work: Callable[[bytes, str], object]) -> list:
+    """`work` on the images at these positions, one after the other."""
+    results = []
+    for position, data in zip(positions, encoded.read(positions), strict=True):
+        name = encoded.names[position]
+        try:
+            results.append(work(data, name))
+        except BadImage:
+            raise
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            # Pillow's "cannot identify" names nothing but an address in memory.
+            reason = "" if isinstance(error, UnidentifiedImageError) else f" ({' '.join(str(error).split())})"
+            raise BadImage(f"{name} is not a readable JPEG or PNG image{reason}.") from error
+    return results
+
+
 def _chunks(encoded: Encoded, work: Callable[[bytes, str], object]) -> Iterator[list]:
     """`work` on every image, in order, a list per chunk; a few chunks ahead of the caller, never all of them."""
     names = encoded.names
 
     def run(start: int) -> list:
-        positions = range(start, min(start + CHUNK, len(names)))
-        results = []
-        for position, data in zip(positions, encoded.read(positions), strict=True):
-            try:
-                results.append(work(data, names[position]))
-            except BadImage:
-                raise
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                # Pillow's "cannot identify" names nothing but an address in memory.
-                reason = "" if isinstance(error, UnidentifiedImageError) else f" ({' '.join(str(error).split())})"
-                raise BadImage(f"{names[position]} is not a readable JPEG or PNG image{reason}.") from error
-        return results
+        return _each(encoded, range(start, min(start + CHUNK, len(names))), work)
 
     # No more threads than cores: on small images the rest would only wait for the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -116,6 +177,7 @@ def decodings(
             label=e.label.astype(np.int32),
             index=e.index.astype(np.int64),
             blocks=partial(_decode, e, shape, size),
+            image=Undecoded(e, shape, size),
         )
         for k, e in splits.items()
     }

@@ -3,6 +3,8 @@
 The draws are functions of a key, traceable, and independent of the number of devices: a resumed run repeats them.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +53,23 @@ def class_table(label: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
     order = np.argsort(label, kind="stable")
     starts = np.cumsum(counts) - counts
     return {k: v.astype(np.int32) for k, v in {"order": order, "starts": starts, "counts": counts}.items()}
+
+
+def drawn(
+    key: jax.Array,
+    epoch: jax.Array | int,
+    step_in_epoch: jax.Array | int,
+    *,
+    num_examples: int,
+    batch_size: int,
+    classes: Mapping[str, jax.Array] | None = None,
+) -> jax.Array:
+    """Examples of the batch of a step, int32 [batch_size], in a run with this key: those of an epoch are a permutation,
+    or class-aware where a `class_table` is given."""
+    epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), epoch)
+    if classes is None:
+        return batch_indices(epoch_key, step_in_epoch, num_examples=num_examples, batch_size=batch_size)
+    return class_aware_indices(jax.random.fold_in(epoch_key, step_in_epoch), **classes, batch_size=batch_size)
 
 
 def class_aware_indices(

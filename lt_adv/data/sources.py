@@ -4,6 +4,8 @@
 prepared by our own TensorFlow-Datasets builders, and any other name is looked up in TensorFlow-Datasets.
 """
 
+import hashlib
+import json
 import os
 import stat
 from collections.abc import Mapping, Sequence
@@ -24,7 +26,9 @@ def load(data_config: Mapping[str, Any]) -> Dataset:
     """The data set called `data_config["name"]`, memory-mapped from the cache in `data_dir` where it is not embedded.
 
     Keys: name; data_dir (None: $TFDS_DATA_DIR or ~/tensorflow_datasets); path (image_folder, npz); image_size (None: as
-    it is); download (False). ValueError or FileNotFoundError, in one line, for anything missing, unknown or unreadable.
+    it is); download (False); resident_gib (None: any): where the training images would take more, and there is no cache
+    yet, they are not decoded now but when they are used. ValueError or FileNotFoundError, in one line, for anything
+    missing, unknown or unreadable.
     """
     name, size = data_config["name"], data_config.get("image_size")
     if size is not None and (size != int(size) or not 1 <= size <= images.LARGEST):
@@ -43,7 +47,8 @@ def load(data_config: Mapping[str, Any]) -> Dataset:
         from lt_adv.data import tfds_source
 
         source = tfds_source.source(name, data_dir, size, bool(data_config.get("download", False)))
-    return cache.load(data_dir, name, source)
+    limit = data_config.get("resident_gib")
+    return cache.load(data_dir, name, source, float("inf") if limit is None else limit * 2**30)
 
 
 def digits(size: int | None = None) -> Source:
@@ -139,7 +144,9 @@ def image_folder(path: Path, size: int | None = None) -> Source:
         for split in SPLITS:
             paths = [str(path / split / c / name) for c, name, *_ in files[split]]
             label = np.array([ids[c] for c, *_ in files[split]])
-            encoded[split] = images.Encoded(paths, partial(_read_files, paths), label, np.arange(len(paths)))
+            sizes = json.dumps([(c, name, size) for c, name, size, _ in files[split]])
+            identity = hashlib.sha256(sizes.encode()).hexdigest()
+            encoded[split] = images.Encoded(paths, partial(_read_files, paths), label, np.arange(len(paths)), identity)
         return tuple(classes["train"]), images.decodings(encoded, size)
 
     return Source([files, size], read)

@@ -4,7 +4,9 @@ A set in array_record is read without TensorFlow. What needs it, tfrecord files 
 needs the extra tfds-tf. TensorFlow-Datasets itself is not imported for our own sets when the cache has them.
 """
 
+import hashlib
 import importlib.util
+import json
 import re
 from collections.abc import Sequence
 from functools import partial
@@ -14,10 +16,11 @@ from typing import Any
 import numpy as np
 
 from lt_adv import lookup
-from lt_adv.data import archives, images
+from lt_adv.data import archives, cache, images
 from lt_adv.data.dataset import Decoding, Source
 
 EMBEDDED = ("digits", "image_folder", "npz")
+LONG_PASS = 1 << 30  # bytes of a split from which on its labels are written down: they lie among the images
 NEEDS_TENSORFLOW = 'needs TensorFlow: pip install -e ".[tfds-tf]"'
 
 
@@ -31,8 +34,7 @@ def source(name: str, data_dir: Path, size: int | None, download: bool) -> Sourc
         archive = archives.ARCHIVES[name]
         return Source([archives.VERSION, archive.sha256, size], partial(_read_own, name, data_dir, size, download))
     builder = _other(name, data_dir, download)
-    files = sorted((f.name, f.stat().length, f.stat().mtime) for f in builder.data_path.iterdir())
-    return Source([files, size], partial(_read, builder, size))
+    return Source([_files(builder), size], partial(_read, builder, size, data_dir))
 
 
 def _read_own(name: str, data_dir: Path, size: int | None, download: bool):
@@ -45,7 +47,7 @@ def _read_own(name: str, data_dir: Path, size: int | None, download: bool):
     builder = builders.BUILDERS[name](data_dir=data_dir)
     if not prepared:
         _prepare(builder, manual)
-    return _read(builder, size)
+    return _read(builder, size, data_dir)
 
 
 def _prepare(builder: Any, manual: Path) -> None:
@@ -88,6 +90,10 @@ def _other(name: str, data_dir: Path, download: bool) -> Any:
     return builder
 
 
+def _files(builder: Any) -> list[tuple[str, int, float]]:
+    return sorted((f.name, f.stat().length, f.stat().mtime) for f in builder.data_path.iterdir())
+
+
 def _has_tensorflow() -> bool:
     return importlib.util.find_spec("tensorflow") is not None
 
@@ -96,15 +102,18 @@ def _is_array_record(builder: Any) -> bool:
     return builder.info.file_format.value == "array_record"
 
 
-def _read(builder: Any, size: int | None) -> tuple[tuple[str, ...], dict[str, Decoding]]:
+def _read(builder: Any, size: int | None, data_dir: Path) -> tuple[tuple[str, ...], dict[str, Decoding]]:
     held_out = "test" if "test" in builder.info.splits else "validation"
     if missing := {"train", held_out} - set(builder.info.splits):
         raise ValueError(f"{builder.name} has no split {sorted(missing)[0]}; it has {', '.join(builder.info.splits)}.")
     image, label = _feature_names(builder)
-    splits = {k: _encoded(builder, split, image, label) for k, split in (("train", "train"), ("test", held_out))}
+    names = (("train", "train"), ("test", held_out))
+    splits = {k: _encoded(builder, split, image, label, data_dir) for k, split in names}
     height, width, channels = builder.info.features[image].shape
+    if size is not None:
+        height = width = size
     # What the set declares spares a pass over all headers.
-    known = size is None and height is not None and width is not None and channels in (1, 3)
+    known = height is not None and width is not None and channels in (1, 3)
     shape = (height, width, channels) if known else None
     return tuple(builder.info.features[label].names), images.decodings(splits, size, shape)
 
@@ -125,7 +134,7 @@ def _feature_names(builder: Any) -> tuple[str, str]:
     return found[0], found[1]
 
 
-def _encoded(builder: Any, split: str, image: str, label: str) -> images.Encoded:
+def _encoded(builder: Any, split: str, image: str, label: str, data_dir: Path) -> images.Encoded:
     """A split in the order of the original data, which TensorFlow-Datasets shuffles."""
     import tensorflow_datasets as tfds
 
@@ -134,20 +143,31 @@ def _encoded(builder: Any, split: str, image: str, label: str) -> images.Encoded
         records = builder.as_data_source(split, decoders=decoders)
     else:
         records = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders)))
-    labels, ids = [], []
-    for record in records:
-        labels.append(int(record[label]))
-        ids.append(record.get("index", record.get("id")))
-    index = _original_indices(ids)
-    order = np.argsort(index)
+
+    def find() -> dict[str, np.ndarray]:
+        labels, ids = [], []
+        for record in records:
+            labels.append(int(record[label]))
+            ids.append(record.get("index", record.get("id")))
+        index = _original_indices(ids)
+        order = np.argsort(index)
+        return {"order": order, "label": np.array(labels)[order], "index": index[order]}
+
+    about = builder.info.splits[split]
+    identity = [builder.info.full_name, split, list(about.shard_lengths), about.num_bytes]
+    long = about.num_bytes > LONG_PASS and not isinstance(records, list)
+    name = f"{builder.name}-{split}-labels"
+    found = cache.remembered(data_dir, name, [identity, _files(builder)], find) if long else find()
+    order, index = found["order"], found["index"]
+    seen = hashlib.sha256(json.dumps(identity).encode() + found["label"].astype("<i8").tobytes())
 
     def read(positions: Sequence[int]) -> list[bytes]:
         chosen = [int(order[p]) for p in positions]
         batch = [records[i] for i in chosen] if isinstance(records, list) else records.__getitems__(chosen)
         return [record[image] for record in batch]
 
-    names = [f"{builder.name}/{split} image {i}" for i in index[order]]
-    return images.Encoded(names, read, np.array(labels)[order], index[order])
+    names = [f"{builder.name}/{split} image {i}" for i in index]
+    return images.Encoded(names, read, found["label"], index, seen.hexdigest())
 
 
 def _original_indices(ids: list[Any]) -> np.ndarray:

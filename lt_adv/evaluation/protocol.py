@@ -102,6 +102,9 @@ def split_digest(split: Any) -> str:
     """Digest of the images, labels and indices that are evaluated."""
     total = hashlib.sha256()
     for column in (split.image, split.label, split.index):
+        if not isinstance(column, np.ndarray):  # images that are not decoded yet
+            total.update(column.digest.encode())
+            continue
         total.update(np.ascontiguousarray(column).view(np.uint8).data)
     return total.hexdigest()[:16]
 

@@ -146,12 +146,15 @@ def _run(
         checkpoints.save(step, meshes.of_all(state, built.mesh, config.parallel), meta, metrics)
         saved = step
 
-    with logging.Progress(built.name, built.info.epochs, per_epoch, config.optim.batch_size, first) as progress:
-        for step in range(first, total):
+    with (
+        logging.Progress(built.name, built.info.epochs, per_epoch, config.optim.batch_size, first) as progress,
+        built.feed.batches(first, total) as batches,
+    ):
+        for step, batch in zip(range(first, total), batches, strict=False):
             jax.block_until_ready(behind)  # two steps in flight keep a device busy, and a SIGTERM is answered soon
             behind = metrics
             with jax.transfer_guard("disallow"):
-                state, metrics = built.step(state, built.resident, built.teacher)
+                state, metrics = built.step(state, batch, built.teacher)
             done, stopping = step + 1, stop.is_set()
             if not (stopping or ends_window(step, per_epoch, config.log.every_steps)):
                 continue

@@ -74,13 +74,14 @@ def parallelise(
     mesh: Mesh,
     parallel: str,
     sharded: Collection[str] = (),
+    streamed: bool = False,
 ) -> Callable[..., Any]:
     """`replica(state, data, teacher) -> (found, metrics)` and `finish(state, found) -> state` as one donated program
     (state, data, teacher) -> (state, metrics).
 
     `replica` is written over the named axis "data": state and constants have no leading device axis, and each device
-    takes its share by `lax.axis_index`. `finish`, the update, knows no axis: of a state that is sharded each device
-    computes its part.
+    takes its share by `lax.axis_index`; `streamed` data are a batch, of which each device is given its share. `finish`,
+    the update, knows no axis: of a state that is sharded each device computes its part.
     """
     if parallel == "pmap":
 
@@ -104,7 +105,7 @@ def parallelise(
         mapped = jax.pmap(
             whole,
             axis_name=AXIS,
-            in_axes=(None, 0, None, None),
+            in_axes=(None, 0, 0 if streamed else None, None),
             out_axes=None,
             donate_argnums=0,
             devices=list(mesh.devices.flat),
@@ -117,7 +118,8 @@ def parallelise(
         return step
     if parallel == "shard_map":
         everywhere = PartitionSpec()
-        mapped = jax.shard_map(replica, mesh=mesh, in_specs=everywhere, out_specs=everywhere, check_vma=True)
+        taken = (everywhere, PartitionSpec(AXIS) if streamed else everywhere, everywhere)
+        mapped = jax.shard_map(replica, mesh=mesh, in_specs=taken, out_specs=everywhere, check_vma=True)
 
         def sharded_step(state: Any, data: Any, teacher: Any) -> Any:
             # What only the update needs stays where it is.

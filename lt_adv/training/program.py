@@ -19,16 +19,18 @@ from lt_adv.data import longtail, resident
 from lt_adv.methods import Info, Stage, addons
 from lt_adv.models import adjustments, torch_import, weight_files
 from lt_adv.training import checkpoint, optim
+from lt_adv.training import feed as feeds
 from lt_adv.training import mesh as meshes
 from lt_adv.training import state as states
 from lt_adv.training import step as steps
+from lt_adv.training.feed import Feed
 from lt_adv.training.net import AXIS
 from lt_adv.training.state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """What one stage needs; `step(state, resident, teacher) -> (state, metrics)` is its one compiled program."""
+    """What one stage needs; `step(state, data, teacher) -> (state, metrics)` is its one compiled program."""
 
     name: str
     config: ml_collections.ConfigDict
@@ -36,7 +38,7 @@ class Program:
     info: Info
     apply: Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits as they are evaluated
     step: Callable[..., Any]
-    resident: Any
+    feed: Feed  # of the step's `data`
     teacher: Any
     first_state: Callable[[], TrainState]
     mesh: Mesh  # all devices; the state lives on `meshes.home` of it
@@ -101,7 +103,6 @@ def build(
     """Stage `number` of a run; `previous` are the variables that the stage before ended with."""
     config = configured(config, stage)
     split = data.long_tailed(dataset, config.data)
-    class_aware = config.data.sampler == "class_aware"
     counts = np.asarray(split.class_counts)
     variables, num_features = shapes(config, split)
     info = Info(
@@ -126,6 +127,7 @@ def build(
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
         groups=longtail.groups(counts),
+        streamed=split.train.image.nbytes > config.data.resident_gib * 2**30,
         freeze_batch_stats=stage.freeze_batch_stats,
     )
     attacked = model
@@ -136,9 +138,11 @@ def build(
     )
     home = meshes.home(mesh, config.parallel)
     teacher = meshes.replicate(previous, home) if stage.teacher == "previous" else {}
-    on_device = resident.put(split.train, home)
-    if class_aware:
-        on_device["classes"] = meshes.replicate(resident.class_table(split.train.label, len(counts)), home)
+    classes = resident.class_table(split.train.label, len(counts)) if config.data.sampler == "class_aware" else None
+    if options.streamed:
+        feed = feeds.streamed(split.train, classes, key, info, options.batch_size, mesh, config.parallel)
+    else:
+        feed = feeds.resident(split.train, classes, home)
 
     def first_state() -> TrainState:
         start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())
@@ -148,7 +152,7 @@ def build(
             start = merge(start, {name: source[name] for name in start if name in source}, stage.init)
         state = states.create(key, start, tx, stage.method.init(info), averaged=options.average["name"] != "none")
         state = meshes.replicate(state, home)
-        state = meshes.replicate(state.replace(window=init_window(state, on_device, teacher)), home)
+        state = meshes.replicate(state.replace(window=init_window(state, feed.example, teacher)), home)
         return meshes.place(state, home, config.sharded)
 
     return Program(
@@ -158,7 +162,7 @@ def build(
         info=info,
         apply=evaluated(config, split),
         step=step,
-        resident=on_device,
+        feed=feed,
         teacher=teacher,
         first_state=first_state,
         mesh=mesh,

@@ -34,6 +34,7 @@ class StepOptions:
     augment: str = "crop_flip"
     pad: int = 4
     sampler: str = "uniform"
+    streamed: bool = False  # the step is given batches, not the set to draw them from
     log_every: int = 50
     average: Mapping[str, Any] | None = None
     groups: Mapping[str, np.ndarray] | None = None  # "head" / "body" / "tail" -> class ids, for the metrics
@@ -52,19 +53,21 @@ def ends_window(step: int, steps_per_epoch: int, log_every: int) -> bool:
     return done % log_every == 0 or done == steps_per_epoch
 
 
-def _draw(key, data, step, options: StepOptions, info: Info):
-    """This device's rows of the batch, and their positions in the whole batch."""
-    epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), step // info.steps_per_epoch)
-    if options.sampler == "uniform":
-        rows = resident.batch_indices(
-            epoch_key, step % info.steps_per_epoch, num_examples=data["label"].shape[0], batch_size=options.batch_size
-        )
-    else:
-        draw = jax.random.fold_in(epoch_key, step % info.steps_per_epoch)
-        rows = resident.class_aware_indices(draw, **data["classes"], batch_size=options.batch_size)
+def _own(key, data, step, options: StepOptions, info: Info):
+    """This device's part of the batch, {"image", "label", "index"}, and the positions of it in the whole batch."""
     share = options.batch_size // lax.axis_size(AXIS)
     position = lax.axis_index(AXIS) * share + jnp.arange(share)
-    return rows[position], position
+    if options.streamed:
+        return data, position
+    rows = resident.drawn(
+        key,
+        step // info.steps_per_epoch,
+        step % info.steps_per_epoch,
+        num_examples=data["label"].shape[0],
+        batch_size=options.batch_size,
+        classes=data["classes"] if options.sampler == "class_aware" else None,
+    )[position]
+    return {name: data[name][rows] for name in ("image", "label", "index")}, position
 
 
 def make_train_step(
@@ -82,9 +85,9 @@ def make_train_step(
     """(`step(state, data, teacher) -> (state, metrics)`, `init_window(state, data, teacher)`), the first compiled once
     and its state donated; the second gives the `window` of a state that has taken no step.
 
-    `data` is what `resident.put` made, `teacher` the frozen variables of another network or {}. `metrics` are the means
-    over the current window (see `ends_window`), on the device: fetch them at log steps only. `attack_apply`, if given,
-    is the same network in another dtype, which `method.perturb` sees instead. `sharded`: see `mesh.shardings`.
+    `data` is what the stage's `feed` gives, `teacher` the frozen variables of another network or {}. `metrics` are the
+    means over the current window (see `ends_window`), on the device: fetch them at log steps only. `attack_apply`, if
+    given, is the same network in another dtype, which `method.perturb` sees instead. `sharded`: see `mesh.shardings`.
 
     Everything random is a function of (key, step, position in the whole batch): neither the number of devices nor a
     restart changes it. (Dropout, where a network has it, is drawn by device.) Per-replica code over the axis "data":
@@ -104,16 +107,16 @@ def make_train_step(
             steps_per_epoch=info.steps_per_epoch,
             epochs=info.epochs,
         )
-        rows, position = _draw(state.key, data, state.step, options, info)
+        own, position = _own(state.key, data, state.step, options, info)
         step_key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         streams = [jax.random.fold_in(step_key, n) for n in range(3)]
         augment_keys, attack_keys, loss_keys = (jax.vmap(jax.random.fold_in, (None, 0))(s, position) for s in streams)
 
-        image = augment.augment(options.augment, augment_keys, data["image"][rows], pad=options.pad)
+        image = augment.augment(options.augment, augment_keys, own["image"], pad=options.pad)
         image = image.astype(float) / 255
-        label = data["label"][rows]
+        label = own["label"]
         full = jnp.ones_like(image[:, 0, 0, 0])
-        batch = Batch(image, label, data["index"][rows], eps=options.eps * full, step_size=options.step_size * full)
+        batch = Batch(image, label, own["index"], eps=options.eps * full, step_size=options.step_size * full)
 
         # Varying parameters keep each device's gradient its own until the one pmean below (shard_map would sum them).
         params = lax.pcast(state.params, AXIS, to="varying")
@@ -179,10 +182,11 @@ def make_train_step(
     def init_window(state: TrainState, data, teacher):
         """Empty sums of every metric: the state must have its final structure before the first call."""
         short = functools.partial(replica, attack=False)
-        shapes = jax.eval_shape(meshes.parallelise(short, finish, mesh, parallel, sharded), state, data, teacher)
+        whole = meshes.parallelise(short, finish, mesh, parallel, sharded, options.streamed)
+        shapes = jax.eval_shape(whole, state, data, teacher)
         return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[0].window)
 
-    return meshes.parallelise(replica, finish, mesh, parallel, sharded), init_window
+    return meshes.parallelise(replica, finish, mesh, parallel, sharded, options.streamed), init_window
 
 
 def _membership(groups: Mapping[str, np.ndarray] | None, num_classes: int) -> dict[str, np.ndarray]:

@@ -7,8 +7,8 @@ import numpy as np
 
 from lt_adv.data import Split, resident
 from lt_adv.methods import Info
+from lt_adv.training import feed, optim
 from lt_adv.training import mesh as meshes
-from lt_adv.training import optim
 from lt_adv.training import state as states
 from lt_adv.training.net import AXIS
 from lt_adv.training.step import StepOptions, make_train_step
@@ -66,7 +66,10 @@ def make(
     seed=3,
     **options,
 ):
-    """(step, first state, data, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters."""
+    """(step, first state, data, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters.
+
+    With `streamed=True` the feed stands in place of the data.
+    """
     mesh = meshes.make_mesh(jax.devices()[:devices])
     batch_size = 16
     per_epoch = len(split()) // batch_size
@@ -82,11 +85,15 @@ def make(
         method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply, sharded=sharded
     )
     teacher = meshes.replicate(teacher or {}, mesh)
-    data = resident.put(split(), mesh)
+    if options.streamed:
+        data = feed.streamed(split(), None, jax.random.key(seed), info, batch_size, mesh, parallel)
+    else:
+        data = resident.put(split(), mesh)
     averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
     state = meshes.replicate(states.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
-    state = meshes.replicate(state.replace(window=init_window(state, data, teacher)), mesh)
+    example = data.example if options.streamed else data
+    state = meshes.replicate(state.replace(window=init_window(state, example, teacher)), mesh)
     return step, meshes.place(state, mesh, sharded), data, teacher
 
 
