@@ -13,9 +13,11 @@ SIGTERM ends it with exit code 0, and the same command goes on: training from a 
 evaluation from its last record.
 """
 
+import atexit
 import functools
 import logging
 import os
+import re
 import signal
 import sys
 import threading
@@ -46,16 +48,33 @@ def main(argv: Sequence[str] | None = None) -> int:
         if os.environ.get("LT_ADV_TRACEBACK") or not is_answered(error):
             raise
         print("Error:", one_line(error), file=sys.stderr)
+        if is_lost(error):
+            leave_alone(2)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from the last checkpoint or record.", file=sys.stderr)
         return 130
     except Terminated:
         print("SIGTERM: the same command goes on from the last checkpoint or record.")
+        leave_alone(0)
     finally:
         if handles:
             signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
     return 0
+
+
+def leave_alone(code: int) -> None:
+    """Of several processes, end without JAX's farewell, in which each waits for all and is aborted when one is gone."""
+    from lt_adv import processes
+
+    if processes.joined():
+
+        def end() -> None:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+
+        atexit.register(end)  # the last that is registered is the first that is called
 
 
 def terminate(*_: object) -> None:
@@ -77,15 +96,23 @@ def unraisable(found: "sys.UnraisableHookArgs") -> None:
 def is_answered(error: Exception) -> bool:
     """Whether it is the input's or the machine's fault; anything else is a bug of ours, and keeps its traceback."""
     known = (ValueError, OSError, ImportError, FloatingPointError)
-    return isinstance(error, known) or is_memory(error)
+    return isinstance(error, known) or is_memory(error) or is_lost(error)
 
 
 def is_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
+def is_lost(error: Exception) -> bool:
+    """Whether another process of the run is not reached any more."""
+    return isinstance(error, RuntimeError) and bool(re.search(r"Gloo|NCCL|closed by peer|UNAVAILABLE", str(error)))
+
+
 def one_line(error: Exception) -> str:
     text = str(error) or repr(error)
+    if is_lost(error):
+        text = f"Another process of this run has ended, or is not reached any more ({text.strip().splitlines()[0]}): "
+        text += "see what it says. The same command, given to all, goes on from the last checkpoint or record."
     if is_memory(error):  # of the machine, or of jax's devices
         text = f"Out of memory ({text.strip().splitlines()[0]}): a smaller config.optim.batch_size, "
         text += "config.eval.batch_size or config.model needs less."

@@ -7,6 +7,8 @@ the others would wait for it in the next exchange between devices.
 import functools
 import hashlib
 import os
+import signal
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -64,6 +66,17 @@ def _whole(name: str, value: Any, least: int = 1) -> int:
     if not str(value).isdigit() or int(value) < least:
         raise ValueError(f"{name} must be a whole number, {least} or more, not {value!r}.")
     return int(value)
+
+
+def joined() -> bool:
+    """Whether there are others."""
+    return jax.distributed.is_initialized()
+
+
+def heed_sigterm() -> None:
+    """From here on SIGTERM is Python's again: `join` gives it to JAX, which only tells training of it when asked."""
+    if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # which never heard that it was taken away
 
 
 def first() -> bool:

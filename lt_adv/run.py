@@ -144,6 +144,7 @@ def _evaluate(
     split: data.LongTailed,
 ) -> dict[str, Any]:
     """`evaluate`, in a working directory that this process holds."""
+    processes.heed_sigterm()
     options, counts = config.eval, split.class_counts
     if not check.imports(config) and not _finished(meta, options.checkpoint):
         logging.console.print(f"Note: this evaluates {_position(meta)}, not the end of training.", soft_wrap=True)

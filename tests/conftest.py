@@ -4,12 +4,18 @@ Programs are compiled without LLVM's optimisation: compiling is what the tests s
 Runs that are tested as a user would start them (tests/test_end_to_end.py) are processes without these flags.
 """
 
+import atexit
 import os
+import shutil
 import sys
+import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # or a test that calls main would turn it on for those after it
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all workers, and for what the tests start
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE = tempfile.mkdtemp(prefix="lt_adv-tests-")
+    atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 os.environ["XLA_FLAGS"] = f"{FLAGS} {os.environ.get('XLA_FLAGS', '')}"
 
 import jax

@@ -45,7 +45,7 @@ def launch(tmp_path_factory):
     cache = tmp_path_factory.mktemp("compiled")
     common = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     common |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "JAX_ENABLE_X64": "1"}
-    common |= {"XLA_FLAGS": "--xla_backend_optimization_level=0", "LT_ADV_SILENCE": str(SILENCE)}
+    common |= {"XLA_FLAGS": "--xla_backend_optimization_level=1", "LT_ADV_SILENCE": str(SILENCE)}
 
     def start(workdir, *arguments, count=2, devices=2, only=("pgd20",), interrupt=None):
         door = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]

@@ -37,7 +37,7 @@ import numpy as np
 from experiments.benchmark import record
 from experiments.faults import campaign, disk
 from experiments.faults.points import POINTS, possible
-from experiments.faults.run import Run
+from experiments.faults.run import Pair, Run
 from experiments.options import Parser, name, one_of, positive, some
 from lt_adv import workdirs
 from lt_adv.platform import code_digest, commit
@@ -126,18 +126,21 @@ def go_on(made: dict[str, Any], folder: Path, options: argparse.Namespace, write
     left = made["drawn"][len(made["runs"]) :]
     if not left:
         return made
-    whole = Run(folder / "disk", "unbroken", data)
-    reference = campaign.unbroken(whole)
-    whole.remove()
+    references: dict[type[Run], campaign.Reference] = {}
     for names in left:
         number = len(made["runs"])
-        run = Run(folder / "disk", f"run-{number}", data, digest=made["digest"])
+        kind = Pair if POINTS[names[0]].processes == 2 else Run
+        if kind not in references:
+            whole = kind(folder / "disk", "unbroken", data)
+            references[kind] = campaign.unbroken(whole)
+            whole.remove()
+        run = kind(folder / "disk", f"run-{number}", data, digest=made["digest"])
 
         def tell(row: dict[str, Any], number: int = number) -> None:
             verdict = "; ".join(row["problems"]) or "as it must"
             print(f"run {number + 1}/{len(made['drawn'])}  {row['point']:22}{row['done']}: {verdict}", flush=True)
 
-        rows, end = campaign.hurt(run, names, np.random.default_rng([made["seed"], number]), reference, tell)
+        rows, end = campaign.hurt(run, names, np.random.default_rng([made["seed"], number]), references[kind], tell)
         run.remove()
         made["runs"].append({"end": end, "faults": rows})
         made["points"] = campaign.summary([row for done in made["runs"] for row in done["faults"]])

@@ -28,7 +28,8 @@ def draw(points: Sequence[str], faults: int, seed: int) -> list[list[str]]:
     rng = np.random.default_rng(seed)
     rounds = [list(rng.permutation(points)) for _ in range(-(-faults // len(points)))]
     drawn = [str(name) for names in rounds for name in names][:faults]
-    return [sorted(drawn[i : i + PER_RUN], key=order) for i in range(0, faults, PER_RUN)]
+    alike = [[name for name in drawn if POINTS[name].processes == count] for count in (1, 2)]
+    return [sorted(names[i : i + PER_RUN], key=order) for names in alike for i in range(0, len(names), PER_RUN)]
 
 
 def unbroken(run: Run) -> Reference:
@@ -70,7 +71,7 @@ def one(run: Run, name: str, rng: np.random.Generator, reference: Reference, row
     run.reaches(point.checkpoints)
     before = run.checkpoints()
     fault = point.draw(rng, run)
-    row["done"] = "; ".join(filter(None, (fault.done, *(_words(i) for i in fault.injections))))
+    row["done"] = "; ".join(filter(None, (fault.done, *(_words(name, i) for i in fault.injections))))
     with fault.around():
         found = run.start(fault.mode, fault.injections, fault.slow, fault.beside)
     after = run.checkpoints()
@@ -134,9 +135,10 @@ def ending(run: Run, reference: Reference) -> list[str]:
     return problems
 
 
-def _words(injection: Any) -> str:
+def _words(name: str, injection: Any) -> str:
     text = f"{injection.act} at {injection.site} {injection.count}"
     text += f" of {injection.pattern}" if injection.pattern else ""
+    text += f" in process {injection.process}" if POINTS[name].processes > 1 else ""
     return text + (f", {injection.amount:.3g}" if injection.amount else "")
 
 

@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Injection:
     `amount` seconds, or right after it), write (in the middle of a file), rename (a file or folder is written, and not
     yet in place), attack (of the evaluation), cache (an array of decoded images).
     act: kill, term, wait, limit (no file larger than `amount` KiB), or the name of an errno.
+    process: of several, the one that does it.
     """
 
     site: str
@@ -52,12 +53,20 @@ class Injection:
     count: int = 1
     pattern: str = ""
     amount: float = 0.0
+    process: int = 0
 
 
 def enter(
-    argv: Sequence[str], injections: Sequence[Injection], files: Path, *, slow: float = 0.0, digest: bool = True
+    argv: Sequence[str],
+    injections: Sequence[Injection],
+    files: Path,
+    environment: Mapping[str, str],
+    *,
+    slow: float = 0.0,
+    digest: bool = True,
 ) -> None:
     """The whole life of the process. Output and trace go to `files`.out, .err, .trace and, while it waits, .waits."""
+    os.environ.update(environment)
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]

@@ -38,7 +38,11 @@ def arrays(state: Path) -> dict[str, str]:
     """Read as orbax reads them, and not through the code that is tried here."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of shardings that are not told: it is the same machine
-        tree = ocp.PyTreeCheckpointer().restore(state)
+        handler = ocp.PyTreeCheckpointHandler()
+        item = handler.metadata(state).tree
+        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was saved on
+        given = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=one), item)
+        tree = handler.restore(state, args=ocp.args.PyTreeRestore(item=item, restore_args=given))
     tree["key"] = jax.random.key_data(tree["key"])
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): _array(np.asarray(leaf)) for path, leaf in leaves}

@@ -42,6 +42,7 @@ class Point:
     checkpoints: int = 0  # that must be there
     phase: str = "training"
     mounts: bool = False  # needs a file system of its own
+    processes: int = 1  # of the run
 
 
 POINTS: dict[str, Point] = {}
@@ -188,6 +189,13 @@ def lost_metadata(rng, run):
 @point("`metrics.jsonl` cut short, changed or lost", checkpoints=1)
 def torn_lines(rng, run):
     return damaged(rng, run, damage.any_of, [run.folder / "metrics.jsonl"])
+
+
+@point("one of two processes dies in a step or a save: the other ends by itself, in a line", processes=2)
+def host_death(rng, run):
+    site = ("step", "before_save", "saving", "saved")[rng.integers(4)]
+    most = {"step": PER_EPOCH, "saving": ARRAYS}.get(site, 1)
+    return Fault(KILLED, (Injection(site, "kill", int(rng.integers(1, most + 1)), process=int(rng.integers(2))),))
 
 
 # --- evaluation, in the order in which it is possible

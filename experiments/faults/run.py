@@ -5,16 +5,19 @@ import json
 import multiprocessing
 import re
 import shutil
+import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from experiments.faults import child
 from experiments.faults.child import Injection
 
-KILLED, TERMINATED, REFUSED = -9, 0, 2
+KILLED, TERMINATED, REFUSED, ABORTED = -9, 0, 2, -6
 SECONDS = 240  # that a start may take
+SILENCE = 20  # seconds after which one of two processes is taken for dead
 STAGE = "0_train"
 CONFIG = (
     "--config=configs/at.py:dataset=digits,epochs=14",
@@ -92,10 +95,18 @@ class Run:
         if found.code != code:
             raise Unfit(f"a start without a fault ended with {found.code}: {last(found.err) or last(found.out)}")
 
-    def begin(self, files: Path, mode: str = "train", injections: Sequence[Injection] = (), slow: float = 0.0) -> Any:
+    def begin(
+        self,
+        files: Path,
+        mode: str = "train",
+        injections: Sequence[Injection] = (),
+        slow: float = 0.0,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> Any:
         argv = [*self._config, f"--workdir={self.folder}", f"--mode={mode}"]
         options = {"slow": slow, "digest": self.digest}
-        process = processes.Process(target=child.enter, args=(argv, injections, files), kwargs=options)
+        given = (argv, injections, files, dict(environment))
+        process = processes.Process(target=child.enter, args=given, kwargs=options)
         process.start()
         return process
 
@@ -138,6 +149,39 @@ class Run:
         )
 
 
+class Pair(Run):
+    """One whose starts are two processes, as of two hosts, with a device each."""
+
+    def start(
+        self, mode: str = "train", injections: Sequence[Injection] = (), slow: float = 0.0, beside: bool = False
+    ) -> Outcome:
+        """Both to their ends. Where one dies the other must end too, of itself, in time, and say why."""
+        if mode == "export":  # for one process
+            return super().start(mode, injections, slow, beside)
+        shutil.rmtree(self._files.parent)
+        self._files.parent.mkdir()
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
+        common["LT_ADV_SILENCE"] = str(SILENCE)
+        files = [self._files.with_name(f"process-{number}") for number in (0, 1)]
+        begun = []
+        try:
+            for number in (0, 1):
+                own = [injection for injection in injections if injection.process == number]
+                begun.append(self.begin(files[number], mode, own, slow, common | {"JAX_PROCESS_ID": str(number)}))
+            both = [self.ended(process, file) for process, file in zip(begun, files, strict=True)]
+        finally:
+            for process in begun:
+                process.kill()
+        hurt = injections[0].process if injections else 0
+        mine, other = both[hurt], both[1 - hurt]
+        found = dataclasses.replace(mine, out=both[0].out, err=both[0].err + both[1].err, saves=both[0].saves)
+        if mine.code == KILLED:
+            return found if (wrong := bereft(other)) == "" else dataclasses.replace(found, code=None, err=wrong)
+        return dataclasses.replace(found, code=mine.code or other.code)
+
+
 class Unfit(RuntimeError):
     """A run that no fault can be done to any more."""
 
@@ -145,6 +189,17 @@ class Unfit(RuntimeError):
 def last(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1][:300] if lines else ""
+
+
+def bereft(found: Outcome) -> str:
+    """ "" if a process whose partner died has ended by itself and says so, in a line of ours or of JAX's; which of the
+    two notices it first is chance."""
+    if found.code == ABORTED and "another task died" in found.err:
+        return ""
+    lines = [line for line in found.err.splitlines() if line.startswith("Error: ")]
+    if found.code == REFUSED and len(lines) == 1 and "Traceback" not in found.err:
+        return ""
+    return f"the other process: exit code {found.code}: {last(found.err) or last(found.out)}"
 
 
 def refusal(found: Outcome) -> str:

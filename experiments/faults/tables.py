@@ -8,8 +8,6 @@ from typing import Any
 from lt_adv.evaluation.write import table
 
 COMMAND = "python -m experiments.faults"
-# Points that wait for a function in points.py, and why.
-WAITING = {"host_death": "the campaign starts one process; tests/test_processes.py kills one of two"}
 
 
 def page(folder: Path) -> str:
@@ -36,7 +34,6 @@ def blocks(record: Mapping[str, Any]) -> list[str]:
         ]
     head = ["Point", "What happens", "Faults", "Failed", "Fell back to an earlier checkpoint", "Steps lost at most"]
     rows = [[f"`{name}`", row["words"], *map(_cell, _figures(row))] for name, row in points.items()]
-    rows += [[f"`{name}`", f"not yet: {why}", "0", "", "", ""] for name, why in WAITING.items()]
     return [text, table(head, rows, left=2)]
 
 

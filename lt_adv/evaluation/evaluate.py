@@ -142,6 +142,8 @@ def evaluate(
         raise ValueError(f"An attack cannot be called {' or '.join(sorted(reserved))}: the report uses the name.")
     if not len(split.label) or batch_size < 1:
         raise ValueError(f"Nothing to evaluate: {len(split.label)} images in batches of {batch_size}.")
+    if len(split.label) < jax.process_count():
+        raise ValueError(f"{len(split.label)} images are too few for {jax.process_count()} processes: take fewer.")
     header = protocol.header(
         header,
         key=key,
