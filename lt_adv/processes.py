@@ -29,7 +29,8 @@ def join(environment: Mapping[str, str] = os.environ) -> None:
 
     By hand: JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID. Slurm, Open MPI and
     TPU pods need nothing, and JAX asks them. When a process dies, or is silent for LT_ADV_SILENCE seconds [100], all
-    others end with an error. ValueError for an environment that says it by halves.
+    others end: with a line of ours where an exchange fails, by JAX with its own where its service hears of it first.
+    ValueError for an environment that says it by halves.
     """
     if jax.distributed.is_initialized():
         return

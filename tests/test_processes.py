@@ -121,7 +121,9 @@ def test_one_is_killed_and_both_go_on_bit_for_bit(launch, two, tmp_path):
     the bits are those of a set that lives on the devices."""
     survivor, killed = launch(tmp_path, interrupt=("step", 10, 9))
     assert killed.returncode == -9
-    assert survivor.returncode not in (0, -9) and "another task died" in survivor.stderr
+    assert survivor.returncode in (2, -6)
+    words = "Error: Another process of this run has ended" if survivor.returncode == 2 else "another task died"  # JAX's
+    assert words in survivor.stderr
     first, _ = succeeded(launch(tmp_path, STREAMED))
     assert "Resumed 0_train at step 7 of 14" in first.stdout
     (_, actual), (_, expected) = final(tmp_path), final(two)
