@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import tables as speed
-from experiments.communication import paper
+from experiments.communication import checkpoints, paper
 from experiments.faults import tables as faults_tables
 from experiments.fuzz import tables as tallies
 from experiments.study import findings
@@ -208,6 +208,8 @@ def communication(results: Path = RESULTS) -> str:
     for path in sorted((results / "communication").glob("*.json")):
         record = json.loads(path.read_text())
         blocks += [table(*paper.measured(record), left=1), table(*paper.table(record), left=2)]
+        if record.get("checkpoints"):
+            blocks.append(table(*checkpoints.table(record["checkpoints"]), left=1))
     command = "python -m experiments.communication --config=configs/robal.py:dataset=digits"
     return "\n\n".join(blocks) or f"Communication: {NOT_YET}; `{command}` measures it."
 

@@ -4,11 +4,12 @@
 
 Each number of devices is a process with as many virtual ones; with shard_map, as pmap is the same program, and as a
 sharded state needs it. The program is compiled with a state in whole copies and in shards, and its text is counted.
-The networks of the papers (ResNet-18, WRN-34-10, on images of 32 x 32, ten attack steps) are traced, not compiled.
-What comes out goes to experiments/results/communication/<name>.json, and from there, with the arithmetic of `paper`,
-into the README.
+The networks of the papers (ResNet-18, WRN-34-10, on images of 32 x 32, ten attack steps) are traced, not compiled. And
+real processes save a checkpoint together, and what each has written is weighed. What comes out goes to
+experiments/results/communication/<name>.json, and from there, with the arithmetic of `paper`, into the README.
 
 --devices=1,2,4,8   [1,2,4,8]
+--hosts=1,2,4       processes that save a checkpoint together, a device each [1,2,4]
 --name=NAME         of the file [communication]
 --out=PATH          its folder [experiments/results/communication]
 """
@@ -21,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import record
+from experiments.communication import checkpoints
 from experiments.options import Parser, name, positive, some
 from lt_adv import arguments
 from lt_adv.main import one_line
@@ -45,6 +47,7 @@ def launch(config: list[str], **options: Any) -> dict[str, Any]:
 def main(argv: list[str]) -> int:
     parser = Parser(prog="python -m experiments.communication", allow_abbrev=False, add_help=False)
     parser.add_argument("--devices", type=some(positive(int)), default=[1, 2, 4, 8])
+    parser.add_argument("--hosts", type=some(positive(int)), default=[1, 2, 4])
     parser.add_argument("--name", type=name, default="communication")
     parser.add_argument("--out", type=Path, default=RESULTS)
     if {"-h", "--help"} & set(argv):
@@ -64,6 +67,7 @@ def main(argv: list[str]) -> int:
         "versions": record.versions(),
         "compiled": {},
         "networks": {},
+        "checkpoints": {},
     }
     path, code = options.out / f"{options.name}.json", 0
     for state, sharded in STATES.items():
@@ -71,6 +75,13 @@ def main(argv: list[str]) -> int:
             found = launch([*common, f"--config.sharded={sharded}"], devices=devices, compile=True)
             made["compiled"][f"{state} {devices}"] = found
             print(f"{state} {devices}: {found.get('error', 'done')}", file=sys.stderr)
+            code = code or int("error" in found)
+            record.write(path, made)
+    for state, sharded in STATES.items():
+        for hosts in options.hosts:
+            found = checkpoints.weigh([*common, "--config.average.name=ema", f"--config.sharded={sharded}"], hosts)
+            made["checkpoints"][f"{state} {hosts}"] = found
+            print(f"checkpoint, {state}, {hosts}: {found.get('error', 'done')}", file=sys.stderr)
             code = code or int("error" in found)
             record.write(path, made)
     for title, network in NETWORKS.items():

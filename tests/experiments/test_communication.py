@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments import tables
 from experiments.communication import __main__ as door
-from experiments.communication import counts, paper
+from experiments.communication import checkpoints, counts, paper
 from lt_adv import methods
 from tests.training.helpers import make
 
@@ -102,3 +102,14 @@ def test_the_program_and_its_table(tmp_path, monkeypatch, capsys):
     assert "not measured yet" in tables.communication(tmp_path / "nothing")
     assert door.main(["--config=configs/at.py:dataset=digits", "--devices=0"]) == 2
     assert "Error:" in capsys.readouterr().err
+
+
+def test_each_of_two_processes_writes_half_of_a_checkpoint():
+    config = ["--config=configs/at.py:dataset=digits", "--config.parallel=shard_map", "--config.sharded=('params',)"]
+    tiny = ["--config.model.name=wide_resnet", "--config.model.depth=10", "--config.model.width=1"]
+    found = checkpoints.weigh([*config, *tiny], 2)
+    first, second = found["bytes"]
+    # Parameters and momentum are 620 kB in float32, of which orbax's compression takes a little even where it is noise.
+    assert 550_000 < first + second < 650_000 and 0.4 < first / (first + second) < 0.6
+    head, rows = checkpoints.table({"whole 2": found, "sharded 2": {"error": "no"}})
+    assert rows == [["whole", "2", f"{first:,}, {second:,}", f"{first + second:,}"]] and len(head) == 4
