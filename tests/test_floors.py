@@ -20,7 +20,7 @@ ROOMS: dict[str, set[str]] = {
     "attacks": set(),
     "losses": set(),
     "models": {"lookup"},
-    "data": {"lookup", "processes"},
+    "data": {"lookup", "files", "processes"},
     "methods": {"lookup", "attacks", "losses"},
     "training": {"lookup", "files", "processes", "attacks", "models", "data", "methods"},
     "evaluation": {"lookup", "files", "processes", "attacks", "data"},
@@ -32,7 +32,7 @@ ROOMS: dict[str, set[str]] = {
     | {"data", "training", "evaluation"},
     "export": {"files", "platform", "attacks", "data", "models", "training", "evaluation", "check", "run", "workdirs"},
     "platform": {"processes"},
-    "main": {"training", "arguments", "run", "export"},
+    "main": {"processes", "training", "arguments", "run", "export"},
 }
 NUMERIC = {"jax", "numpy", "optax"}
 # Room -> what it may import of other packages, beside the standard library.
@@ -44,7 +44,7 @@ PACKAGES: dict[str, set[str]] = {
     "attacks": NUMERIC,
     "losses": NUMERIC,
     "models": NUMERIC | {"flax", "torch"},
-    "data": NUMERIC | {"tensorflow_datasets", "PIL", "sklearn"},
+    "data": NUMERIC | {"grain", "tensorflow_datasets", "PIL", "sklearn"},
     "methods": NUMERIC | {"flax"},
     "training": NUMERIC | {"absl", "etils", "flax", "ml_collections", "orbax", "rich", "tensorboardX"},
     "evaluation": NUMERIC | {"etils", "matplotlib", "rich"},

@@ -41,14 +41,16 @@ def port():
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """`launch(workdir, *arguments, count=2, devices=2, only=..., interrupt=None)`: what each process said, in order."""
+    """`launch(workdir, *arguments, count=2, devices=2, only=..., interrupt=None, program=None)`: what each process
+    said, in order."""
     cache = tmp_path_factory.mktemp("compiled")
     common = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     common |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "JAX_ENABLE_X64": "1"}
     common |= {"XLA_FLAGS": "--xla_backend_optimization_level=1", "LT_ADV_SILENCE": str(SILENCE)}
 
-    def start(workdir, *arguments, count=2, devices=2, only=("pgd20",), interrupt=None):
+    def start(workdir, *arguments, count=2, devices=2, only=("pgd20",), interrupt=None, program=None):
         door = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]
+        door = door if program is None else ["-c", program]
         command = [sys.executable, *door, *SHORT, f"--config.eval.only={only}", f"--workdir={workdir}", *arguments]
         common["JAX_NUM_CPU_DEVICES"] = str(devices)
         names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port()}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
@@ -110,6 +112,27 @@ def assert_close(workdir, other, tolerance):
         assert mine.pop("stage") == theirs.pop("stage")
         assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
     assert metrics(workdir) == metrics(other)
+
+
+COPIES = """
+import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
+from lt_adv import processes
+from lt_adv.training import mesh as meshes
+
+processes.join()
+mesh = meshes.make_mesh()
+shards = NamedSharding(mesh, PartitionSpec("data"))
+tree = [processes.put(np.arange(200.0 * (i + 1)), shards) for i in range(60)]
+for _ in range(20):
+    for i, whole in enumerate(processes.everywhere(tree, processes.replicated(mesh))):
+        np.testing.assert_array_equal(whole, np.arange(200.0 * (i + 1)))
+"""
+
+
+def test_whole_copies_of_many_shards(launch, tmp_path):
+    """One program for each of them, many in flight, had two processes wait for each other for ever."""
+    succeeded(launch(tmp_path, program=COPIES))
 
 
 def test_two_processes_are_as_one_device(one, two):

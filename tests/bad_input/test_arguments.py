@@ -246,6 +246,17 @@ def test_out_of_memory(answer, monkeypatch, tmp_path, error):
     assert "Buffer" not in printed
 
 
+def test_a_process_that_is_left_alone(answer, monkeypatch, tmp_path):
+    def train(*_):
+        raise jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer\nTrace: ...")
+
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(loop, "train", train)
+    printed = answer(DIGITS)
+    assert "Another process of this run has ended, or is not reached any more (INTERNAL: Gloo all-reduce" in printed
+    assert "goes on from the last checkpoint" in printed and "Trace" not in printed
+
+
 def test_reads_that_nobody_waits_for_say_nothing(caplog):
     """A damaged checkpoint fails in each of its arrays, and asyncio has a traceback for every one but the first."""
 

@@ -33,6 +33,7 @@ def test_every_point_is_drawn_equally_often_and_the_same_from_a_seed():
     )
     for run in runs:
         assert len(run) <= campaign.PER_RUN and [points.order(name) for name in run] == sorted(map(points.order, run))
+        assert len({POINTS[name].processes for name in run}) == 1, "a run is of one process or of two"
 
 
 @pytest.mark.parametrize(
@@ -47,6 +48,21 @@ def test_every_point_is_drawn_equally_often_and_the_same_from_a_seed():
 def test_a_refusal_is_one_line_and_exit_code_2(outcome, problem):
     assert refusal(found(**outcome)).startswith(problem) and bool(refusal(found(**outcome))) == bool(problem)
     assert campaign.answered(Fault(REFUSED), found(**outcome)) == ([refusal(found(**outcome))] if problem else [])
+
+
+@pytest.mark.parametrize(
+    ("outcome", "ok"),
+    [
+        ({"code": 2, "err": "Error: Another process of this run has ended.\n"}, True),
+        ({"code": -6, "err": "F1122 ... another task died; see\n    @ 0x1 (unknown)\n"}, True),
+        ({"code": -6, "err": "Segmentation fault\n"}, False),
+        ({"code": 2, "err": "Traceback\nError: Another process\n"}, False),
+        ({"code": 0, "out": "Report:"}, False),
+        ({"code": None}, False),
+    ],
+)
+def test_one_that_is_left_alone_ends_by_itself_and_says_why(outcome, ok):
+    assert (running.bereft(found(**outcome)) == "") == ok
 
 
 def test_another_ending_is_a_failure():
@@ -97,9 +113,9 @@ def test_the_table(tmp_path):
     folder.mkdir()
     (folder / "digest-off.json").write_text(json.dumps(RECORD | {"digest": False}))
     (folder / "digest-on.json").write_text(json.dumps(RECORD))
-    text, _, _, _, row, waiting, _, off = tables.faults(tmp_path).splitlines()
+    text, _, _, _, row, _, off = tables.faults(tmp_path).splitlines()
     assert "10 faults of 11 so far at 1 points, 1 of them failed; 1 of 2 runs ended as the unbroken one" in text
-    assert row == "| `commit` | SIGKILL | 10 | 1 |  | 7 |" and "`host_death` | not yet" in waiting
+    assert row == "| `commit` | SIGKILL | 10 | 1 |  | 7 |"
     assert off.startswith("With the digest of checkpoints switched off")
 
 
