@@ -176,7 +176,7 @@ class Pair(Run):
                 process.kill()
         hurt = injections[0].process if injections else 0
         mine, other = both[hurt], both[1 - hurt]
-        found = dataclasses.replace(mine, out=both[0].out, err=both[0].err + both[1].err, saves=both[0].saves)
+        found = dataclasses.replace(mine, out=both[0].out, err=other.err + mine.err, saves=both[0].saves)
         if mine.code == KILLED:
             return found if (wrong := bereft(other)) == "" else dataclasses.replace(found, code=None, err=wrong)
         return dataclasses.replace(found, code=mine.code or other.code)
