@@ -94,11 +94,13 @@ def test_the_program_and_its_table(tmp_path, monkeypatch, capsys):
         return found
 
     monkeypatch.setattr(door, "launch", launch)
+    monkeypatch.setattr(checkpoints, "weigh", lambda config, hosts: {"bytes": [2000 // hosts] * hosts})
     given = ["--config=configs/at.py:dataset=digits", "--devices=1,2,4", f"--out={tmp_path / 'communication'}"]
     monkeypatch.chdir(tables.ROOT)
     assert door.main(given) == 1, "something failed"
     shown = tables.communication(tmp_path)
     assert "| whole | 1 | 2 | 0 | 24 | 0 | 40 | 0 | 1.5 |" in shown and "| WRN-34-10 | 256 TPU v5e" in shown
+    assert "| sharded | 2 | 1,000, 1,000 | 2,000 |" in shown
     assert "not measured yet" in tables.communication(tmp_path / "nothing")
     assert door.main(["--config=configs/at.py:dataset=digits", "--devices=0"]) == 2
     assert "Error:" in capsys.readouterr().err

@@ -151,14 +151,11 @@ def test_the_door(tmp_path, monkeypatch, capsys):
 def real(tmp_path_factory):
     """`real(points, digest=...)`: (rows, end) of a run that these faults were done to, and the end of the unbroken one.
 
-    The runs are short, and have a compilation cache of their own.
+    The runs are short.
     """
     folder = tmp_path_factory.mktemp("faults")
     patch = pytest.MonkeyPatch()
     patch.chdir(tables.ROOT)
-    patch.setenv("JAX_ENABLE_COMPILATION_CACHE", "true")
-    patch.setenv("JAX_COMPILATION_CACHE_DIR", str(folder / "compiled"))
-    patch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     patch.setenv("XLA_FLAGS", "")
     patch.setattr(running, "CONFIG", tuple(text.replace("epochs=14", "epochs=5") for text in running.CONFIG))
     data = folder / "digits.npz"

@@ -14,9 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 def test_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
-    monkeypatch.delenv("JAX_ENABLE_COMPILATION_CACHE")
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     given = ["--dataset=digits", "--epochs=2", "--name=small"]
     given += [f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--config.eval.only=('pgd20',)"]
     given += ["--config.eval.subset_per_class=20", "--config.attack.num_steps=1"]
