@@ -64,6 +64,14 @@ def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> 
     return _open(folder, name)
 
 
+def _is_whole(folder: Path) -> bool:
+    try:
+        _open(folder, folder.name)
+    except Exception:  # as in load
+        return False
+    return True
+
+
 def remembered(data_dir: Path, name: str, identity: object, compute: Callable[[], dict[str, np.ndarray]]) -> dict:
     """Small arrays that take long to find: from `<data_dir>/lt_adv_cache/<name>-<fingerprint>.npz`, written first where
     there is none or a damaged one."""
@@ -149,8 +157,9 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Puts the finished folder in place of a damaged one, or of the same content from a process that was faster."""
-    if folder.exists():
+    """Puts the finished folder in place of a damaged one; of a process that was faster the folder stays: it is the same,
+    and may be open already."""
+    if folder.exists() and not _is_whole(folder):
         # Moved aside first: deleted in place it would be half there for a while. Open memory maps stay valid.
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:

@@ -161,3 +161,26 @@ def test_a_read_only_cache_can_still_be_read(tmp_path, monkeypatch):
     cache.load(tmp_path, "set", make_source())
     monkeypatch.setattr(cache, "_write", lambda *_: pytest.fail("nothing needs to be written"))
     assert len(cache.load(tmp_path, "set", make_source()).train) == 7
+
+
+RACE = """
+import sys
+from pathlib import Path
+from lt_adv.data import load
+
+for path in sorted(Path(sys.argv[1]).glob("*.npz")):
+    assert load({"name": "npz", "path": str(path), "data_dir": sys.argv[1]}).train.image.shape == (3, 2, 2, 1)
+"""
+
+
+def test_two_processes_that_make_one_cache(tmp_path):
+    """Two hosts that share a folder: the second put its own in the place of the first one's, which was opening it."""
+    for number in range(40):
+        arrays = {f"{split}_image": np.full((3, 2, 2, 1), number, np.uint8) for split in ("train", "test")}
+        np.savez(tmp_path / f"{number}.npz", **arrays, train_label=np.arange(3), test_label=np.arange(3))
+    command = [sys.executable, "-c", RACE, str(tmp_path)]
+    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in running:
+        _, words = process.communicate(timeout=120)
+        assert process.returncode == 0, words
+    assert len(list((tmp_path / "lt_adv_cache").iterdir())) == 40
