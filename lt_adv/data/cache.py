@@ -157,8 +157,8 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Puts the finished folder in place of a damaged one; of a process that was faster the folder stays: it is the same,
-    and may be open already."""
+    """Puts the finished folder in place of a damaged one. That of a process that was faster stays: it is the same, and
+    may be open already."""
     if folder.exists() and not _is_whole(folder):
         # Moved aside first: deleted in place it would be half there for a while. Open memory maps stay valid.
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
