@@ -123,7 +123,7 @@ def _facts(
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         pass
     found = reliability.probe(
-        jax.random.key(config.eval.seed),
+        jax.random.key(config.eval.seed, impl="threefry2x32"),
         *network,
         images.image,
         images.label,

@@ -152,7 +152,8 @@ def _evaluate(
     specs = options.attacks.to_dict()
     chosen = options.only or [name for name, spec in specs.items() if not evaluation.takes_all(spec)]
     specs = {name: spec for name, spec in specs.items() if name in chosen}
-    mesh, key, apply = meshes.make_mesh(), jax.random.key(options.seed), program.evaluated(config, split)
+    mesh, apply = meshes.make_mesh(), program.evaluated(config, split)
+    key = jax.random.key(options.seed, impl="threefry2x32")
     records = evaluation.evaluate(
         key,
         apply,

@@ -16,6 +16,7 @@ from lt_adv.attacks.objectives import (
     dlr,
     kl_divergence,
     margin,
+    prediction,
     targeted_difference,
     targeted_dlr,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "margin",
     "mim",
     "pgd",
+    "prediction",
     "square",
     "targeted_difference",
     "targeted_dlr",

@@ -18,7 +18,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import iterated, norms
+from lt_adv.attacks import inputs, iterated, norms
 from lt_adv.attacks.iterated import Bounds, Iterated, Network, choose, rows
 from lt_adv.attacks.objectives import cross_entropy, targeted_dlr
 
@@ -83,9 +83,14 @@ def apgd(
     with `eot`, objectives are averaged over the draws as gradients are.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    bounds = iterated.check(x, y, None, bounds, num_steps=num_steps, num_restarts=num_restarts)
-    attack = apgd_program(objective, norm, num_steps, num_restarts, rho, eot, bounds)
-    return iterated.whole(attack, key, logits_fn, x, y, eps)
+    bounds = iterated.check(x, y, bounds)
+    num_steps, num_restarts = inputs.count("num_steps", num_steps), inputs.count("num_restarts", num_restarts)
+    rho, eot = _options(rho, eot)
+
+    def build(_: int) -> Iterated:
+        return apgd_program(objective, norm, num_steps, num_restarts, rho, eot, bounds)
+
+    return iterated.attack_batch(build, key, logits_fn, x, y, eps, random=eot is not None)
 
 
 def apgd_targeted(
@@ -115,10 +120,18 @@ def apgd_targeted(
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, section 4.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    bounds = iterated.check(x, y, None, bounds, num_steps=num_steps, num_targets=num_targets)
-    num_targets = min(num_targets, iterated.num_classes(logits_fn, x, eot is not None) - 1)
-    attack = apgd_targeted_program(objective, norm, num_steps, num_targets, rho, eot, bounds)
-    return iterated.whole(attack, key, logits_fn, x, y, eps)
+    bounds = iterated.check(x, y, bounds)
+    num_steps, num_targets = inputs.count("num_steps", num_steps), inputs.count("num_targets", num_targets)
+    rho, eot = _options(rho, eot)
+
+    def build(classes: int) -> Iterated:
+        return apgd_targeted_program(objective, norm, num_steps, min(num_targets, classes - 1), rho, eot, bounds)
+
+    return iterated.attack_batch(build, key, logits_fn, x, y, eps, random=eot is not None)
+
+
+def _options(rho: float, eot: int | None) -> tuple[float, int | None]:
+    return inputs.number("rho", rho, 0, 1), None if eot is None else inputs.count("eot", eot, least=1)
 
 
 @functools.lru_cache
@@ -188,8 +201,8 @@ def _attack(
                 return sums[0] + value, logits, sums[2] + gradient
 
             value, logits, gradient = lax.fori_loop(1, eot, add, (value, logits, gradient))
-            value, gradient = value / eot, gradient / eot
-        return _advance(state, value, iterated.wrong(logits, state.y), gradient)
+            value, gradient = value / eot, norms.finite(gradient / eot)
+        return _advance(state, iterated.comparable(value, state.x), iterated.wrong(logits, state.y), gradient)
 
     def _advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
         """What follows from the objective, the prediction and the gradient at `state.point`."""
@@ -200,17 +213,21 @@ def _attack(
         )
         # The value before the first step counts as zero and that of the start is not looked at, as in the released
         # code, whose history begins after the first step and wraps around.
-        rises = state.rises + (~first & (value > state.value))
+        rises = state.rises + (~first & (value > state.value)).astype(jnp.int32)
         checked_value = jnp.where(first, value, state.checked_value)
         window = jnp.asarray(since)[jnp.minimum(state.steps_taken, num_steps)]
         check = window > 0
         stalls = ~state.halved & (checked_value >= best_value)
-        halve = check & ((rises <= rho * window) | stalls)
+        halve = check & ((rises.astype(value.dtype) <= rho * window.astype(value.dtype)) | stalls)
         step_size = jnp.where(halve, state.step_size / 2, state.step_size)
         here, gradient = choose(halve, (best, best_gradient), (state.point, gradient))
         x, share = state.x, rows(jnp.where(first, 1.0, 0.75).astype(here.dtype), here)
         # As released; it matters where the softmax is saturated, for a gradient of 1e-12 then makes half a step.
-        direction = jnp.sign(gradient) if norm == "linf" else gradient / (ball.length(gradient) + 1e-12)
+        if norm == "linf":
+            direction = jnp.sign(gradient)
+        else:
+            gradient = norms.representable(gradient)
+            direction = gradient / (ball.length(gradient) + 1e-12)
         z = project(here + rows(step_size, here) * direction, x, state.eps)
         point = project(here + (z - here) * share + (here - state.last) * (1 - share), x, state.eps)
         new = state._replace(

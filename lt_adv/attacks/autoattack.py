@@ -10,12 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lt_adv.attacks import iterated, journal, norms, slots
+from lt_adv.attacks import inputs, iterated, journal, norms, slots
 from lt_adv.attacks.apgd import apgd_program, apgd_targeted_program
 from lt_adv.attacks.fab import fab_program, fab_targeted_program
 from lt_adv.attacks.iterated import Bounds, Iterated
 from lt_adv.attacks.objectives import cross_entropy_of_differences, difference, dlr, targeted_difference, targeted_dlr
-from lt_adv.attacks.square import square_program
+from lt_adv.attacks.square import square_program, unsupported
 from lt_adv.attacks.starts import example_keys
 
 VERSIONS = {
@@ -25,6 +25,7 @@ VERSIONS = {
 }
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 DRAWS = 20  # of a randomised network, for each gradient of the version "rand"
+DEPENDENCE = 0.01  # of the largest logit: more than the rounding of a network in bfloat16
 SECONDS = 30.0  # between two lines of progress
 
 
@@ -34,13 +35,14 @@ class Result(NamedTuple):
     x_adv: np.ndarray  # like x: a point that is classified wrongly, or x itself where none was found
     robust: np.ndarray  # bool [n]: whether logits_fn, in batches of `batch_size`, says y of x_adv; a random one said it
     correct: np.ndarray  # bool [n]: whether it classifies x as y
-    prediction: np.ndarray  # int32 [n]: of x_adv
+    prediction: np.ndarray  # int32 [n]: of x_adv; -1 where the logits are not finite
     broken_by: np.ndarray  # int32 [n]: the attack that broke the image, by its place in `accuracy`; 0 clean, -1 none
     accuracy: dict[str, float]  # "clean", then after each attack, in [0, 1]
     evaluations: dict[str, tuple[int, int]]  # attack -> forward passes that images asked for, and how many gradients
-    notes: tuple[str, ...]  # what was done otherwise than the version says, and why
+    notes: tuple[str, ...]  # what was done otherwise than the version says, and what makes the result doubtful
 
 
+@jax.transfer_guard("allow")  # it moves images between host and devices by design
 def autoattack(
     key: Array,
     logits_fn: Callable[..., Array],
@@ -67,9 +69,11 @@ def autoattack(
 
     Args:
       key: one typed key, or one per image [n]. The result depends on it alone, neither on `batch_size` nor on devices.
-      logits_fn: x [batch, height, width, channels] -> logits [batch, classes]. Arrays it closes over become arguments
-        of the compiled programs; `jax.tree_util.Partial(apply, variables)` lets other variables use the same programs.
-      x: images [n, ...], floating, inside `bounds`.
+      logits_fn: x [batch, ...] -> logits [batch, classes]. Arrays it closes over become arguments of the compiled
+        programs, which are freed after the call. `jax.tree_util.Partial(apply, variables)` keeps them, for the last
+        eight functions `apply`, so that another call compiles nothing, whatever the variables.
+      x: images [n, ...], floating, inside `bounds`. Square needs images [n, height, width(, channels)] or, in L-inf,
+        vectors [n, d]; for other shapes it is left out, which `notes` says.
       y: labels, integers [n].
       eps: radius, in units of the [0, 1] pixel range.
       norm: "linf" or "l2".
@@ -82,11 +86,12 @@ def autoattack(
 
     Returns:
       a Result. With fewer than four classes the targeted ratio does not exist, and with two the ratio: differences of
-      logits take their place, which `notes` says.
+      logits take their place, which `notes` says. An image with logits that are not finite counts as wrong, clean or
+      attacked, and `notes` says how many there are. So it does where a few images have other logits in a batch of
+      themselves: the attacks take images to be independent.
 
     Raises:
-      ValueError: for unknown names or values that cannot be meant, logits that are not finite on a clean image, a
-        `resume` directory of another call.
+      ValueError: for unknown names or values that cannot be meant, a `resume` directory of another call.
 
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
     parameter-free attacks", ICML 2020.
@@ -96,15 +101,14 @@ def autoattack(
     """
     names = attacks_of(version)
     x, y = np.asarray(x), np.asarray(y)
-    bounds = iterated.check(x, y, None, bounds, batch_size=batch_size, num_queries=num_queries)
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
-        raise ValueError(f"y must be integer labels [n], got {y.dtype} of shape {y.shape}.")
+    bounds = iterated.check(x, y, bounds)
+    batch_size, num_queries = inputs.count("batch_size", batch_size), inputs.count("num_queries", num_queries)
     if not len(x) or not batch_size:
         raise ValueError(f"Nothing to attack: {len(x)} images in batches of {batch_size}.")
-    if not (x.min() >= bounds[0] and x.max() <= bounds[1]):
-        raise ValueError(f"x must lie inside bounds {bounds}, got values from {x.min():.6g} to {x.max():.6g}.")
     norms.get(norm)
-    radius = np.broadcast_to(np.asarray(norms.per_example("eps", eps, jnp.asarray(x[:1]))).ravel(), len(x))
+    norms.check_length("eps", eps, 1)
+    radius = np.broadcast_to(np.asarray(norms.per_example(eps, jnp.asarray(x[:1]))).ravel(), len(x))
+    names, notes = _supported(names, norm, x.shape[1:])
     keys, random = example_keys(key, len(x)), version == "rand"
     network = slots.network(logits_fn, x[0], min(batch_size, len(x)), random, devices)
 
@@ -114,14 +118,21 @@ def autoattack(
 
     everyone = np.arange(len(x))
     clean = judge(x, everyone, 0)
-    if not np.isfinite(clean).all():
-        raise ValueError(f"The logits of {(~np.isfinite(clean)).any(-1).sum()} clean images are not finite.")
+    inputs.check_labels(y, len(x), clean.shape[-1])
+    change = slots.dependence(network, x, slots.example_keys(keys, np.uint32(len(ATTACKS))), clean)
+    if change > DEPENDENCE:
+        notes.append(
+            f"The logits of an image change with the other images of its batch, by up to {100 * change:.3g} % of its "
+            "largest logit: the attacks take images to be independent, and this result depends on the batches. Is the "
+            "network in training mode?"
+        )
     ranking = np.argsort(-clean, axis=-1, kind="stable")
-    programs, notes = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
-    if not (y.min() >= 0 and y.max() < clean.shape[-1]):
-        raise ValueError(f"y must be labels of {clean.shape[-1]} classes, got {y.min()} to {y.max()}.")
-    correct = clean.argmax(-1) == y
-    x_adv, prediction = x.copy(), clean.argmax(-1).astype(np.int32)
+    programs, changes = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
+    notes.extend(changes)
+    x_adv, prediction = x.copy(), _predictions(clean)
+    if (undefined := np.sum(prediction < 0)) > 0:
+        notes.append(f"The logits of {undefined} clean images are not finite: they count as wrong.")
+    correct = prediction == y
     broken_by = np.where(correct, -1, 0).astype(np.int32)
     accuracy, evaluations = {"clean": float(correct.mean())}, {}
     call = journal.digest(x, y, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries))
@@ -157,7 +168,7 @@ def autoattack(
                 )
         if hit.any():  # judged again by the program that has the last word: rounding decides on the very boundary
             found = np.flatnonzero(hit)
-            prediction[found] = judge(x_adv[found], found, number).argmax(-1)
+            prediction[found] = _predictions(judge(x_adv[found], found, number))
             hit[found] = prediction[found] != y[found]
         x_adv[rows[~hit[rows]]] = x[rows[~hit[rows]]]
         broken_by[hit] = number
@@ -166,10 +177,27 @@ def autoattack(
         say(f"{name}: robust {100 * accuracy[name]:.2f} % after {_minutes(time.perf_counter() - start)}")
 
     if not random:
-        prediction = judge(x_adv, everyone, 0).argmax(-1).astype(np.int32)
+        prediction = _predictions(judge(x_adv, everyone, 0))
+    if (undefined := np.sum(correct & (prediction < 0))) > 0:
+        notes.append(f"The logits of {undefined} adversarial images are not finite: they count as wrong.")
     robust = prediction == y
     accuracy[names[-1]] = float(robust.mean())
-    return Result(x_adv, robust, correct, prediction, broken_by, accuracy, evaluations, notes)
+    return Result(x_adv, robust, correct, prediction, broken_by, accuracy, evaluations, tuple(notes))
+
+
+def _predictions(logits: np.ndarray) -> np.ndarray:
+    """`objectives.prediction` of logits on the host."""
+    return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1).astype(np.int32)
+
+
+def _supported(names: tuple[str, ...], norm: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], list[str]]:
+    """The attacks that examples of this shape can be attacked with, and a note where one is left out."""
+    reason = unsupported(norm, shape) if "square" in names else ""
+    if not reason:
+        return names, []
+    if names == ("square",):
+        raise ValueError(f"square needs {reason}.")
+    return tuple(name for name in names if name != "square"), [f"square is left out: it needs {reason}."]
 
 
 def attacks_of(version: str | Sequence[str]) -> tuple[str, ...]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import iterated, norms
+from lt_adv.attacks import inputs, iterated, norms
 from lt_adv.attacks.convolutions import canonical
 from lt_adv.attacks.iterated import Bounds, Iterated, Network, choose, rows
 from lt_adv.attacks.objectives import targeted_difference
@@ -32,13 +32,13 @@ class State(NamedTuple):
     key: Array
     eps: Array
     point: Array
-    nearest: Array  # the wrong point nearest to x, and how far away it is (infinity before there is one)
+    nearest: Array  # the wrong point nearest to x, and how far away it is (the largest number before there is one)
     distance: Array
     steps_taken: Array
 
     @property
     def broken(self) -> Array:
-        return jnp.isfinite(self.distance) & (self.distance <= self.eps)
+        return (self.distance < jnp.finfo(self.distance.dtype).max) & (self.distance <= self.eps)
 
     @property
     def x_adv(self) -> Array:
@@ -74,10 +74,14 @@ def fab(
     ICML 2020, algorithm 1.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    bounds = iterated.check(x, y, None, bounds, num_steps=num_steps, num_restarts=num_restarts)
-    classes = iterated.num_classes(logits_fn, x)
-    attack = fab_program(classes, norm, num_steps, num_restarts, alpha_max, eta, beta, bounds)
-    return iterated.whole(attack, key, logits_fn, x, y, eps)
+    bounds = iterated.check(x, y, bounds)
+    num_steps, num_restarts = inputs.count("num_steps", num_steps), inputs.count("num_restarts", num_restarts)
+    options = _options(alpha_max, eta, beta)
+
+    def build(classes: int) -> Iterated:
+        return fab_program(classes, norm, num_steps, num_restarts, *options, bounds)
+
+    return iterated.attack_batch(build, key, logits_fn, x, y, eps, infinite=True)
 
 
 def fab_targeted(
@@ -107,10 +111,18 @@ def fab_targeted(
     ICML 2020; targets as in "Reliable evaluation of adversarial robustness", ICML 2020, section 5.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    bounds = iterated.check(x, y, None, bounds, num_steps=num_steps, num_targets=num_targets)
-    num_targets = min(num_targets, iterated.num_classes(logits_fn, x) - 1)
-    attack = fab_targeted_program(norm, num_steps, num_targets, alpha_max, eta, beta, bounds)
-    return iterated.whole(attack, key, logits_fn, x, y, eps)
+    bounds = iterated.check(x, y, bounds)
+    num_steps, num_targets = inputs.count("num_steps", num_steps), inputs.count("num_targets", num_targets)
+    options = _options(alpha_max, eta, beta)
+
+    def build(classes: int) -> Iterated:
+        return fab_targeted_program(norm, num_steps, min(num_targets, classes - 1), *options, bounds)
+
+    return iterated.attack_batch(build, key, logits_fn, x, y, eps, infinite=True)
+
+
+def _options(alpha_max: float, eta: float, beta: float) -> tuple[float, float, float]:
+    return inputs.number("alpha_max", alpha_max, 0, 1), inputs.number("eta", eta, 0), inputs.number("beta", beta, 0, 1)
 
 
 @functools.lru_cache
@@ -144,25 +156,33 @@ def fab_targeted_program(
 
 
 def _plane_of_target(network: Network, state: State) -> tuple[Array, Array]:
-    """z_t - z_y at the point [b], and its gradient [b, ...]."""
+    """z_t - z_y at the point [b], and its gradient [b, ...], or both divided by the same number."""
 
     def value(x: Array) -> tuple[Array, Array]:
         logits = iterated.logits_of(network, x, state.key)
         return targeted_difference(logits, state.y, state.target), logits
 
     value_, _, gradient = iterated.value_and_gradient(value, state.point)
-    return value_, gradient
+    return _representable(value_, gradient)
+
+
+def _representable(value: Array, gradient: Array) -> tuple[Array, Array]:
+    """A plane in numbers whose squares and sums do not overflow; none (zeros) where the value is not finite."""
+    usable = jnp.isfinite(value)
+    gradient = jnp.where(rows(usable, gradient), norms.finite(gradient), 0)
+    scale = norms.representable_scale(gradient)
+    return jnp.where(usable, value, 0).astype(gradient.dtype) / scale.reshape(-1), gradient / scale
 
 
 def _nearest_plane(network: Network, state: State, classes: int, ball: norms.Norm) -> tuple[Array, Array]:
-    """z_s - z_y and its gradient, of the class s != y whose plane is nearest to the point."""
+    """As `_plane_of_target`, of the class s != y whose plane is nearest to the point."""
     logits, pull = jax.vjp(lambda x: iterated.logits_of(network, x, state.key), state.point)
     at_y = jax.nn.one_hot(state.y, classes, dtype=logits.dtype)
 
     def nearer(s: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        difference = jax.nn.one_hot(s, classes, dtype=logits.dtype) - at_y
+        difference = jax.nn.one_hot(s, classes, dtype=logits.dtype)[None, :] - at_y
         value = jnp.sum(difference * logits, axis=-1)
-        gradient = canonical(lambda: pull(difference)[0])()
+        value, gradient = _representable(value, canonical(lambda: pull(difference)[0])())
         away = jnp.abs(value) / (1e-12 + ball.dual(gradient).reshape(-1))
         return choose((away < carry[0]) & (state.y != s), (away, value, gradient), carry)
 
@@ -188,10 +208,11 @@ def _attack(
     def begin(keys: Array, x: Array, y: Array, target: Array, eps: Array, r: Array) -> State:
         start = x
         if random_starts:
-            noise = jnp.clip(x + rows(eps / 2, x) * iterated.on_boundary(keys, x, ball), low, high)
+            width = jnp.asarray(min(high - low, jnp.finfo(x.dtype).max), x.dtype)  # eps may be infinite
+            noise = jnp.clip(x + rows(jnp.minimum(eps, width) / 2, x) * iterated.on_boundary(keys, x, ball), low, high)
             start = choose(r == 0, x, noise)
-        infinity = jnp.full_like(eps, jnp.inf)
-        return State(x, y, target, keys, eps, start, x, infinity, jnp.zeros_like(eps, jnp.int32))
+        none = jnp.full_like(eps, jnp.finfo(eps.dtype).max)
+        return State(x, y, target, keys, eps, start, x, none, jnp.zeros_like(eps, jnp.int32))
 
     def step(network: Network, state: State) -> State:
         value, w = plane(network, state)

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import iterated, norms
+from lt_adv.attacks import inputs, norms
 from lt_adv.attacks.convolutions import canonical
 from lt_adv.attacks.objectives import cross_entropy, margin
 from lt_adv.attacks.starts import starting_point
@@ -176,34 +176,39 @@ def _ascend(
 ) -> Array:
     """The attacks above as one loop over (x_adv, momentum); without `decay` there is no momentum to carry."""
     ball, x, y = norms.get(norm), jnp.asarray(x), jnp.asarray(y)
-    low, high = bounds
-    iterated.check(x, y, x_init, bounds, num_steps=num_steps)
-    eps, step_size = norms.per_example("eps", eps, x), norms.per_example("step_size", step_size, x)
-    x_adv = starting_point(key, x, eps, start, ball)
-    if x_init is not None:
-        x_adv = jnp.asarray(x_init, x.dtype) + jnp.zeros_like(x)  # varies over every mesh axis that x varies over
+    low, high = inputs.check_bounds(bounds)
+    inputs.check_images(x, (low, high), x_init)
+    inputs.check_batch(y, x.shape[0])
+    num_steps = inputs.count("num_steps", num_steps)
 
-    def project(x_adv: Array) -> Array:
-        return jnp.clip(ball.project(x_adv, x, eps), low, high)
+    for name, length in (("eps", eps), ("step_size", step_size)):  # before the network is traced
+        norms.check_length(name, length, x.shape[0])
 
     def total(x_adv: Array) -> Array:
-        logits = logits_fn(x_adv)
-        if getattr(logits, "shape", (0,))[:-1] != x.shape[:1]:
-            shapes = jax.tree.map(jnp.shape, logits)
-            raise ValueError(f"logits_fn must return one array [batch, classes], got {shapes}.")
-        values = objective(logits, y)
-        if values.shape != x.shape[:1]:
-            raise ValueError(f"objective must return [batch] = {x.shape[:1]}, got shape {values.shape}.")
+        values = objective(inputs.check_logits(logits_fn(x_adv), x), y)
+        if jnp.shape(values) != x.shape[:1]:
+            raise ValueError(f"objective must return [batch] = {x.shape[:1]}, got shape {jnp.shape(values)}.")
         return jnp.sum(values)  # a sum: each example's gradient is its own, whatever the batch size
 
-    def step(_: int, carry: tuple[Array, Any]) -> tuple[Array, Any]:
-        x_adv, momentum = carry
-        gradient = canonical(jax.grad(total))(x_adv)
-        if decay is not None:
-            gradient = momentum = decay * momentum + norms.unit_mean(gradient)
-        # Stopped at each step, not at the end: an outer gradient then has no loop to differentiate.
-        return lax.stop_gradient((project(x_adv + step_size * ball.direction(gradient)), momentum))
+    def ascend() -> Array:
+        radius, step_length = norms.per_example(eps, x), norms.per_example(step_size, x)
+        x_adv = starting_point(key, x, radius, start, ball)
+        if x_init is not None:
+            x_adv = jnp.asarray(x_init, x.dtype) + jnp.zeros_like(x)  # varies over every mesh axis that x varies over
 
-    momentum = () if decay is None else jnp.zeros_like(x_adv)
-    x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
-    return lax.fori_loop(0, num_steps, step, (x_adv, momentum))[0]
+        def project(x_adv: Array) -> Array:
+            return jnp.clip(ball.project(x_adv, x, radius), low, high)
+
+        def step(_: int, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+            x_adv, momentum = carry
+            gradient = norms.finite(canonical(jax.grad(total))(x_adv))
+            if decay is not None:
+                gradient = momentum = decay * momentum + norms.unit_mean(gradient)
+            # Stopped at each step, not at the end: an outer gradient then has no loop to differentiate.
+            return lax.stop_gradient((project(x_adv + step_length * ball.direction(gradient)), momentum))
+
+        momentum = () if decay is None else jnp.zeros_like(x_adv)
+        x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
+        return lax.fori_loop(0, num_steps, step, (x_adv, momentum))[0]
+
+    return inputs.run(ascend, key, x, y, eps, step_size, decay, x_init)

@@ -9,6 +9,8 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
+from lt_adv.attacks import inputs
+
 
 class Norm(NamedTuple):
     """What a gradient attack asks of a norm. Arrays are [batch, ...]; `eps` broadcasts against them."""
@@ -27,13 +29,25 @@ def get(name: str) -> Norm:
     return _NORMS[name]
 
 
-def per_example(name: str, value: ArrayLike, x: Array) -> Array:
-    """A length given as a scalar or as [batch], shaped to broadcast against `x`; ValueError for other shapes or < 0."""
-    if not isinstance(value, jax.core.Tracer) and not np.all(np.asarray(jax.device_get(value)) >= 0):
+def check_length(name: str, value: ArrayLike, batch: int, infinite: bool = False) -> None:
+    """ValueError unless `value` is a scalar or [batch] and, where it is known, not negative, NaN or infinite.
+
+    `infinite` lengths may be allowed.
+    """
+    if np.shape(value) not in ((), (batch,)):
+        raise ValueError(f"{name} must be a scalar or [batch] = ({batch},), got shape {np.shape(value)}.")
+    values = inputs.known(value)
+    if values is not None and not inputs.is_real(values.dtype):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    if values is not None and not np.all(values >= 0):
         raise ValueError(f"{name} must not be negative or NaN, got {value}.")
+    if values is not None and not infinite and np.any(np.isinf(values)):
+        raise ValueError(f"{name} must be finite, got {value}.")
+
+
+def per_example(value: ArrayLike, x: Array) -> Array:
+    """A length given as a scalar or as [batch], shaped to broadcast against `x`."""
     value = jnp.asarray(value, x.dtype)
-    if value.shape not in ((), x.shape[:1]):
-        raise ValueError(f"{name} must be a scalar or [batch] = {x.shape[:1]}, got shape {value.shape}.")
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
 
@@ -42,8 +56,26 @@ def l2(array: Array) -> Array:
     return jnp.sqrt(jnp.sum(array * array, axis=_trailing(array), keepdims=True))
 
 
+def finite(gradient: Array) -> Array:
+    """A gradient with every entry that is NaN or infinite set to zero, so that no step is taken along it."""
+    return jnp.where(jnp.isfinite(gradient), gradient, 0)
+
+
+def representable(gradient: Array) -> Array:
+    """Each example scaled down where the sum of its squares would overflow; elsewhere unchanged to the last bit."""
+    return gradient / representable_scale(gradient)
+
+
+def representable_scale(gradient: Array) -> Array:
+    """What `representable` divides by, [batch, 1, ...]: 1 unless the largest magnitude is extreme."""
+    limit = jnp.asarray(2.0 ** (jnp.finfo(gradient.dtype).maxexp // 4), gradient.dtype)
+    largest = _linf_length(gradient)
+    return jnp.where(largest > limit, largest / limit, jnp.ones_like(largest))
+
+
 def unit_mean(array: Array) -> Array:
     """Each example divided by the mean of its magnitudes; an example of zeros stays zero."""
+    array = representable(array)
     return _divide(array, jnp.mean(jnp.abs(array), axis=_trailing(array), keepdims=True))
 
 

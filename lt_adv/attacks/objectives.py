@@ -1,10 +1,17 @@
-"""What an attack maximises: functions (logits[batch, classes], y) -> [batch]. Bind options with functools.partial."""
+"""What an attack maximises: functions (logits[batch, classes], y) -> [batch]. Bind options with functools.partial.
+
+They compute in at least float32, whatever the type of the logits. ValueError for labels of another shape or type than
+integers [batch] and, where their values are known, for labels of classes that the logits do not have.
+"""
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
+from lt_adv.attacks import inputs
 
+
+@inputs.constants_allowed
 def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array:
     """Cross-entropy of scaled logits, -log softmax(a z)_y.
 
@@ -19,6 +26,7 @@ def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array
     Returns:
       [batch], in nats.
     """
+    logits = _floats(logits, y)
     # Shifted before scaled, so that the largest entry is exactly zero. In the other order a compiler that fuses the
     # multiplication into the subtraction leaves the product's rounding error there, and on a saturated softmax that
     # residue, not the network, would decide the gradient.
@@ -26,6 +34,7 @@ def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array
     return jnp.log(jnp.exp(logits).sum(axis=-1)) - _at_label(logits, y)
 
 
+@inputs.constants_allowed
 def cross_entropy_of_differences(logits: Array, y: Array) -> Array:
     """Cross-entropy as log(1 + sum_{j != y} exp(z_j - z_y)): the value of `cross_entropy`, without a cancellation.
 
@@ -40,6 +49,7 @@ def cross_entropy_of_differences(logits: Array, y: Array) -> Array:
     Returns:
       [batch], in nats.
     """
+    logits = _floats(logits, y)
     lead = jnp.where(_is_label(logits, y), 0, logits - _at_label(logits, y)[:, None])  # of y itself: exp(0) = 1
     shift = lax.stop_gradient(lead.max(axis=-1, keepdims=True))  # 0 where y is the largest
     others = jnp.where(_is_label(logits, y), 0, jnp.exp(lead - shift)).sum(axis=-1)
@@ -47,6 +57,7 @@ def cross_entropy_of_differences(logits: Array, y: Array) -> Array:
     return jnp.where(shift > 0, shift + jnp.log(others + jnp.exp(-shift)), jnp.log1p(others))
 
 
+@inputs.constants_allowed
 def margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
     """The Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0).
 
@@ -61,10 +72,11 @@ def margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
     Reference: Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, f_6, here
     inside an L-inf or L2 ball instead of beside a distance term.
     """
-    others = jnp.where(_is_label(logits, y), -jnp.inf, logits).max(axis=-1)
-    return -jax.nn.relu(_at_label(logits, y) - others + confidence)
+    logits = _floats(logits, y)
+    return -jax.nn.relu(_at_label(logits, y) - _largest_other(logits, y) + confidence)
 
 
+@inputs.constants_allowed
 def difference(logits: Array, y: Array) -> Array:
     """max_{j != y} z_j - z_y: how far another class leads, in units of logits; above zero for a wrong prediction.
 
@@ -77,9 +89,11 @@ def difference(logits: Array, y: Array) -> Array:
 
     Reference: Andriushchenko et al., "Square attack", ECCV 2020, section 3, with the sign turned.
     """
-    return jnp.where(_is_label(logits, y), -jnp.inf, logits).max(axis=-1) - _at_label(logits, y)
+    logits = _floats(logits, y)
+    return _largest_other(logits, y) - _at_label(logits, y)
 
 
+@inputs.constants_allowed
 def dlr(logits: Array, y: Array) -> Array:
     """Difference of logits ratio, (max_{j != y} z_j - z_y) / (z_(1) - z_(3) + 1e-12), z_(k) the k-th largest logit.
 
@@ -94,16 +108,20 @@ def dlr(logits: Array, y: Array) -> Array:
 
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, eq. 6.
     """
+    logits = _floats(logits, y)
     top = _largest(logits, 3, "dlr")
     others = jnp.where(_at_label(logits, y) == top[:, 0], top[:, 1], top[:, 0])
     return (others - _at_label(logits, y)) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
+@inputs.constants_allowed
 def targeted_difference(logits: Array, y: Array, target: Array) -> Array:
     """z_t - z_y, in units of logits, for labels y and targets t, integers [batch]; returns [batch]."""
+    logits = _floats(logits, y, target)
     return _at_label(logits, target) - _at_label(logits, y)
 
 
+@inputs.constants_allowed
 def targeted_dlr(logits: Array, y: Array, target: Array) -> Array:
     """Targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12).
 
@@ -116,10 +134,12 @@ def targeted_dlr(logits: Array, y: Array, target: Array) -> Array:
 
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, eq. 7.
     """
+    logits = _floats(logits, y, target)
     top = _largest(logits, 4, "targeted_dlr")
     return targeted_difference(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
+@inputs.constants_allowed
 def kl_divergence(logits: Array, probs: Array) -> Array:
     """KL(p || softmax(z)) = sum_j p_j (log p_j - log softmax(z)_j), the inner objective of TRADES.
 
@@ -133,12 +153,48 @@ def kl_divergence(logits: Array, probs: Array) -> Array:
     Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019,
     algorithm 1.
     """
+    if jnp.shape(probs) != logits.shape:
+        raise ValueError(f"probs must have the shape of the logits, {logits.shape}, got {jnp.shape(probs)}.")
+    logits, probs = _at_least_float32(logits), _at_least_float32(probs)
     return jnp.sum(jax.scipy.special.xlogy(probs, probs) - probs * jax.nn.log_softmax(logits), axis=-1)
+
+
+@inputs.constants_allowed
+def prediction(logits: Array) -> Array:
+    """The class with the largest logit, int32 [batch]; -1, which is the label of no image, where a logit is not finite.
+
+    NumPy and JAX have argmax name the first NaN, so that an image of that class would count as classified correctly.
+
+    Args:
+      logits: [batch, classes].
+    """
+    return jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
+
+
+def _floats(logits: Array, *labels: Array) -> Array:
+    """The logits in at least float32, once the labels are checked against them."""
+    logits = jnp.asarray(logits)
+    if logits.ndim != 2:
+        raise ValueError(f"logits must be [batch, classes], got shape {logits.shape}.")
+    for y in labels:
+        inputs.check_labels(y, *logits.shape)
+    return _at_least_float32(logits)
+
+
+def _at_least_float32(array: Array) -> Array:
+    array = jnp.asarray(array)
+    low = not jnp.issubdtype(array.dtype, jnp.floating) or jnp.finfo(array.dtype).bits < 32
+    return array.astype(jnp.float32) if low else array
 
 
 def _is_label(logits: Array, y: Array) -> Array:
     # A comparison instead of a gather: its gradient is no scatter, and it shards on any mesh.
-    return y[:, None] == jnp.arange(logits.shape[-1])
+    return jnp.asarray(y, jnp.int32)[:, None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
+
+
+def _largest_other(logits: Array, y: Array) -> Array:
+    """max_{j != y} z_j, [batch]."""
+    return jnp.where(_is_label(logits, y), jnp.finfo(logits.dtype).min, logits).max(axis=-1)
 
 
 def _largest(logits: Array, k: int, name: str) -> Array:

@@ -14,10 +14,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lt_adv.attacks import inputs
 from lt_adv.attacks.iterated import Iterated, choose, logits_of
+from lt_adv.attacks.starts import IMPL
 
 CHUNK = {1: range(8, 26), 0: range(40, 91)}  # steps between two looks at the slots, with gradients and without
 TURN = 500  # steps after which an image within a round makes room for another one
@@ -29,6 +30,7 @@ class Network(NamedTuple):
     call: Any  # a pytree: (x [slots, ...], keys [slots]) -> logits
     mesh: Mesh
     slots: int
+    programs: "Programs"
 
     def put(self, rows: Any) -> Any:
         """Arrays of one row per slot, sharded over the devices."""
@@ -47,38 +49,20 @@ class Done(NamedTuple):
 def network(logits_fn: Callable[..., Array], image: np.ndarray, slots: int, random: bool, devices: Any) -> Network:
     """`logits_fn` for batches of at least `slots` images like `image`, on all `devices`.
 
-    A `jax.tree_util.Partial` keeps its arrays as arguments, and its programs are found again for other arrays of the
-    same shapes. Of any other function the arrays it closes over are made arguments.
+    A `jax.tree_util.Partial` keeps its arrays as arguments; its programs are cached by the function, for the last few
+    functions, and used again for other arrays of the same shapes. Of any other function the arrays it closes over are
+    made arguments, and its programs are freed with the result.
     """
     mesh = Mesh(np.asarray(devices if devices is not None else jax.local_devices()), ("slots",))
     slots = -(-slots // mesh.size) * mesh.size
     if isinstance(logits_fn, jax.tree_util.Partial):
-        call = logits_fn
+        call, cached = logits_fn, programs(mesh, logits_fn.func)
     else:
         x = jax.ShapeDtypeStruct((slots, *image.shape), image.dtype)
-        keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0), slots)),) if random else ()
-        closed, shape = jax.make_jaxpr(logits_fn, return_shape=True)(x, *keys)
-        call = jax.tree_util.Partial(_Traced(closed.jaxpr, jax.tree.structure(shape)), closed.consts)
-    everywhere = NamedSharding(mesh, PartitionSpec())
-    return Network(jax.device_put(_WithKeys.wrap(call, random), everywhere), mesh, slots)
-
-
-class _Traced:
-    """A traced function; compared as an object, like the function it was traced from."""
-
-    def __init__(self, jaxpr: core.Jaxpr, tree: Any) -> None:
-        self.jaxpr, self.tree = jaxpr, tree
-
-    def __call__(self, consts: list[Any], *args: Array) -> Any:
-        return jax.tree.unflatten(self.tree, core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, consts))(*args))
-
-
-class _WithKeys:
-    """Calls that know no keys, called with them."""
-
-    @staticmethod
-    def wrap(call: jax.tree_util.Partial, random: bool) -> jax.tree_util.Partial:
-        return call if random else jax.tree_util.Partial(_without_keys, call)
+        keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=IMPL), slots)),) if random else ()
+        call, cached = jax.tree_util.Partial(*inputs.trace(logits_fn, x, *keys)), compile_for(mesh)
+    call = call if random else jax.tree_util.Partial(_without_keys, call)
+    return Network(jax.device_put(call, NamedSharding(mesh, PartitionSpec())), mesh, slots, cached)
 
 
 def _without_keys(call: Callable[[Array], Array], x: Array, _: Array) -> Array:
@@ -94,8 +78,17 @@ class Programs(NamedTuple):
     logits: Callable[..., Array]  # (network, x, keys)
 
 
-@functools.lru_cache
-def programs(mesh: Mesh) -> Programs:
+@functools.lru_cache(maxsize=8)
+def programs(mesh: Mesh, function: Callable[..., Any]) -> Programs:
+    """The programs of a mesh for networks that are this function of their arrays.
+
+    Those of other functions do not share them: so they are freed once eight other functions have been attacked.
+    """
+    del function
+    return compile_for(mesh)
+
+
+def compile_for(mesh: Mesh) -> Programs:
     """The programs of a mesh. Results are sharded as the rows are put: in another way they would be compiled again."""
     over_slots = NamedSharding(mesh, PartitionSpec("slots"))
 
@@ -131,11 +124,27 @@ def example_keys(keys: Array, *numbers: Array) -> Array:
 
 def logits(network: Network, x: np.ndarray, keys: Array) -> np.ndarray:
     """Logits of all images, batch by batch, [n, classes]."""
-    found, program = [], programs(network.mesh).logits
+    found, program = [], network.programs.logits
     for start in range(0, len(x), network.slots):
         rows = np.minimum(np.arange(start, start + network.slots), len(x) - 1)
         found.append(np.asarray(program(network.call, *network.put((x[rows], keys[rows])))))
     return np.concatenate(found)[: len(x)]
+
+
+def dependence(network: Network, x: np.ndarray, keys: Array, logits: np.ndarray, images: int = 3) -> float:
+    """How much an image's logits depend on the rest of its batch: the largest change, in shares of the largest logit.
+
+    Some images are judged in a batch of nothing but themselves, by the program that gave `logits`, those of all images
+    in batches of different ones.
+    """
+    largest = 0.0
+    for i in np.unique(np.linspace(0, len(x) - 1, images).astype(int)):
+        rows = np.full(network.slots, i)
+        alone = np.asarray(network.programs.logits(network.call, *network.put((x[rows], keys[rows]))))
+        if np.isfinite(logits[i]).all():
+            change = np.abs(alone - logits[i]).max() / max(np.abs(logits[i]).max(), np.finfo(np.float32).tiny)
+            largest = max(largest, float(np.nan_to_num(change, nan=np.inf)))
+    return largest
 
 
 def run(
@@ -155,7 +164,7 @@ def run(
     done depends on the slots; what becomes of each does not. An image keeps its slot until it is done, so that little
     is lost where a run stops; once as few wait as there are slots, they take turns, lest the last ones run on alone.
     """
-    size, total, program = network.slots, attack.num_steps, programs(network.mesh)
+    size, total, program = network.slots, attack.num_steps, network.programs
     steps = min(CHUNK[min(attack.gradients, 1)], key=lambda steps: (-total % steps, steps)) if total else 0
     waiting, row, seated, fresh = deque(rows.tolist()), np.full(size, -1), np.zeros(size, int), np.ones(size, bool)
     turn, spent, state = np.zeros(len(x), np.int32), np.zeros(len(x), np.int64), None

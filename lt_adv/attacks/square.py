@@ -10,7 +10,7 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import iterated, norms
+from lt_adv.attacks import inputs, iterated, norms
 from lt_adv.attacks.iterated import Bounds, Iterated, Network, choose
 from lt_adv.attacks.objectives import difference
 
@@ -53,8 +53,10 @@ def square(
 
     Args:
       key: one typed key, or one per example [batch].
-      logits_fn: x[batch, height, width, channels] -> logits[batch, classes]; never differentiated.
-      x, y: images inside `bounds`, and labels [batch]. An image that is wrong already is returned as it is.
+      logits_fn: x -> logits[batch, classes]; never differentiated.
+      x, y: images [batch, height, width, channels] or [batch, height, width] inside `bounds`, and labels [batch]. An
+        image that is wrong already is returned as it is. For L-inf also vectors [batch, d], where an interval of the
+        features takes the place of the window (ours: the paper has images alone).
       eps: radius, scalar or [batch], in units of the [0, 1] pixel range.
       num_queries: proposals; the start costs one more query.
       p_init: share of the pixels in the first windows.
@@ -64,16 +66,41 @@ def square(
 
     Returns:
       x_adv, an array like x: the best point found, which is the first wrong one where there is one. ValueError for
-      images that are not [batch, height, width, channels] or, for L2, smaller than 5 x 5.
+      examples of other shapes and, for L2, images smaller than 5 x 5.
 
     Reference: Andriushchenko et al., "Square attack: a query-efficient black-box adversarial attack via random
     search", ECCV 2020, algorithms 1 to 3. Sizes shrink at fixed proposals, whatever num_queries, as in AutoAttack.
     Differs from the released code: every image draws windows and signs of its own.
     """
     x, y = jnp.asarray(x), jnp.asarray(y)
-    bounds = iterated.check(x, y, None, bounds, num_queries=num_queries)
-    attack = square_program(objective, norm, num_queries, p_init, bounds)
-    return iterated.whole(attack, key, logits_fn, x, y, eps)
+    bounds = iterated.check(x, y, bounds)
+    if reason := unsupported(norm, x.shape[1:]):
+        raise ValueError(f"square needs {reason}.")
+    num_queries, p_init = inputs.count("num_queries", num_queries), inputs.number("p_init", p_init, 0, 1)
+
+    def build(_: int) -> Iterated:
+        return square_program(objective, norm, num_queries, p_init, bounds)
+
+    return iterated.attack_batch(build, key, logits_fn, x, y, eps)
+
+
+def unsupported(norm: str, shape: tuple[int, ...]) -> str:
+    """What `square` needs and an example of this shape does not have; empty where it can be attacked."""
+    if norm == "l2":
+        fits = len(shape) in (2, 3) and min(shape[:2]) >= 5
+        seen = f"got examples of shape {shape}"
+        return "" if fits else f"images of at least 5 x 5 pixels for L2, [batch, height, width(, channels)], {seen}"
+    fits = len(shape) in (1, 2, 3) and min(shape) >= 1
+    return "" if fits else f"images [batch, height, width(, channels)] or vectors [batch, d], got examples of {shape}"
+
+
+def _as_image(example: Array) -> Array:
+    """[height, width, channels] of one example: an image of one channel, or a vector as one row of pixels."""
+    return example.reshape(_image_shape(example.shape))
+
+
+def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
+    return {1: (1, *shape, 1), 2: (*shape, 1), 3: shape}[len(shape)]  # type: ignore[return-value]
 
 
 @functools.lru_cache
@@ -83,24 +110,24 @@ def square_program(objective: Callable, norm: str, num_queries: int, p_init: flo
     start, propose = {"linf": (_stripes, _linf_proposal), "l2": (_bumps, _l2_proposal)}[norms.get(norm) and norm]
 
     def begin(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
-        if x.ndim != 4 or (norm == "l2" and min(x.shape[1:3]) < 5):
-            least = ", at least 5 x 5 pixels for L2" if norm == "l2" else ""
-            raise ValueError(f"square needs images [batch, height, width, channels]{least}, got shape {x.shape}.")
-        delta = jax.vmap(start)(keys, x, eps)
-        none, zero = jnp.full_like(eps, -jnp.inf), jnp.zeros_like(eps, jnp.int32)
+        delta = jax.vmap(start)(keys, jax.vmap(_as_image)(x), eps).reshape(x.shape)
+        none, zero = jnp.full_like(eps, -jnp.finfo(eps.dtype).max), jnp.zeros_like(eps, jnp.int32)
         return State(x, y, keys, eps, jnp.clip(x + delta, low, high), none, zero, jnp.zeros_like(eps, bool))
 
     def proposal(key: Array, number: Array, x: Array, x_adv: Array, eps: Array) -> Array:
-        level = jnp.sum(number >= jnp.asarray(HALVINGS))
-        delta = propose(jax.random.fold_in(key, number), level, p_init, x_adv - x, eps)
-        return jnp.clip(x + delta, low, high)
+        level = jnp.sum(number >= jnp.asarray(HALVINGS, number.dtype))
+        delta = propose(jax.random.fold_in(key, number), level, sides(x.shape), _as_image(x_adv - x), eps)
+        return jnp.clip(x + delta.reshape(x.shape), low, high)
+
+    def sides(shape: tuple[int, ...]) -> np.ndarray:
+        return _sides(p_init, _image_shape(shape), norm, vector=len(shape) == 1)
 
     def step(network: Network, state: State) -> State:
         first = state.steps_taken == 0
         point = jax.vmap(proposal)(state.key, state.steps_taken - 1, state.x, state.x_adv, state.eps)
         point = choose(first, state.x_adv, point)
         logits = iterated.logits_of(network, point, state.key)
-        value, broken = objective(logits, state.y), iterated.wrong(logits, state.y)
+        value, broken = iterated.comparable(objective(logits, state.y), state.x), iterated.wrong(logits, state.y)
         x_adv, value = choose(first | broken | (value > state.value), (point, value), (state.x_adv, state.value))
         new = state._replace(x_adv=x_adv, value=value, steps_taken=state.steps_taken + 1, broken=broken)
         return choose(~state.broken & (state.steps_taken <= num_queries), new, state)
@@ -108,10 +135,13 @@ def square_program(objective: Callable, norm: str, num_queries: int, p_init: flo
     return Iterated(begin, step, num_queries + 1, 1, gradients=0, carries=("x_adv", "value", "steps_taken"))
 
 
-def _sides(p_init: float, shape: tuple[int, ...], norm: str) -> np.ndarray:
-    """Side of the window, in pixels, after each number of halvings; odd and at least 3 for L2."""
-    share = p_init / 2.0 ** np.arange(len(HALVINGS) + 1)
-    sides = np.maximum(np.round(np.sqrt(share * shape[0] * shape[1])), 3 if norm == "l2" else 1).astype(np.int32)
+def _sides(p_init: float, shape: tuple[int, ...], norm: str, vector: bool = False) -> np.ndarray:
+    """Side of the window, in pixels, after each number of halvings; odd and at least 3 for L2.
+
+    Of a vector the length of an interval, which holds the share p of the features as a square does of the pixels.
+    """
+    area = p_init / 2.0 ** np.arange(len(HALVINGS) + 1) * shape[0] * shape[1]
+    sides = np.maximum(np.round(area if vector else np.sqrt(area)), 3 if norm == "l2" else 1).astype(np.int32)
     return np.minimum(sides + (sides % 2 == 0), min(shape[:2])) if norm == "l2" else sides
 
 
@@ -136,9 +166,9 @@ def _stripes(key: Array, x: Array, eps: Array) -> Array:
     return jnp.broadcast_to(eps * _signs(key, (1, *x.shape[1:]), x.dtype), x.shape)
 
 
-def _linf_proposal(key: Array, level: Array, p_init: float, delta: Array, eps: Array) -> Array:
+def _linf_proposal(key: Array, level: Array, sides: np.ndarray, delta: Array, eps: Array) -> Array:
     key_corner, key_sign = jax.random.split(key)
-    size = jnp.asarray(_sides(p_init, delta.shape, "linf"))[level]
+    size = jnp.asarray(sides)[level]
     inside, _, _ = _window(_corner(key_corner, size, delta.shape), size, delta.shape)
     sign = _signs(key_sign, (1, 1, delta.shape[-1]), delta.dtype)
     return jnp.clip(delta + jnp.where(inside, 2 * eps * sign, 0), -eps, eps)
@@ -152,16 +182,17 @@ def _bumps(key: Array, x: Array, eps: Array) -> Array:
     key_turn, key_sign = jax.random.split(key)
     turn = jax.random.bernoulli(key_turn, shape=(*cells, 1, 1))
     bump = jnp.asarray(_bump(side), x.dtype)
-    bumps = jnp.where(turn, bump.T, bump)[..., None] * _signs(key_sign, (*cells, 1, 1, x.shape[2]), x.dtype)
+    bumps = jnp.where(turn, bump.T[None, None], bump[None, None])[..., None] * _signs(
+        key_sign, (*cells, 1, 1, x.shape[2]), x.dtype
+    )
     grid = bumps.transpose(0, 2, 1, 3, 4).reshape(cells[0] * side, cells[1] * side, x.shape[2])
     after = [length - first - cell * side for length, cell in zip(x.shape[:2], cells, strict=True)]
     return _scaled(jnp.pad(grid, [(first, after[0]), (first, after[1]), (0, 0)]), eps)
 
 
-def _l2_proposal(key: Array, level: Array, p_init: float, delta: Array, eps: Array) -> Array:
+def _l2_proposal(key: Array, level: Array, sides: np.ndarray, delta: Array, eps: Array) -> Array:
     """Clears the second window and fills the first with its own shape plus a bump, and with the energy of both."""
     key_corner, key_other, key_turn, key_sign = jax.random.split(key, 4)
-    sides = _sides(p_init, delta.shape, "l2")
     size = jnp.asarray(sides)[level]
     inside, row, column = _window(_corner(key_corner, size, delta.shape), size, delta.shape)
     other, _, _ = _window(_corner(key_other, size, delta.shape), size, delta.shape)
@@ -180,7 +211,7 @@ def _l2_proposal(key: Array, level: Array, p_init: float, delta: Array, eps: Arr
 
 
 def _per_channel(image: Array) -> Array:
-    return jnp.sqrt(jnp.sum(image**2, axis=(0, 1)))
+    return jnp.sqrt(jnp.sum(image**2, axis=(0, 1), keepdims=True))
 
 
 def _scaled(delta: Array, eps: Array) -> Array:

@@ -6,17 +6,44 @@ from jax import Array
 
 from lt_adv.attacks.norms import Norm
 
+IMPL = "threefry2x32"
 STARTS = ("zero", "uniform", "one_sided", "gaussian")
 _GAUSSIAN_SCALE = 0.001  # of the [0, 1] pixel range, the start of TRADES
 
 
+def threefry(keys: Array) -> Array:
+    """`keys` as keys of threefry, one derived from each; those of threefry as they are.
+
+    Keys of rbg and unsafe_rbg cannot be used under vmap: all examples would draw from the first key, so that starts
+    repeat and a result depends on its batch.
+    """
+    if jax.random.key_impl(keys) == IMPL:
+        return keys
+    words = jax.random.key_data(keys)
+    words = jnp.concatenate([words, jnp.zeros((*words.shape[:-1], 2), words.dtype)], axis=-1)
+
+    def derive(words: Array) -> Array:
+        key = jax.random.wrap_key_data(words[:2], impl=IMPL)
+        for i in range(2, len(words) - 2):
+            key = jax.random.fold_in(key, words[i])
+        return key
+
+    for _ in range(keys.ndim):
+        derive = jax.vmap(derive)
+    return derive(words)
+
+
 def example_keys(key: Array, batch: int) -> Array:
-    """One key per example: fold_in(key, i) for a single key, the keys themselves if there are [batch]."""
+    """One threefry key per example: fold_in(key, i) for a single key, the keys themselves if there are [batch].
+
+    ValueError for keys that are not typed, or of another shape.
+    """
     dtype = getattr(key, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
         raise ValueError(f"key must be typed, from jax.random.key(seed); got {dtype or type(key).__name__}.")
     if key.shape not in ((), (batch,)):
         raise ValueError(f"key must be one key or one per example, shape () or ({batch},); got {key.shape}.")
+    key = threefry(key)
     return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
 
 

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv import processes
-from lt_adv.attacks import autoattack
+from lt_adv.attacks import autoattack, objectives, starts
 from lt_adv.evaluation import progress, protocol, records
 from lt_adv.evaluation.records import CLEAN, WORST, Records
 
@@ -38,7 +38,7 @@ def balanced_subset(label: np.ndarray, per_class: int, seed: int = 0) -> np.ndar
 
 @functools.lru_cache(maxsize=64)
 def _judge(apply: Callable, norm: str, mesh: Mesh) -> Callable:
-    """Jitted (variables, x, x_adv) -> (predictions [b], what says of each image whether x_adv was allowed).
+    """Jitted (variables, x, x_adv) -> (predictions [b], how far x_adv of each image is from x and outside the box).
 
     Images are reduced to one figure each; over images the host reduces, for a maximum across devices loses NaNs.
     """
@@ -48,7 +48,7 @@ def _judge(apply: Callable, norm: str, mesh: Mesh) -> Callable:
         delta = (x_adv - x).reshape(len(x), -1)
         size = jnp.abs(delta).max(-1) if norm == "linf" else jnp.linalg.norm(delta, axis=-1)
         outside = jnp.maximum(-x_adv, x_adv - 1.0).reshape(len(x), -1).max(-1)
-        return jnp.argmax(logits, -1).astype(jnp.int32), (size, outside, ~jnp.isfinite(logits).all(-1))
+        return objectives.prediction(logits), (size, outside)
 
     return jax.jit(judge, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -63,7 +63,7 @@ def _pixels(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 255.0
 
 
-def _check(name: str, options: Mapping[str, Any], size: np.ndarray, outside: np.ndarray, nonfinite: np.ndarray) -> None:
+def _check(name: str, options: Mapping[str, Any], size: np.ndarray, outside: np.ndarray) -> None:
     """Raise unless every image lies in the ball and the box; written so that a NaN raises too."""
     size, outside = size.max(), outside.max()
     eps = options.get("eps", 0.0)
@@ -73,17 +73,15 @@ def _check(name: str, options: Mapping[str, Any], size: np.ndarray, outside: np.
         raise ValueError(f"{name}: an adversarial image is {size:.9g} away from its clean image, eps is {eps!r}.")
     if not outside <= TOLERANCE:
         raise ValueError(f"{name}: an adversarial image leaves [0, 1] by {outside:.3g}.")
-    if nonfinite.any():
-        raise ValueError(f"{name}: the logits of {nonfinite.sum()} images are not finite; check the weights.")
 
 
 class _Runner:
     """Network and data on the mesh: attacks and judges one padded batch at a time."""
 
     def __init__(self, key, apply, variables, mesh: Mesh) -> None:
-        self.given, self.apply, self.mesh = (key, apply, variables), apply, mesh
+        self.given, self.apply, self.mesh = (starts.threefry(key), apply, variables), apply, mesh
         self.shard = NamedSharding(mesh, PartitionSpec("data"))
-        self.key, self.variables = processes.put((key, variables), processes.replicated(mesh))
+        self.key, self.variables = processes.put((self.given[0], variables), processes.replicated(mesh))
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
         """Rows padded to `size` by repeating the first, in shards; the padding's results are cut off afterwards."""
@@ -135,7 +133,8 @@ def evaluate(
     written to `directory/records/<digest of the header>` as soon as it is done; batches found there are not computed
     again, damaged ones are, with a warning line. `directory=None` writes nothing. Compiled programs are kept per
     `apply` object: pass the same one again and nothing is compiled twice. Errors: ValueError for a bad attack entry,
-    when an attack leaves its ball or [0, 1] (tolerance 1e-6), or when logits are not finite.
+    when an attack leaves its ball or [0, 1] (tolerance 1e-6), or when no logit of the first batch is finite. An image
+    whose logits are not finite counts as wrong, with the prediction -1.
     """
     console = console or rich.console.Console(stderr=True, markup=False)
     if reserved := {CLEAN, WORST} & set(attacks):
@@ -172,23 +171,23 @@ def evaluate(
             for name in (CLEAN, *pieces):
                 x_adv = x if name == CLEAN else runner.attack(name, attacks[name], x, y, index)
                 prediction = runner.judge(name, options.get(name, {}), x, x_adv, len(label))
+                if number == 0 and name == CLEAN and (prediction < 0).all():
+                    raise ValueError(f"clean: the logits of {len(label)} images are not finite; check the weights.")
                 columns[CLEAN if name == CLEAN else f"attack/{name}"] = prediction
                 meter.count(name, int((prediction == label).sum()), len(label), work[name])
             if where is not None and processes.first():
                 records.write_batch(where, number, columns)
             found[number] = columns
-    columns = {
-        name: _column(runner, name, attacks[name], split, batch_size, where, console)
-        for name in attacks
-        if name not in pieces
-    }
-    return records.assemble(header, [found[number] for number in range(len(parts))], columns)
+    columns, notes = {}, {}
+    for name in (name for name in attacks if name not in pieces):
+        columns[name], notes[name] = _column(runner, name, attacks[name], split, batch_size, where, console)
+    return records.assemble(header, [found[number] for number in range(len(parts))], columns, notes)
 
 
 def _column(
     runner: _Runner, name: str, spec: Mapping[str, Any], split: Any, batch_size: int, where: epath.Path | None, console
-) -> np.ndarray:
-    """Predictions under an attack that looks at all images at once: AutoAttack, whose batches are what is left."""
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Predictions under an attack that looks at all images at once, AutoAttack, and its notes."""
     column = None
     if where is not None:
         try:
@@ -196,7 +195,7 @@ def _column(
         except ValueError as error:
             console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
     if processes.agree(column is not None):
-        return column
+        return column, records.read_notes(where, name)
     options = protocol.resolve(spec)[1]
     parts = [slice(i, i + batch_size) for i in range(0, len(split.label), batch_size)]
     x = np.concatenate([np.asarray(_pixels(np.asarray(split.image[rows]))) for rows in parts])
@@ -215,16 +214,17 @@ def _column(
         devices=list(here.mesh.devices.flat),
     )
     x_adv_all, prediction = processes.gather((result.x_adv, result.prediction), len(x))
-    for note in result.notes:
+    notes = tuple(note for note in result.notes if "not finite" not in note)  # the records count these
+    for note in notes:
         console.print(f"warning: {note}", highlight=False, soft_wrap=True)
     for rows in parts:
         x_adv = runner.put(x_adv_all[rows], -(-batch_size // runner.mesh.size) * runner.mesh.size)
         images = len(split.label[rows])
         runner.judge(name, options, runner.put(x[rows], len(x_adv)), x_adv, images)
     if where is not None and processes.first():
-        records.write_column(where, name, prediction)
+        records.write_column(where, name, prediction, notes)
         (where / name).rmtree()
-    return prediction
+    return prediction, notes
 
 
 def examples(

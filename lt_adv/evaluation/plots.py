@@ -282,9 +282,8 @@ def examples(pictures: Mapping[str, Any], class_names: Sequence[str], class_coun
         grid[0, column].set_title(f"{name}\n{class_counts[label]:,} images", fontsize=8, color=INK)
         for row, prediction in ((0, before), (2, after)):
             colour = DARK if prediction == label else ACCENT
-            grid[row, column].set_xlabel(
-                _shorten(class_names[prediction], 14), fontsize=8, color=colour, fontweight="bold"
-            )
+            name = class_names[prediction] if prediction >= 0 else "not finite"
+            grid[row, column].set_xlabel(_shorten(name, 14), fontsize=8, color=colour, fontweight="bold")
     labels = ("clean", f"perturbation\n× {scale:.3g} around grey", f"{title(pictures['attack'])}\neps {eps:.6g}")
     for row, label in enumerate(labels):
         grid[row, 0].set_ylabel(label, fontsize=8, color=SOFT)

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,13 +24,18 @@ CLEAN = "clean"
 
 @dataclasses.dataclass(frozen=True)
 class Records:
-    """Predicted classes of every test image: `clean` and one column per attack, int32 [n], beside label and index."""
+    """Predicted classes of every test image: `clean` and one column per attack, int32 [n], with label and index.
+
+    A prediction is -1 where the logits were not finite, which is wrong whatever the label. `notes` are what AutoAttack
+    said of its result, by the attack's name.
+    """
 
     header: Mapping[str, Any]
     index: np.ndarray
     label: np.ndarray
     clean: np.ndarray
     attacks: Mapping[str, np.ndarray]
+    notes: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         columns = {"index": self.index, "clean": self.clean, **self.attacks}
@@ -90,7 +95,7 @@ class Records:
     def take(self, rows: np.ndarray) -> "Records":
         """The same records for some rows only (positions or a mask); the header is kept as it is."""
         attacks = {name: column[rows] for name, column in self.attacks.items()}
-        return Records(self.header, self.index[rows], self.label[rows], self.clean[rows], attacks)
+        return Records(self.header, self.index[rows], self.label[rows], self.clean[rows], attacks, self.notes)
 
 
 def _plain(value: Any) -> Any:
@@ -168,10 +173,10 @@ def column_path(where: epath.PathLike, name: str) -> epath.Path:
     return epath.Path(where) / f"column-{name}.npz"
 
 
-def write_column(where: epath.PathLike, name: str, prediction: np.ndarray) -> None:
-    """The predictions on all images under an attack that is not run batch by batch."""
+def write_column(where: epath.PathLike, name: str, prediction: np.ndarray, notes: Sequence[str] = ()) -> None:
+    """The predictions on all images under an attack that is not run batch by batch, and what it said of them."""
     buffer = io.BytesIO()
-    np.savez(buffer, prediction=prediction)
+    np.savez(buffer, prediction=prediction, notes=np.array(notes, dtype=np.str_))
     files.write_atomically(column_path(where, name), buffer.getvalue())
 
 
@@ -180,10 +185,16 @@ def read_column(where: epath.PathLike, name: str) -> np.ndarray | None:
     path = column_path(where, name)
     if (found := _read(path)) is None:
         return None
-    if set(found) != {"prediction"}:
+    if set(found) != {"prediction", "notes"}:
         raise ValueError(f"Record file {path} holds other columns.")
-    _check(where, path, found)
+    _check(where, path, {"prediction": found["prediction"]})
     return found["prediction"]
+
+
+def read_notes(where: epath.PathLike, name: str) -> tuple[str, ...]:
+    """The notes of a column that `read_column` can read."""
+    found = _read(column_path(where, name)) or {}
+    return tuple(str(note) for note in found.get("notes", ()))
 
 
 def _check(where: epath.PathLike, path: epath.Path, columns: Mapping[str, np.ndarray]) -> None:
@@ -194,18 +205,21 @@ def _check(where: epath.PathLike, path: epath.Path, columns: Mapping[str, np.nda
         fits = column.ndim == 1 and (name != "prediction" or images in (None, len(column)))
         if not fits or column.dtype.kind not in "iu":
             raise ValueError(f"Record file {path} holds {column.dtype} {column.shape} where predictions should be.")
-        if column.size and not 0 <= column.min() <= column.max() < classes:
+        if column.size and not -1 <= column.min() <= column.max() < classes:  # -1: the logits were not finite
             raise ValueError(f"Record file {path} holds predictions of classes that do not exist.")
 
 
 def assemble(
-    header: Mapping[str, Any], batches: list[dict[str, np.ndarray]], whole: Mapping[str, np.ndarray]
+    header: Mapping[str, Any],
+    batches: list[dict[str, np.ndarray]],
+    whole: Mapping[str, np.ndarray],
+    notes: Mapping[str, tuple[str, ...]],
 ) -> Records:
     """Records from the columns of all batches, in order, and the columns of attacks on all images at once."""
     columns = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
     columns |= {f"attack/{name}": column for name, column in whole.items()}
     attacks = {name: columns[f"attack/{name}"] for name in header["attacks"]}
-    return Records(header, columns["index"], columns["label"], columns["clean"], attacks)
+    return Records(header, columns["index"], columns["label"], columns["clean"], attacks, notes)
 
 
 def read(directory: epath.PathLike) -> Records:
@@ -233,4 +247,4 @@ def read(directory: epath.PathLike) -> Records:
     whole = {name: read_column(where, name) for name in header["attacks"] if f"attack/{name}" not in batches[0]}
     if missing := [name for name, column in whole.items() if column is None]:
         raise ValueError(f"{where}: {', '.join(missing)} is missing; run the evaluation again.")
-    return assemble(header, batches, whole)
+    return assemble(header, batches, whole, {name: read_notes(where, name) for name in whole})

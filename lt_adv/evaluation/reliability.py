@@ -11,13 +11,14 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv import attacks
 from lt_adv.attacks.autoattack import attacks_of
 from lt_adv.attacks.convolutions import canonical
+from lt_adv.attacks.inputs import check_logits
+from lt_adv.attacks.starts import threefry
 
 # How far the largest logit leads, in the median, when PGD looks at the rescaled logits. Relative to the network's own
 # scale, so that no temperature, however large or small, lies outside the sweep.
@@ -34,7 +35,7 @@ class Programs(NamedTuple):
 
     # Whether the input gradient is exactly zero, as three programs: in one, the product that a network may end in (a
     # temperature) is fused into the loss, and its rounding error is all that is left of the gradient.
-    logits: Callable[..., Any]  # (variables, x) -> logits
+    logits: Callable[..., Any]  # (variables, x) -> logits, in at least float32
     slope: Callable[..., Any]  # (logits, y) -> the gradient of CE(z) in z
     zero: Callable[..., Any]  # (variables, x, slope) -> bool [b]
     right: Callable[..., Any]  # (variables, x, y) -> bool [b]
@@ -45,6 +46,9 @@ class Programs(NamedTuple):
 
 @functools.lru_cache(maxsize=16)
 def _programs(apply: Callable, norm: str, num_steps: int, queries: int) -> Programs:
+    def logits(variables, x):
+        return check_logits(apply(variables, x), x)
+
     def slope(logits, y):
         return jax.grad(lambda logits: attacks.cross_entropy(logits, y).sum())(logits)
 
@@ -53,7 +57,7 @@ def _programs(apply: Callable, norm: str, num_steps: int, queries: int) -> Progr
         return (gradient == 0).reshape(len(x), -1).all(-1)
 
     def right(variables, x, y):
-        return jnp.argmax(apply(variables, x), -1) == y
+        return attacks.prediction(apply(variables, x)) == y
 
     def pgd(key, variables, x, y, eps, step_size, logit_scale):
         objective = functools.partial(attacks.cross_entropy, logit_scale=logit_scale)
@@ -68,7 +72,7 @@ def _programs(apply: Callable, norm: str, num_steps: int, queries: int) -> Progr
         network = functools.partial(apply, variables)
         return attacks.square(key, network, x, y, eps=eps, num_queries=queries, norm=norm)
 
-    return Programs(*map(jax.jit, (apply, slope, zero, right, pgd, cw, square)))
+    return Programs(*map(jax.jit, (logits, slope, zero, right, pgd, cw, square)))
 
 
 def probe(
@@ -100,7 +104,9 @@ def probe(
     `zero_gradient` is such a string, too: images whose gradient of CE(z) is exactly zero in every pixel. `logit_lead`:
     the largest logit minus the second, in the median over the images. `logits_change`: the largest difference between
     the logits of two passes, as a share of the largest logit. `probabilities`: no logit is negative, and those of
-    each image add up to one. `protocol` holds the arguments.
+    each image add up to one. `batch_change`: as `logits_change`, of the first image between its batch and a batch of
+    nothing but itself. `not_finite`: clean images whose logits are not finite; they count as wrong. `protocol` holds
+    the arguments.
 
     Args:
       key: one typed key; image i draws from fold_in(fold_in(key, crc32(attack)), i), whatever the batch and devices.
@@ -112,7 +118,7 @@ def probe(
         makes this column another start of pgd20 and so says how much that can find.
       autoattack: a version, or names of its attacks.
     """
-    images, labels = np.asarray(images), np.asarray(labels, np.int32)
+    key, images, labels = threefry(key), np.asarray(images), np.asarray(labels, np.int32)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(f"images [n, h, w, c] and labels [n] are needed, got {images.shape} and {labels.shape}.")
     version = list(attacks_of(autoattack)) if autoattack else []
@@ -142,16 +148,21 @@ def probe(
 
     seen, again = ([programs.logits(variables, x) for x, _ in batches] for _ in range(2))
     logits = whole(seen)
-    if logits.shape[-1] < 2 or not np.isfinite(logits).all():
+    finite = np.isfinite(logits).all(-1)
+    if logits.shape[-1] < 2 or not finite.any():
         raise ValueError(f"Logits must be finite, of two classes or more; got {logits.shape[-1]} classes.")
     slopes = [programs.slope(z, y) for z, (_, y) in zip(seen, batches, strict=True)]
     zero = whole([programs.zero(variables, x, slope) for (x, _), slope in zip(batches, slopes, strict=True)])
-    change = max(np.abs(whole(again) - logits).max(), _python_change(apply, variables, batches[0][0][:2]))
-    second, first = np.partition(logits, -2)[:, -2:].T
+    change = max(_difference(whole(again), logits), _python_change(apply, variables, batches[0][0][:2]))
+    row = int(finite.argmax())
+    alone = jax.device_put(np.repeat(_pixels(images[row : row + 1]), size, axis=0), shard)
+    batch_change = _difference(np.asarray(programs.logits(variables, alone)), logits[row : row + 1])
+    largest = max(np.abs(logits[finite]).max(), np.finfo(np.float32).tiny)
+    second, first = np.partition(logits[finite], -2)[:, -2:].T
     lead = float(np.median(first - second))
     sweep = {f"scale_{name:g}": name / lead for name in LEADS} if lead > 0 else {}
 
-    columns["clean"] = logits.argmax(-1) == labels
+    columns["clean"] = finite & (logits.argmax(-1) == labels)
     for name, scale in {f"pgd{num_steps}": 1.0, "lsa": LSA_SCALE, **sweep}.items():
         columns[name] = judged(attacked(programs.pgd, "pgd", variables, eps, step_size, scale))
     columns[f"cw{num_steps}"] = judged(attacked(programs.cw, "cw", variables, eps, step_size))
@@ -185,7 +196,9 @@ def probe(
         },
         "label": labels.tolist(),
         "classes": logits.shape[-1],
-        "logits_change": float(change / max(np.abs(logits).max(), np.finfo(np.float32).tiny)),
+        "logits_change": float(change / largest),
+        "batch_change": float(batch_change / largest),
+        "not_finite": int((~finite).sum()),
         "probabilities": bool((logits >= 0).all() and (np.abs(logits.sum(-1) - 1) < 1e-5).all()),
         "logit_lead": lead,
         "scales": sweep,
@@ -249,5 +262,11 @@ def _radii(eps: float, most: float) -> list[float]:
 
 def _python_change(apply: Callable, variables: Any, x: jax.Array) -> float:
     """The same without jit, for randomness that a trace would freeze: a generator of NumPy's, a counter."""
-    first, second = (np.asarray(apply(variables, x)) for _ in range(2))
-    return float(np.abs(first - second).max())
+    first, second = (np.asarray(check_logits(apply(variables, x), x)) for _ in range(2))
+    return _difference(first, second)
+
+
+def _difference(a: np.ndarray, b: np.ndarray) -> float:
+    """The largest difference between logits that are finite on both sides."""
+    both = np.isfinite(a) & np.isfinite(b)
+    return float(np.where(both, np.abs(np.where(both, a, 0) - np.where(both, b, 0)), 0).max())

@@ -95,7 +95,11 @@ def warnings(records: Records) -> list[str]:
                 f"{condition}: balanced accuracy {100 * value:.2f} % is not above chance level "
                 f"(1/{records.num_classes} plus {CHANCE_SIGMAS:g} standard errors = {100 * threshold:.2f} %)."
             )
-    predicted = np.bincount(records.clean, minlength=records.num_classes)
+    for condition in (CLEAN, *records.attacks):
+        if undefined := int((records.prediction(condition) < 0).sum()):
+            found.append(f"{condition}: the logits of {undefined} images are not finite: they count as wrong.")
+    found += [f"{name}: {note}" for name, notes in records.notes.items() for note in notes]
+    predicted = np.bincount(records.clean[records.clean >= 0], minlength=records.num_classes)
     never = [records.class_names[c] for c in np.flatnonzero((predicted == 0) & (records.images_per_class > 0))]
     if never:
         more = f" and {len(never) - 10} more" if len(never) > 10 else ""

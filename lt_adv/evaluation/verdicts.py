@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from lt_adv.attacks.autoattack import DEPENDENCE
 from lt_adv.evaluation.reliability import rows, unpacked
 from lt_adv.evaluation.report import title
 
@@ -45,7 +46,8 @@ def verdict(
 
     `trustworthy`: whether there is no reason against it; None without a baseline, where no gain can be judged.
     `words`: the verdict in a line. `reasons`: sentences, one for each of
-      - what the official checks of AutoAttack warn of: a random forward pass, probabilities instead of logits;
+      - what the official checks of AutoAttack warn of: a random forward pass, probabilities instead of logits; and
+        logits that change with the other images of a batch;
       - a gain under an attack, on all images or those of a group of classes (`groups`: name -> classes), that is beyond
         the noise, and most of which is gone in the worst case, by more than the noise;
       - more input gradients that are exactly zero than the baseline has;
@@ -146,6 +148,11 @@ def _forward(facts: Mapping[str, Any]) -> list[str]:
             "largest between two passes, and an attack on one of them is none on the other (AutoAttack's version "
             "'rand' averages)."
         )
+    if facts["batch_change"] > max(DEPENDENCE, facts["logits_change"]):
+        found.append(
+            f"The logits of an image change with the other images of its batch, by {facts['batch_change']:.2g} of the "
+            "largest: what is measured depends on the batches. Is the network in training mode?"
+        )
     if facts["probabilities"]:
         found.append(
             "The logits are probabilities: they add up to one, and an attack on their cross-entropy applies a second "
@@ -155,10 +162,12 @@ def _forward(facts: Mapping[str, Any]) -> list[str]:
 
 
 def _notes(facts: Mapping[str, Any]) -> list[str]:
-    classes = facts["classes"]
-    if classes >= 4:
-        return []
-    return [f"There are {classes} classes, and AutoAttack's targeted ratio needs four: differences take its place."]
+    classes, notes = facts["classes"], []
+    if facts["not_finite"]:
+        notes.append(f"The logits of {facts['not_finite']} clean images are not finite: they count as wrong.")
+    if classes < 4:
+        notes.append(f"There are {classes} classes, and AutoAttack's targeted ratio needs four: it takes differences.")
+    return notes
 
 
 def _unreal(unreal: Sequence[Mapping[str, Any]]) -> str:

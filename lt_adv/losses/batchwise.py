@@ -8,9 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.losses import priors
+from lt_adv.losses import inputs, priors
 
 
+@inputs.constants_allowed
 def tail_alignment(
     features: Array, labels: Array, *, class_counts: ArrayLike, tail: ArrayLike, margin: float = 1.0
 ) -> Array:
@@ -36,6 +37,7 @@ def tail_alignment(
     """
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}.")
+    features = _features(features, labels, class_counts)
     log_p = jax.nn.log_softmax(features)
     fixed = jax.lax.stop_gradient(log_p)
     crossed = jnp.matmul(jnp.exp(fixed), log_p.T, precision="highest")
@@ -45,6 +47,7 @@ def tail_alignment(
     return jnp.where(jnp.asarray(tail)[labels], jnp.mean(weight * values, axis=-1), 0)
 
 
+@inputs.constants_allowed
 def tail_alignment_released(features: Array, labels: Array, *, class_counts: ArrayLike, tail: ArrayLike) -> Array:
     """TAIL as REAT's released code computes it. Arguments and result: `tail_alignment`.
 
@@ -54,14 +57,16 @@ def tail_alignment_released(features: Array, labels: Array, *, class_counts: Arr
     One divergence for each anchor i, from all the batch at once: minimised, it draws an anchor and the whole batch
     together where other classes prevail, which is the opposite of the stated intent.
     """
+    features = _features(features, labels, class_counts)
     log_p = jax.nn.log_softmax(features)
     fixed = jax.lax.stop_gradient(log_p)
-    divergence = jnp.mean(jnp.exp(fixed) * (fixed - jnp.mean(log_p, axis=0)), axis=-1)
+    divergence = jnp.mean(jnp.exp(fixed) * (fixed - jnp.mean(log_p, axis=0, keepdims=True)), axis=-1)
     same, weight = _pairs(labels, class_counts, features)
     values = divergence * jnp.mean(jnp.where(same, -weight, weight), axis=-1)
     return jnp.where(jnp.asarray(tail)[labels], values, 0)
 
 
+@inputs.constants_allowed
 def hierarchical_equalisation(
     values: Array, labels: Array, *, num_classes: int, a: float = 0.1, b: float = 0.1, g: float = 0.1
 ) -> Array:
@@ -85,7 +90,11 @@ def hierarchical_equalisation(
 
     Reference: TAET, CVPR 2025.
     """
-    member = (labels[:, None] == jnp.arange(num_classes)).astype(values.dtype)
+    values = inputs.floats(values)
+    if values.ndim != 1:
+        raise ValueError(f"values must be one loss per example, [batch], got shape {values.shape}.")
+    inputs.check_labels(labels, len(values), num_classes)
+    member = inputs.one_hot(labels, num_classes).astype(values.dtype)
     means = jnp.matmul(values, member, precision="highest") / (jnp.sum(member, axis=0) + 1e-10)
     share = means / (jnp.sum(means) + 1e-10)
     spread = jnp.mean(jnp.square(means - jnp.mean(means)))
@@ -94,6 +103,15 @@ def hierarchical_equalisation(
 
 def _pairs(labels: Array, class_counts: ArrayLike, features: Array) -> tuple[Array, Array]:
     """(same label, weight) of every pair, [batch, batch]."""
-    n = priors.counts(class_counts, dtype=jnp.result_type(features))
+    n, labels = priors.counts(class_counts, dtype=jnp.result_type(features)), jnp.asarray(labels)
     root = jnp.sqrt(n.sum() / n)[labels]
-    return labels[:, None] == labels, root[:, None] + root
+    return labels[:, None] == labels[None, :], root[:, None] + root[None, :]
+
+
+def _features(features: Array, labels: Array, class_counts: ArrayLike) -> Array:
+    """Features in at least float32, once the labels are checked against them."""
+    features = inputs.floats(features)
+    if features.ndim != 2:
+        raise ValueError(f"features must be [batch, d], got shape {features.shape}.")
+    inputs.check_labels(labels, len(features), priors.counts(class_counts).shape[0])
+    return features

@@ -1,11 +1,12 @@
 """Losses of logits and labels.
 
 Common arguments, of every loss here:
-  logits: z, [batch, classes], floating.
+  logits: z, [batch, classes]; computed with in at least float32.
   labels: y, integers [batch].
   class_counts: n, training counts [classes], each at least one; pi_c = n_c / sum_k n_k.
 Every loss returns one value per example, [batch], in nats; the caller reduces. Those that do not need `class_counts`
-take it all the same, so that any of them can stand in for any other. ValueError for counts that do not fit the logits.
+take it all the same, so that any of them can stand in for any other. ValueError for counts or labels that do not fit
+the logits.
 """
 
 from typing import Literal
@@ -15,22 +16,27 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.losses import priors
+from lt_adv.losses import inputs, priors
 
 
+@inputs.constants_allowed
 def cross_entropy(logits: Array, labels: Array, *, class_counts: ArrayLike | None = None) -> Array:
     """Cross-entropy, -log softmax(z)_y. Arguments and result: top of the module."""
+    logits = inputs.logits_of(logits, labels)
     return -_at_label(jax.nn.log_softmax(logits), labels)
 
 
+@inputs.constants_allowed
 def balanced_softmax(logits: Array, labels: Array, *, class_counts: ArrayLike) -> Array:
     """Balanced softmax, the cross-entropy of z + log n. Arguments and result: top of the module.
 
     Reference: Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020.
     """
-    return cross_entropy(logits + jnp.log(_counts(class_counts, logits)), labels)
+    logits = inputs.logits_of(logits, labels)
+    return cross_entropy(logits + jnp.log(_counts(class_counts, logits))[None, :], labels)
 
 
+@inputs.constants_allowed
 def logit_adjustment(logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 1.0) -> Array:
     """Logit-adjusted cross-entropy, of z + tau log pi. Arguments and result: top of the module.
 
@@ -38,9 +44,11 @@ def logit_adjustment(logits: Array, labels: Array, *, class_counts: ArrayLike, t
 
     Reference: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10.
     """
-    return cross_entropy(logits + tau * _log_prior(class_counts, logits), labels)
+    logits = inputs.logits_of(logits, labels)
+    return cross_entropy(logits + tau * _log_prior(class_counts, logits)[None, :], labels)
 
 
+@inputs.constants_allowed
 def ldam(
     logits: Array, labels: Array, *, class_counts: ArrayLike, max_margin: float = 0.5, scale: float = 1.0
 ) -> Array:
@@ -51,11 +59,13 @@ def ldam(
     Reference: Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
     Differs from its released code: s defaults to 1 (the robust long-tail study) and not 30 (normalised features).
     """
+    logits = inputs.logits_of(logits, labels)
     n = _counts(class_counts, logits)
     margins = priors.ldam_margins(n, max_margin, n.dtype)
-    return cross_entropy(scale * (logits - margins * _one_hot(logits, labels)), labels)
+    return cross_entropy(scale * (logits - _of_label(margins, logits, labels)), labels)
 
 
+@inputs.constants_allowed
 def robal_margin(
     logits: Array,
     labels: Array,
@@ -86,25 +96,27 @@ def robal_margin(
 
     Reference: Wu et al., "Adversarial robustness under long-tailed distribution", CVPR 2021.
     """
+    logits = inputs.logits_of(logits, labels)
     n = _counts(class_counts, logits)
     margins = scale * margin + tau_m * jnp.log(n / n.min())
     prior = tau_b * _log_prior(class_counts, logits)
-    return cross_entropy(scale * logits - margins * _one_hot(logits, labels) + prior, labels)
+    return cross_entropy(scale * logits - _of_label(margins, logits, labels) + prior[None, :], labels)
 
 
-def class_dependent_temperature(
-    logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 0.3
-) -> Array:
+@inputs.constants_allowed
+def class_dependent_temperature(logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 0.3) -> Array:
     """CDT: the cross-entropy of z_c / (n_max / n_c)^tau. Arguments and result: top of the module.
 
     The temperature belongs to the loss: the network attacked and evaluated has the logits z.
 
     Reference: Ye et al., "Identifying and compensating for feature deviation in imbalanced deep learning", 2020.
     """
+    logits = inputs.logits_of(logits, labels)
     n = _counts(class_counts, logits)
-    return cross_entropy(logits * (n / n.max()) ** tau, labels)
+    return cross_entropy(logits * ((n / n.max()) ** tau)[None, :], labels)
 
 
+@inputs.constants_allowed
 def focal(
     logits: Array,
     labels: Array,
@@ -120,10 +132,11 @@ def focal(
 
     Reference: Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 4 (sigmoid).
     """
+    logits = inputs.logits_of(logits, labels)
     if activation == "softmax":
         return _focal_term(_at_label(jax.nn.log_softmax(logits), labels), gamma)
     if activation == "sigmoid":
-        signed = jnp.where(_one_hot(logits, labels), logits, -logits)
+        signed = jnp.where(inputs.one_hot(labels, logits.shape[-1]), logits, -logits)
         return _focal_term(jax.nn.log_sigmoid(signed), gamma).sum(axis=-1)
     raise ValueError(f"Unknown activation {activation!r}. There are: softmax, sigmoid.")
 
@@ -143,10 +156,10 @@ def _log_prior(class_counts: ArrayLike, logits: Array) -> Array:
     return priors.log_prior(n, n.dtype)
 
 
-def _one_hot(logits: Array, labels: Array) -> Array:
-    # A comparison instead of a gather: its gradient is no scatter, and it shards on any mesh.
-    return labels[:, None] == jnp.arange(logits.shape[-1])
+def _of_label(per_class: Array, logits: Array, labels: Array) -> Array:
+    """[batch, classes]: what the label's class has in the place of the label, and zero elsewhere."""
+    return jnp.where(inputs.one_hot(labels, logits.shape[-1]), per_class[None, :], 0)
 
 
 def _at_label(values: Array, labels: Array) -> Array:
-    return jnp.sum(jnp.where(_one_hot(values, labels), values, 0), axis=-1)
+    return jnp.sum(jnp.where(inputs.one_hot(labels, values.shape[-1]), values, 0), axis=-1)

@@ -8,13 +8,18 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
+from lt_adv.losses import inputs
 
+
+@inputs.constants_allowed
 def counts(class_counts: ArrayLike, num_classes: int | None = None, dtype: DTypeLike = float) -> Array:
     """`class_counts` as floats [classes]; ValueError for a wrong length or, where values are known, a count below 1."""
     if class_counts is None:
         raise ValueError("class_counts is missing: give the training count of every class.")
-    if not isinstance(class_counts, jax.core.Tracer) and np.any(np.asarray(jax.device_get(class_counts)) < 1):
-        raise ValueError(f"class_counts must be at least 1 for every class, got {class_counts}.")
+    if not isinstance(class_counts, jax.core.Tracer) and getattr(class_counts, "is_fully_addressable", True):
+        values = np.asarray(jax.device_get(class_counts))
+        if not np.all((values >= 1) & (values < np.inf)):
+            raise ValueError(f"class_counts must be at least 1 for every class, got {class_counts}.")
     result = jnp.asarray(class_counts, dtype)
     if result.ndim != 1 or num_classes not in (None, result.shape[0]):
         expected = "[classes]" if num_classes is None else (num_classes,)
@@ -22,12 +27,14 @@ def counts(class_counts: ArrayLike, num_classes: int | None = None, dtype: DType
     return result
 
 
+@inputs.constants_allowed
 def log_prior(class_counts: ArrayLike, dtype: DTypeLike = float) -> Array:
     """Log frequency of each class, log pi_c = log(n_c / sum_k n_k), [classes]."""
     n = counts(class_counts, dtype=dtype)
     return jnp.log(n / n.sum())
 
 
+@inputs.constants_allowed
 def ldam_margins(class_counts: ArrayLike, max_margin: float = 0.5, dtype: DTypeLike = float) -> Array:
     """Label-distribution-aware margins, m_c = max_margin (n_min / n_c)^(1/4), [classes], in units of logits.
 
@@ -37,6 +44,7 @@ def ldam_margins(class_counts: ArrayLike, max_margin: float = 0.5, dtype: DTypeL
     return max_margin * (n.min() / n) ** 0.25
 
 
+@inputs.constants_allowed
 def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype: DTypeLike = float) -> Array:
     """Inverse effective numbers of samples, w_c proportional to (1 - beta) / (1 - beta^n_c), [classes], of mean one.
 
@@ -44,12 +52,15 @@ def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype:
 
     Reference: Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019.
     """
+    if not 0 <= beta < 1:
+        raise ValueError(f"beta must be from 0 to below 1, got {beta}.")
     n = counts(class_counts, dtype=dtype)
     # 1 - beta^n without cancellation: in float32 a beta next to 1 would leave nothing of it.
-    weights = 1 / -jnp.expm1(n * (math.log(beta) if beta else -math.inf))
+    weights = 1 / -jnp.expm1(n * math.log(beta)) if beta else jnp.ones_like(n)
     return weights / weights.mean()
 
 
+@inputs.constants_allowed
 def rebalanced_weights(class_counts: ArrayLike, predicted_counts: ArrayLike, dtype: DTypeLike = float) -> Array:
     """REAT's class weights, w_c proportional to 1 / (E_c + 1e-5), [classes], of mean one.
 
@@ -62,6 +73,8 @@ def rebalanced_weights(class_counts: ArrayLike, predicted_counts: ArrayLike, dty
     """
     n = counts(class_counts, dtype=dtype)
     m = jnp.asarray(predicted_counts, dtype)
+    if m.shape != n.shape:
+        raise ValueError(f"predicted_counts must have shape {n.shape}, one count per class; got {m.shape}.")
     # 1 - beta^m without cancellation, for beta near 1; 0^0 = 1 for a class of one image.
     effective = -n * jnp.expm1(jax.scipy.special.xlog1py(m, -1 / n))
     weights = 1 / (effective + 1e-5)

@@ -185,4 +185,4 @@ class Method:
 
 def correct(logits: Array, label: Array) -> Array:
     """1 where the prediction is right, [b]: the metric "accuracy" of every method's loss."""
-    return (jnp.argmax(logits, -1) == label).astype(jnp.float32)
+    return (attacks.prediction(logits) == label).astype(jnp.float32)

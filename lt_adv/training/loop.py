@@ -80,7 +80,7 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
 def _monitors(built: program.Program) -> dict[str, Monitor]:
     """By name: "train", clean, on a fixed sample of the training images; "valid", clean and PGD-20, on that split."""
     config, split = built.config, built.data
-    key = jax.random.fold_in(jax.random.key(config.seed), 99)
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 99)
     common = {
         "groups": longtail.groups(split.class_counts),
         "mesh": built.mesh,

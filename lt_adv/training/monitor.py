@@ -9,6 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv import attacks, processes
+from lt_adv.attacks.starts import threefry
 from lt_adv.training.net import AXIS
 
 
@@ -39,13 +40,13 @@ class Monitor:
         sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
         rows = np.concatenate([np.arange(len(label)), np.zeros(padding, np.int64)]).reshape(-1, size)
         image, label = np.asarray(image)[rows], self._label[rows]
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(threefry(key), jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
         self._batches = processes.put((image, label, keys), sharding)
 
         self._everywhere = processes.replicated(mesh)  # every process counts
         # Nothing is exchanged before all batches are done: programs that exchange must not be in flight side by side.
         shard = NamedSharding(mesh, PartitionSpec(AXIS))
-        self._predict = jax.jit(lambda variables, x: jnp.argmax(apply(variables, x), -1), out_shardings=shard)
+        self._predict = jax.jit(lambda variables, x: attacks.prediction(apply(variables, x)), out_shardings=shard)
         self._attacks: dict[str, Any] = {"clean": None}
         if attack is not None:
             self._attacks[f"pgd{attack['num_steps']}"] = attacks.compile(attacks.pgd, apply, **attack)

@@ -114,7 +114,7 @@ def build(
     )
     model = models.create(config.model, info.num_classes, axis_name=AXIS)
     rate = learning_rate(config, stage, info.steps_per_epoch)
-    key = jax.random.fold_in(jax.random.key(config.seed), number)
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), number)
     image = jnp.zeros((1, *info.image_shape), float)
     tx = optim.create(config.optim, rate, variables["params"], stage.freeze)
     options = steps.StepOptions(

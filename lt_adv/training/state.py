@@ -7,6 +7,8 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 
+from lt_adv.attacks.starts import threefry
+
 
 @struct.dataclass
 class TrainState:
@@ -34,7 +36,10 @@ class TrainState:
 
 
 def create(key, variables, tx, extra, *, averaged: bool) -> TrainState:
-    """The state before the first step of a stage; `window` is filled in by the step's `init_window`."""
+    """The state before the first step of a stage; `window` is filled in by the step's `init_window`.
+
+    Keys of other implementations are replaced by a key of threefry: see `attacks.starts.threefry`.
+    """
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -45,7 +50,7 @@ def create(key, variables, tx, extra, *, averaged: bool) -> TrainState:
         average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if averaged else {},
         extra=extra,
         window={},
-        key=key,
+        key=threefry(key),
     )
 
 

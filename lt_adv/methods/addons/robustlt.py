@@ -48,7 +48,7 @@ class RobustLT(base.AddOn):
         object.__setattr__(self, "released_start", None)
 
     def perturb(self, key, net, batch, extra, clock):
-        eps = norms.per_example("eps", batch.eps, batch.image)
+        eps = norms.per_example(batch.eps, batch.image)
         start = starts.starting_point(key, batch.image, eps, "uniform", norms.get("linf"))
         batch = self._scaled(batch, net.info, clock).replace(x_init=jnp.clip(start, 0, 1))
         return self.inner.perturb(key, net.with_batch_statistics(), batch, extra, clock)

@@ -1,0 +1,160 @@
+"""Checks of what an attack is given, made before anything is computed, and calls outside a trace as one program.
+
+Shapes and types are always checked; values where they are known, that is outside jit and its like.
+"""
+
+import operator
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.extend import core
+
+Bounds = tuple[float, float]
+# For public functions: outside a trace their constants are copied to the device, which jax.transfer_guard may forbid.
+constants_allowed = jax.transfer_guard("allow")
+
+
+def known(value: Any) -> np.ndarray | None:
+    """The values on the host; None inside a trace, or where other processes hold a part of them."""
+    if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
+        return None
+    return np.asarray(jax.device_get(value))
+
+
+def is_real(dtype: Any) -> bool:
+    """Whether values of this type are real numbers; NumPy does not know those of bfloat16 as such."""
+    return any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))
+
+
+def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> float:
+    """A number of Python, NumPy or JAX as a float; ValueError unless it is from `low` to `high`."""
+    if isinstance(value, jax.core.Tracer):
+        raise ValueError(f"{name} must be a number that is known when the attack is traced, got {value}.")
+    array = known(value)
+    if array is None or array.shape != () or not is_real(array.dtype):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    if not low <= float(array) <= high:
+        raise ValueError(f"{name} must be from {low:g} to {high:g}, got {float(array):g}.")
+    return float(array)
+
+
+def count(name: str, value: Any, least: int = 0) -> int:
+    """An integer of Python, NumPy or JAX as an int; ValueError unless it is `least` or more."""
+    try:
+        result = -1 if isinstance(value, jax.core.Tracer) else operator.index(value)
+    except TypeError:
+        result = -1
+    if isinstance(value, (bool, np.bool_)) or result < least:
+        raise ValueError(f"{name} must be a Python int, {least} or more, got {value!r}.")
+    return result
+
+
+def check_bounds(bounds: Any) -> Bounds:
+    """The box as two floats; ValueError unless low < high."""
+    try:
+        low, high = bounds
+    except (TypeError, ValueError):
+        raise ValueError(f"bounds must be two numbers (low, high), got {bounds!r}.") from None
+    low, high = number("bounds[0]", low), number("bounds[1]", high)
+    if not low < high:
+        raise ValueError(f"bounds must be (low, high) with low < high, got {(low, high)}.")
+    return low, high
+
+
+def check_images(x: Any, bounds: Bounds, x_init: Any = None) -> None:
+    """ValueError unless x is a batch of float32 or float64, inside the box where its values are known."""
+    dtype, shape = jnp.result_type(x), np.shape(x)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"x must be floating, inside bounds, got {dtype}: divide uint8 images by 255.")
+    if jnp.finfo(dtype).bits < 32:  # whose rounding leaves the ball, by a tenth of the radius in bfloat16
+        raise ValueError(f"x must be float32 or float64, got {dtype}: cast it; logits_fn may compute in {dtype}.")
+    if not shape:
+        raise ValueError("x must be a batch [batch, ...], got a scalar.")
+    _check_box("x", x, bounds)
+    if x_init is not None:
+        if np.shape(x_init) != shape:
+            raise ValueError(f"x_init must have the shape of x, {shape}, got {np.shape(x_init)}.")
+        _check_box("x_init", x_init, (-np.inf, np.inf))  # a start may lie outside
+
+
+def _check_box(name: str, x: Any, bounds: Bounds) -> None:
+    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) or not np.size(x):
+        return
+    with jax.ensure_compile_time_eval():  # x may be a constant of a trace
+        xnp = jnp if isinstance(x, jax.Array) else np  # reduced where it is
+        low, high = (np.asarray(value)[()] for value in jax.device_get((xnp.min(x), xnp.max(x))))
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise ValueError(f"{name} must be finite, got values from {low} to {high}.")
+    if not bounds[0] <= low <= high <= bounds[1]:
+        seen = f"{np.format_float_positional(low)} to {np.format_float_positional(high)}"
+        raise ValueError(
+            f"{name} must lie inside bounds {bounds}, got values from {seen}: scale or clip the images, or give bounds "
+            "that hold them."
+        )
+
+
+def check_batch(y: Any, batch: int) -> None:
+    """ValueError unless y, labels or probabilities, has a row for each image."""
+    if np.shape(y)[:1] != (batch,):
+        raise ValueError(f"x and y must have the same batch size, got {batch} images and labels {np.shape(y)}.")
+
+
+def check_labels(y: Any, batch: int, classes: int | None = None) -> None:
+    """ValueError unless y is integers [batch], from 0 to classes - 1 where values are known."""
+    check_batch(y, batch)
+    if np.ndim(y) != 1 or not jnp.issubdtype(jnp.result_type(y), jnp.integer):
+        kind = f"{jnp.result_type(y)} {np.shape(y)}"
+        raise ValueError(f"y must be labels, integers [batch] = ({batch},), got {kind}.")
+    values = None if classes is None else known(y)
+    if values is not None and values.size and not 0 <= values.min() <= values.max() < (classes or 0):
+        raise ValueError(f"y must be labels of {classes} classes, got {values.min()} to {values.max()}.")
+
+
+def check_logits(logits: Any, x: Any) -> Array:
+    """The logits, in at least the precision of x; ValueError unless they are one floating array [batch, classes].
+
+    In bfloat16 or float16 an objective loses most of what tells two points apart.
+    """
+    if getattr(logits, "ndim", 0) != 2 or logits.shape[:1] != jnp.shape(x)[:1]:
+        kind = f"{type(logits).__name__} of shapes " if isinstance(logits, (tuple, list, dict)) else "shape "
+        shapes = jax.tree.map(jnp.shape, logits)
+        raise ValueError(f"logits_fn must return one array [batch, classes], got {kind}{shapes}.")
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise ValueError(f"logits_fn must return floating logits, got {logits.dtype}.")
+    least = jnp.result_type(x)
+    return logits.astype(least) if jnp.finfo(logits.dtype).bits < jnp.finfo(least).bits else logits
+
+
+class Traced:
+    """A traced function; compared as an object, like the function it was traced from."""
+
+    def __init__(self, jaxpr: core.Jaxpr, tree: Any) -> None:
+        self.jaxpr, self.tree = jaxpr, tree
+
+    def __call__(self, consts: list[Any], *args: Array) -> Any:
+        return jax.tree.unflatten(self.tree, core.jaxpr_as_fun(core.ClosedJaxpr(self.jaxpr, consts))(*args))
+
+
+def trace(fun: Callable[..., Any], *args: Any) -> tuple[Traced, list[Any]]:
+    """`fun` as a function of the arrays it closes over, and these arrays."""
+    closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+    return Traced(closed.jaxpr, jax.tree.structure(shape)), closed.consts
+
+
+def run(fun: Callable[[], Any], *arrays: Any) -> Any:
+    """fun(); outside a trace as one compiled program, which is freed with the call. `arrays` are what it works on.
+
+    Called operation by operation, each loop would stay in JAX's cache of programs, and with it the arrays that it
+    closes over. Transfers are allowed: those in `fun` are constants.
+    """
+    if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(arrays)):
+        return fun()
+    with jax.transfer_guard("allow"):
+        traced, consts = trace(fun)
+        if any(isinstance(const, jax.core.Tracer) for const in consts):  # logits_fn closes over them
+            return fun()
+        return jax.jit(traced)(consts)

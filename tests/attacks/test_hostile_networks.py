@@ -1,0 +1,503 @@
+"""Networks, keys, labels and images that an attack must not be silently wrong on."""
+
+import gc
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_adv import attacks, losses
+from lt_adv.attacks import inputs, norms, slots
+from lt_adv.attacks.starts import example_keys, threefry
+
+KEY = jax.random.key(0)
+WEIGHT = jax.random.normal(KEY, (64, 4))
+X = jax.random.uniform(jax.random.key(1), (32, 8, 8, 1)).at[:, 0, 0].set(0)
+STEPS = {"step_size": 0.05, "num_steps": 4}
+ATTACKS = {
+    "fgsm": attacks.fgsm,
+    "pgd": partial(attacks.pgd, **STEPS),
+    "mim": partial(attacks.mim, **STEPS),
+    "cw": partial(attacks.cw, **STEPS),
+    "apgd": partial(attacks.apgd, num_steps=5),
+    "apgd_dlr": partial(attacks.apgd, num_steps=5, objective=attacks.dlr),
+    "apgd_targeted": partial(attacks.apgd_targeted, num_steps=5, num_targets=2),
+    "fab": partial(attacks.fab, num_steps=5, num_restarts=2),
+    "fab_targeted": partial(attacks.fab_targeted, num_steps=5, num_targets=2),
+    "square": partial(attacks.square, num_queries=20),
+}
+GRADIENT = [name for name in ATTACKS if name != "square"]
+
+
+def network(x):
+    return x.reshape(len(x), -1) @ WEIGHT
+
+
+Y = jnp.argmax(network(X), axis=-1)
+
+
+def wrong(x_adv, logits_fn=network):
+    return np.asarray(attacks.prediction(logits_fn(jnp.asarray(x_adv))) != Y)
+
+
+# Gradients and logits that are not finite
+
+
+def with_derivatives(values):
+    """The network, with these derivatives in the place of those of the first pixels."""
+
+    @jax.custom_vjp
+    def identity(x):
+        return x
+
+    def backward(_, cotangent):
+        flat = cotangent.reshape(len(cotangent), -1)
+        return (flat.at[:, : len(values)].set(jnp.asarray(values)).reshape(cotangent.shape),)
+
+    identity.defvjp(lambda x: (x, None), backward)
+    return lambda x: network(identity(x))
+
+
+def strength(name, norm):
+    """The attack with a radius, and steps, that break most images."""
+    eps = 0.1 if norm == "linf" else 1.0
+    steps = {"step_size": eps / 2} if name in ("pgd", "mim", "cw") else {}
+    return partial(ATTACKS[name], eps=eps, norm=norm, **steps)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", GRADIENT)
+def test_a_gradient_entry_that_is_not_finite_counts_as_zero(name, norm):
+    attack = strength(name, norm)
+    x_adv = attack(KEY, with_derivatives([np.nan, np.inf, -np.inf]), X, Y)
+    assert np.isfinite(x_adv).all() and wrong(x_adv).sum() > 20
+    np.testing.assert_allclose(x_adv, attack(KEY, with_derivatives([0.0, 0.0, 0.0]), X, Y), atol=1e-5)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", GRADIENT)
+def test_the_derivative_of_a_norm_at_zero(name, norm):
+    """NaN, at the black pixel of the clean images."""
+
+    def norm_at_zero(x):
+        return network(x) + jnp.linalg.norm(x[:, :1, :1], axis=(1, 2))
+
+    x_adv = strength(name, norm)(KEY, norm_at_zero, X, Y)
+    assert np.isfinite(x_adv).all() and wrong(x_adv, norm_at_zero).sum() > 20
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("scale", [1e25, 1e36, 1e-20])
+@pytest.mark.parametrize("name", ["pgd", "mim", "cw", "apgd", "apgd_dlr", "apgd_targeted", "fab", "fab_targeted"])
+def test_gradients_whose_squares_overflow_or_underflow(name, scale, norm):
+    if scale < 1 and norm == "l2" and name.startswith(("apgd", "fab")):
+        return  # as released: APGD adds 1e-12 to the length, FAB drops what is below 1e-8
+    attack = strength(name, norm)
+    if name in ("pgd", "mim", "apgd"):  # a cross-entropy would be saturated
+        attack = partial(attack, objective=attacks.difference)
+    x_adv = attack(KEY, lambda x: scale * network(x), X, Y)
+    assert np.isfinite(x_adv).all() and wrong(x_adv).sum() > 20
+
+
+def undefined_in_part(x):
+    """No logit is a number where the brightest pixel is: outside the clean images of the test below."""
+    return jnp.where(x.max(axis=(1, 2)) > 0.9, jnp.nan, 0.0) + network(x)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("fgsm", "pgd", "mim", "cw")])
+def test_logits_that_are_not_finite_are_wrong_whatever_the_label(name, norm):
+    x = 0.85 * X
+    y = jnp.argmax(network(x), axis=-1)
+    assert (y == 0).any()
+    for label in range(4):
+        rows = np.flatnonzero(y == label)
+        x_adv = ATTACKS[name](KEY, undefined_in_part, x[rows], y[rows], eps=0.3 if norm == "linf" else 3.0, norm=norm)
+        assert np.isfinite(x_adv).all()
+        assert (attacks.prediction(undefined_in_part(x_adv)) != y[rows]).all(), label
+    # and at the clean point: nothing is attacked
+    np.testing.assert_array_equal(ATTACKS[name](KEY, lambda x: network(x) * jnp.nan, x, y, eps=0.1, norm=norm), x)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_objectives_that_are_not_finite(value):
+    """Nothing is lost: the search goes on by what is finite."""
+
+    def objective(z, y):
+        return jnp.where(attacks.difference(z, y) > -0.5, value, attacks.difference(z, y))
+
+    for name in ("apgd", "square"):
+        x_adv = ATTACKS[name](KEY, network, X, Y, eps=0.2, objective=objective)
+        assert np.isfinite(x_adv).all() and wrong(x_adv).sum() > 10
+
+
+def test_autoattack_counts_logits_that_are_not_finite_and_says_so(tmp_path):
+    x = np.asarray(0.85 * X).copy()
+    x[:3, 4, 4] = 0.95  # undefined from the start
+    y = np.array(network(jnp.asarray(x)).argmax(-1))
+    y[:3] = 0
+    run = partial(attacks.autoattack, KEY, undefined_in_part, x, y, eps=0.1, version=("apgd-ce", "square"))
+    result = run(num_queries=20, resume=tmp_path)
+    assert not result.correct[:3].any() and result.correct[3:].all() and (result.prediction[:3] == -1).all()
+    assert result.notes[0] == "The logits of 3 clean images are not finite: they count as wrong."
+    adversarial = int((result.prediction[3:] == -1).sum())
+    assert adversarial > 0 and np.isfinite(result.x_adv).all() and not result.robust[result.prediction == -1].any()
+    assert result.notes[1] == f"The logits of {adversarial} adversarial images are not finite: they count as wrong."
+    again = run(num_queries=20, resume=tmp_path)  # a journal of such logits is the same journal
+    np.testing.assert_array_equal(again.x_adv, result.x_adv)
+    none = attacks.autoattack(KEY, lambda x: network(x) / 0.0, x, 0 * y, eps=0.1, version=("apgd-ce",))
+    assert not none.correct.any() and not none.robust.any() and "32 clean images" in none.notes[0]
+
+
+def test_prediction():
+    z = jnp.array([[0.0, 1.0], [jnp.nan, 1.0], [0.0, jnp.inf], [-jnp.inf, 0.0]])
+    assert attacks.prediction(z).tolist() == [1, -1, -1, -1] and attacks.prediction(z).dtype == jnp.int32
+
+
+# Precision
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("name", [name for name in GRADIENT if not name.startswith("fab")])
+def test_objectives_of_low_precision_logits_are_computed_in_float32(name, dtype):
+    """A saturated softmax, whose gradient bfloat16 rounds to zero."""
+    seen = []
+
+    def low(x):
+        return (40 * network(x)).astype(dtype)
+
+    def objective(z, *y):
+        seen.append(z.dtype)
+        return (attacks.targeted_difference if len(y) > 1 else attacks.cross_entropy)(z, *y)
+
+    attack = ATTACKS[name]
+    if name != "cw":
+        attack = partial(attack, objective=objective)
+    x_adv = attack(KEY, low, X, Y, eps=0.1)
+    assert all(seen_type == jnp.float32 for seen_type in seen)
+    full = attack(KEY, lambda x: low(x).astype(jnp.float32), X, Y, eps=0.1)
+    np.testing.assert_array_equal(x_adv, full)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_objectives_and_losses_of_low_precision_logits(dtype):
+    z, other = network(X).astype(dtype), (network(X) + 1).astype(dtype)
+    probs = jax.nn.softmax(z.astype(jnp.float32))
+    counts = {"class_counts": [8, 4, 2, 1]}
+    calls = [
+        *(partial(getattr(attacks, name), y=Y) for name in ("cross_entropy", "margin", "difference", "dlr")),
+        partial(attacks.kl_divergence, probs=probs),
+        *(partial(getattr(losses, name), labels=Y, **counts) for name in ("cross_entropy", "ldam", "focal")),
+        *(partial(getattr(losses, name), labels=Y, **counts) for name in ("robal_margin", "balanced_softmax")),
+        partial(losses.distillation, teacher_logits=other),
+        partial(losses.soft_cross_entropy, probs=probs),
+        lambda z: losses.kl_divergence(z, other.astype(z.dtype)),
+        lambda z: losses.mart(z, other.astype(z.dtype), Y),
+        lambda z: losses.tail_alignment(z, Y, tail=np.arange(4) > 1, **counts),
+    ]
+    for call in calls:
+        values = call(z)
+        assert values.dtype == jnp.float32
+        np.testing.assert_array_equal(values, call(z.astype(jnp.float32)))
+
+
+# Keys
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+@pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
+def test_keys_of_other_implementations(name, impl):
+    key = jax.random.key(3, impl=impl)
+    attack = partial(ATTACKS[name], logits_fn=network, eps=0.02)
+    all_of_them = attack(key, x=X, y=Y)
+    alone = attack(example_keys(key, 32)[5:6], x=X[5:6], y=Y[5:6])
+    np.testing.assert_allclose(alone[0], all_of_them[5], atol=1e-6)  # the batch makes no difference
+    keys = jax.random.split(key, 32)
+    batch = attack(keys, x=X, y=Y)
+    np.testing.assert_allclose(attack(keys[7:9], x=X[7:9], y=Y[7:9]), batch[7:9], atol=1e-6)
+    start = attacks.pgd(keys, network, X * 0 + 0.5, Y, eps=0.1, step_size=0.0, num_steps=1)
+    assert len(np.unique(start[:, 0, 0, 0])) == 32, "every example has a start of its own"
+
+
+def test_threefry_keys_are_derived_one_from_each():
+    for impl in ("rbg", "unsafe_rbg"):
+        keys = jax.random.split(jax.random.key(0, impl=impl), 500).reshape(20, 25)
+        derived = threefry(keys)
+        assert derived.shape == keys.shape and jax.random.key_impl(derived) == "threefry2x32"
+        assert len(np.unique(jax.random.key_data(derived).reshape(500, 2), axis=0)) == 500
+        one = jax.random.key_data(threefry(keys[3, 4]))
+        np.testing.assert_array_equal(jax.random.key_data(derived)[3, 4], one)
+    assert threefry(KEY) is KEY
+    with jax.default_prng_impl("rbg"):
+        x_adv = attacks.pgd(jax.random.key(0), network, X, Y, eps=0.1, **STEPS)
+        compiled = jax.jit(lambda k: attacks.pgd(k, network, X, Y, eps=0.1, **STEPS))(jax.random.key(0))
+    np.testing.assert_allclose(x_adv, compiled, atol=1e-6)
+
+
+# Labels, logits, images and options
+
+
+BAD_LABELS = {
+    "a column": Y[:, None],
+    "a row": Y[None, :],
+    "one-hot": jax.nn.one_hot(Y, 4),
+    "floating": Y.astype(jnp.float32),
+    "bool": Y > 0,
+    "of another batch": Y[:5],
+    "a scalar": Y[0],
+    "negative": Y - 1,
+    "too large": Y + 1,
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+@pytest.mark.parametrize("name", [*ATTACKS, "autoattack"])
+def test_attacks_refuse_labels(name, kind):
+    attack = ATTACKS.get(name, partial(attacks.autoattack, version=("apgd-ce",)))
+    with pytest.raises(ValueError, match="labels"):
+        attack(KEY, network, X, BAD_LABELS[kind], eps=0.1)
+
+
+LOSSES = {
+    **{
+        name: partial(getattr(losses, name), class_counts=[4, 3, 2, 1])
+        for name in ("cross_entropy", "balanced_softmax", "logit_adjustment", "ldam", "robal_margin", "focal")
+    },
+    "class_dependent_temperature": partial(losses.class_dependent_temperature, class_counts=[4, 3, 2, 1]),
+    "focal_sigmoid": partial(losses.focal, activation="sigmoid"),
+    "mart": lambda z, y: losses.mart(z, 2 * z, y),
+    "tail_alignment": partial(losses.tail_alignment, class_counts=[4, 3, 2, 1], tail=np.arange(4) > 1),
+    "tail_alignment_released": partial(
+        losses.tail_alignment_released, class_counts=[4, 3, 2, 1], tail=np.arange(4) > 1
+    ),
+    "hierarchical_equalisation": lambda z, y: losses.hierarchical_equalisation(z[:, 0], y, num_classes=4),
+    **{f"attacks.{name}": getattr(attacks, name) for name in ("cross_entropy", "margin", "difference", "dlr")},
+    "attacks.cross_entropy_of_differences": attacks.cross_entropy_of_differences,
+    "attacks.targeted_dlr": lambda z, y: attacks.targeted_dlr(z, Y, y),
+    "attacks.targeted_difference": lambda z, y: attacks.targeted_difference(z, y, Y),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_LABELS)
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses_and_objectives_refuse_labels(name, kind):
+    with pytest.raises(ValueError, match="labels"):
+        LOSSES[name](network(X), BAD_LABELS[kind])
+    if kind not in ("negative", "too large"):  # whose values are not known inside a trace
+        with pytest.raises(ValueError, match="labels"):
+            jax.jit(LOSSES[name])(network(X), BAD_LABELS[kind])
+
+
+@pytest.mark.parametrize(
+    "call", [losses.kl_divergence, losses.distillation, losses.squared_probability_distance, losses.soft_cross_entropy]
+)
+def test_losses_of_two_predictions_refuse_other_shapes(call):
+    for other in (network(X)[:, :1], network(X)[:1], network(X)[:, 0]):
+        with pytest.raises(ValueError, match=r"must both be \[batch, classes\]"):
+            call(network(X), other)
+
+
+OUTPUTS = {
+    "tuple": lambda x: (network(x), network(x)),
+    "dict": lambda x: {"logits": network(x)},
+    "vector": lambda x: network(x)[:, 0],
+    "features": lambda x: network(x)[:, None],
+    "one example": lambda x: network(x)[:1],
+    "none": lambda x: None,
+    "integers": lambda x: network(x).astype(int),
+}
+
+
+@pytest.mark.parametrize("output", OUTPUTS)
+@pytest.mark.parametrize("name", [*ATTACKS, "autoattack"])
+def test_attacks_refuse_what_is_not_logits(name, output):
+    attack = ATTACKS.get(name, partial(attacks.autoattack, version=("square",)))
+    words = "must return floating logits" if output == "integers" else r"must return one array \[batch, classes\]"
+    with pytest.raises(ValueError, match=words):
+        attack(KEY, OUTPUTS[output], X, Y, eps=0.1)
+
+
+@pytest.mark.parametrize("name", [*ATTACKS, "autoattack"])
+def test_the_box_is_checked(name):
+    attack = ATTACKS.get(name, partial(attacks.autoattack, version=("square",), num_queries=5))
+    with pytest.raises(ValueError, match=r"inside bounds \(0.0, 1.0\), got values from 0. to 2[45]\d.*: scale or clip"):
+        attack(KEY, network, 255 * X, Y, eps=8.0)
+    with pytest.raises(ValueError, match=r"got values from 0. to 1.0000001:"):
+        attack(KEY, network, X.at[0, 1, 1].set(1 + 1.2e-7), Y, eps=0.1)
+    with pytest.raises(ValueError, match="x must be finite"):
+        attack(KEY, network, X.at[0, 1, 1].set(jnp.nan), Y, eps=0.1)
+    x_adv = attack(KEY, network, 255 * X, Y, eps=8.0, bounds=(0, 255))
+    x_adv = x_adv.x_adv if name == "autoattack" else x_adv
+    assert np.abs(x_adv - 255 * X).max() <= 8.001 and (np.abs(x_adv - 255 * X) > 0.1).any()
+    attack(KEY, network, X, Y, eps=0.1, bounds=(X.min(), X.max()))
+    for bounds in ((0, 0), (1, 0), (0, np.nan), 1.0, (0, 1, 2), (np.zeros(3), np.ones(3)), "01", ("a", "b")):
+        with pytest.raises(ValueError, match="bounds"):
+            attack(KEY, network, X, Y, eps=0.1, bounds=bounds)
+
+
+@pytest.mark.parametrize("bounds", [(np.float64(0), np.float32(1)), [0, 1], jnp.array([0.0, 1.0]), (False, True)])
+def test_bounds_of_any_kind(bounds):
+    assert inputs.check_bounds(bounds) == (0.0, 1.0)
+
+
+NUMBERS = {
+    "pgd": {"step_size": 0.01, "num_steps": 2},
+    "mim": {"step_size": 0.01, "num_steps": 2, "decay": 1.0},
+    "cw": {"step_size": 0.01, "num_steps": 2, "confidence": 50.0},
+    "apgd": {"num_steps": 3, "num_restarts": 1, "rho": 0.75},
+    "apgd_targeted": {"num_steps": 3, "num_targets": 2, "rho": 0.75},
+    "fab": {"num_steps": 2, "num_restarts": 2, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9},
+    "fab_targeted": {"num_steps": 2, "num_targets": 2, "alpha_max": 0.1, "eta": 1.05, "beta": 0.9},
+    "square": {"num_queries": 5, "p_init": 0.8},
+    "autoattack": {"num_queries": 5, "batch_size": 16, "version": ("square",)},
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_numeric_options_may_be_arrays(name):
+    attack, plain = getattr(attacks, name), NUMBERS[name]
+    expected = attack(KEY, network, X, Y, eps=0.1, **plain)
+    for kind in (jnp.asarray,) if name == "autoattack" else (np.asarray, jnp.asarray):
+        options = {k: v if isinstance(v, tuple) else kind(v) for k, v in plain.items()}
+        jax.tree.map(
+            partial(np.testing.assert_allclose, atol=1e-6),
+            *(getattr(x, "x_adv", x) for x in (attack(KEY, network, X, Y, eps=kind(0.1), **options), expected)),
+        )
+    for option, value in plain.items():
+        if option in ("decay", "confidence", "version"):
+            continue
+        for bad in (-1, np.nan, "1", None, [1, 2]):  # refused before anything is traced
+            with pytest.raises(ValueError, match=option):
+                attack(KEY, network, X, Y, eps=0.1, **{**plain, option: bad})
+        if isinstance(value, int):
+            with pytest.raises(ValueError, match=option):
+                attack(KEY, network, X, Y, eps=0.1, **{**plain, option: 2.5})
+    for eps in (-0.1, np.nan, np.ones(3), "0.1"):
+        with pytest.raises(ValueError, match="eps"):
+            attack(KEY, network, X, Y, eps=eps, **plain)
+    if not name.startswith("fab"):
+        with pytest.raises(ValueError, match="eps must be finite"):
+            attack(KEY, network, X, Y, eps=np.inf, **plain)
+
+
+# Shapes of examples
+
+
+@pytest.mark.parametrize("shape", [(64,), (8, 8), (8, 8, 1), (4, 4, 4), (1, 64, 1), (64, 1, 1)])
+def test_square_attacks_vectors_and_images(shape):
+    x = X.reshape(-1, *shape)
+    x_adv = attacks.square(KEY, network, x, Y, eps=0.1, num_queries=60)
+    assert x_adv.shape == x.shape and np.abs(x_adv - x).max() <= 0.1 + 1e-6
+    assert wrong(x_adv).sum() > 15
+    if shape in ((64,), (4, 4, 4), (1, 64, 1), (64, 1, 1)):
+        with pytest.raises(ValueError, match="square needs images of at least 5 x 5 pixels for L2"):
+            attacks.square(KEY, network, x, Y, eps=0.8, norm="l2", num_queries=60)
+    else:
+        assert wrong(attacks.square(KEY, network, x, Y, eps=0.8, norm="l2", num_queries=60)).sum() > 10
+
+
+def test_a_grey_image_needs_no_channel():
+    plain, with_channel = (
+        attacks.square(KEY, network, x, Y, eps=0.05, num_queries=30).reshape(X.shape) for x in (X[..., 0], X)
+    )
+    np.testing.assert_array_equal(plain, with_channel)
+
+
+@pytest.mark.parametrize(
+    ("shape", "norm", "attacked"),
+    [((64,), "linf", True), ((8, 8), "linf", True), ((64,), "l2", False), ((2, 2, 4, 4), "linf", False)],
+)
+def test_autoattack_says_at_once_what_it_leaves_out(shape, norm, attacked):
+    x, lines = np.asarray(X).reshape(-1, *shape), []
+    run = partial(attacks.autoattack, KEY, network, x, Y, eps=0.01, norm=norm, num_queries=10)
+    result = run(version=("apgd-ce", "square"), progress=lines.append)
+    assert ("square" in result.accuracy) == attacked and result.accuracy["apgd-ce"] < 1
+    if attacked:
+        assert not result.notes
+    else:
+        assert len(result.notes) == 1 and result.notes[0].startswith("square is left out: it needs images")
+        with pytest.raises(ValueError, match="square needs images"):
+            run(version=("square",))
+
+
+# Images that see each other
+
+
+def batch_norm(x):
+    z = network(x)
+    return (z - z.mean(axis=0)) / z.std(axis=0)
+
+
+def by_position(x):
+    return network(x) + 5.0 * jnp.arange(len(x))[:, None] * jnp.arange(4.0)
+
+
+@pytest.mark.parametrize("coupled", [batch_norm, by_position])
+def test_autoattack_notes_images_that_are_not_independent(coupled):
+    y = np.asarray(coupled(X).argmax(-1))
+    run = partial(attacks.autoattack, KEY, x=X, eps=0.01, version=("square",), num_queries=1)
+    result = run(logits_fn=coupled, y=y)
+    (note,) = result.notes
+    assert "change with the other images of its batch, by up to" in note and "training mode" in note
+    assert not run(logits_fn=network, y=Y).notes
+    assert not run(logits_fn=lambda x: network(x).astype(jnp.bfloat16), y=Y).notes
+    assert not run(logits_fn=jax.tree_util.Partial(lambda w, x: x.reshape(len(x), -1) @ w, WEIGHT), y=Y).notes
+
+
+# What is kept of a call
+
+
+def executables():
+    gc.collect()
+    return len(jax.devices()[0].client.live_executables())
+
+
+@pytest.mark.parametrize("kind", ["pgd", "autoattack", "partial"])
+def test_functions_made_anew_keep_a_bounded_number_of_programs(kind):
+    def call(i):
+        logits_fn = lambda x: network(x) + i  # noqa: E731
+        if kind == "partial":
+            logits_fn = jax.tree_util.Partial(lambda w, x: x.reshape(len(x), -1) @ w, WEIGHT)
+        if kind in ("autoattack", "partial"):
+            attacks.autoattack(KEY, logits_fn, X[:8], Y[:8], eps=0.01, version=("apgd-ce",), devices=jax.devices()[:1])
+        else:
+            ATTACKS[kind](KEY, logits_fn, X[:8], Y[:8], eps=0.01)
+
+    slots.programs.cache_clear()
+    limit = slots.programs.cache_parameters()["maxsize"] if kind == "partial" else 0
+    for i in range(limit + 1):
+        call(i)
+    before = executables()
+    for i in range(3):
+        call(10 + i)
+    assert executables() <= before
+
+
+def test_a_partial_compiles_nothing_again():
+    apply, other = lambda w, x: x.reshape(len(x), -1) @ w, 2 * WEIGHT
+    run = partial(attacks.autoattack, KEY, x=X[:8], y=Y[:8], eps=0.01, version=("apgd-ce",), devices=jax.devices()[:1])
+    run(logits_fn=jax.tree_util.Partial(apply, WEIGHT))
+    misses, compiled = slots.programs.cache_info().misses, executables()
+    run(logits_fn=jax.tree_util.Partial(apply, other))
+    assert (slots.programs.cache_info().misses, executables()) == (misses, compiled)
+
+
+def test_a_network_that_closes_over_traced_weights():
+    """Outside a trace of the images, inside one of the weights."""
+
+    def loss(w):
+        logits_fn = lambda x: x.reshape(len(x), -1) @ w  # noqa: E731
+        x_adv = attacks.pgd(KEY, logits_fn, X, Y, eps=0.1, **STEPS)
+        return losses.cross_entropy(logits_fn(x_adv), Y).mean()
+
+    eager, compiled = jax.grad(loss)(WEIGHT), jax.jit(jax.grad(loss))(WEIGHT)
+    np.testing.assert_allclose(eager, compiled, atol=1e-6)
+    assert (eager != 0).any()
+
+
+def test_the_mean_of_magnitudes_does_not_overflow():
+    array = jnp.full((2, 4, 4, 1), 3e38).at[1].set(0)
+    np.testing.assert_allclose(norms.unit_mean(array)[0], 1, rtol=1e-6)
+    np.testing.assert_array_equal(norms.unit_mean(array)[1], 0)

@@ -1,0 +1,121 @@
+"""Every public attack, objective and loss outside a trace, under each of JAX's strict modes."""
+
+import inspect
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_adv import attacks, losses
+
+KEY = jax.random.key(0)
+WEIGHT = jax.random.normal(KEY, (75, 4))
+X = jax.random.uniform(jax.random.key(1), (6, 5, 5, 3)).at[:, 0, 0].set(0)
+COUNTS = [40, 20, 10, 5]
+MODES = {
+    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
+    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
+    "transfer guard": lambda: jax.transfer_guard("disallow"),
+    "debug infs": lambda: jax.debug_infs(True),
+    "debug nans": lambda: jax.debug_nans(True),
+    "leaks": jax.checking_leaks,
+    "float64": lambda: jax.enable_x64(True),
+    "no jit": jax.disable_jit,
+}
+
+
+def network(x):
+    return x.reshape(len(x), -1) @ WEIGHT
+
+
+Z, Y = network(X), jnp.argmax(network(X), axis=-1)
+OTHER = (Y + 1) % 4
+LENGTHS = {"eps": 0.1, "step_size": 0.05, "num_steps": 2}
+ATTACKS = {
+    "fgsm": {"eps": 0.1},
+    "pgd": LENGTHS,
+    "mim": LENGTHS,
+    "cw": LENGTHS,
+    "apgd": {"eps": 0.1, "num_steps": 3},
+    "apgd_targeted": {"eps": 0.1, "num_steps": 3, "num_targets": 2},
+    "fab": {"eps": 0.1, "num_steps": 2, "num_restarts": 2},
+    "fab_targeted": {"eps": 0.1, "num_steps": 2, "num_targets": 2},
+    "square": {"eps": 0.1, "num_queries": 5},
+}
+PROBS = jax.nn.softmax(Z)
+FUNCTIONS = {
+    **{f"attacks.{name}": partial(getattr(attacks, name), Z, Y) for name in ("cross_entropy", "margin", "difference")},
+    "attacks.cross_entropy_of_differences": partial(attacks.cross_entropy_of_differences, Z, Y),
+    "attacks.dlr": partial(attacks.dlr, Z, Y),
+    "attacks.targeted_difference": partial(attacks.targeted_difference, Z, Y, OTHER),
+    "attacks.targeted_dlr": partial(attacks.targeted_dlr, Z, Y, OTHER),
+    "attacks.kl_divergence": partial(attacks.kl_divergence, Z, PROBS),
+    "attacks.prediction": partial(attacks.prediction, Z),
+    **{
+        f"losses.{name}": partial(getattr(losses, name), Z, Y, class_counts=COUNTS)
+        for name in ("cross_entropy", "balanced_softmax", "logit_adjustment", "ldam", "robal_margin", "focal")
+    },
+    "losses.class_dependent_temperature": partial(losses.class_dependent_temperature, Z, Y, class_counts=COUNTS),
+    "losses.focal of sigmoids": partial(losses.focal, Z, Y, activation="sigmoid"),
+    "losses.kl_divergence": partial(losses.kl_divergence, Z, 2 * Z),
+    "losses.kl_divergence with epsilon": partial(losses.kl_divergence, Z, 2 * Z, epsilon=1e-12),
+    "losses.distillation": partial(losses.distillation, Z, 2 * Z, temperature=2.0),
+    "losses.squared_probability_distance": partial(losses.squared_probability_distance, Z, 2 * Z),
+    "losses.soft_cross_entropy": partial(losses.soft_cross_entropy, Z, PROBS),
+    "losses.mart": partial(losses.mart, Z, 2 * Z, Y),
+    **{
+        f"losses.{name}": partial(getattr(losses, name), Z, Y, class_counts=COUNTS, tail=np.arange(4) >= 2)
+        for name in ("tail_alignment", "tail_alignment_released")
+    },
+    "losses.hierarchical_equalisation": partial(losses.hierarchical_equalisation, jnp.abs(Z[:, 0]), Y, num_classes=4),
+    "losses.log_prior": partial(losses.log_prior, COUNTS),
+    "losses.ldam_margins": partial(losses.ldam_margins, COUNTS),
+    "losses.class_balanced_weights": partial(losses.class_balanced_weights, COUNTS),
+    "losses.class_balanced_weights, beta 0": partial(losses.class_balanced_weights, COUNTS, beta=0.0),
+    "losses.rebalanced_weights": partial(losses.rebalanced_weights, COUNTS, [0, 1, 2, 30]),
+}
+
+
+def test_nothing_public_is_left_out():
+    named = {f"attacks.{name}" for name in (*ATTACKS, "autoattack", "compile")}
+    named |= {name.partition(" ")[0].rstrip(",") for name in FUNCTIONS}
+    public = {f"attacks.{name}" for name in attacks.__all__} | {f"losses.{name}" for name in losses.__all__}
+    assert named == public
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", ATTACKS)
+def test_attacks(name, mode, norm):
+    attack, options = getattr(attacks, name), {**ATTACKS[name], "norm": norm}
+    assert "norm" in inspect.signature(attack).parameters
+    with MODES[mode]():
+        x_adv = jax.block_until_ready(attack(KEY, network, X, Y, **options))
+    assert np.isfinite(x_adv).all() and (np.asarray(x_adv) != np.asarray(X)).any()
+
+
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "no jit"])  # it runs compiled programs
+def test_autoattack(mode):
+    with MODES[mode]():
+        result = attacks.autoattack(
+            KEY, network, X, Y, eps=0.01, version="plus", num_queries=20, devices=jax.devices()[:1]
+        )
+    assert result.correct.all() and not result.robust.all() and not result.notes
+    assert all(passes > 0 for passes, _ in result.evaluations.values()), "every attack has images to work on"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_compiled(mode):
+    compiled = attacks.compile(attacks.pgd, lambda _, x: network(x), **LENGTHS)
+    with MODES[mode]():
+        assert np.isfinite(compiled(KEY, None, X, Y)).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_objectives_and_losses(name, mode):
+    with MODES[mode]():
+        values = jax.block_until_ready(FUNCTIONS[name]())
+    assert np.isfinite(values).all()
