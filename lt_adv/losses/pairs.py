@@ -8,7 +8,8 @@ from jax import Array
 def kl_divergence(p_logits: Array, q_logits: Array, *, epsilon: float = 0.0) -> Array:
     """KL(p || q) = sum_c p_c (log p_c - log(q_c + epsilon)), p and q the softmax of the logits.
 
-    TRADES and RoBal: p on the clean image, q on the adversarial one, gradient through both.
+    TRADES and RoBal: p on the clean image, q on the adversarial one, gradient through both. TRADES, in all of its codes,
+    has epsilon = 0; RoBal's regulariser has 1e-12 in its released code.
 
     Args:
       p_logits: [batch, classes].
@@ -18,8 +19,9 @@ def kl_divergence(p_logits: Array, q_logits: Array, *, epsilon: float = 0.0) -> 
     Returns:
       [batch], in nats, zero where p = q (for epsilon = 0).
 
-    Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019.
-    Differs from the released code: epsilon is 0, not 1e-12, unless asked for.
+    References: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019. Wu et al.,
+    "Adversarial robustness under long-tailed distribution", CVPR 2021; differs from its released code: epsilon is 0,
+    not 1e-12, unless asked for.
     """
     if epsilon < 0:
         raise ValueError(f"epsilon must not be negative, got {epsilon}.")
