@@ -105,8 +105,9 @@ class Stage:
 
 
 def by_fidelity(*, published: Any, released_code: Any) -> Any:
-    """A dataclass field whose default depends on `fidelity`: None, the value where it is not given, stands for the one
-    of these two that applies. It is filled in as the method is made, and a value that is given holds in either fidelity.
+    """A dataclass field with a default for each fidelity, for an option whose value in the released code differs.
+
+    It is filled in when the method is made, for None too. A value that is given holds in either fidelity.
     """
     return dataclasses.field(default=None, metadata={"published": published, "released_code": released_code})
 

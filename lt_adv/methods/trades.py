@@ -34,7 +34,7 @@ class Trades(base.Method):
     def loss(self, key, net, batch, x_adv, extra, clock):
         clean, _ = net.train(batch.image)
         logits, _ = net.train(x_adv)
-        if self.fidelity == "released_code":  # The first forward again: its value is shared by the compiler, its statistics count.
+        if self.fidelity == "released_code":  # the first forward again, which only moves the running statistics
             net.train(batch.image)
         natural = jnp.mean(losses.cross_entropy(clean, batch.label))
         divergence = jnp.mean(losses.kl_divergence(clean, logits))

@@ -128,6 +128,7 @@ def build(
         augment=config.data.augment,
         pad=config.data.pad,
         sampler=config.data.sampler,
+        cycles=config.fidelity == "released_code",
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
         groups=longtail.groups(counts),
@@ -144,7 +145,8 @@ def build(
     teacher = meshes.replicate(previous, home) if stage.teacher == "previous" else {}
     classes = resident.class_table(split.train.label, len(counts)) if config.data.sampler == "class_aware" else None
     if options.streamed:
-        feed = feeds.streamed(split.train, classes, key, info, options.batch_size, mesh, config.parallel)
+        size, cycles = options.batch_size, options.cycles
+        feed = feeds.streamed(split.train, classes, key, info, size, mesh, config.parallel, cycles)
     else:
         feed = feeds.resident(split.train, classes, home)
 
