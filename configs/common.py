@@ -91,7 +91,7 @@ def get(
         "validation_from": "train",  # "unused": first from what the long tail leaves out
         "equalise": 0.0,  # > 0: so much of the largest class's count for every class, tail repeated and head cut
         "split_seed": 0,
-        "sampler": "uniform",  # "class_aware"
+        "sampler": "uniform",  # "class_aware": all classes alike, by chance, or as released in cycles
         "augment": "none" if digits else "crop_flip",
         "pad": 4,
     }

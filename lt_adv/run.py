@@ -266,7 +266,9 @@ def _method(config: ml_collections.ConfigDict) -> str:
         values = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
         return name + (f" ({values})" if values else "")
 
-    return " + ".join([said(**config.method), *(said(name, **config[name]) for name in config.addons)])
+    method = program.method(config)  # an option that the config leaves open has its value there
+    options = {option: getattr(method, option) for option in config.method if option != "name"}
+    return " + ".join([said(config.method.name, **options), *(said(name, **config[name]) for name in config.addons)])
 
 
 def _model(config: ml_collections.ConfigDict) -> str:

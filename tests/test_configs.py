@@ -130,7 +130,7 @@ def test_protocol_of_at_bsl(dataset, model):
     config.attack.start = "zero"  # given, it goes before the method's own
     assert program.stages(config)[0].method.start == "zero"
     assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (100, 128, 5e-4)
-    assert sgd(config) == (0.1, 0.9, False, (75, 90))
+    assert sgd(config) == (0.1, 0.9, False, (75, 90, 100))
     attacks = config.eval.attacks
     assert all(attacks[a].eps == 8 / 255 for a in attacks) and attacks.fgsm.start == "gaussian"
     assert set(steps(attacks).values()) == {(20, 2 / 255), (100, 2 / 255)}
@@ -179,13 +179,42 @@ def rates(config, epochs, fidelity="published", steps_per_epoch=7):
     return found
 
 
-@pytest.mark.parametrize(("name", "drops"), [("robal", (60, 75, 80)), ("at", (60, 75, 80)), ("at_bsl", (75, 90, 100))])
+@pytest.mark.parametrize(("name", "drops"), [("robal", (60, 75, 80)), ("at", (60, 75, 80)), ("at_bsl", (75, 90, 99))])
 def test_published_schedule(name, drops):
     """Epochs count from 1, so that a drop at 60 leaves 59 epochs at the old rate."""
     first, second, last = drops
     config = get(name, dataset="cifar10")
     expected = {1: 0.1, first - 1: 0.1, first: 0.01, second - 1: 0.01, second: 0.001, last: 0.001}
     assert rates(config, expected) == expected
+
+
+@pytest.mark.parametrize(("epochs", "rate_before"), [(100, 1e-3), (30, 1e-3), (10, 1e-3), (5, 1e-2)])
+def test_the_last_epoch_of_at_bsl_runs_at_the_last_rate(epochs, rate_before):
+    """A run of any length has the drop before its last epoch, as the authors' scripts have it in their 100."""
+    for dataset in ("cifar10", "cifar100", "tiny_imagenet"):
+        config = get("at_bsl", dataset=dataset, epochs=epochs)
+        assert config.optim.drop_epochs[-1] == epochs
+        expected = {epochs - 1: rate_before, epochs: 1e-4}
+        for fidelity in ("published", "released_code"):
+            assert rates(config, expected, fidelity) == expected
+    assert get("at_bsl", dataset="digits").optim.drop_epochs == (23, 27, 30)
+
+
+# Config -> the epochs of 100, or of those that are given, before which the rate drops, in the terms of its first epoch.
+DROPS = {
+    **dict.fromkeys(NAMES, (60, 75)),
+    **dict.fromkeys(("finetune_resampling", "finetune_reweighting", "lws"), ()),
+    "resampling": (15, 20),
+    "at_bsl": (75, 90, 100),
+    **dict.fromkeys(("self_distillation", "lt_adv", "taet"), (75, 90)),  # TAET counts from 0 and never gets to its 100
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drops_of_every_config(name):
+    optim = get(name, dataset="cifar10").optim
+    assert optim.drop_epochs == DROPS[name] and optim.first_epoch == (0 if name in ("reat", "taet") else 1)
+    assert optim.epochs == {15: 25, 60: 80, 75: 100}[DROPS[name][0]] if DROPS[name] else optim.epochs == 1
 
 
 def test_schedule_of_the_released_code():
@@ -214,4 +243,4 @@ def test_whose_released_code_compounds(name):
 
 def test_a_shorter_run_drops_at_the_same_fractions():
     assert get("robal", dataset="cifar10", epochs=40).optim.drop_epochs == (30, 38)
-    assert get("at_bsl", dataset="cifar10", epochs=20).optim.drop_epochs == (15, 18)
+    assert get("at_bsl", dataset="cifar10", epochs=20).optim.drop_epochs == (15, 18, 20)

@@ -67,6 +67,9 @@ def at_bsl(net: Network, x: Tensor, x_adv: Tensor, y: Tensor, options: Any, clas
 
 def trades(net: Network, x: Tensor, x_adv: Tensor, y: Tensor, options: Any, class_counts: Tensor) -> Tensor:
     clean, logits = net(x), net(x_adv)
+    if options.fidelity == "released_code":
+        with torch.no_grad():  # the values are known, the running statistics move
+            net(x)
     return F.cross_entropy(clean, y) + options.beta * kl(clean, logits)
 
 
@@ -84,6 +87,7 @@ def margin_loss(logits: Tensor, y: Tensor, options: Any, class_counts: Tensor) -
 
 
 def log_epsilon(options: Any) -> float:
+    """Of the regulariser in RoBal's released code alone: the TRADES codes take log_softmax."""
     return 1e-12 if options.fidelity == "released_code" else 0.0
 
 

@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from lt_adv import processes
+from lt_adv.data import class_aware
 from lt_adv.data.dataset import Split
 
 
@@ -63,10 +64,15 @@ def drawn(
     num_examples: int,
     batch_size: int,
     classes: Mapping[str, jax.Array] | None = None,
+    cycles: bool = False,
 ) -> jax.Array:
     """Examples of the batch of a step, int32 [batch_size], in a run with this key: those of an epoch are a permutation,
-    or class-aware where a `class_table` is given."""
-    epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), epoch)
+    or class-aware where a `class_table` is given: each draw for itself, `class_aware_indices`, or with `cycles` through
+    the classes and through the examples of each in turn, `class_aware.cycled_indices`."""
+    run_key = jax.random.fold_in(key, 0)
+    if classes is not None and cycles:
+        return class_aware.cycled_indices(run_key, epoch, step_in_epoch, **classes, batch_size=batch_size)
+    epoch_key = jax.random.fold_in(run_key, epoch)
     if classes is None:
         return batch_indices(epoch_key, step_in_epoch, num_examples=num_examples, batch_size=batch_size)
     return class_aware_indices(jax.random.fold_in(epoch_key, step_in_epoch), **classes, batch_size=batch_size)
@@ -75,7 +81,10 @@ def drawn(
 def class_aware_indices(
     key: jax.Array, order: jax.Array, starts: jax.Array, counts: jax.Array, *, batch_size: int
 ) -> jax.Array:
-    """Examples of one batch, int32 [batch_size]: each a uniform class, then a uniform example of it (`class_table`)."""
+    """Examples of one batch, int32 [batch_size]: each a uniform class, then a uniform example of it (`class_table`).
+
+    Chance decides how often a class is in a batch. Differs from the released code, which is `cycled_indices`.
+    """
     class_key, example_key = jax.random.split(key)
     classes = jax.random.randint(class_key, (batch_size,), 0, len(counts))
     within = jax.random.randint(example_key, (batch_size,), 0, counts[classes])

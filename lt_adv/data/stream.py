@@ -26,6 +26,7 @@ def batches(
     steps_per_epoch: int,
     batch_size: int,
     classes: Mapping[str, np.ndarray] | None = None,
+    cycles: bool = False,
 ) -> Iterator[Iterator[dict[str, np.ndarray]]]:
     """The batches of the steps `first` to `total` - 1: of those that `resident.drawn` draws, the rows at `own`.
 
@@ -39,7 +40,7 @@ def batches(
     if len(split) and int(split.index.max()) > np.iinfo(np.int32).max:
         raise ValueError("Original indices above 2^31 - 1 do not fit the int32 they have on the devices.")
 
-    options = {"num_examples": len(split), "batch_size": batch_size}
+    options = {"num_examples": len(split), "batch_size": batch_size, "cycles": cycles}
     options["classes"] = classes and {name: jnp.asarray(array) for name, array in classes.items()}
     # Over the steps of one epoch, which share its permutation.
     drawn = jax.vmap(functools.partial(resident.drawn, **options), (None, None, 0))

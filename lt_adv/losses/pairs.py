@@ -11,7 +11,8 @@ from lt_adv.losses import inputs
 def kl_divergence(p_logits: Array, q_logits: Array, *, epsilon: float = 0.0) -> Array:
     """KL(p || q) = sum_c p_c (log p_c - log(q_c + epsilon)), p and q the softmax of the logits.
 
-    TRADES and RoBal: p on the clean image, q on the adversarial one, gradient through both.
+    TRADES and RoBal: p on the clean image, q on the adversarial one, gradient through both. epsilon is 0 in TRADES and
+    all of its released codes, and 1e-12 in the regulariser of RoBal's.
 
     Args:
       p_logits: [batch, classes].
@@ -22,7 +23,7 @@ def kl_divergence(p_logits: Array, q_logits: Array, *, epsilon: float = 0.0) -> 
       [batch], in nats, zero where p = q (for epsilon = 0).
 
     Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019.
-    Differs from the released code: epsilon is 0, not 1e-12, unless asked for.
+    Differs from the released code of RoBal (Wu et al., CVPR 2021): epsilon is 0, not 1e-12, unless asked for.
     """
     if epsilon < 0:
         raise ValueError(f"epsilon must not be negative, got {epsilon}.")

@@ -31,14 +31,17 @@ def method_class(name: str, package: str = __name__) -> type[Method]:
 
 def create(options: Mapping[str, Any], **common: Any) -> Method:
     """The method of `config.method`: {"name": ..., **hyper-parameters}; ValueError for one that it does not have, or of
-    another type. `common`: what every method has, which other sections of the config say.
+    another type. `common`: what every method has, which other sections of the config say. An option that is None takes
+    the default of `common["fidelity"]`, where the method has one for each (`base.by_fidelity`).
     """
     own = dict(options)
     cls = method_class(own.pop("name"))
     shared = {f.name for f in dataclasses.fields(Method)}
-    takes = {f.name: f.default for f in dataclasses.fields(cls) if f.name not in shared}
+    takes = {f.name: f for f in dataclasses.fields(cls) if f.name not in shared}
     for option, value in own.items():
         if option not in takes:
             raise lookup.unknown(f"option of method {cls.__module__.rsplit('.', 1)[-1]}", option, takes)
-        lookup.of_type(f"config.method.{option}", value, takes[option])
+        values = takes[option].metadata  # of `base.by_fidelity`, where None asks for one of them
+        if not (values and value is None):
+            lookup.of_type(f"config.method.{option}", value, values.get("published", takes[option].default))
     return cls(**common, **own)

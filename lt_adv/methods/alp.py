@@ -18,8 +18,11 @@ class ALP(at.AT):
 
     Sources: Kannan et al., "Adversarial logit pairing", 2018, which pairs logits by a mean of squares beside the clean
     cross-entropy; the norm, the softmax, and x_adv alone in the cross-entropy are the code's of RoBal's study (Wu et
-    al., CVPR 2021). That code leaves beta at 0 and has no config: 6, the weight of the divergence in TRADES and RoBal,
-    is ours. Under `fidelity="released_code"`, beside what AT lists, x_adv moves the running statistics a second time.
+    al., CVPR 2021). That code has no config for ALP, and its default, beta = 0, adds no pairing: 6, the weight of the
+    divergence in TRADES and RoBal, is ours, under either fidelity.
+
+    Differs from the released code as `AT` does, and in the running statistics of batch norm: there they move four times
+    a step (x_adv, x, x, x_adv), ours twice. `fidelity="released_code"` restores both.
     """
 
     beta: float = 6.0
@@ -27,7 +30,8 @@ class ALP(at.AT):
     def loss(self, key, net, batch, x_adv, extra, clock):
         logits, _ = net.train(x_adv)
         clean, _ = net.train(batch.image)
-        if self.fidelity == "released_code":
+        if self.fidelity == "released_code":  # the same two forwards again, which only move the running statistics
+            net.train(batch.image)
             net.train(x_adv)
         adversarial = jnp.mean(losses.cross_entropy(logits, batch.label))
         squares = net.gather(losses.squared_probability_distance(clean, logits))

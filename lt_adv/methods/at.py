@@ -15,7 +15,8 @@ class AT(base.Method):
     Inner: PGD on cross-entropy, network in evaluation mode. Outer: cross-entropy on x_adv, in training mode.
 
     Differs from the released code of RoBal's study (Wu et al., CVPR 2021), which `fidelity="released_code"` restores:
-    there the start is one-sided, x + eps U[0, 1), and the drops of the learning rate compound (see `training.optim`).
+    there the start is one-sided, x + eps U[0, 1), and the drops of the learning rate compound (see `training.optim`);
+    the rows of it with class-aware draws make these in cycles (see `data.class_aware`), and not each for itself.
     Rows of that study that differ in the outer loss alone are subclasses, most of which override only `values`.
     """
 

@@ -104,6 +104,14 @@ class Stage:
     teacher: str | None = None
 
 
+def by_fidelity(*, published: Any, released_code: Any) -> Any:
+    """A dataclass field with a default for each fidelity, for an option whose value in the released code differs.
+
+    It is filled in when the method is made, for None too. A value that is given holds in either fidelity.
+    """
+    return dataclasses.field(default=None, metadata={"published": published, "released_code": released_code})
+
+
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Adversarial training with defaults that a paper overrides: perturb, loss, and rarely more.
@@ -125,6 +133,9 @@ class Method:
             raise ValueError(f"config.fidelity must be one of {', '.join(FIDELITIES)}, not {self.fidelity!r}.")
         if self.num_steps < 0:
             raise ValueError(f"config.attack.num_steps must not be negative, not {self.num_steps}.")
+        for field in dataclasses.fields(self):
+            if self.fidelity in field.metadata and getattr(self, field.name) is None:
+                object.__setattr__(self, field.name, field.metadata[self.fidelity])
 
     @property
     def attack_start(self) -> str:

@@ -17,8 +17,9 @@ class Mart(base.Method):
     all three. Inner: PGD on the cross-entropy, evaluation mode, start x + 0.001 N(0, 1) as in the released code. Outer:
     training mode, x before x_adv.
 
-    Differs from the released code: no constants inside the logarithms (there log(1.0001 - p + 1e-12)), the same values
-    being computed without cancellation. RoBal's study names MART too, but the branch of its code cannot run.
+    Differs from the released code, under either fidelity: no constants inside the logarithms (there
+    log(1.0001 - p + 1e-12)), the same values being computed without cancellation. RoBal's study names MART too, but the
+    branch of its code cannot run.
     """
 
     start: str = "gaussian"

@@ -29,7 +29,8 @@ class SelfDistillation(base.Method):
     Known [paper, third parties]: a balanced self-teacher, equal counts, a short first stage, balanced softmax and
     distillation in the second; reviewers name indirect gradient matching (Lee et al., ICLR 2025). Not readable, so
     ours: distillation, temperature, teacher_input and matching, chosen on a validation split (README, Ablations; the
-    README's network is a small one), and the teacher's loss.
+    README's network is a small one), and the teacher's loss. No released code could be read, so `fidelity` changes
+    nothing in them.
     """
 
     teacher_epochs: int = 30

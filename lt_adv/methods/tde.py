@@ -16,8 +16,10 @@ class TDE(at.AT):
     grows to 1 / (1 - mu) times the mean direction. Training does not use m; `config.eval.adjustment` "tde" removes its
     effect at inference.
 
-    Differs from the released code as `AT` does, and in m under either fidelity: ours begins at 0, where that code
-    leaves it uninitialised, and moves once a step, where that code moves it in every forward, those of the attack too.
+    Differs from the released code as `AT` does, and under either fidelity in m and in the attack. Its only config has
+    `posthoc: True`: there m moves once a step, in the outer forward alone, as here; but it begins as that code leaves
+    it, uninitialised, where ours begins at 0; and the training attack climbs the cross-entropy of the adjusted logits,
+    as evaluation mode gives them there, where ours climbs that of the logits that are trained.
     """
 
     mu: float = 0.9

@@ -16,9 +16,10 @@ class Trades(base.Method):
     Inner: PGD on the KL from x + 0.001 N(0, 1), evaluation mode, the clean probabilities held fixed. Outer: training
     mode, the gradient flows through both sides of the KL. beta = 0 is plain training.
 
-    Differs from the released codes, which `fidelity="released_code"` restores: there the KL takes log(q + 1e-12) and
-    the drops of the learning rate compound (RoBal's study, see `training.optim`); and the running statistics of batch
-    norm move three times a step (x, x_adv, x), where ours move twice.
+    Differs from the released codes, which `fidelity="released_code"` restores: there the running statistics of batch
+    norm move three times a step (x, x_adv, x), ours twice; and in RoBal's study the drops of the learning rate compound
+    (see `training.optim`). The KL is that of log_softmax in all of them: the 1e-12 of RoBal's own regulariser
+    (`methods.robal`) is not part of TRADES.
     """
 
     compounding_schedule = True
@@ -31,13 +32,12 @@ class Trades(base.Method):
         return self.pgd(key, net, batch, clean, objective=attacks.kl_divergence)
 
     def loss(self, key, net, batch, x_adv, extra, clock):
-        released = self.fidelity == "released_code"
         clean, _ = net.train(batch.image)
         logits, _ = net.train(x_adv)
-        if released:  # The first forward again: its value is shared by the compiler, its statistics count.
+        if self.fidelity == "released_code":  # the first forward again, which only moves the running statistics
             net.train(batch.image)
         natural = jnp.mean(losses.cross_entropy(clean, batch.label))
-        divergence = jnp.mean(losses.kl_divergence(clean, logits, epsilon=1e-12 if released else 0.0))
+        divergence = jnp.mean(losses.kl_divergence(clean, logits))
         metrics = {
             "accuracy": base.correct(logits, batch.label),
             "loss_natural": natural,

@@ -43,6 +43,7 @@ def streamed(
     batch_size: int,
     mesh: Mesh,
     parallel: str,
+    cycles: bool = False,
 ) -> Feed:
     """The batches that the step would draw from a resident set with the state's `key`, so that the bits are the same;
     each process reads what its own devices need. Nothing has to be saved: a step's batch is known by its number."""
@@ -61,9 +62,8 @@ def streamed(
 
     @contextlib.contextmanager
     def batches(first: int, total: int) -> Iterator[Iterator[Any]]:
-        with stream.batches(
-            split, key, first, total, own, steps_per_epoch=info.steps_per_epoch, batch_size=batch_size, classes=classes
-        ) as found:
+        options = {"steps_per_epoch": info.steps_per_epoch, "classes": classes, "cycles": cycles}
+        with stream.batches(split, key, first, total, own, batch_size=batch_size, **options) as found:
             yield ({name: put(column) for name, column in batch.items()} for batch in found)
 
     example = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in ("label", "index")}

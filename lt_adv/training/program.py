@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from lt_adv import data, methods, models
 from lt_adv.data import longtail, resident
-from lt_adv.methods import Info, Stage, addons
+from lt_adv.methods import Info, Method, Stage, addons
 from lt_adv.models import adjustments, torch_import, weight_files
 from lt_adv.training import checkpoint, optim
 from lt_adv.training import feed as feeds
@@ -48,11 +48,15 @@ class Program:
         return self.info.epochs * self.info.steps_per_epoch
 
 
+def method(config: ml_collections.ConfigDict) -> Method:
+    """The configured method, with a value for every option and inside no add-on."""
+    inner = {name: config.attack[name] for name in ("num_steps", "start") if config.attack.get(name) is not None}
+    return methods.create(config.method.to_dict(), fidelity=config.fidelity, **inner)
+
+
 def stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
     """The stages of the configured method, inside the configured add-ons."""
-    inner = {name: config.attack[name] for name in ("num_steps", "start") if config.attack.get(name) is not None}
-    method = methods.create(config.method.to_dict(), fidelity=config.fidelity, **inner)
-    return addons.wrap(method, config.addons, config).stages(config)
+    return addons.wrap(method(config), config.addons, config).stages(config)
 
 
 def steps_per_epoch(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> int:
@@ -124,6 +128,7 @@ def build(
         augment=config.data.augment,
         pad=config.data.pad,
         sampler=config.data.sampler,
+        cycles=config.fidelity == "released_code",
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
         groups=longtail.groups(counts),
@@ -140,7 +145,8 @@ def build(
     teacher = meshes.replicate(previous, home) if stage.teacher == "previous" else {}
     classes = resident.class_table(split.train.label, len(counts)) if config.data.sampler == "class_aware" else None
     if options.streamed:
-        feed = feeds.streamed(split.train, classes, key, info, options.batch_size, mesh, config.parallel)
+        size, cycles = options.batch_size, options.cycles
+        feed = feeds.streamed(split.train, classes, key, info, size, mesh, config.parallel, cycles)
     else:
         feed = feeds.resident(split.train, classes, home)
 

@@ -34,6 +34,7 @@ class StepOptions:
     augment: str = "crop_flip"
     pad: int = 4
     sampler: str = "uniform"
+    cycles: bool = False  # class-aware draws go through the classes and their images in turn
     streamed: bool = False  # the step is given batches, not the set to draw them from
     log_every: int = 50
     average: Mapping[str, Any] | None = None
@@ -66,6 +67,7 @@ def _own(key, data, step, options: StepOptions, info: Info):
         num_examples=data["label"].shape[0],
         batch_size=options.batch_size,
         classes=data["classes"] if options.sampler == "class_aware" else None,
+        cycles=options.cycles,
     )[position]
     return {name: data[name][rows] for name in ("image", "label", "index")}, position
 

@@ -28,15 +28,16 @@ def read(split, first=0, total=7, own=ALL, **options):
         return list(found)
 
 
-@pytest.mark.parametrize("class_aware", [False, True])
-def test_the_batches_of_the_steps(class_aware):
+@pytest.mark.parametrize(("class_aware", "cycles"), [(False, False), (True, False), (True, True)])
+def test_the_batches_of_the_steps(class_aware, cycles):
     """Over two epochs and into a third, where the order is drawn anew."""
     data = split()
     classes = resident.class_table(data.label, 3) if class_aware else None
-    found = read(data, classes=classes)
+    found = read(data, classes=classes, cycles=cycles)
     assert len(found) == 7
     for step, batch in enumerate(found):
-        rows = resident.drawn(KEY, step // 3, step % 3, num_examples=14, batch_size=4, classes=classes)
+        options = {"num_examples": 14, "batch_size": 4, "classes": classes, "cycles": cycles}
+        rows = resident.drawn(KEY, step // 3, step % 3, **options)
         for name, dtype in (("image", np.uint8), ("label", np.int32), ("index", np.int32)):
             assert batch[name].dtype == dtype
             np.testing.assert_array_equal(batch[name], getattr(data, name)[rows])

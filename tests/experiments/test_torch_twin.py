@@ -205,12 +205,13 @@ def test_one_step_is_the_same_step(name, network):
     assert_same_step(config, "released", step, forwards if forwards == 1 else 0)
 
 
-def test_robal_as_released_moves_its_statistics_four_times():
-    """RoBal-R, with the start, the KL term and the forwards of the released code."""
-    config = make_config("robal_r", fidelity="released_code")
+@pytest.mark.parametrize(("name", "forwards"), [("robal_r", 4), ("trades", 3)])
+def test_statistics_as_released_move_with_every_forward(name, forwards):
+    """With the start, the KL term and the forwards of the released code."""
+    config = make_config(name, fidelity="released_code")
     step = our_step(config)
     for setting in ("tuned", "released"):
-        assert_same_step(config, setting, step, forwards=4)
+        assert_same_step(config, setting, step, forwards)
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -62,7 +62,8 @@ def test_deferred_reweighting_weights(golden, assert_golden):
             assert_golden(weights, arrays[f"drw_weights_epoch{epoch}"])
 
 
-def test_trades_regulariser(golden, assert_golden):
+def test_robal_regulariser(golden, assert_golden):
+    """RoBal's: `trades_regulariser` in the golden file, though TRADES itself has no 1e-12."""
     with jax.enable_x64(True):
         arrays = golden("losses_and_heads")
 

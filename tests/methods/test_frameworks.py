@@ -10,6 +10,7 @@ import pytest
 from lt_adv import losses
 from lt_adv.methods.alp import ALP
 from lt_adv.methods.at import AT
+from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.avmixup import AVMixup
 from lt_adv.methods.mart import Mart
 from lt_adv.methods.natural import Natural
@@ -71,7 +72,15 @@ def test_alp_is_one_norm_over_the_batch():
 
 @pytest.mark.parametrize(
     ("method", "published", "released"),  # i: the clean images, a: the adversarial ones; batch norm sees them in turn
-    [(ALP, "ai", "aia"), (Trades, "ia", "iai"), (RoBal, "ai", "aiia")],
+    [
+        (ALP, "ai", "aiia"),
+        (AT, "a", "a"),
+        (ATBSL, "a", "a"),
+        (Mart, "ia", "ia"),
+        (Natural, "i", "i"),
+        (RoBal, "ai", "aiia"),
+        (Trades, "ia", "iai"),
+    ],
 )
 def test_forwards_in_training_mode_and_their_order(method, published, released):
     for fidelity, order in (("published", published), ("released_code", released)):
@@ -79,12 +88,42 @@ def test_forwards_in_training_mode_and_their_order(method, published, released):
         assert ["ia"[np.array_equal(x, X_ADV)] for x in seen] == list(order)
 
 
-def test_trades_keeps_away_from_log_zero_as_released():
-    clean, logits_adv = logits(IMAGE), logits(X_ADV)
-    for fidelity, epsilon in (("published", 0.0), ("released_code", 1e-12)):
-        expected = losses.kl_divergence(clean, logits_adv, epsilon=epsilon).mean()
-        value = loss(Trades(beta=1e6, fidelity=fidelity))[1]["loss_divergence"]
-        np.testing.assert_allclose(value, expected, rtol=1e-15)
+def of_logits(method, clean, adversarial):
+    """The loss of a method, with its gradients in the logits of the images and of the adversarial examples."""
+
+    def value(clean, adversarial):
+        net = types.SimpleNamespace(
+            train=lambda x: (clean if x == "clean" else adversarial, {}),
+            info=types.SimpleNamespace(class_counts=np.array([8, 4, 2, 1])),
+        )
+        batch = types.SimpleNamespace(image="clean", label=jnp.asarray(LABEL))
+        return method.loss(KEYS, net, batch, "adversarial", {}, None)[0]
+
+    return jax.value_and_grad(value, argnums=(0, 1))(clean, adversarial)
+
+
+@pytest.mark.parametrize("scale", [1, 300])
+@pytest.mark.parametrize("fidelity", ["published", "released_code"])
+def test_trades_takes_log_softmax_in_either_fidelity(fidelity, scale):
+    """Value and gradients by hand, also where the smallest q is far below the 1e-12 of RoBal's regulariser."""
+    z, other = scale * np.asarray(logits(IMAGE)), scale * np.asarray(logits(X_ADV))
+    log_p, log_q = (a - a.max(-1, keepdims=True) for a in (z, other))
+    log_p, log_q = (a - np.log(np.exp(a).sum(-1, keepdims=True)) for a in (log_p, log_q))
+    p, q, one_hot = np.exp(log_p), np.exp(log_q), np.eye(4)[LABEL]
+    divergence = (p * (log_p - log_q)).sum(-1, keepdims=True)
+    value, (natural, adversarial) = of_logits(Trades(fidelity=fidelity), jnp.asarray(z), jnp.asarray(other))
+    assert value == pytest.approx(np.mean(-log_p[one_hot == 1] + 6 * divergence[:, 0]), rel=1e-12)
+    np.testing.assert_allclose(natural, (p - one_hot + 6 * p * (log_p - log_q - divergence)) / 8, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(adversarial, 6 * (q - p) / 8, rtol=0, atol=1e-12)
+    assert (q.min() < 1e-12) == (scale == 300)
+
+
+def test_the_constant_in_the_logarithm_is_the_released_robals():
+    """And of no other method: the gradient in the logits of x_adv, where q is zero to all digits."""
+    z, other = 300 * logits(IMAGE), 300 * logits(X_ADV)
+    for method in (RoBal, Trades, Mart):
+        apart = [of_logits(method(fidelity=fidelity), z, other)[1][1] for fidelity in ("published", "released_code")]
+        assert (np.abs(apart[0] - apart[1]).max() > 1e-6) == (method is RoBal)
 
 
 def test_alp_has_a_gradient_where_the_attack_moves_nothing():

@@ -72,7 +72,8 @@ def make(
     """
     mesh = meshes.make_mesh(jax.devices()[:devices])
     batch_size = 16
-    per_epoch = len(split()) // batch_size
+    classes = resident.class_table(split().label, 4) if options.get("sampler") == "class_aware" else None
+    per_epoch = (len(split()) if classes is None else 4 * COUNTS.max()) // batch_size
     info = Info(class_counts=COUNTS, steps_per_epoch=per_epoch, epochs=3, image_shape=(6, 6, 1), num_features=6)
     model = Small()
     variables = model.init(jax.random.key(3), jnp.zeros((1, 6, 6, 1), float), train=False)
@@ -86,9 +87,9 @@ def make(
     )
     teacher = meshes.replicate(teacher or {}, mesh)
     if options.streamed:
-        data = feed.streamed(split(), None, jax.random.key(seed), info, batch_size, mesh, parallel)
+        data = feed.streamed(split(), classes, jax.random.key(seed), info, batch_size, mesh, parallel, options.cycles)
     else:
-        data = resident.put(split(), mesh)
+        data = feed.resident(split(), classes, mesh).example
     averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
     state = meshes.replicate(states.create(key, variables, tx, method.init(info), averaged=averaged), mesh)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from lt_adv import methods
+from lt_adv.data import resident
 from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
 from lt_adv.training import mesh as meshes
@@ -100,21 +101,44 @@ def test_a_window_sums_what_its_groups_sum_together(trained):
 def test_no_image_twice_in_an_epoch_and_another_order_in_the_next():
     seen = []
 
-    @dataclasses.dataclass(frozen=True)
-    class Spy(AT):
-        def init(self, info):
-            return {"index": jnp.zeros(16, int)}
-
-        def loss(self, key, net, batch, x_adv, extra, clock):
-            value, (_, metrics) = AT.loss(self, key, net, batch, x_adv, extra, clock)
-            return value, ({"index": net.gather(batch.index)}, metrics)
-
-    step, state, data, teacher = make(Spy(num_steps=0), 8)
+    step, state, data, teacher = make(Draws(num_steps=0), 8)
     for _ in range(4):
         state, _ = step(state, data, teacher)
         seen.append(np.asarray(state.extra["index"]))
     epochs = [np.concatenate(seen[:2]), np.concatenate(seen[2:])]
     assert all(len(set(e.tolist())) == 32 for e in epochs) and not np.array_equal(*epochs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Draws(AT):
+    """AT that keeps the images of its last step."""
+
+    def init(self, info):
+        return {"index": jnp.zeros(16, int)}
+
+    def loss(self, key, net, batch, x_adv, extra, clock):
+        value, (_, metrics) = AT.loss(self, key, net, batch, x_adv, extra, clock)
+        return value, ({"index": net.gather(batch.index)}, metrics)
+
+
+@pytest.mark.parametrize(("parallel", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 8)])
+def test_class_aware_draws_in_cycles_on_any_number_of_devices(parallel, devices):
+    """16 of four classes, so each class four times in every batch; and the same images after a restart."""
+    options = {"sampler": "class_aware", "cycles": True}
+    step, state, data, teacher = make(Draws(num_steps=0), devices, parallel, **options)
+    classes = resident.class_table(split().label, 4)
+    seen, key = [], jax.random.key(3)  # that of `make`
+    for n in range(7):  # five steps are an epoch
+        if n == 4:
+            state = meshes.replicate(jax.device_get(state), meshes.make_mesh(jax.devices()[:devices]))
+        state, _ = step(state, data, teacher)
+        seen.append(np.asarray(state.extra["index"]))
+        expected = resident.drawn(key, n // 5, n % 5, num_examples=40, batch_size=16, classes=classes, cycles=True)
+        np.testing.assert_array_equal(seen[-1], expected)
+        np.testing.assert_array_equal(np.bincount(split().label[seen[-1]]), [4] * 4)
+    images = np.bincount(np.concatenate(seen[:5]), minlength=40)
+    np.testing.assert_array_equal(images[split().label == 0], 1)
+    np.testing.assert_array_equal(images[split().label == 3], 10)
 
 
 def test_robal_moves_statistics_twice_and_the_released_code_four_times():

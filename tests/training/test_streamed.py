@@ -36,8 +36,16 @@ def assert_same_bits(found, expected):
 @pytest.mark.parametrize(("parallel", "devices"), [("pmap", 2), ("shard_map", 2), ("shard_map", 1)])
 def test_as_from_a_resident_set(parallel, devices, caplog):
     """Into the second epoch, stopped in its middle; compiled once."""
-    expected = run(METHOD, devices, parallel, steps=PER_EPOCH + 3)
-    step, state, feed, teacher = make(METHOD, devices, parallel, streamed=True)
+    as_from_a_resident_set(parallel, devices, caplog)
+
+
+def test_class_aware_draws_as_from_a_resident_set(caplog):
+    as_from_a_resident_set("shard_map", 2, caplog, sampler="class_aware", cycles=True)
+
+
+def as_from_a_resident_set(parallel, devices, caplog, **options):
+    expected = run(METHOD, devices, parallel, steps=PER_EPOCH + 3, **options)
+    step, state, feed, teacher = make(METHOD, devices, parallel, streamed=True, **options)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
         state, before = go(step, state, feed, teacher, 0, PER_EPOCH + 1)
         state, after = go(step, state, feed, teacher, PER_EPOCH + 1, PER_EPOCH + 3)

@@ -18,7 +18,11 @@ class AWP(base.AddOn):
 
     Running statistics move as often as the inner method moves them, by its forwards at theta + v: those that look for v
     normalise by the batch and write nothing, as the copy of the network does in the released code. The metrics, and
-    what the method keeps in `extra`, are those at theta + v. That code can also wait for some epochs; ours does not.
+    what the method keeps in `extra`, are those at theta + v.
+
+    Differs from the released codes, under either fidelity: they take the whole optimiser step at theta + v and then
+    subtract v, so that weight decay pulls at theta + v, where ours pulls at theta; and they can wait for some epochs
+    before the first perturbation.
     """
 
     gamma: float = 0.005

@@ -33,6 +33,11 @@ class RobustLT(base.AddOn):
     the inner method's own start; and it sees the network normalised by the statistics of the batch, in every forward of
     the inner method's `perturb`, while the running ones stand still. Evaluation is not changed: one radius for all.
 
+    Differs from the released code, under either fidelity, in the running statistics: there a step moves them three or
+    four times, with the forwards of the loss (one or two, by the method), and then once with x_adv and once with x for
+    its log, both in training mode with the weights that were just updated. Ours move with the forwards of the inner
+    method's loss alone.
+
     Context that is not the add-on's: the released code trains with Nesterov momentum (`config.optim.nesterov`), and its
     networks normalise their input by mean and deviation, which ours do not.
     """
