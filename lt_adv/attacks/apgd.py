@@ -8,7 +8,6 @@ Arguments are those of `gradient`, and:
 An image that is classified wrongly at its clean point is returned as it is.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -134,15 +133,13 @@ def _options(rho: float, eot: int | None) -> tuple[float, int | None]:
     return inputs.number("rho", rho, 0, 1), None if eot is None else inputs.count("eot", eot, least=1)
 
 
-@functools.lru_cache
 def apgd_program(
     objective: Objective, norm: str, num_steps: int, num_restarts: int, rho: float, eot: int | None, bounds: Bounds
 ) -> Iterated:
-    """The attack `apgd`; the same object for the same options, which is what jax.jit remembers programs by."""
+    """The attack `apgd`."""
     return _attack(lambda logits, state: objective(logits, state.y), norm, num_steps, num_restarts, rho, eot, bounds)
 
 
-@functools.lru_cache
 def apgd_targeted_program(
     objective: Objective, norm: str, num_steps: int, num_targets: int, rho: float, eot: int | None, bounds: Bounds
 ) -> Iterated:

@@ -1,5 +1,6 @@
 """AutoAttack: an ensemble of parameter-free attacks, each on the images that all before it have left."""
 
+import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -213,6 +214,7 @@ def attacks_of(version: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
+@functools.lru_cache  # jax.jit remembers a program by the attack, as an object
 def _programs(
     names: tuple[str, ...], classes: int, norm: str, bounds: Bounds, random: bool, num_queries: int
 ) -> tuple[dict[str, Iterated], tuple[str, ...]]:

@@ -1,5 +1,6 @@
 """`attacks.compile`: the jitted form of an attack, with the network's variables as an argument."""
 
+import functools
 import inspect
 from collections.abc import Callable
 from functools import partial
@@ -7,6 +8,8 @@ from typing import Any
 
 import jax
 from jax import Array
+
+from lt_adv.attacks import inputs
 
 
 def compile(
@@ -24,11 +27,13 @@ def compile(
 
     Returns:
       f(key, variables, x, y) -> x_adv. The inputs may be sharded over devices; x_adv is sharded as XLA chooses, in
-      general as x is.
+      general as x is. The values of x are looked at in the first call alone: images of another scale than `bounds` are
+      refused there.
 
     Raises:
       ValueError: for an option that the attack does not have. Values are checked when f is first called.
     """
+    parameters = inspect.signature(attack).parameters
     try:
         inspect.signature(attack).bind_partial(**options)
     except TypeError as error:
@@ -38,4 +43,15 @@ def compile(
     def compiled(key: Array, variables: Any, x: Array, y: Array) -> Array:
         return attack(key, partial(apply, variables), x, y, **options)
 
-    return compiled
+    bounds = options.get("bounds", getattr(parameters.get("bounds"), "default", None))
+    unchecked = [bounds] if "bounds" in parameters else []
+
+    @functools.wraps(compiled)
+    def call(key: Array, variables: Any, x: Array, y: Array) -> Array:
+        if unchecked:
+            inputs.check_images(x, inputs.check_bounds(unchecked[0]))
+            unchecked.clear()
+        return compiled(key, variables, x, y)
+
+    call.lower = compiled.lower  # type: ignore[attr-defined]
+    return call

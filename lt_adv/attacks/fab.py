@@ -8,7 +8,6 @@ Arguments are those of `gradient`, and:
 An image that is classified wrongly at its clean point is returned as it is.
 """
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -125,7 +124,6 @@ def _options(alpha_max: float, eta: float, beta: float) -> tuple[float, float, f
     return inputs.number("alpha_max", alpha_max, 0, 1), inputs.number("eta", eta, 0), inputs.number("beta", beta, 0, 1)
 
 
-@functools.lru_cache
 def fab_program(
     classes: int,
     norm: str,
@@ -136,7 +134,7 @@ def fab_program(
     beta: float,
     bounds: Bounds,
 ) -> Iterated:
-    """The attack `fab`; the same object for the same options."""
+    """The attack `fab`."""
     ball = norms.get(norm)
     return _attack(
         lambda network, state: _nearest_plane(network, state, classes, ball),
@@ -144,7 +142,6 @@ def fab_program(
     )  # fmt: skip
 
 
-@functools.lru_cache
 def fab_targeted_program(
     norm: str, num_steps: int, num_targets: int, alpha_max: float, eta: float, beta: float, bounds: Bounds
 ) -> Iterated:

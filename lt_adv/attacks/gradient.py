@@ -209,6 +209,8 @@ def _ascend(
 
         momentum = () if decay is None else jnp.zeros_like(x_adv)
         x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
-        return lax.fori_loop(0, num_steps, step, (x_adv, momentum))[0]
+        x_adv, _ = lax.fori_loop(0, num_steps, step, (x_adv, momentum))
+        # A length or a start that is known inside a trace alone may not be finite.
+        return jnp.where(jnp.isfinite(x_adv), x_adv, lax.stop_gradient(x))
 
     return inputs.run(ascend, key, x, y, eps, step_size, decay, x_init)

@@ -82,11 +82,9 @@ def check_images(x: Any, bounds: Bounds, x_init: Any = None) -> None:
 
 
 def _check_box(name: str, x: Any, bounds: Bounds) -> None:
-    if isinstance(x, jax.core.Tracer) or not getattr(x, "is_fully_addressable", True) or not np.size(x):
+    if (values := known(x)) is None or not values.size:
         return
-    with jax.ensure_compile_time_eval():  # x may be a constant of a trace
-        xnp = jnp if isinstance(x, jax.Array) else np  # reduced where it is
-        low, high = (np.asarray(value)[()] for value in jax.device_get((xnp.min(x), xnp.max(x))))
+    low, high = values.min(), values.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} must be finite, got values from {low} to {high}.")
     if not bounds[0] <= low <= high <= bounds[1]:
@@ -105,6 +103,7 @@ def check_batch(y: Any, batch: int) -> None:
 
 def check_labels(y: Any, batch: int, classes: int | None = None) -> None:
     """ValueError unless y is integers [batch], from 0 to classes - 1 where values are known."""
+    y = y if isinstance(y, jax.Array) else np.asarray(y)
     check_batch(y, batch)
     if np.ndim(y) != 1 or not jnp.issubdtype(jnp.result_type(y), jnp.integer):
         kind = f"{jnp.result_type(y)} {np.shape(y)}"

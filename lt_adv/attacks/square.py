@@ -1,6 +1,5 @@
 """Square attack: random search over square windows, by predictions alone; no gradient is asked for."""
 
-import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -103,9 +102,8 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return {1: (1, *shape, 1), 2: (*shape, 1), 3: shape}[len(shape)]  # type: ignore[return-value]
 
 
-@functools.lru_cache
 def square_program(objective: Callable, norm: str, num_queries: int, p_init: float, bounds: Bounds) -> Iterated:
-    """The attack `square`; the same object for the same options, which is what jax.jit remembers programs by."""
+    """The attack `square`."""
     low, high = bounds
     start, propose = {"linf": (_stripes, _linf_proposal), "l2": (_bumps, _l2_proposal)}[norms.get(norm) and norm]
 

@@ -13,7 +13,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv import processes
-from lt_adv.attacks import autoattack, objectives, starts
+from lt_adv.attacks import autoattack, inputs, objectives, starts
 from lt_adv.evaluation import progress, protocol, records
 from lt_adv.evaluation.records import CLEAN, WORST, Records
 
@@ -48,7 +48,7 @@ def _judge(apply: Callable, norm: str, mesh: Mesh) -> Callable:
         delta = (x_adv - x).reshape(len(x), -1)
         size = jnp.abs(delta).max(-1) if norm == "linf" else jnp.linalg.norm(delta, axis=-1)
         outside = jnp.maximum(-x_adv, x_adv - 1.0).reshape(len(x), -1).max(-1)
-        return objectives.prediction(logits), (size, outside)
+        return objectives.prediction(inputs.check_logits(logits, x)), (size, outside)
 
     return jax.jit(judge, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

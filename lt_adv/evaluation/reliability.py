@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lt_adv import attacks
 from lt_adv.attacks.autoattack import attacks_of
 from lt_adv.attacks.convolutions import canonical
-from lt_adv.attacks.inputs import check_logits
+from lt_adv.attacks.inputs import check_images, check_logits
 from lt_adv.attacks.starts import threefry
 
 # How far the largest logit leads, in the median, when PGD looks at the rescaled logits. Relative to the network's own
@@ -57,7 +57,7 @@ def _programs(apply: Callable, norm: str, num_steps: int, queries: int) -> Progr
         return (gradient == 0).reshape(len(x), -1).all(-1)
 
     def right(variables, x, y):
-        return attacks.prediction(apply(variables, x)) == y
+        return attacks.prediction(check_logits(apply(variables, x), x)) == y
 
     def pgd(key, variables, x, y, eps, step_size, logit_scale):
         objective = functools.partial(attacks.cross_entropy, logit_scale=logit_scale)
@@ -121,6 +121,7 @@ def probe(
     key, images, labels = threefry(key), np.asarray(images), np.asarray(labels, np.int32)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(f"images [n, h, w, c] and labels [n] are needed, got {images.shape} and {labels.shape}.")
+    check_images(_pixels(images), (0.0, 1.0))
     version = list(attacks_of(autoattack)) if autoattack else []
     mesh = mesh or Mesh(np.array(jax.devices()[:1]), ("data",))
     shard = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))

@@ -28,8 +28,9 @@ def logits_of(logits: ArrayLike, labels: ArrayLike) -> Array:
 
 def check_labels(labels: ArrayLike, batch: int, classes: int | None = None) -> None:
     """ValueError unless labels are integers [batch], from 0 to classes - 1 where values are known."""
-    if jnp.shape(labels) != (batch,) or not jnp.issubdtype(jnp.result_type(labels), jnp.integer):
-        kind = f"{jnp.result_type(labels)} {jnp.shape(labels)}"
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
+    if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
+        kind = f"{labels.dtype} {labels.shape}"
         raise ValueError(f"labels must be integers of shape [batch] = ({batch},), got {kind}.")
     if classes is None or isinstance(labels, jax.core.Tracer) or not getattr(labels, "is_fully_addressable", True):
         return

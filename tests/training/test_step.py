@@ -6,13 +6,16 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from lt_adv import methods
+from lt_adv.attacks import starts
 from lt_adv.data import resident
 from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
 from lt_adv.training import mesh as meshes
+from lt_adv.training import state as states
 from lt_adv.training.step import StepOptions, ends_window
 from tests.training.helpers import Small, assert_same, make, run, split
 
@@ -205,3 +208,13 @@ def test_the_attack_can_see_the_network_in_another_dtype():
     plain = first_loss()
     assert first_loss(attack_apply=model.apply) == plain
     assert first_loss(attack_apply=upside_down) < plain - 0.05
+
+
+@pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
+def test_the_state_holds_a_threefry_key(impl):
+    """Others would draw the same augmentation and the same start for every image of a device."""
+    tx = optax.sgd(0.1)
+    key = jax.random.key(3, impl=impl)
+    state = states.create(key, {"params": {"w": jnp.ones(2)}}, tx, {}, averaged=False)
+    assert jax.random.key_impl(state.key) == "threefry2x32"
+    np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(starts.threefry(key)))
