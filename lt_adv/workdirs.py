@@ -15,7 +15,7 @@ from lt_adv import check, files, processes
 
 LOCK = ".lock"
 # What may change between two starts in a working directory. Training watches itself through the adjustment.
-FREE = ("eval.", "data.data_dir", "data.download", "data.resident_gib", "cpu_devices", "sharded")
+FREE = ("eval.", "data.data_dir", "data.download", "data.test_split", "data.resident_gib", "cpu_devices", "sharded")
 WATCHED = ("eval.adjustment.", "eval.dtype")
 
 
