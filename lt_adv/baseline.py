@@ -33,7 +33,8 @@ def configured(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
     except FileNotFoundError as error:
         raise ValueError(f"config.eval.baseline: there is no {path}: is it the working directory of a run?") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"config.eval.baseline: {path} is damaged ({type(error).__name__}: {error}).") from error
+        why = files.reason(path, error, files.JSON)
+        raise ValueError(f"config.eval.baseline: {path} is damaged ({why}).") from error
     return ml_collections.ConfigDict(stored)
 
 

@@ -83,9 +83,9 @@ def clear(folder: epath.PathLike) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-NPZ, ZIP = "an .npz file of NumPy", "a zip archive"
+NPZ, ZIP, DAMAGED_ZIP = "an .npz file of NumPy", "a zip archive", "a zip archive that is damaged or cut short"
 TORCH, PICKLE = "a PyTorch file (torch.save)", "a pickle"
-SAFETENSORS, GZIP, TEXT = "a safetensors file", "a gzip archive", "a text"
+SAFETENSORS, GZIP, TEXT, JSON = "a safetensors file", "a gzip archive", "a text", "a text in JSON"
 LFS = "a Git LFS pointer in place of the file: fetch it with git lfs pull"
 SIGNATURES: Mapping[bytes, str] = {
     b"version https://git-lfs.github.com/spec/": LFS,
@@ -142,7 +142,7 @@ def _format_of_zip(stream: io.IOBase) -> str:
         with zipfile.ZipFile(stream) as archive:  # type: ignore[call-overload]
             names = archive.namelist()
     except Exception:  # a damaged directory fails in many ways
-        return f"{ZIP} that is damaged or cut short"
+        return DAMAGED_ZIP
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
         return "a TorchScript archive (torch.jit.save), which holds a program: save the module's state_dict alone"
     if any(name.endswith(("serialized_exported_program.json", "archive_format")) for name in names):
@@ -161,21 +161,24 @@ def _format_of_text(head: bytes) -> str | None:
     if re.match(r"\s*<(\?xml|!--|\w+[ />])", text):
         return "an XML document"
     if re.match(r"\s*[{\[]", text):
-        return f"{TEXT} in JSON"
+        return JSON
     return f"{TEXT} that begins with {(text.split(chr(10)) or [''])[0].strip()[:60]!r}"
 
 
 def reason(file: epath.PathLike | bytes, error: Exception, *expected: str) -> str:
-    """Why a file cannot be read, in one line: what it is, unless that is `expected`, else what `error` says.
-
-    NumPy's and PyTorch's errors recommend to load pickles, and so to run what is in them: that is not passed on.
-    """
+    """Why a file cannot be read, in one line: what it is, unless that is `expected`, else what `error` says."""
     try:
         what = format_of(file)
     except OSError:
         what = None
-    if what and what not in expected:
-        return f"it is {what}"
+    return f"it is {what}" if what and what not in expected else said(error)
+
+
+def said(error: Exception) -> str:
+    """What an error of a reader says, in one line.
+
+    NumPy's and PyTorch's errors recommend to load pickles, and so to run what is in them: that is not passed on.
+    """
     if re.search(r"pickle|weights_only", str(error), re.IGNORECASE):
         return "it holds pickled objects, and to load those could run any program"
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "

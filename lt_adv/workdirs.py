@@ -55,7 +55,8 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
     try:
         theirs = comparable(json.loads(path.read_text()), training=training)
     except (ValueError, AssertionError, RecursionError) as error:  # no JSON, or no dict
-        raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
+        why = files.reason(path, error, files.JSON)
+        raise ValueError(f"{path} is damaged ({why}): put it back as it was, or use another --workdir.") from error
     mine = comparable(config.to_dict(), training=training)
     changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
     if changed:

@@ -21,12 +21,12 @@ log = logging.getLogger(__name__)
 
 
 def image_folder(path: Path, size: int | None = None) -> Source:
-    """`<path>/train/<class>/**` and `<path>/test/<class>/**`, images in `images.SUFFIXES`: classes in alphabetical order.
+    """`<path>/train/<class>/**` and `<path>/test/<class>/**`: classes in alphabetical order.
 
-    Images in folders inside a class folder belong to the class. The original index of an image is its position among
-    all images of its split, sorted by class, then by its path in the class folder. Grey images become colour where the
-    set has any colour image; of an animated image the first frame is read; EXIF orientation is ignored. A warning
-    counts the files that are not read, by suffix; hidden files and folders do not count.
+    Images are files with one of `images.SUFFIXES`, in a class folder or in folders inside it. The original index of an
+    image is its position among all images of its split, sorted by class, then by its path in the class folder. Grey
+    images become colour where the set has any colour image; of an animated image the first frame is read; EXIF
+    orientation is ignored. A warning counts the files that are not read, by suffix; hidden files do not count.
     """
     skipped: Counter[str] = Counter()
     listing = {split: _list_images(path / split, skipped) for split in SPLITS}

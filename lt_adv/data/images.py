@@ -21,7 +21,8 @@ CHUNK = 256
 USUAL = ("JPEG", "PNG")
 FORMATS = (*USUAL, "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # decoded by Pillow itself
 USUAL_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
-SUFFIXES = (*USUAL_SUFFIXES, *".webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .jp2 .j2k .avif".split())
+OTHER_SUFFIXES = (".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif")
+SUFFIXES = (*USUAL_SUFFIXES, *OTHER_SUFFIXES)
 
 
 class BadImage(ValueError):

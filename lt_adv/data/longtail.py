@@ -85,8 +85,8 @@ def select(label: np.ndarray, counts: Sequence[int], seed: int = 0, class_names:
     """Positions of the chosen images, int64 [sum(counts)], class-major, in the order they were drawn.
 
     One legacy generator for all classes: each class's positions, ascending, are shuffled in place and the first
-    `counts[c]` kept. ValueError, with the class's name out of `class_names`, for a wrong number of counts, a count below
-    1, or more than the class has.
+    `counts[c]` kept. ValueError, with the class's name out of `class_names`, for a wrong number of counts, a count
+    below 1, or more than the class has.
     """
     label = np.asarray(label)
     num_classes = int(label.max()) + 1

@@ -25,12 +25,12 @@ PEEK = 100  # records that tell whether a split has labels
 NEEDS_TENSORFLOW = 'needs TensorFlow: pip install -e ".[tfds-tf]"'
 
 
-def source(
-    name: str, data_dir: Path, size: int | None, download: bool, test_split: str | None = None
-) -> Source:
+def source(name: str, data_dir: Path, size: int | None, download: bool, test_split: str | None = None) -> Source:
     """The set called `name`: one of `archives.ARCHIVES`, or any image classification set of TensorFlow-Datasets.
 
-    `test_split` is the split to evaluate on: test where there is one, else validation. ValueError for an unknown name or missing TensorFlow, FileNotFoundError for data that is not there and not to be
+    `test_split` is the split to evaluate on: test where there is one, else validation.
+
+    ValueError for an unknown name or missing TensorFlow, FileNotFoundError for data that is not there and not to be
     downloaded.
     """
     if name in archives.ARCHIVES:
