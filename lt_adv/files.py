@@ -87,10 +87,12 @@ NPZ, ZIP, DAMAGED_ZIP = "an .npz file of NumPy", "a zip archive", "a zip archive
 TORCH, PICKLE = "a PyTorch file (torch.save)", "a pickle"
 SAFETENSORS, GZIP, TEXT, JSON = "a safetensors file", "a gzip archive", "a text", "a text in JSON"
 LFS = "a Git LFS pointer in place of the file: fetch it with git lfs pull"
+ANNEX = "a git-annex pointer in place of the file: fetch it with git annex get"
+POINTERS = (LFS, ANNEX)
 SIGNATURES: Mapping[bytes, str] = {
     b"version https://git-lfs.github.com/spec/": LFS,
     b"version https://hawser.github.com/spec/": LFS,
-    b"/annex/objects/": "a git-annex pointer in place of the file: fetch it with git annex get",
+    b"/annex/objects/": ANNEX,
     b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": TORCH,  # as written before PyTorch 1.6
     b"\x93NUMPY": "a single array of NumPy (.npy)",
     b"\x1f\x8b": GZIP,
@@ -137,6 +139,18 @@ def format_of(file: epath.PathLike | bytes) -> str | None:
     return _format_of_text(head)
 
 
+def placeholder(folder: epath.PathLike) -> str | None:
+    """The first file below `folder` that is a pointer of Git LFS or git-annex, and what it is; None without any."""
+    folder = epath.Path(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        found = placeholder(path) if path.is_dir() else None
+        if path.is_file() and (what := format_of(path)) in POINTERS:
+            found = f"{path} is {what}"
+        if found:
+            return found
+    return None
+
+
 def _format_of_zip(stream: io.IOBase) -> str:
     try:
         with zipfile.ZipFile(stream) as archive:  # type: ignore[call-overload]
@@ -180,6 +194,6 @@ def said(error: Exception) -> str:
     NumPy's and PyTorch's errors recommend to load pickles, and so to run what is in them: that is not passed on.
     """
     if re.search(r"pickle|weights_only", str(error), re.IGNORECASE):
-        return "it holds pickled objects, and to load those could run any program"
+        return "only files without pickled objects are read, for to load those could run any program"
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return f"{kind}{' '.join(str(error).split())[:300]}"

@@ -102,11 +102,13 @@ def labels(label: Any, images: int, classes: float, where: str, advice: str = ""
         hint = ": of one-hot labels, take argmax(axis=-1)" if label.ndim == 2 and label.shape[1] > 1 else ""
         raise ValueError(f"{wanted}, one for each image, not {label.dtype} {label.shape}{hint}.{advice}")
     if label.dtype.kind not in "iu":
-        broken = label[~np.isfinite(label) | (label % 1 != 0)] if label.dtype.kind == "f" else label
+        broken = label[~np.isfinite(label) | (label != np.trunc(label))] if label.dtype.kind == "f" else label
         shown = f" ({len(broken)} of which are not integers, such as {broken[0]})" if len(broken) else ""
         raise ValueError(f"{wanted}, of an integer type, not {label.dtype}{shown}.{advice}")
     wrong = label[(label < 0) | (label >= classes)]
     if len(wrong):
+        if wrong.min() < 0:
+            advice = advice or " Leave out images without a label, or choose a split that has labels."
         to = f" to {classes - 1}" if classes < float("inf") else ""
         raise ValueError(
             f"{where}: {len(wrong)} of {images} labels are not whole numbers from 0{to}, such as {wrong[0]}.{advice}"

@@ -101,8 +101,7 @@ def npz(path: Path, size: int | None = None) -> Source:
                 there = sorted(file.files)
                 arrays = {k: file[k] for k in ARRAYS if k in there}
         except Exception as error:  # a damaged zip fails in many ways
-            why = files.reason(path, error, files.NPZ)
-            raise ValueError(f"{path} is not a readable .npz without pickled objects: {why}.") from error
+            raise ValueError(f"{path} is not a readable .npz: {files.reason(path, error, files.NPZ)}.") from error
         if missing := [k for k in ARRAYS[:-1] if k not in arrays]:
             raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(there) or 'none'}.")
         if other := [k for k, array in arrays.items() if not isinstance(array, np.ndarray)]:

@@ -4,18 +4,19 @@ A set in array_record is read without TensorFlow. What needs it, tfrecord files 
 needs the extra tfds-tf. TensorFlow-Datasets itself is not imported for our own sets when the cache has them.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lt_adv import lookup
+from lt_adv import files, lookup
 from lt_adv.data import archives, cache, images
 from lt_adv.data.dataset import Decoding, Source, labels
 
@@ -38,9 +39,23 @@ def source(name: str, data_dir: Path, size: int | None, download: bool, test_spl
             raise ValueError(f"config.data.test_split: {name} has one test split, leave it out.")
         archive = archives.ARCHIVES[name]
         return Source([archives.VERSION, archive.sha256, size], partial(_read_own, name, data_dir, size, download))
-    builder = _other(name, data_dir, download)
+    with _readable(data_dir / name):
+        builder = _other(name, data_dir, download)
     identity = [_files(builder), size, *([test_split] if test_split else [])]
     return Source(identity, partial(_read, builder, size, data_dir, test_split))
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """One line for a set that cannot be read: which of its files is a pointer, where that is why."""
+    try:
+        yield
+    except Exception as error:  # the readers have no exception in common
+        if found := files.placeholder(folder):
+            raise ValueError(f"{found}.") from error
+        if not isinstance(error, RuntimeError):
+            raise
+        raise ValueError(f"{folder} is damaged ({files.said(error)}): prepare it again.") from error
 
 
 def _read_own(name: str, data_dir: Path, size: int | None, download: bool):
@@ -116,8 +131,9 @@ def _read(
     if missing := {"train", held_out} - set(there):
         raise ValueError(f"{builder.name} has no split {sorted(missing)[0]}; it has {', '.join(there)}.")
     image, label = _feature_names(builder)
-    test = _encoded(builder, held_out, image, label, data_dir)  # first: it is the one that may have no labels
-    splits = {"train": _encoded(builder, "train", image, label, data_dir), "test": test}
+    with _readable(Path(builder.data_path)):
+        test = _encoded(builder, held_out, image, label, data_dir)  # first: it is the one that may have no labels
+        splits = {"train": _encoded(builder, "train", image, label, data_dir), "test": test}
     height, width, channels = builder.info.features[image].shape
     if size is not None:
         height = width = size
@@ -194,7 +210,8 @@ def _advice(builder: Any, split: str, image: str, label: str) -> str:
     if split == "train":
         return " Without labels nothing can be trained: take another set."
     others = [s for s in builder.info.splits if s not in ("train", split)]
-    labelled = [s for s in others if all(r[label] >= 0 for r in _records(builder, f"{s}[:{PEEK}]", image))]
+    first = {s: f"{s}[:{min(PEEK, builder.info.splits[s].num_examples)}]" for s in others}
+    labelled = [s for s in others if all(record[label] >= 0 for record in _records(builder, first[s], image))]
     if not labelled:
         return f" Choose a set that has a split with labels beside train; of {builder.name} there is none."
     return f" Choose a split that has labels: --config.data.test_split={labelled[0]}."
