@@ -126,8 +126,8 @@ def format_of(file: epath.PathLike | bytes) -> str | None:
         if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
             return _format_of_zip(stream)
         size = stream.seek(0, os.SEEK_END)
-    if found := [what for start, what in SIGNATURES.items() if head.startswith(start)]:
-        return found[0]
+    if known := [what for start, what in SIGNATURES.items() if head.startswith(start)]:
+        return known[0]
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return PICKLE
     if head[257:262] == b"ustar":
@@ -143,11 +143,11 @@ def placeholder(folder: epath.PathLike) -> str | None:
     """The first file below `folder` that is a pointer of Git LFS or git-annex, and what it is; None without any."""
     folder = epath.Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        found = placeholder(path) if path.is_dir() else None
+        pointer = placeholder(path) if path.is_dir() else None
         if path.is_file() and (what := format_of(path)) in POINTERS:
-            found = f"{path} is {what}"
-        if found:
-            return found
+            pointer = f"{path} is {what}"
+        if pointer:
+            return pointer
     return None
 
 
@@ -185,10 +185,10 @@ def reason(file: epath.PathLike | bytes, error: Exception, *expected: str) -> st
         what = format_of(file)
     except OSError:
         what = None
-    return f"it is {what}" if what and what not in expected else said(error)
+    return f"it is {what}" if what and what not in expected else message(error)
 
 
-def said(error: Exception) -> str:
+def message(error: Exception) -> str:
     """What an error of a reader says, in one line.
 
     NumPy's and PyTorch's errors recommend to load pickles, and so to run what is in them: that is not passed on.

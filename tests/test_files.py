@@ -151,8 +151,8 @@ FORMATS = [
 def test_what_a_file_is(tmp_path, content, what):
     (tmp_path / "file").write_bytes(content)
     for given in (content, tmp_path / "file", str(tmp_path / "file")):
-        found = files.format_of(given)
-        assert found == what if what is None or found is None else found.startswith(what)
+        seen = files.format_of(given)
+        assert seen == what if what is None or seen is None else seen.startswith(what)
 
 
 def test_why_a_file_cannot_be_read(tmp_path):
@@ -174,14 +174,14 @@ def test_why_a_file_cannot_be_read(tmp_path):
     ],
 )
 def test_advice_to_load_unsafely_is_not_passed_on(advice):
-    assert files.said(ValueError(advice)) == (
+    assert files.message(ValueError(advice)) == (
         "only files without pickled objects are read, for to load those could run any program"
     )
 
 
 def test_a_pointer_in_place_of_a_file_is_looked_for_in_folders(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
-    (tmp_path / "a" / "whole").write_bytes(b"\x00")
+    (tmp_path / "a" / "file").write_bytes(b"\x00")
     assert files.placeholder(tmp_path) is None and files.placeholder(tmp_path / "nowhere") is None
     (tmp_path / "a" / "b" / "part").write_bytes(LFS)
     assert files.placeholder(tmp_path) == f"{tmp_path / 'a' / 'b' / 'part'} is {files.LFS}"

@@ -30,7 +30,7 @@ def image_folder(path: Path, size: int | None = None) -> Source:
     """
     skipped: Counter[str] = Counter()
     listing = {split: _list_images(path / split, skipped) for split in SPLITS}
-    classes = {split: sorted(found) for split, found in listing.items()}
+    classes = {split: sorted(by_class) for split, by_class in listing.items()}
     for split, other in (SPLITS, SPLITS[::-1]):
         if odd := sorted(set(classes[split]) - set(classes[other])):
             raise ValueError(f"The class {odd[0]!r} of {path / split} has no images in {path / other}.")
@@ -74,13 +74,13 @@ def _list_images(folder: Path, skipped: Counter[str]) -> dict[str, list[tuple[st
         if not entry.is_dir():
             skipped["images outside class folders" if _is_image(entry) else _suffix(entry)] += 1
             continue
-        beside: Counter[str] = Counter()
-        found = _images_in(entry.path, "", (), beside)
-        if not found:
-            others = f", but {beside.total()} files of other kinds: {_counted(beside)}" if beside else ""
-            raise ValueError(f"The class folder {folder / entry.name} has no JPEG or PNG, nor any other image{others}.")
-        listing[entry.name] = sorted(found)
-        skipped += beside
+        others: Counter[str] = Counter()
+        members = _images_in(entry.path, "", (), others)
+        if not members:
+            more = f", but {others.total()} files of other kinds: {_counted(others)}" if others else ""
+            raise ValueError(f"The class folder {folder / entry.name} has no JPEG or PNG, nor any other image{more}.")
+        listing[entry.name] = sorted(members)
+        skipped += others
     if not listing:
         raise ValueError(f"The folder {folder} has no class folders.")
     return listing
@@ -95,17 +95,17 @@ def _images_in(
     if here in above:
         skipped["links to a folder above"] += 1
         return []
-    found = []
+    members = []
     for entry in os.scandir(folder):
         if entry.name.startswith(HIDDEN):
             continue
         if _is_image(entry):
-            found.append((prefix + entry.name, *_size_and_time(entry)))
+            members.append((prefix + entry.name, *_size_and_time(entry)))
         elif entry.is_dir():
-            found += _images_in(entry.path, f"{prefix}{entry.name}/", (*above, here), skipped)
+            members += _images_in(entry.path, f"{prefix}{entry.name}/", (*above, here), skipped)
         else:
             skipped[_suffix(entry)] += 1
-    return found
+    return members
 
 
 def _suffix(file: os.DirEntry) -> str:
@@ -127,5 +127,7 @@ def _size_and_time(file: os.DirEntry) -> tuple[int, int]:
     """Bytes, and modification time in ns; a pipe or a device could be read forever."""
     about = file.stat()
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{file.path} is no file: an image folder has images and nothing else under such names.")
+        raise ValueError(
+            f"{file.path} is no file: an image folder has images and nothing else under such names."
+        )
     return about.st_size, about.st_mtime_ns

@@ -125,7 +125,7 @@ def npz(path: Path, size: int | None = None) -> Source:
         label, up_to = arrays[f"{split}_label"], largest[split]
         if up_to >= (most := len(splits["train"].label)):
             raise ValueError(
-                f"{path}: the labels go up to {up_to}, and each class needs an image of its own to train on: "
+                f"{path}: the labels go up to {up_to}, and each class needs an image to train on: "
                 f"{np.sum(label >= most)} of {split}_label are not below {most}, the number of training images."
             )
         names = _class_names(arrays.get("class_names", np.arange(up_to + 1)), path)
@@ -145,8 +145,8 @@ def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
     if names.ndim > 1:
         raise ValueError(f"{path}: class_names must be one name for each class, not {names.dtype} {names.shape}.")
     try:
-        found = [n.decode() if isinstance(n, bytes) else str(n) for n in np.atleast_1d(names).tolist()]
+        texts = [n.decode() if isinstance(n, bytes) else str(n) for n in np.atleast_1d(names).tolist()]
     except UnicodeDecodeError as error:
         raise ValueError(f"{path}: class_names has {error.object!r}, which is not UTF-8.") from error
-    count = Counter(found)
-    return tuple(n if n and count[n] == 1 else f"{n} ({i})".strip() for i, n in enumerate(found))
+    count = Counter(texts)
+    return tuple(n if n and count[n] == 1 else f"{n} ({i})".strip() for i, n in enumerate(texts))

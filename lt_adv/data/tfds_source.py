@@ -51,11 +51,11 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the readers have no exception in common
-        if found := files.placeholder(folder):
-            raise ValueError(f"{found}.") from error
+        if pointer := files.placeholder(folder):
+            raise ValueError(f"{pointer}.") from error
         if not isinstance(error, RuntimeError):
             raise
-        raise ValueError(f"{folder} is damaged ({files.said(error)}): prepare it again.") from error
+        raise ValueError(f"{folder} is damaged ({files.message(error)}): prepare it again.") from error
 
 
 def _read_own(name: str, data_dir: Path, size: int | None, download: bool):
@@ -213,7 +213,7 @@ def _advice(builder: Any, split: str, image: str, label: str) -> str:
     first = {s: f"{s}[:{min(PEEK, builder.info.splits[s].num_examples)}]" for s in others}
     labelled = [s for s in others if all(record[label] >= 0 for record in _records(builder, first[s], image))]
     if not labelled:
-        return f" Choose a set that has a split with labels beside train; of {builder.name} there is none."
+        return f" Choose a set that has labels in more than its split train; {builder.name} has not."
     return f" Choose a split that has labels: --config.data.test_split={labelled[0]}."
 
 

@@ -59,7 +59,7 @@ def headline(axes: Axes, text: str, words: Sequence[tuple[str, str]], pad: float
 
 
 def _shorten(name: str, length: int = 18) -> str:
-    """A name in one line of at most `length`, in which a dollar is no formula."""
+    """A name in one line of at most `length`, in which a dollar does not begin a formula."""
     name = printable(name)
     return (name if len(name) <= length else name[: length - 1] + "…").replace("$", r"\$")
 

@@ -55,7 +55,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> 
 
 def _cell(text: str) -> str:
     """In one line, with a backslash before each bar that would end the cell."""
-    return re.sub(r"(\\.)|\|", lambda found: found[1] or r"\|", printable(text))
+    return re.sub(r"(\\.)|\|", lambda match: match[1] or r"\|", printable(text))
 
 
 def _counts(counts: Sequence[int] | None) -> str | None:

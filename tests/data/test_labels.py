@@ -110,7 +110,7 @@ def test_a_test_split_without_labels(unlabelled):
 
 
 def test_no_split_with_labels(unlabelled):
-    with pytest.raises(ValueError, match="Choose a set that has a split with labels beside train"):
+    with pytest.raises(ValueError, match="Choose a set that has labels in more than its split train"):
         load(unlabelled(train=[0, 1], test=[-1, 0], other=[-1]))
 
 
