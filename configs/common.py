@@ -82,6 +82,7 @@ def get(
         "path": "",  # image_folder and npz
         "image_size": config_dict.placeholder(int),  # as it is
         "download": False,
+        "test_split": "",  # of a set of TensorFlow-Datasets; test, or validation where there is none
         "resident_gib": 8.0,  # images that take more do not live on the devices: they are streamed
         "imbalance": "exponential",  # "step", "balanced", "none"
         "imbalance_ratio": known["ratio"],

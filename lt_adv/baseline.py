@@ -27,12 +27,14 @@ def configured(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
         stored = json.loads(path.read_text(), object_hook=_tuples)
         mine = config.eval.to_dict()
         stored["eval"] = {**mine, **{name: stored["eval"][name] for name in OWN}, "baseline": ""}
-        stored["data"] |= {name: config.data[name] for name in ("data_dir", "download")}  # of this machine
+        # Of this machine, and of these images.
+        stored["data"] |= {name: config.data[name] for name in ("data_dir", "download", "test_split")}
         stored["cpu_devices"] = config.cpu_devices
     except FileNotFoundError as error:
         raise ValueError(f"config.eval.baseline: there is no {path}: is it the working directory of a run?") from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"config.eval.baseline: {path} is damaged ({type(error).__name__}: {error}).") from error
+        why = files.reason(path, error, files.JSON)
+        raise ValueError(f"config.eval.baseline: {path} is damaged ({why}).") from error
     return ml_collections.ConfigDict(stored)
 
 

@@ -101,6 +101,7 @@ ENTRIES: Mapping[str, Rule] = {
     "data.path": optional(path_of),
     "data.image_size": optional(whole(f"[1, {images.LARGEST}]")),
     "data.download": a(bool),
+    "data.test_split": a(str),
     "data.resident_gib": NOT_NEGATIVE,
     "data.imbalance": one_of(longtail.PROFILES),
     "data.imbalance_ratio": number("[1, inf)", RATIO),
@@ -262,9 +263,7 @@ def _attack(name: str, spec: Any, path: str) -> None:
 
 def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
     """ValueError unless the config can be trained on these images with this many devices."""
-    if not min(split.class_counts):
-        name = split.class_names[split.class_counts.index(0)]
-        raise ValueError(f"The class {name!r} has no training image: take it out, or give it some.")
+    longtail.supplied(split.class_counts, split.class_names, config.data.name)
     if config.data.augment != "none":  # a larger one would give crops with nothing of the image
         whole(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
     models.create(config.model, len(split.class_names))

@@ -177,7 +177,8 @@ def measured(directory: epath.Path, wanted: Mapping[str, str]) -> tuple[Mapping[
     try:
         summary = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is damaged ({error}): write it again with --mode=eval.") from error
+        why = files.reason(path, error, files.JSON)
+        raise ValueError(f"{path} is damaged ({why}): write it again with --mode=eval.") from error
     header = summary["header"]
     if other := [name for name in wanted if header.get(name) != wanted[name]]:
         return None, f"the report that was there is of another {other[0].replace('_', ' ')}"
@@ -203,8 +204,9 @@ def card(
         "Trained by": f"`{command}`; all values are in [config.json](config.json)",
         "Exported by": f"the same with `--mode=export`; {', '.join(versions)}",
     }
-    shape, names = split.train.image.shape[1:], split.class_names
-    classes = [[str(i), name, str(n)] for i, (name, n) in enumerate(zip(names, split.class_counts, strict=True))]
+    shape, counts = split.train.image.shape[1:], split.class_counts
+    names = [evaluation.literal(name) for name in split.class_names]
+    classes = [[str(i), name, str(n)] for i, (name, n) in enumerate(zip(names, counts, strict=True))]
     method = " + ".join(part.split(" (")[0] for part in facts["method"].split(" + "))
     return CARD.format(
         title=f"{method} on {facts['dataset'].split(',')[0]}",

@@ -1,8 +1,11 @@
-"""Files that others read while they are written, or after a kill."""
+"""Files that others read while they are written, or after a kill; and what a file is that somebody else wrote."""
 
+import io
 import os
 import pathlib
+import re
 import shutil
+import zipfile
 from collections.abc import Mapping
 
 from etils import epath
@@ -78,3 +81,119 @@ def clear(folder: epath.PathLike) -> None:
         shutil.rmtree(path) if place.exists() else path.rename(place)
     for path in list(folder.rglob(".*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+NPZ, ZIP, DAMAGED_ZIP = "an .npz file of NumPy", "a zip archive", "a zip archive that is damaged or cut short"
+TORCH, PICKLE = "a PyTorch file (torch.save)", "a pickle"
+SAFETENSORS, GZIP, TEXT, JSON = "a safetensors file", "a gzip archive", "a text", "a text in JSON"
+LFS = "a Git LFS pointer in place of the file: fetch it with git lfs pull"
+ANNEX = "a git-annex pointer in place of the file: fetch it with git annex get"
+POINTERS = (LFS, ANNEX)
+SIGNATURES: Mapping[bytes, str] = {
+    b"version https://git-lfs.github.com/spec/": LFS,
+    b"version https://hawser.github.com/spec/": LFS,
+    b"/annex/objects/": ANNEX,
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": TORCH,  # as written before PyTorch 1.6
+    b"\x93NUMPY": "a single array of NumPy (.npy)",
+    b"\x1f\x8b": GZIP,
+    b"BZh": "a bzip2 archive",
+    b"\xfd7zXZ\0": "an xz archive",
+    b"\x28\xb5\x2f\xfd": "a Zstandard archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7z archive",
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"\x89HDF\r\n\x1a\n": "an HDF5 file",
+    b"MATLAB 5.0 MAT-file": "a MATLAB file",
+    b"GGUF": "a GGUF file",
+    b"PAR1": "a Parquet file",
+    b"%PDF-": "a PDF document",
+    b"\x89PNG\r\n\x1a\n": "a PNG image",
+    b"\xff\xd8\xff": "a JPEG image",
+    b"GIF8": "a GIF image",
+}
+HEAD = 1024  # bytes that tell
+
+
+def format_of(file: epath.PathLike | bytes) -> str | None:
+    """What a file, or its content, is by its first bytes, such as "an HTML page"; None where they do not tell.
+
+    Of a zip archive the names of its members are read as well. Nothing in the file is run. OSError where it cannot be
+    read.
+    """
+    with io.BytesIO(file) if isinstance(file, bytes) else epath.Path(file).open("rb") as stream:
+        head = stream.read(HEAD)
+        if not head:
+            return "empty"
+        if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
+            return _format_of_zip(stream)
+        size = stream.seek(0, os.SEEK_END)
+    if known := [what for start, what in SIGNATURES.items() if head.startswith(start)]:
+        return known[0]
+    if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
+        return PICKLE
+    if head[257:262] == b"ustar":
+        return "a tar archive"
+    if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
+        return "a WebP image"
+    if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8:
+        return SAFETENSORS
+    return _format_of_text(head)
+
+
+def placeholder(folder: epath.PathLike) -> str | None:
+    """The first file below `folder` that is a pointer of Git LFS or git-annex, and what it is; None without any."""
+    folder = epath.Path(folder)
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        pointer = placeholder(path) if path.is_dir() else None
+        if path.is_file() and (what := format_of(path)) in POINTERS:
+            pointer = f"{path} is {what}"
+        if pointer:
+            return pointer
+    return None
+
+
+def _format_of_zip(stream: io.IOBase) -> str:
+    try:
+        with zipfile.ZipFile(stream) as archive:  # type: ignore[call-overload]
+            names = archive.namelist()
+    except Exception:  # a damaged directory fails in many ways
+        return DAMAGED_ZIP
+    if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
+        return "a TorchScript archive (torch.jit.save), which holds a program: save the module's state_dict alone"
+    if any(name.endswith(("serialized_exported_program.json", "archive_format")) for name in names):
+        return "a program (torch.export.save): save the module's state_dict alone"
+    if any(name.endswith("/data.pkl") for name in names):
+        return TORCH
+    return NPZ if not names or any(name.endswith(".npy") for name in names) else ZIP
+
+
+def _format_of_text(head: bytes) -> str | None:
+    text = head.decode(errors="ignore" if len(head) == HEAD else "replace").lstrip("\ufeff")  # HEAD may cut a letter
+    if not all(letter.isprintable() or letter.isspace() for letter in text) or "\ufffd" in text:
+        return None
+    if re.match(r"\s*<(!doctype html|html|head|body)|.*<html", text, re.IGNORECASE | re.DOTALL):
+        return "an HTML page, such as servers send in place of a file"
+    if re.match(r"\s*<(\?xml|!--|\w+[ />])", text):
+        return "an XML document"
+    if re.match(r"\s*[{\[]", text):
+        return JSON
+    return f"{TEXT} that begins with {(text.split(chr(10)) or [''])[0].strip()[:60]!r}"
+
+
+def reason(file: epath.PathLike | bytes, error: Exception, *expected: str) -> str:
+    """Why a file cannot be read, in one line: what it is, unless that is `expected`, else what `error` says."""
+    try:
+        what = format_of(file)
+    except OSError:
+        what = None
+    return f"it is {what}" if what and what not in expected else message(error)
+
+
+def message(error: Exception) -> str:
+    """What an error of a reader says, in one line.
+
+    NumPy's and PyTorch's errors recommend to load pickles, and so to run what is in them: that is not passed on.
+    """
+    if re.search(r"pickle|weights_only", str(error), re.IGNORECASE):
+        return "only files without pickled objects are read, for to load those could run any program"
+    kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+    return f"{kind}{' '.join(str(error).split())[:300]}"

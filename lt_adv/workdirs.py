@@ -15,7 +15,7 @@ from lt_adv import check, files, processes
 
 LOCK = ".lock"
 # What may change between two starts in a working directory. Training watches itself through the adjustment.
-FREE = ("eval.", "data.data_dir", "data.download", "data.resident_gib", "cpu_devices", "sharded")
+FREE = ("eval.", "data.data_dir", "data.download", "data.test_split", "data.resident_gib", "cpu_devices", "sharded")
 WATCHED = ("eval.adjustment.", "eval.dtype")
 
 
@@ -55,7 +55,8 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
     try:
         theirs = comparable(json.loads(path.read_text()), training=training)
     except (ValueError, AssertionError, RecursionError) as error:  # no JSON, or no dict
-        raise ValueError(f"{path} is damaged ({error}): put it back as it was, or use another --workdir.") from error
+        why = files.reason(path, error, files.JSON)
+        raise ValueError(f"{path} is damaged ({why}): put it back as it was, or use another --workdir.") from error
     mine = comparable(config.to_dict(), training=training)
     changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
     if changed:

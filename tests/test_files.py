@@ -1,8 +1,14 @@
 """A file is there whole or not at all."""
 
 import errno
+import gzip
+import io
+import pickle
+import struct
 import subprocess
 import sys
+import tarfile
+import zipfile
 
 import pytest
 from etils import epath
@@ -91,3 +97,91 @@ files.replace_folder(path, {"a": b"2", "b": b"3"})
     assert subprocess.run([sys.executable, "-c", code, str(tmp_path), at, str(call)]).returncode == -9
     folder = tmp_path / "folder"
     assert not folder.exists() or {file.name: file.read_bytes() for file in folder.iterdir()} == {"a": b"1"}
+
+
+def zipped(*names):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in names:
+            archive.writestr(name, "x")
+    return stream.getvalue()
+
+
+def tarred():
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        archive.addfile(tarfile.TarInfo("a"))
+    return stream.getvalue()
+
+
+LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+FORMATS = [
+    (b"", "empty"),
+    (LFS, files.LFS),
+    (b"version https://hawser.github.com/spec/v1\noid sha256:1\n", files.LFS),
+    (b"/annex/objects/SHA256E-s1--4d7a.npz\n", files.ANNEX),
+    (b"<!doctype HTML><p>", "an HTML page"),
+    (b"\xef\xbb\xbf\r\n <html lang='en'>", "an HTML page"),
+    (b"<!-- error -->\n<html>", "an HTML page"),
+    (b"<?xml version='1.0'?><!DOCTYPE html><html>", "an HTML page"),
+    (b"<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "an XML document"),
+    (b'{"message": "Not Found"}', files.JSON),
+    (b"404: Not Found", "a text that begins with '404: Not Found'"),
+    ("ünï".encode() * 600, "a text that begins with 'ünï"),
+    (zipped(), files.NPZ),
+    (zipped("a.npy", "b.npy"), files.NPZ),
+    (zipped("a.png"), files.ZIP),
+    (zipped("net/data.pkl", "net/version", "net/data/0"), files.TORCH),
+    (zipped("net/data.pkl", "net/constants.pkl", "net/code/__torch__.py"), "a TorchScript archive"),
+    (zipped("models/model.json", "archive_format"), "a program (torch.export.save)"),
+    (zipped("a.npy")[:40], files.DAMAGED_ZIP),
+    (b"PK\x03\x04", files.DAMAGED_ZIP),
+    (gzip.compress(b"x"), files.GZIP),
+    (tarred(), "a tar archive"),
+    (pickle.dumps({}, protocol=2), files.PICKLE),
+    (pickle.dumps({}, protocol=5), files.PICKLE),
+    (b"\x93NUMPY\x01\x00", "a single array of NumPy"),
+    (struct.pack("<Q", 2) + b"{}", files.SAFETENSORS),
+    (struct.pack("<Q", 3) + b"{}", None),
+    (b"\x00\x01\x02", None),
+]
+
+
+@pytest.mark.parametrize(("content", "what"), FORMATS)
+def test_what_a_file_is(tmp_path, content, what):
+    (tmp_path / "file").write_bytes(content)
+    for given in (content, tmp_path / "file", str(tmp_path / "file")):
+        seen = files.format_of(given)
+        assert seen == what if what is None or seen is None else seen.startswith(what)
+
+
+def test_why_a_file_cannot_be_read(tmp_path):
+    path = tmp_path / "a.json"
+    path.write_bytes(LFS)
+    assert files.reason(path, ValueError("Expecting value"), files.JSON) == f"it is {files.LFS}"
+    path.write_text("{")
+    assert files.reason(path, KeyError("a\nb"), files.JSON) == "KeyError: 'a\\nb'"
+    assert files.reason(tmp_path / "nowhere", ValueError("two\nlines")) == "two lines"
+
+
+@pytest.mark.parametrize(
+    "advice",
+    [
+        "This file contains pickled (object) data. If you trust the file you can load it unsafely using the "
+        "`allow_pickle=` keyword argument or `pickle.load()`.",
+        "Object arrays cannot be loaded when allow_pickle=False",
+        "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will likely succeed",
+    ],
+)
+def test_advice_to_load_unsafely_is_not_passed_on(advice):
+    assert files.message(ValueError(advice)) == (
+        "only files without pickled objects are read, for to load those could run any program"
+    )
+
+
+def test_a_pointer_in_place_of_a_file_is_looked_for_in_folders(tmp_path):
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "a" / "file").write_bytes(b"\x00")
+    assert files.placeholder(tmp_path) is None and files.placeholder(tmp_path / "nowhere") is None
+    (tmp_path / "a" / "b" / "part").write_bytes(LFS)
+    assert files.placeholder(tmp_path) == f"{tmp_path / 'a' / 'b' / 'part'} is {files.LFS}"

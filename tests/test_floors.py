@@ -19,7 +19,7 @@ ROOMS: dict[str, set[str]] = {
     "processes": set(),
     "attacks": set(),
     "losses": set(),
-    "models": {"lookup"},
+    "models": {"lookup", "files"},
     "data": {"lookup", "files", "processes"},
     "methods": {"lookup", "attacks", "losses"},
     "training": {"lookup", "files", "processes", "attacks", "models", "data", "methods"},

@@ -21,11 +21,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from lt_adv import files
+
 Examples = Iterator[tuple[int, dict[str, Any]]]
 """(original index, the fields image (an encoded stream), label and index) of each image."""
 VERSION = "1.0.0"  # of our TensorFlow-Datasets builders
 LARGEST = 200 << 20  # bytes of a member: the largest official one has 154 million
 NUMBERED = re.compile(r".*_([0-9]{1,9})\.JPEG")  # the name of an image of Tiny-ImageNet
+ARCHIVE_FORMATS = (files.GZIP, files.ZIP, files.DAMAGED_ZIP)
 OFFLINE = "python -m lt_adv.main --config=configs/robal.py:dataset=digits"
 
 
@@ -94,7 +97,9 @@ def obtain(archive: Archive, folder: Path, download: bool) -> Path:
 
 def check(archive: Archive, path: Path) -> None:
     """ValueError unless the file at `path` has the size and sha256 of the published archive."""
-    size = path.stat().st_size
+    size, what = path.stat().st_size, files.format_of(path)
+    if size != archive.size and what not in (None, *ARCHIVE_FORMATS):
+        raise ValueError(f"{path} is {what}. Put the published archive there, from {archive.url}.")
     if size != archive.size:
         raise ValueError(f"{path} has {size} bytes, {archive.file} has {archive.size}: delete it and fetch it again.")
     with path.open("rb") as file:
@@ -111,7 +116,7 @@ def _safe(name: str) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is not a readable archive ({' '.join(str(error).split()) or type(error).__name__}).")
+    return ValueError(f"{path} is not a readable archive ({files.reason(path, error, *ARCHIVE_FORMATS)}).")
 
 
 def _small(name: str, size: int) -> None:

@@ -47,7 +47,7 @@ def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> 
         try:
             return _open(folder, name)
         except Exception as error:  # a damaged .npy fails in many ways
-            log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, " ".join(str(error).split()))
+            log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, files.message(error))
     class_names, decodings = source.read()
     if odd := [name for name in class_names if name != name.encode(errors="replace").decode()]:
         raise ValueError(f"The class name {odd[0]!r} is no UTF-8, as reports are written: rename the class.")
@@ -82,7 +82,7 @@ def remembered(data_dir: Path, name: str, identity: object, compute: Callable[[]
     except FileNotFoundError:
         pass
     except Exception as error:  # a damaged zip fails in many ways
-        log.warning("%s is damaged (%s): it is made again.", path, " ".join(str(error).split()))
+        log.warning("%s is damaged (%s): it is made again.", path, files.reason(path, error, files.NPZ))
     arrays = compute()
     content = io.BytesIO()
     np.savez(content, **arrays)

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,10 @@ class Dataset:
     test: Split
     class_names: tuple[str, ...]
     digest: str
+
+    def __post_init__(self) -> None:
+        for name, split in (("train", self.train), ("test", self.test)):
+            labels(split.label, len(split.image), len(self.class_names), f"{self.name}, split {name}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +86,40 @@ class Source:
 
     identity: object
     read: Callable[[], tuple[tuple[str, ...], dict[str, Decoding]]]
+
+
+def labels(label: Any, images: int, classes: float, where: str, advice: str = "") -> np.ndarray:
+    """The labels that a source has for so many `images`, as they are, once they are known to be classes.
+
+    ValueError, which begins with `where` and ends with `advice`, unless they are integers in [0, `classes`), one for
+    each image; it has the first that is not, and how many there are.
+    """
+    label = np.asarray(label)
+    if not images:
+        raise ValueError(f"{where}: there are no images.")
+    wanted = f"{where}: the labels must be {images} whole numbers from 0"
+    if label.shape != (images,):
+        hint = ": of one-hot labels, take argmax(axis=-1)" if label.ndim == 2 and label.shape[1] > 1 else ""
+        raise ValueError(f"{wanted}, one for each image, not {label.dtype} {label.shape}{hint}.{advice}")
+    if label.dtype.kind not in "iu":
+        broken = label[~np.isfinite(label) | (label != np.trunc(label))] if label.dtype.kind == "f" else label
+        shown = f" ({len(broken)} of which are not integers, such as {broken[0]})" if len(broken) else ""
+        raise ValueError(f"{wanted}, of an integer type, not {label.dtype}{shown}.{advice}")
+    wrong = label[(label < 0) | (label >= classes)]
+    if len(wrong):
+        if wrong.min() < 0:
+            advice = advice or " Leave out images without a label, or choose a split that has labels."
+        to = f" to {classes - 1}" if classes < float("inf") else ""
+        raise ValueError(
+            f"{where}: {len(wrong)} of {images} labels are not whole numbers from 0{to}, such as {wrong[0]}.{advice}"
+        )
+    return label
+
+
+def listed(classes: Sequence[int], names: Sequence[str], most: int = 5) -> str:
+    """class 1 ('cat'), class 7 ('dog') and 3 more: for an error of one line."""
+    more = f" and {len(classes) - most} more" if len(classes) > most else ""
+    return ", ".join(f"class {c} ({names[c]!r})" for c in classes[:most]) + more
 
 
 def decoding(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> Decoding:

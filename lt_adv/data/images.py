@@ -1,4 +1,4 @@
-"""JPEG and PNG bytes to uint8 arrays, with a thread pool; every failure is one line that names the image."""
+"""Encoded images to uint8 arrays, with a thread pool; every failure is one line that names the image."""
 
 import dataclasses
 import hashlib
@@ -12,11 +12,17 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from lt_adv import files
 from lt_adv.data.dataset import Decoding
 
 MAX_PIXELS = 1 << 26  # below Pillow's own limit: a small file that claims more is a decompression bomb
 LARGEST = math.isqrt(MAX_PIXELS)  # side of a square that images are scaled to
 CHUNK = 256
+USUAL = ("JPEG", "PNG")
+FORMATS = (*USUAL, "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # decoded by Pillow itself
+USUAL_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
+OTHER_SUFFIXES = (".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif")
+SUFFIXES = (*USUAL_SUFFIXES, *OTHER_SUFFIXES)
 
 
 class BadImage(ValueError):
@@ -91,20 +97,42 @@ class Undecoded:
 def _open(data: bytes, name: str) -> Image.Image:
     if not data:
         raise BadImage(f"{name} is empty.")
-    image = Image.open(io.BytesIO(data), formats=("JPEG", "PNG"))
+    image = Image.open(io.BytesIO(data), formats=_formats(name))
     if image.width * image.height > MAX_PIXELS:
         raise BadImage(f"{name} claims {image.width} x {image.height} pixels, more than the {MAX_PIXELS} allowed.")
     return image
 
 
+def _formats(name: str) -> tuple[str, ...]:
+    """Those that an image may have: JPEG and PNG stand for each other, and what else is called so is a wrong file."""
+    return USUAL if name.lower().endswith(USUAL_SUFFIXES) else FORMATS
+
+
+def _reason(data: bytes, name: str, error: Exception) -> str:
+    """Why this is not an image: what it is, where that can be seen, else what Pillow says."""
+    if not isinstance(error, UnidentifiedImageError):
+        return f" ({' '.join(str(error).split())})"
+    try:  # Pillow's "cannot identify" names nothing but an address in memory
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return f": it is a {image.format} image, and its name should end so"
+    except Exception:  # as wherever Pillow reads what is not an image
+        what = files.format_of(data)
+        return f": it is {what}" if what else ""
+
+
 def _grey(image: Image.Image) -> bool:
-    return image.mode in ("1", "L", "LA", "I", "I;16")
+    return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
 
 
 def convert(image: Image.Image, channels: int, size: int | None) -> np.ndarray:
     """uint8 [h, w, channels]; `size` scales and centre-crops to a square (bilinear, antialiased); no transparency."""
     if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
-        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        pixels = np.asarray(image)
+        if pixels.size and not 0 <= pixels.min() <= pixels.max() < 1 << 16:
+            raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}, where 16 bits hold 0 to 65535")
+        image = Image.fromarray((pixels >> 8).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers, whose range is not known")
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
@@ -135,9 +163,8 @@ def _each(encoded: Encoded, positions: Sequence[int], work: Callable[[bytes, str
         except BadImage:
             raise
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            # Pillow's "cannot identify" names nothing but an address in memory.
-            reason = "" if isinstance(error, UnidentifiedImageError) else f" ({' '.join(str(error).split())})"
-            raise BadImage(f"{name} is not a readable JPEG or PNG image{reason}.") from error
+            kinds = "JPEG or PNG image" if _formats(name) == USUAL else "image"
+            raise BadImage(f"{name} is not a readable {kinds}{_reason(data, name, error)}.") from error
     return results
 
 

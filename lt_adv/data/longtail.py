@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from lt_adv import lookup
-from lt_adv.data.dataset import Dataset, LongTailed
+from lt_adv.data.dataset import Dataset, LongTailed, listed
 
 PROFILES = ("exponential", "step", "balanced", "none")
 ORIGINS = ("train", "unused")  # of a validation split
@@ -68,11 +68,25 @@ def _checked_ratio(imbalance_ratio: float) -> float:
     return imbalance_ratio
 
 
-def select(label: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarray:
+def supplied(counts: Sequence[int], class_names: Sequence[str], source: str) -> None:
+    """ValueError, which names them, where classes have no training image: `counts` [C] are those of `source`."""
+    if len(none := np.flatnonzero(np.asarray(counts) == 0)):
+        raise ValueError(
+            f"The class {class_names[none[0]]!r} has no training image. The training split of {source} lacks "
+            f"{listed(none, class_names)}: take such classes out, or give them images."
+        )
+
+
+def _class(c: int, class_names: Sequence[str]) -> str:
+    return listed([c], class_names) if class_names else f"class {c}"
+
+
+def select(label: np.ndarray, counts: Sequence[int], seed: int = 0, class_names: Sequence[str] = ()) -> np.ndarray:
     """Positions of the chosen images, int64 [sum(counts)], class-major, in the order they were drawn.
 
     One legacy generator for all classes: each class's positions, ascending, are shuffled in place and the first
-    `counts[c]` kept. ValueError for a wrong number of counts, a count below 1, or more than the class has.
+    `counts[c]` kept. ValueError, with the class's name out of `class_names`, for a wrong number of counts, a count
+    below 1, or more than the class has.
     """
     label = np.asarray(label)
     num_classes = int(label.max()) + 1
@@ -83,22 +97,28 @@ def select(label: np.ndarray, counts: Sequence[int], seed: int = 0) -> np.ndarra
     for c, count in enumerate(counts):
         positions = np.flatnonzero(label == c)
         if count != int(count) or count < 1:
-            raise ValueError(f"class_counts must be whole numbers from 1, but class {c} has {count}.")
+            raise ValueError(f"class_counts must be whole numbers from 1, but {_class(c, class_names)} has {count}.")
         if count > len(positions):
-            raise ValueError(f"Class {c} has {len(positions)} images, fewer than the {count} asked for.")
+            named = _class(c, class_names).replace("class", "Class", 1)
+            raise ValueError(f"{named} has {len(positions)} images, fewer than the {count} asked for.")
         rng.shuffle(positions)
         chosen.append(positions[: int(count)])
     return np.concatenate(chosen).astype(np.int64)
 
 
 def cut_validation(
-    label: np.ndarray, selected: np.ndarray, per_class: int, seed: int = 0, origin: str = "train"
+    label: np.ndarray,
+    selected: np.ndarray,
+    per_class: int,
+    seed: int = 0,
+    origin: str = "train",
+    class_names: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     """(train, validation) positions: a balanced validation set of `per_class` images of every class.
 
     `origin` "train": all are taken from `selected`. "unused": as many as there are come from the images that the long
-    tail has left out, so that rare classes lose none. Training images keep their order. ValueError where a class would
-    be left with no training image.
+    tail has left out, so that rare classes lose none. Training images keep their order. ValueError, with its name out
+    of `class_names`, where a class would be left with no training image.
     """
     if per_class != int(per_class) or per_class < 0:
         raise ValueError(f"validation_per_class must be a whole number from 0, not {per_class}.")
@@ -112,7 +132,8 @@ def cut_validation(
             order = np.concatenate([rng.permutation(np.flatnonzero(~used & (label == c))), order])
         if len(order) - per_class < 1 or np.all(np.isin(members, order[:per_class])):
             raise ValueError(
-                f"validation_per_class {per_class} leaves no training image of class {c}, which has {len(members)}."
+                f"validation_per_class {per_class} leaves no training image of {_class(c, class_names)}, which has "
+                f"{len(members)}."
             )
         held_out[order[:per_class]] = True
     both = np.concatenate([selected, np.flatnonzero(~used)])
@@ -160,16 +181,31 @@ def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str,
     return {"head": ranked[:first], "body": ranked[first:last], "tail": ranked[last:]}
 
 
-def largest_count(sizes: np.ndarray, **profile: Any) -> int:
+def largest_count(sizes: np.ndarray, class_names: Sequence[str] = (), **profile: Any) -> int:
     """The largest n_max whose profile the classes (with `sizes` images, in label order) can supply.
 
     On a balanced set this is the size of its classes, as in the released codes; it also serves sets that are not quite
-    balanced.
+    balanced. ValueError where there is none: the profile itself leaves a class without images, or a class, which is
+    named, has fewer than the profile needs.
     """
+    wanted: np.ndarray | None = None
     for max_count in range(int(sizes.max()), 0, -1):
-        if np.all(class_counts(len(sizes), max_count, **profile) <= sizes):
+        try:
+            counts = class_counts(len(sizes), max_count, **profile)
+        except ValueError:
+            if wanted is None:  # with all the images that there are
+                raise
+            break
+        if np.all(counts <= sizes):
             return max_count
-    raise ValueError("A class of the training set has no images.")
+        wanted = counts
+    if wanted is None:
+        raise ValueError("There are no training images.")
+    short = np.flatnonzero(wanted > sizes)[0]
+    raise ValueError(
+        f"The profile ({', '.join(f'{k} {v}' for k, v in profile.items())}) needs {wanted[short]} images or more of "
+        f"{_class(short, class_names)}, which has {sizes[short]}: with fewer, another class would have none."
+    )
 
 
 def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
@@ -186,18 +222,20 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
     explicit = tuple(data_config.get("class_counts") or ())
     imbalance = data_config.get("imbalance", "none")
     _checked_ratio(data_config.get("imbalance_ratio", 1.0))
+    if explicit or imbalance != "none":
+        supplied(sizes, dataset.class_names, dataset.name)
     if explicit:
-        selected = select(label, explicit, seed)
+        selected = select(label, explicit, seed, dataset.class_names)
     elif imbalance == "none":
         selected = np.arange(len(label))
     else:
         profile = {k: data_config[k] for k in ("imbalance_ratio", "balanced_fraction") if k in data_config}
         profile["imbalance"] = imbalance
-        counts = class_counts(num_classes, largest_count(sizes, **profile), **profile)
-        selected = select(label, counts, seed)
+        counts = class_counts(num_classes, largest_count(sizes, dataset.class_names, **profile), **profile)
+        selected = select(label, counts, seed, dataset.class_names)
     before = np.bincount(label[selected], minlength=num_classes)
     per_class, origin = data_config.get("validation_per_class", 0), data_config.get("validation_from", "train")
-    kept, held_out = cut_validation(label, selected, per_class, seed, origin)
+    kept, held_out = cut_validation(label, selected, per_class, seed, origin, dataset.class_names)
     share = data_config.get("equalise", 0.0)
     if share:
         kept = equalise(label, kept, share, seed)

@@ -4,22 +4,22 @@
 prepared by our own TensorFlow-Datasets builders, and any other name is looked up in TensorFlow-Datasets.
 """
 
-import hashlib
-import json
+import logging
 import os
-import stat
-from collections.abc import Mapping, Sequence
-from functools import partial
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from lt_adv import files
 from lt_adv.data import cache, images
-from lt_adv.data.dataset import Dataset, Decoding, Source, decoding, in_memory
+from lt_adv.data.dataset import Dataset, Decoding, Source, decoding, in_memory, labels, listed
+from lt_adv.data.folder import SPLITS, image_folder
 
-SPLITS = ("train", "test")
 ARRAYS = ("train_image", "train_label", "test_image", "test_label", "class_names")  # of an .npz; the last is optional
+log = logging.getLogger(__name__)
 
 
 def load(data_config: Mapping[str, Any]) -> Dataset:
@@ -27,12 +27,24 @@ def load(data_config: Mapping[str, Any]) -> Dataset:
 
     Keys: name; data_dir (None: $TFDS_DATA_DIR or ~/tensorflow_datasets); path (image_folder, npz); image_size (None: as
     it is); download (False); resident_gib (None: any): where the training images would take more, and there is no cache
-    yet, they are not decoded now but when they are used. ValueError or FileNotFoundError, in one line, for anything
-    missing, unknown or unreadable.
+    yet, they are not decoded now but when they are used; test_split (None: test, else validation): of a set of
+    TensorFlow-Datasets. ValueError or FileNotFoundError, in one line, for anything missing, unknown or unreadable, and
+    for labels that are not classes, in either split. A warning names classes without a test image.
     """
+    dataset = _load(data_config)
+    missing = np.flatnonzero(np.bincount(dataset.test.label, minlength=len(dataset.class_names)) == 0)
+    if len(missing):
+        log.warning("%s: no test image of %s: not evaluated.", dataset.name, listed(missing, dataset.class_names))
+    return dataset
+
+
+def _load(data_config: Mapping[str, Any]) -> Dataset:
     name, size = data_config["name"], data_config.get("image_size")
     if size is not None and (size != int(size) or not 1 <= size <= images.LARGEST):
         raise ValueError(f"image_size must be a whole number of pixels in [1, {images.LARGEST}], not {size}.")
+    test_split = data_config.get("test_split") or None
+    if test_split and name in ("digits", "image_folder", "npz"):
+        raise ValueError(f"config.data.test_split is for sets of TensorFlow-Datasets: {name} has one test split.")
     if name == "digits":
         return in_memory(name, digits(size))
     directory = data_config.get("data_dir") or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
@@ -46,7 +58,7 @@ def load(data_config: Mapping[str, Any]) -> Dataset:
         # Not needed, and half a second, for the sets above.
         from lt_adv.data import tfds_source
 
-        source = tfds_source.source(name, data_dir, size, bool(data_config.get("download", False)))
+        source = tfds_source.source(name, data_dir, size, bool(data_config.get("download", False)), test_split)
     limit = data_config.get("resident_gib")
     return cache.load(data_dir, name, source, float("inf") if limit is None else limit * 2**30)
 
@@ -89,12 +101,12 @@ def npz(path: Path, size: int | None = None) -> Source:
                 there = sorted(file.files)
                 arrays = {k: file[k] for k in ARRAYS if k in there}
         except Exception as error:  # a damaged zip fails in many ways
-            raise ValueError(f"{path} is not a readable .npz without pickled objects ({error}).") from error
+            raise ValueError(f"{path} is not a readable .npz: {files.reason(path, error, files.NPZ)}.") from error
         if missing := [k for k in ARRAYS[:-1] if k not in arrays]:
             raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(there) or 'none'}.")
         if other := [k for k, array in arrays.items() if not isinstance(array, np.ndarray)]:
             raise ValueError(f"{path}: {other[0]} is no array.")
-        splits, largest = {}, 0
+        splits, largest = {}, {}
         for split in SPLITS:
             image, label = arrays[f"{split}_image"], arrays[f"{split}_label"]
             image = image[..., None] if image.ndim == 3 else image
@@ -103,88 +115,38 @@ def npz(path: Path, size: int | None = None) -> Source:
                     f"{path}: {split}_image must be uint8 [n, h, w] or [n, h, w, 1 or 3], "
                     f"not {image.dtype} {image.shape}."
                 )
-            if label.shape != image.shape[:1] or label.dtype.kind not in "iu" or label.min() < 0:
-                raise ValueError(
-                    f"{path}: {split}_label must be {len(image)} whole numbers from 0, not {label.dtype} {label.shape}."
-                )
+            labels(label, len(image), float("inf"), f"{path}, {split}_label")
             splits[split] = decoding(images.resize(image, size), label, np.arange(len(label)))
-            largest = max(largest, int(label.max()))
+            largest[split] = int(label.max())
         if splits["train"].shape[1:] != splits["test"].shape[1:]:
             shapes = " and ".join(f"{s} images are {d.shape[1:]}" for s, d in splits.items())
             raise ValueError(f"{path}: {shapes}.")
-        if largest >= len(splits["train"].label):
+        split = max(SPLITS, key=lambda s: largest[s])
+        label, up_to = arrays[f"{split}_label"], largest[split]
+        if up_to >= (most := len(splits["train"].label)):
             raise ValueError(
-                f"{path}: the labels go up to {largest}, and each class needs an image of its own to train on."
+                f"{path}: the labels go up to {up_to}, and each class needs an image to train on: "
+                f"{np.sum(label >= most)} of {split}_label are not below {most}, the number of training images."
             )
-        names = tuple(str(n) for n in np.atleast_1d(arrays.get("class_names", np.arange(largest + 1))))
-        if len(names) <= largest:
-            raise ValueError(f"{path}: class_names has {len(names)} entries, the labels go up to {largest}.")
+        names = _class_names(arrays.get("class_names", np.arange(up_to + 1)), path)
+        if len(names) <= up_to:
+            raise ValueError(
+                f"{path}: class_names has {len(names)} entries, the labels go up to {up_to}: "
+                f"{np.sum(label >= len(names))} of {split}_label have no name."
+            )
         return names, splits
 
-    return Source([str(path.resolve()), about.st_size, about.st_mtime_ns, size], read)
+    # The last: how names are read.
+    return Source([str(path.resolve()), about.st_size, about.st_mtime_ns, size, "names are text"], read)
 
 
-def image_folder(path: Path, size: int | None = None) -> Source:
-    """`<path>/train/<class>/*` and `<path>/test/<class>/*`, JPEG or PNG: classes in alphabetical order.
-
-    The original index of an image is its position among all images of its split, sorted by class, then by name. Grey
-    images become colour where the set has any colour image; EXIF orientation is ignored.
-    """
-    listing = {split: _list_images(path / split) for split in SPLITS}
-    classes = {split: sorted(found) for split, found in listing.items()}
-    for split, other in (SPLITS, SPLITS[::-1]):
-        if odd := sorted(set(classes[split]) - set(classes[other])):
-            raise ValueError(f"The class {odd[0]!r} of {path / split} has no images in {path / other}.")
-
-    files = {s: [(c, *f) for c in classes[s] for f in listing[s][c]] for s in SPLITS}
-
-    def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
-        ids = {c: i for i, c in enumerate(classes["train"])}
-        encoded = {}
-        for split in SPLITS:
-            paths = [str(path / split / c / name) for c, name, *_ in files[split]]
-            label = np.array([ids[c] for c, *_ in files[split]])
-            sizes = json.dumps([(c, name, size) for c, name, size, _ in files[split]])
-            identity = hashlib.sha256(sizes.encode()).hexdigest()
-            encoded[split] = images.Encoded(paths, partial(_read_files, paths), label, np.arange(len(paths)), identity)
-        return tuple(classes["train"]), images.decodings(encoded, size)
-
-    return Source([files, size], read)
-
-
-def _read_files(paths: list[str], positions: Sequence[int]) -> list[bytes]:
-    contents = []
-    for position in positions:
-        try:
-            contents.append(Path(paths[position]).read_bytes())
-        except OSError as error:
-            raise images.BadImage(f"{paths[position]} cannot be read ({error.strerror}).") from error
-    return contents
-
-
-def _list_images(folder: Path) -> dict[str, list[tuple[str, int, int]]]:
-    """Per class, the sorted (name, bytes, modification time in ns) of its images; hidden files do not count."""
-    if not folder.is_dir():
-        raise FileNotFoundError(f"There is no folder {folder}; an image folder has train/<class>/, test/<class>/.")
-    listing = {}
-    for entry in os.scandir(folder):
-        if entry.is_dir() and not entry.name.startswith("."):
-            found = [
-                (file.name, *_size_and_time(file))
-                for file in os.scandir(entry)
-                if file.name.lower().endswith((".jpg", ".jpeg", ".png")) and not file.name.startswith(".")
-            ]
-            if not found:
-                raise ValueError(f"The class folder {folder / entry.name} has no JPEG or PNG image.")
-            listing[entry.name] = sorted(found)
-    if not listing:
-        raise ValueError(f"The folder {folder} has no class folders.")
-    return listing
-
-
-def _size_and_time(file: os.DirEntry) -> tuple[int, int]:
-    """Bytes, and modification time in ns; a pipe or a device could be read forever."""
-    about = file.stat()
-    if not stat.S_ISREG(about.st_mode):
-        raise ValueError(f"{file.path} is no file: an image folder has images and nothing else under such names.")
-    return about.st_size, about.st_mtime_ns
+def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
+    """Of an array of texts, bytes or numbers; a name that is empty, or there twice, gets the number of its class."""
+    if names.ndim > 1:
+        raise ValueError(f"{path}: class_names must be one name for each class, not {names.dtype} {names.shape}.")
+    try:
+        texts = [n.decode() if isinstance(n, bytes) else str(n) for n in np.atleast_1d(names).tolist()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: class_names has {error.object!r}, which is not UTF-8.") from error
+    count = Counter(texts)
+    return tuple(n if n and count[n] == 1 else f"{n} ({i})".strip() for i, n in enumerate(texts))

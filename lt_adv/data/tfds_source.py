@@ -4,37 +4,58 @@ A set in array_record is read without TensorFlow. What needs it, tfrecord files 
 needs the extra tfds-tf. TensorFlow-Datasets itself is not imported for our own sets when the cache has them.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lt_adv import lookup
+from lt_adv import files, lookup
 from lt_adv.data import archives, cache, images
-from lt_adv.data.dataset import Decoding, Source
+from lt_adv.data.dataset import Decoding, Source, labels
 
 EMBEDDED = ("digits", "image_folder", "npz")
 LONG_PASS = 1 << 30  # bytes of a split from which on its labels are written down: they lie among the images
+PEEK = 100  # records that tell whether a split has labels
 NEEDS_TENSORFLOW = 'needs TensorFlow: pip install -e ".[tfds-tf]"'
 
 
-def source(name: str, data_dir: Path, size: int | None, download: bool) -> Source:
+def source(name: str, data_dir: Path, size: int | None, download: bool, test_split: str | None = None) -> Source:
     """The set called `name`: one of `archives.ARCHIVES`, or any image classification set of TensorFlow-Datasets.
+
+    `test_split` is the split to evaluate on: test where there is one, else validation.
 
     ValueError for an unknown name or missing TensorFlow, FileNotFoundError for data that is not there and not to be
     downloaded.
     """
     if name in archives.ARCHIVES:
+        if test_split:
+            raise ValueError(f"config.data.test_split: {name} has one test split, leave it out.")
         archive = archives.ARCHIVES[name]
         return Source([archives.VERSION, archive.sha256, size], partial(_read_own, name, data_dir, size, download))
-    builder = _other(name, data_dir, download)
-    return Source([_files(builder), size], partial(_read, builder, size, data_dir))
+    with _readable(data_dir / name):
+        builder = _other(name, data_dir, download)
+    identity = [_files(builder), size, *([test_split] if test_split else [])]
+    return Source(identity, partial(_read, builder, size, data_dir, test_split))
+
+
+@contextlib.contextmanager
+def _readable(folder: Path) -> Iterator[None]:
+    """One line for a set that cannot be read: which of its files is a pointer, where that is why."""
+    try:
+        yield
+    except Exception as error:  # the readers have no exception in common
+        if pointer := files.placeholder(folder):
+            raise ValueError(f"{pointer}.") from error
+        if not isinstance(error, RuntimeError):
+            raise
+        raise ValueError(f"{folder} is damaged ({files.message(error)}): prepare it again.") from error
 
 
 def _read_own(name: str, data_dir: Path, size: int | None, download: bool):
@@ -102,13 +123,17 @@ def _is_array_record(builder: Any) -> bool:
     return builder.info.file_format.value == "array_record"
 
 
-def _read(builder: Any, size: int | None, data_dir: Path) -> tuple[tuple[str, ...], dict[str, Decoding]]:
-    held_out = "test" if "test" in builder.info.splits else "validation"
-    if missing := {"train", held_out} - set(builder.info.splits):
-        raise ValueError(f"{builder.name} has no split {sorted(missing)[0]}; it has {', '.join(builder.info.splits)}.")
+def _read(
+    builder: Any, size: int | None, data_dir: Path, test_split: str | None = None
+) -> tuple[tuple[str, ...], dict[str, Decoding]]:
+    there = list(builder.info.splits)
+    held_out = test_split or ("test" if "test" in there else "validation")
+    if missing := {"train", held_out} - set(there):
+        raise ValueError(f"{builder.name} has no split {sorted(missing)[0]}; it has {', '.join(there)}.")
     image, label = _feature_names(builder)
-    names = (("train", "train"), ("test", held_out))
-    splits = {k: _encoded(builder, split, image, label, data_dir) for k, split in names}
+    with _readable(Path(builder.data_path)):
+        test = _encoded(builder, held_out, image, label, data_dir)  # first: it is the one that may have no labels
+        splits = {"train": _encoded(builder, "train", image, label, data_dir), "test": test}
     height, width, channels = builder.info.features[image].shape
     if size is not None:
         height = width = size
@@ -131,27 +156,23 @@ def _feature_names(builder: Any) -> tuple[str, str]:
         if not keys:
             raise ValueError(f"{builder.name} is no image classification set: it has no {kind.__name__} feature.")
         found.append(keys[0])
+    if features[found[1]].num_classes is None:
+        raise ValueError(f"{builder.name} does not say how many classes its {found[1]} has.")
     return found[0], found[1]
 
 
 def _encoded(builder: Any, split: str, image: str, label: str, data_dir: Path) -> images.Encoded:
     """A split in the order of the original data, which TensorFlow-Datasets shuffles."""
-    import tensorflow_datasets as tfds
-
-    decoders = {image: tfds.decode.SkipDecoding()}
-    if _is_array_record(builder):
-        records = builder.as_data_source(split, decoders=decoders)
-    else:
-        records = list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders)))
+    records = _records(builder, split, image)
 
     def find() -> dict[str, np.ndarray]:
-        labels, ids = [], []
+        numbers, ids = [], []
         for record in records:
-            labels.append(int(record[label]))
+            numbers.append(int(record[label]))
             ids.append(record.get("index", record.get("id")))
         index = _original_indices(ids)
         order = np.argsort(index)
-        return {"order": order, "label": np.array(labels)[order], "index": index[order]}
+        return {"order": order, "label": np.array(numbers, np.int64)[order], "index": index[order]}
 
     about = builder.info.splits[split]
     identity = [builder.info.full_name, split, list(about.shard_lengths), about.num_bytes]
@@ -159,6 +180,10 @@ def _encoded(builder: Any, split: str, image: str, label: str, data_dir: Path) -
     name = f"{builder.name}-{split}-labels"
     found = cache.remembered(data_dir, name, [identity, _files(builder)], find) if long else find()
     order, index = found["order"], found["index"]
+    classes = builder.info.features[label].num_classes
+    unlabelled = found["label"].min(initial=0) < 0
+    advice = _advice(builder, split, image, label) if unlabelled else ""
+    labels(found["label"], len(order), classes, f"{builder.name}, split {split}", advice)
     seen = hashlib.sha256(json.dumps(identity).encode() + found["label"].astype("<i8").tobytes())
 
     def read(positions: Sequence[int]) -> list[bytes]:
@@ -168,6 +193,28 @@ def _encoded(builder: Any, split: str, image: str, label: str, data_dir: Path) -
 
     names = [f"{builder.name}/{split} image {i}" for i in index]
     return images.Encoded(names, read, found["label"], index, seen.hexdigest())
+
+
+def _records(builder: Any, split: str, image: str) -> Sequence[Any]:
+    """The records of a split, or of a slice of one, with images as they are encoded."""
+    import tensorflow_datasets as tfds
+
+    decoders = {image: tfds.decode.SkipDecoding()}
+    if _is_array_record(builder):
+        return builder.as_data_source(split, decoders=decoders)
+    return list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders)))
+
+
+def _advice(builder: Any, split: str, image: str, label: str) -> str:
+    """What to do about a split without labels."""
+    if split == "train":
+        return " Without labels nothing can be trained: take another set."
+    others = [s for s in builder.info.splits if s not in ("train", split)]
+    first = {s: f"{s}[:{min(PEEK, builder.info.splits[s].num_examples)}]" for s in others}
+    labelled = [s for s in others if all(record[label] >= 0 for record in _records(builder, first[s], image))]
+    if not labelled:
+        return f" Choose a set that has labels in more than its split train; {builder.name} has not."
+    return f" Choose a split that has labels: --config.data.test_split={labelled[0]}."
 
 
 def _original_indices(ids: list[Any]) -> np.ndarray:

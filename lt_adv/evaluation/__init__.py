@@ -7,7 +7,7 @@ from lt_adv.evaluation.records import Records, digest, read
 from lt_adv.evaluation.reliability import probe, probed
 from lt_adv.evaluation.report import accuracy, balanced_accuracy, decomposition, metrics, summarise, warnings
 from lt_adv.evaluation.verdicts import figures, verdict
-from lt_adv.evaluation.write import accuracies, facts, markdown, show, table, warned, write_report
+from lt_adv.evaluation.write import accuracies, facts, literal, markdown, show, table, warned, write_report
 
 __all__ = [
     "Records",
@@ -21,6 +21,7 @@ __all__ = [
     "examples",
     "facts",
     "figures",
+    "literal",
     "main_attack",
     "markdown",
     "metrics",

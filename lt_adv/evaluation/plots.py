@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from lt_adv.evaluation.report import title
+from lt_adv.evaluation.report import printable, title
 
 INK, SOFT, RULE = "#22303c", "#6b7a88", "#dfe4e8"
 LIGHT, MIDDLE, DARK, ACCENT = "#c3d1de", "#6d97bd", "#1e3a5c", "#c4553b"
@@ -59,7 +59,9 @@ def headline(axes: Axes, text: str, words: Sequence[tuple[str, str]], pad: float
 
 
 def _shorten(name: str, length: int = 18) -> str:
-    return name if len(name) <= length else name[: length - 1] + "…"
+    """A name in one line of at most `length`, in which a dollar does not begin a formula."""
+    name = printable(name)
+    return (name if len(name) <= length else name[: length - 1] + "…").replace("$", r"\$")
 
 
 def main_attack(conditions: Sequence[str]) -> str | None:
@@ -79,9 +81,11 @@ def classes(summary: Mapping[str, Any]) -> Figure:
     figure = blank(min(14.0, 3.5 + 0.55 * per_line), 4.6 if lines == 1 else 3.5 * lines)
     grid = figure.subplots(2 * lines, 1, gridspec_kw={"height_ratios": [3, 1] * lines})
     counts = [row["class_count"] for row in rows]
-    group_of = {c: group for group, names in summary["groups"].items() if group != "definition" for c in names}
+    # The rows are in the order of the groups; names may be the same.
+    groups = [group for group, names in summary["groups"].items() if group != "definition" for _ in names]
     for line in range(lines):
         part = rows[line * per_line : (line + 1) * per_line]
+        part_groups = groups[line * per_line : (line + 1) * per_line]
         upper, lower, place = grid[2 * line], grid[2 * line + 1], np.arange(len(part))
         for name, _, colour, width in layers:
             values = [np.nan if row["accuracy"][name] is None else 100 * row["accuracy"][name] for row in part]
@@ -93,7 +97,7 @@ def classes(summary: Mapping[str, Any]) -> Figure:
         upper.set_xticks([])
         upper.set_ylabel("accuracy in %", fontsize=8, color=SOFT)
         style(upper)
-        _groups(upper, [group_of.get(row["name"], "") for row in part])
+        _groups(upper, part_groups)
         lower.plot(place, [row["class_count"] for row in part], color=SOFT, linewidth=0.8, marker="o", markersize=3)
         lower.set_yscale("log")
         lower.set_ylim(min(counts) / 2.5, max(counts) * (5 if per_line <= 20 else 2))

@@ -12,6 +12,7 @@ import numpy as np
 
 from lt_adv import attacks, lookup
 from lt_adv.attacks.autoattack import VERSIONS, attacks_of
+from lt_adv.data.dataset import labels
 from lt_adv.evaluation import records
 
 NAMES = ("fgsm", "pgd", "mim", "cw", "autoattack")
@@ -121,7 +122,10 @@ def header(
     class_names: tuple[str, ...],
 ) -> dict[str, Any]:
     """The whole header: what the caller knows (`given`) and what can be seen here. It must not hold what changes
-    between two starts of the same evaluation, such as a time: another header is another record folder."""
+    between two starts of the same evaluation, such as a time: another header is another record folder.
+
+    ValueError for labels that are not classes, and for entries of `given` that are filled in here."""
+    labels(split.label, len(split.image), len(class_names), "The images to evaluate on")
     seen = {
         "attacks": {name: describe(spec) for name, spec in specs.items()},
         "key": np.asarray(jax.random.key_data(key)),

@@ -24,6 +24,14 @@ def title(condition: str) -> str:
     return "-".join(filter(None, (letters.upper(), digits))) if short else condition
 
 
+UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """A text in one line: control characters, such as line breaks, as in Python's repr."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+
+
 def share(part: float, whole: float) -> float | None:
     """part / whole; None (null in JSON) of nothing, for example of a class without test images."""
     return float(part) / float(whole) if whole else None
@@ -105,7 +113,7 @@ def warnings(records: Records) -> list[str]:
         more = f" and {len(never) - 10} more" if len(never) > 10 else ""
         found.append(
             f"clean: {len(never)} of {records.num_classes} classes are never predicted on {len(records)} images: "
-            f"{', '.join(never[:10])}{more}."
+            f"{', '.join(map(printable, never[:10]))}{more}."
         )
     for name in records.attacks:
         if records.correct(CLEAN).any() and np.array_equal(records.clean, records.attacks[name]):

@@ -1,17 +1,19 @@
 """The report for readers: markdown for the paper, a table for the terminal, and the files of a report directory."""
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import rich.console
 import rich.table
+import rich.text
 from etils import epath
 
 from lt_adv import files
 from lt_adv.evaluation import plots, records, reliability_plot, report
 from lt_adv.evaluation.records import WORST, Records
-from lt_adv.evaluation.report import title
+from lt_adv.evaluation.report import printable, title
 
 UNITS = {"eps": "radius", "step_size": "step"}
 
@@ -40,10 +42,20 @@ def attack_line(attack: Mapping[str, Any]) -> str:
     return ", ".join(parts)
 
 
+def literal(text: str) -> str:
+    """Markdown that shows a name as it is, in one line; a blank one in quotes."""
+    return re.sub(r"[\\`*\[\]<>|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text) if text.strip() else repr(text))
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
     """A markdown table; the first `left` columns stand to the left, the others to the right."""
     rule = [":--" if i < left else "--:" for i in range(len(head))]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in (head, rule, *rows))
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in (head, rule, *rows))
+
+
+def _cell(text: str) -> str:
+    """In one line, with a backslash before each bar that would end the cell."""
+    return re.sub(r"(\\.)|\|", lambda match: match[1] or r"\|", printable(text))
 
 
 def _counts(counts: Sequence[int] | None) -> str | None:
@@ -94,13 +106,13 @@ def _figures(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
 
 def warned(summary: Mapping[str, Any]) -> list[str]:
     """The warnings, as lines of markdown."""
-    return [f"> **Warning.** {warning}" for warning in summary["warnings"]] + [""] * bool(summary["warnings"])
+    return [f"> **Warning.** {literal(warning)}" for warning in summary["warnings"]] + [""] * bool(summary["warnings"])
 
 
 def accuracies(summary: Mapping[str, Any]) -> list[str]:
     """The sections on accuracy and on the attacks, as lines of markdown."""
     groups = {name: ids for name, ids in summary["groups"].items() if name != "definition"}
-    cut = "; ".join(f"{name}: {', '.join(ids)}" for name, ids in groups.items())
+    cut = "; ".join(f"{name}: {', '.join(map(literal, ids))}" for name, ids in groups.items())
     attacks = [[title(name), attack_line(attack)] for name, attack in summary["header"]["attacks"].items()]
     return [
         "## Accuracy",
@@ -155,7 +167,7 @@ def _attacked(name: str) -> str:
 def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
     """The paper-ready report of `report.summarise`, with `context` in it; accuracies in per cent."""
     lines = ["# Robustness under long-tailed data", "", *warned(summary)]
-    lines += [f"- **{name}:** {value}" for name, value in facts(summary).items()]
+    lines += [f"- **{name}:** {printable(value)}" for name, value in facts(summary).items()]
     lines += ["", *accuracies(summary), *reliability(summary), "## Natural + boundary = robust error", ""]
     errors = ("natural_error", "boundary_error", "robust_error")
     rows = [
@@ -167,7 +179,7 @@ def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = No
     head = ["Class", "Training images", "Evaluated images", *map(title, summary["conditions"])]
     head += ["Natural", "Boundary", "Robust"]
     rows = [
-        [row["name"], str(row["class_count"]), str(row["images"])]
+        [literal(row["name"]), str(row["class_count"]), str(row["images"])]
         + [percent(value) for value in row["accuracy"].values()]
         + [percent(row[error]) for error in errors]
         for row in summary["classes"]
@@ -184,9 +196,9 @@ def terminal(summary: Mapping[str, Any]) -> rich.table.Table:
     images = summary["header"]["images"]
     shown = rich.table.Table(title=f"Accuracy in per cent, {images} images", title_justify="left")
     for i, column in enumerate(head):
-        shown.add_column(column, justify="left" if i == 0 else "right")
+        shown.add_column(rich.text.Text(column), justify="left" if i == 0 else "right")
     for row in rows:
-        shown.add_row(*row, style="bold" if row[0] == title(WORST) else None)
+        shown.add_row(*map(rich.text.Text, row), style="bold" if row[0] == title(WORST) else None)
     return shown
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lt_adv import lookup
+from lt_adv import files, lookup
 
 State = dict[str, np.ndarray]
 
@@ -32,14 +32,18 @@ def load(path: str | pathlib.Path) -> State:
         raise FileNotFoundError(f"There is no file of weights {path}.")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty.")
+    read, formats = READERS[path.suffix]
+    what = files.format_of(path)
+    if what and what not in formats:
+        suffixes = [suffix for suffix, (_, others) in READERS.items() if what in others]
+        hint = f": a name that ends in {suffixes[0]} would say so" if suffixes else ""
+        raise ValueError(f"{path} cannot be imported: it is {what}{hint}.")
     try:
-        state = READERS[path.suffix](path)
+        state = read(path)
     except (ImportError, PermissionError):
         raise
     except Exception as error:  # the readers have no exception in common: a damaged file raises almost anything
-        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
-        (reason, *_) = str(error).strip().splitlines() or [""]
-        raise ValueError(f"{path} cannot be imported: {kind}{reason[:300]}") from error
+        raise ValueError(f"{path} cannot be imported: {files.reason(path, error, *formats)}") from error
     if not state:
         raise ValueError(f"{path} holds no tensors.")
     return state
@@ -129,8 +133,9 @@ def _safetensors(path: pathlib.Path) -> State:
     return state
 
 
-READERS: Mapping[str, Callable[[pathlib.Path], State]] = {
-    **dict.fromkeys((".pt", ".pth", ".pkl", ".tar"), _torch),
-    ".npz": _npz,
-    ".safetensors": _safetensors,
+# Suffix -> (reader, the formats that such a file may have).
+READERS: Mapping[str, tuple[Callable[[pathlib.Path], State], Sequence[str]]] = {
+    **dict.fromkeys((".pt", ".pth", ".pkl", ".tar"), (_torch, (files.TORCH, files.PICKLE))),
+    ".npz": (_npz, (files.NPZ,)),
+    ".safetensors": (_safetensors, (files.SAFETENSORS,)),
 }

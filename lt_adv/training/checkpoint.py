@@ -14,7 +14,7 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
-from lt_adv import lookup, processes
+from lt_adv import files, lookup, processes
 from lt_adv.training.digests import differing, known, sealed
 
 TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
@@ -105,7 +105,7 @@ class Checkpoints:
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             failure = error
         if not processes.agree(failure is None):
-            reason = _first_line(failure) if failure else "by another process"
+            reason = _first_line(failure, self.directory / str(step)) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
         if wrong := differing(state, meta):
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
@@ -147,7 +147,9 @@ class Checkpoints:
             (self.directory / str(step)).rename(aside)
 
 
-def _first_line(error: BaseException) -> str:
+def _first_line(error: BaseException, checkpoint: epath.Path) -> str:
+    if missing := files.placeholder(checkpoint):
+        return missing
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
 
@@ -176,7 +178,7 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
         except TRANSIENT:
             raise
         except Exception as error:  # as in Checkpoints.restore
-            errors.append(f"checkpoint {step} in {stage} cannot be read ({_first_line(error)})")
+            errors.append(f"checkpoint {step} in {stage} cannot be read ({_first_line(error, stage / str(step))})")
             continue
         for text in errors:
             logging.warning("%s: passed over for checkpoint %d.", text, step)
@@ -193,7 +195,8 @@ def look(workdir: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     except TRANSIENT:
         raise
     except Exception as error:  # as in Checkpoints.restore
-        raise ValueError(f"checkpoint {step} in {stage} cannot be read ({_first_line(error)})") from error
+        why = _first_line(error, stage / str(step))
+        raise ValueError(f"checkpoint {step} in {stage} cannot be read ({why})") from error
 
 
 def _stored(workdir: epath.PathLike) -> tuple[epath.Path, list[tuple[epath.Path, int]]]:

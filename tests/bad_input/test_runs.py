@@ -174,3 +174,17 @@ def test_loss_that_is_no_number(answer, tmp_path):
     printed = answer(*TINY, "--config.optim.epochs=30", "--config.optim.learning_rate=1e10")
     assert re.search(r"train/\w+ is (nan|inf) in the steps before step \d+\. The last good .* is step \d", printed)
     assert "a smaller config.optim.learning_rate" in printed
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_pointer_in_place_of_a_checkpoint(answer, run, mode):
+    """A working directory that was cloned without its large files."""
+    for path in (run / "checkpoints").rglob("*"):
+        if path.is_file() and path.suffix != ".json":
+            path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    assert "is a Git LFS pointer in place of the file: fetch it with git lfs pull" in answer(*TINY, f"--mode={mode}")
+
+
+def test_a_pointer_in_place_of_a_config(answer, run):
+    (run / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    assert "config.json is damaged (it is a Git LFS pointer in place of the file" in answer(*TINY)

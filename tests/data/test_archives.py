@@ -253,3 +253,22 @@ print(len(load({"name": "cifar10", "data_dir": str(root)}).train), "tensorflow_d
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.strip() == "15 False", result.stderr
+
+
+@pytest.mark.parametrize("name", ["cifar10", "cifar100", "tiny_imagenet"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n", "a Git LFS pointer in place"),
+        (b"<html>moved</html>", "an HTML page"),
+    ],
+)
+def test_an_archive_that_is_something_else(tmp_path, name, content, what):
+    path = tmp_path / "downloads" / "manual" / archives.ARCHIVES[name].file
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=f"{path} is {what}.* Put the published archive there, from http"):
+        load({"name": name, "data_dir": str(tmp_path)})
+    read = archives.read_tiny_imagenet if name == "tiny_imagenet" else lambda p: archives.read_cifar(p, False)
+    with pytest.raises(ValueError, match=f"{path} is not a readable archive .it is {what}"):
+        read(path)

@@ -237,3 +237,33 @@ def test_digits_import_neither_tensorflow_nor_its_datasets():
     code += "('tensorflow', 'tensorflow_datasets', 'jax')])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (
+            b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n",
+            "a Git LFS pointer in place of the file",
+        ),
+        (b"<html>Quota exceeded</html>", "an HTML page"),
+        (b"", "empty"),
+        (b"\x1f\x8b\x08\x00", "a gzip archive"),
+        (b"\x80\x04N.", "a pickle"),
+        (b"Access denied", "a text that begins with 'Access denied'"),
+        (b"\x00\x01\x02", "without pickled objects"),
+    ],
+)
+def test_an_npz_that_is_something_else(tmp_path, read, content, what):
+    (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"a\.npz is not a readable \.npz: .*{what}") as caught:
+        read("npz", tmp_path / "a.npz")
+    assert "allow_pickle" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_the_cache_passes_no_advice_on(tmp_path, read, folder, caplog):
+    read("image_folder", folder)
+    (path,) = tmp_path.glob("lt_adv_cache/*/train_label.npy")
+    path.write_bytes(b"\x80\x04N.")
+    read("image_folder", folder)
+    assert "is damaged" in caplog.text and "allow_pickle" not in caplog.text

@@ -32,6 +32,13 @@ def prepare(data_dir, name, *, features, examples, file_format="array_record"):
     Other(data_dir=data_dir, file_format=file_format).download_and_prepare(download_config=config)
 
 
+def encoded(image, label):
+    """An example, for the image to be stored as it is."""
+    stream = io.BytesIO()
+    Image.fromarray(image).save(stream, "PNG")
+    return {"image": io.BytesIO(stream.getvalue()), "label": label}
+
+
 @pytest.mark.parametrize("name", ["some_other_set", "mnist"])
 def test_any_prepared_image_set_by_name(tmp_path, name):
     import tensorflow_datasets as tfds
@@ -107,3 +114,20 @@ def test_unprepared_and_unknown_sets(tmp_path, monkeypatch):
         with pytest.raises(ValueError, match="Unknown data set") as caught:
             load({"name": name, "data_dir": str(tmp_path)})
         assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("part", ["dataset_info.json", "features.json", "*-train.array_record*"])
+def test_a_pointer_in_place_of_a_part(tmp_path, part):
+    import tensorflow_datasets as tfds
+
+    features = {
+        "image": tfds.features.Image(shape=(2, 2, 3), encoding_format="png"),
+        "label": tfds.features.ClassLabel(num_classes=2),
+    }
+    image = np.zeros((2, 2, 3), np.uint8)
+    examples = {split: [encoded(image, label) for label in (0, 1)] for split in ("train", "test")}
+    prepare(tmp_path, "cloned", features=features, examples=examples)
+    (path,) = (tmp_path / "cloned" / "3.0.1").glob(part)
+    path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
+    with pytest.raises(ValueError, match=f"{path} is a Git LFS pointer"):
+        load({"name": "cloned", "data_dir": str(tmp_path)})

@@ -1,5 +1,6 @@
 """Files of weights: what is damaged or no file of tensors is answered by one line, and nothing in a file is run."""
 
+import gzip
 import hashlib
 import json
 import os
@@ -159,3 +160,72 @@ def test_other_names(tmp_path):
     named = {"weights.pt": True, "a/b.safetensors": True, "workdirs/at-dataset=digits": False, "": False}
     assert {path: weight_files.is_file(path) for path in named} == named
     assert not weight_files.is_file(str(tmp_path / "run.pt"))
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".pkl", ".tar", ".npz", ".safetensors"])
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        (POINTER, "a Git LFS pointer in place of the file: fetch it with git lfs pull"),
+        (b"\n<!DOCTYPE html>\n<html></html>", "an HTML page"),
+        (b'{"error": "not found"}', "a text in JSON"),
+        (b"Access denied\nsorry", "a text that begins with 'Access denied'"),
+        (gzip.compress(b"x"), "a gzip archive"),
+        (b"\x89HDF\r\n\x1a\n" + bytes(9), "an HDF5 file"),
+    ],
+)
+def test_what_is_not_a_file_of_weights_is_named(tmp_path, suffix, content, what):
+    """Before a reader, or PyTorch itself, is asked."""
+    path = tmp_path / f"weights{suffix}"
+    path.write_bytes(content)
+    assert f"cannot be imported: it is {what}" in refused(path)
+
+
+@pytest.mark.parametrize(
+    ("saved", "named", "line"),
+    [
+        (".safetensors", ".pth", "it is a safetensors file: a name that ends in .safetensors would say so."),
+        (".npz", ".pth", "it is an .npz file of NumPy: a name that ends in .npz would say so."),
+        (".npz", ".safetensors", "it is an .npz file of NumPy: a name that ends in .npz would say so."),
+        (".pt", ".npz", "it is a PyTorch file (torch.save): a name that ends in .pt would say so."),
+        (".pt", ".safetensors", "it is a PyTorch file (torch.save): a name that ends in .pt would say so."),
+    ],
+)
+def test_a_file_under_the_name_of_another_kind(tmp_path, saved, named, line):
+    path = SAVE[saved](tmp_path / f"weights{saved}", STATE)
+    assert line in refused(path.rename(tmp_path / f"weights{named}"))
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".pth", ".npz"])
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_torchscript_archive(tmp_path, suffix):
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    path = tmp_path / f"weights{suffix}"
+    torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
+    text = refused(path)
+    assert "it is a TorchScript archive (torch.jit.save), which holds a program: save the module's state_dict" in text
+    assert "weights_only" not in text
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_a_module_is_not_unpickled(tmp_path, legacy):
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    path = tmp_path / "weights.pth"
+    torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=not legacy)
+    text = refused(path)
+    assert "it asks for torch.nn.modules.linear.Linear" in text and "weights_only" not in text
+
+
+def test_a_state_dict_of_before_pytorch_1_6(tmp_path):
+    torch = pytest.importorskip("torch", reason=NO_TORCH)
+    state = {name: torch.from_numpy(np.array(array)) for name, array in STATE.items()}
+    torch.save(state, tmp_path / "weights.pth", _use_new_zipfile_serialization=False)
+    assert weight_files.load(tmp_path / "weights.pth").keys() == STATE.keys()
+
+
+def test_an_array_of_objects_is_not_loaded(tmp_path):
+    np.savez(tmp_path / "weights.npz", a=np.array([1, None], object))
+    assert "only files without pickled objects are read" in refused(tmp_path / "weights.npz")
