@@ -41,9 +41,7 @@ def one_image(x):
 
 def grouped(x):
     x = lax.conv_general_dilated(x, FIRST, (1, 1), "VALID", dimension_numbers=NHWC)
-    return lax.conv_general_dilated(
-        x, SECOND[:, :, :2], (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=3
-    )
+    return lax.conv_general_dilated(x, SECOND[:, :, :2], (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=3)
 
 
 def one_dimension(x):

@@ -135,9 +135,7 @@ def test_independent_of_the_batch(name):
         return jax.lax.map(lambda x: network(x[None])[0], x)
 
     x, y, keys = images(8), labels(8), example_keys(KEY, 8)
-    attack = jax.jit(
-        lambda keys, x, y: ITERATIVE[name](keys, one_by_one, x, y, eps=0.2, step_size=0.05, num_steps=3)
-    )
+    attack = jax.jit(lambda keys, x, y: ITERATIVE[name](keys, one_by_one, x, y, eps=0.2, step_size=0.05, num_steps=3))
     whole = np.asarray(attack(keys, x, y))
     for size in (1, 3):
         parts = [attack(keys[i : i + size], x[i : i + size], y[i : i + size]) for i in range(0, 6, size)]

@@ -1,4 +1,4 @@
-"""Networks on which a plain table would be silently wrong: what the records, the report and the diagnosis say of them."""
+"""Networks on which a table alone would be wrong: what the records, the report and the diagnosis say of them."""
 
 import functools
 

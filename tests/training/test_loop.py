@@ -128,6 +128,22 @@ def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student,
     assert np.abs(before["params"]["head"]["kernel"] - after["params"]["head"]["kernel"]).max() > 1e-3
 
 
+def test_the_default_implementation_of_keys_changes_nothing(run, tmp_path):
+    """JAX_DEFAULT_PRNG_IMPL=rbg in the environment: the same run, bit for bit."""
+    stage = base.Stage(method=Distil(), epochs=1, init="fresh")
+    run((stage,), tmp_path / "threefry")
+    with jax.default_prng_impl("rbg"):
+        run((stage,), tmp_path / "rbg")
+    one, other = (metrics_of(tmp_path / name) for name in ("threefry", "rbg"))
+    assert one == other and len(one) > 1
+
+
+def metrics_of(workdir):
+    """The lines of metrics.jsonl, without times."""
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in row.items() if "second" not in k and "time" not in k} for row in rows]
+
+
 def test_tensorboard_gets_the_numbers_of_the_lines(run, config, teacher_and_student, tmp_path, monkeypatch):
     """The writer is tensorboardX's; here it is a list. Without the package: one line that names the extra."""
     scalars, teacher = [], teacher_and_student[1][0]
@@ -161,19 +177,3 @@ def test_merge_says_what_does_not_fit(caplog):
         program.merge(fresh, {"params": {"a": np.zeros(3)}}, "elsewhere")
     with pytest.raises(ValueError, match="none of its arrays"):
         program.merge(fresh, {"params": {"b": np.zeros(3)}}, "elsewhere")
-
-
-def test_the_default_implementation_of_keys_changes_nothing(run, tmp_path):
-    """JAX_DEFAULT_PRNG_IMPL=rbg in the environment: the same run, bit for bit."""
-    stage = base.Stage(method=Distil(), epochs=1, init="fresh")
-    run((stage,), tmp_path / "threefry")
-    with jax.default_prng_impl("rbg"):
-        run((stage,), tmp_path / "rbg")
-    one, other = (metrics_of(tmp_path / name) for name in ("threefry", "rbg"))
-    assert one == other and len(one) > 1
-
-
-def metrics_of(workdir):
-    """The lines of metrics.jsonl, without times."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in row.items() if "second" not in k and "time" not in k} for row in rows]
