@@ -123,7 +123,6 @@ def build(
         step_size=config.attack.step_size,
         augment=config.data.augment,
         pad=config.data.pad,
-        sampler=config.data.sampler,
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
         groups=longtail.groups(counts),
@@ -142,7 +141,7 @@ def build(
     if options.streamed:
         feed = feeds.streamed(split.train, classes, key, info, options.batch_size, mesh, config.parallel)
     else:
-        feed = feeds.resident(split.train, classes, home)
+        feed = feeds.resident(split.train, classes, key, info, options.batch_size, home)
 
     def first_state() -> TrainState:
         start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())

@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_adv.data import Split, resident
+from lt_adv.data import Split
 from lt_adv.methods import Info
 from lt_adv.training import feed, optim
 from lt_adv.training import mesh as meshes
@@ -66,10 +66,7 @@ def make(
     seed=3,
     **options,
 ):
-    """(step, first state, data, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters.
-
-    With `streamed=True` the feed stands in place of the data.
-    """
+    """(step, first state, feed, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters."""
     mesh = meshes.make_mesh(jax.devices()[:devices])
     batch_size = 16
     per_epoch = len(split()) // batch_size
@@ -85,25 +82,25 @@ def make(
         method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply, sharded=sharded
     )
     teacher = meshes.replicate(teacher or {}, mesh)
-    if options.streamed:
-        data = feed.streamed(split(), None, jax.random.key(seed), info, batch_size, mesh, parallel)
-    else:
-        data = resident.put(split(), mesh)
     averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
+    if options.streamed:
+        fed = feed.streamed(split(), None, key, info, batch_size, mesh, parallel)
+    else:
+        fed = feed.resident(split(), None, key, info, batch_size, mesh)
     state = meshes.replicate(states.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
-    example = data.example if options.streamed else data
-    state = meshes.replicate(state.replace(window=init_window(state, example, teacher)), mesh)
-    return step, meshes.place(state, mesh, sharded), data, teacher
+    state = meshes.replicate(state.replace(window=init_window(state, fed.example, teacher)), mesh)
+    return step, meshes.place(state, mesh, sharded), fed, teacher
 
 
 def run(method, devices, parallel="pmap", steps=4, **options):
     """Final state and the metrics of every step, as numpy."""
-    step, state, data, teacher = make(method, devices, parallel, **options)
+    step, state, fed, teacher = make(method, devices, parallel, **options)
     rows = []
-    for _ in range(steps):
-        state, metrics = step(state, data, teacher)
-        rows.append(jax.device_get(metrics))
+    with fed.batches(0, steps) as batches:
+        for data in batches:
+            state, metrics = step(state, data, teacher)
+            rows.append(jax.device_get(metrics))
     return jax.device_get(state.replace(key=jax.random.key_data(state.key))), rows
 
 
