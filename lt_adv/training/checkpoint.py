@@ -160,7 +160,6 @@ class Checkpoints:
             )
         return None
 
-
     def _put_aside(self, damaged: list[tuple[int, str]], kept: int) -> None:
         for step, text in damaged:
             aside = self.directory.parent.parent / "damaged" / f"{self.directory.name}-{step}"
