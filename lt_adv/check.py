@@ -9,14 +9,13 @@ import ml_collections
 
 from lt_adv import data, files, lookup, models
 from lt_adv.attacks import norms, starts
-from lt_adv.data import augment, images, longtail
+from lt_adv.data import augment, images, longtail, resident
 from lt_adv.evaluation import protocol
 from lt_adv.evaluation.records import CLEAN, WORST
 from lt_adv.methods import base
 from lt_adv.models import adjustments, weight_files
 from lt_adv.training import checkpoint, optim, program
 from lt_adv.training import mesh as meshes
-from lt_adv.training import step as steps
 
 Rule = Callable[[str, Any], None]  # (path of an entry, its value); raises ValueError
 
@@ -111,7 +110,7 @@ ENTRIES: Mapping[str, Rule] = {
     "data.validation_from": one_of(longtail.ORIGINS),
     "data.equalise": number("[0, 1]"),
     "data.split_seed": SEED,
-    "data.sampler": one_of(steps.SAMPLERS),
+    "data.sampler": one_of(resident.SAMPLERS),
     "data.augment": one_of(augment.AUGMENTS),
     "data.pad": ZERO_OR_MORE,
     "model.name": a(str),

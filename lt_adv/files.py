@@ -1,6 +1,12 @@
-"""Files that others read while they are written, or after a kill; and what a file is that somebody else wrote."""
+"""Files that others read while they are written, or after a kill or a power cut; and what kind a file is.
 
+A file system may put a new name on the disk before what it stands for. So whatever gets its name here has reached the
+disk before, and the name has when the function returns. A bucket's store sees to that by itself.
+"""
+
+import errno
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -25,6 +31,39 @@ def place(text: str, named: str) -> epath.Path:
     raise ValueError(f"{named} {text!r} is no path: {reason}.")
 
 
+def sync(path: epath.PathLike) -> None:
+    """Wait until a file, or of a folder the names in it, has reached the disk. OSError where it cannot."""
+    if "://" in os.fspath(path):
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Folders that may not be read, or file systems that have no such call for folders: they write when they will.
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) or not os.path.isdir(path):
+            raise
+
+
+def sync_tree(folder: epath.PathLike) -> None:
+    """`sync` for the folder and all that is in it."""
+    for parent, _, names in os.walk(folder, topdown=False):
+        for path in (*(os.path.join(parent, name) for name in names), parent):
+            sync(path)
+
+
+def make_folder(path: epath.PathLike) -> None:
+    """The folder, and those above it that are missing."""
+    path = epath.Path(path)
+    above = (path, *path.parents) if "://" not in os.fspath(path) else ()
+    new = list(itertools.takewhile(lambda folder: not folder.exists(), above))
+    path.mkdir(parents=True, exist_ok=True)
+    for folder in new:
+        sync(folder.parent)
+
+
 def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     """All of `content` or nothing: written under another name, then renamed. Makes the folder where it is missing.
 
@@ -34,11 +73,13 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
     path = epath.Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder, and a file is to be written there: move it elsewhere.")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
         temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(temporary)
         temporary.replace(path)
+        sync(path.parent)
     except BaseException:  # an interruption, too
         temporary.unlink(missing_ok=True)
         raise
@@ -56,12 +97,15 @@ def replace_folder(path: epath.PathLike, contents: Mapping[str, bytes]) -> None:
         raise ValueError(f"{path} holds {strange[0]}, which would be lost: move it, or the folder, elsewhere.")
     new, old = (path.parent / f".{path.name}.{os.getpid()}.{which}" for which in ("tmp", "old"))
     try:
-        new.mkdir(parents=True)
+        make_folder(path.parent)
+        new.mkdir()
         for name, content in contents.items():
             (new / name).write_bytes(content)
+        sync_tree(new)
         if path.exists():
             path.rename(old)  # a folder cannot be renamed to one that is there
         new.rename(path)
+        sync(path.parent)
     except BaseException:  # an interruption, too
         new.rmtree(missing_ok=True)
         if old.exists() and not path.exists():

@@ -88,8 +88,10 @@ def is_shown(record: logging.LogRecord) -> bool:
 
 
 def unraisable(found: "sys.UnraisableHookArgs") -> None:
-    # Once an array cannot be read or written, each other one that is under way finds its event loop closed and says so.
-    if str(found.exc_value) != "Event loop is closed":
+    # Once an array cannot be read or written, orbax leaves the others under way: each finds its event loop closed, or
+    # is thrown away in the middle of its read, and says so.
+    code = getattr(found.object, "cr_code", None)
+    if str(found.exc_value) != "Event loop is closed" and not (code and "orbax" in code.co_filename):
         sys.__unraisablehook__(found)
 
 
@@ -104,8 +106,12 @@ def is_memory(error: Exception) -> bool:
 
 
 def is_lost(error: Exception) -> bool:
-    """Whether another process of the run is not reached any more."""
-    return isinstance(error, RuntimeError) and bool(re.search(r"Gloo|NCCL|closed by peer|UNAVAILABLE", str(error)))
+    """Whether another process of the run, if there are any, is not reached any more."""
+    if not isinstance(error, RuntimeError) or not re.search(r"Gloo|NCCL|closed by peer|UNAVAILABLE", str(error)):
+        return False
+    from lt_adv import processes
+
+    return processes.joined()
 
 
 def one_line(error: Exception) -> str:

@@ -77,7 +77,7 @@ def claimed(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[
 
         def begin() -> None:
             try:
-                workdir.mkdir(parents=True, exist_ok=True)
+                files.make_folder(workdir)
                 _lock(workdir, stack)
                 compare(config, workdir, training=not check.imports(config))  # it may be another's by now
                 content = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"

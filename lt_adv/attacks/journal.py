@@ -1,8 +1,10 @@
 """What AutoAttack has done so far, on disk: one file for every batch of images that are done."""
 
 import contextlib
+import errno
 import hashlib
 import io
+import itertools
 import os
 import pathlib
 import re
@@ -34,7 +36,10 @@ def open_(directory: Any, digest: str, logits: np.ndarray) -> "Journal":
     if directory is None:
         return Journal(None)
     where = pathlib.Path(directory) if isinstance(directory, str) else directory
+    missing = list(itertools.takewhile(lambda folder: not folder.exists(), (where, *where.parents)))
     where.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        _sync(folder.parent)
     name, network = where / "call.txt", where / "logits.npy"
     try:
         known = np.load(io.BytesIO(network.read_bytes()), allow_pickle=False) if network.exists() else logits
@@ -88,7 +93,25 @@ class Journal:
 
 
 def _write(path: Any, content: bytes) -> None:
-    """Whole or not at all."""
+    """Whole or not at all, after a power cut too: the content is on the disk before its name."""
     new = path.parent / f"{path.name}.{os.getpid()}.new"
     new.write_bytes(content)
+    _sync(new)
     new.replace(path)
+    _sync(path.parent)
+
+
+def _sync(path: Any) -> None:
+    """Until a file, or of a folder the names in it, is on the disk; a bucket's store sees to that by itself."""
+    if "://" in os.fspath(path):
+        return
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        # Folders that may not be read, or file systems that have no such call for folders.
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) or not os.path.isdir(path):
+            raise

@@ -77,12 +77,14 @@ def obtain(archive: Archive, folder: Path, download: bool) -> Path:
         )
     temporary = None
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         handle, temporary = tempfile.mkstemp(prefix=f".{archive.file}.", dir=folder)
         with os.fdopen(handle, "wb") as file, urllib.request.urlopen(archive.url, timeout=60) as response:
             shutil.copyfileobj(response, file)
         check(archive, Path(temporary))
+        files.sync(temporary)
         os.replace(temporary, path)
+        files.sync(folder)
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
         raise FileNotFoundError(

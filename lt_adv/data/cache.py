@@ -111,7 +111,7 @@ def _open(folder: Path, name: str) -> Dataset:
 
 
 def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, Decoding]) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(folder.parent)
     _remove_stale(folder)
     needed = sum(math.prod(d.shape) for d in decodings.values())
     if needed > shutil.disk_usage(folder.parent).free:  # rather than to fill the disk first
@@ -127,10 +127,8 @@ def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, Deco
                 path = temporary / f"{split}_{field}.npy"
                 arrays[f"{split}_{field}"] = _write_array(path, array.shape, str(array.dtype), [array])
         meta = {"class_names": class_names, "arrays": arrays, "digest": digest_of(class_names, arrays)}
-        with (temporary / "meta.json").open("w") as file:
-            json.dump(meta, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
+        (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+        files.sync_tree(temporary)
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -149,8 +147,6 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict
             file.write(data)
             digest.update(data)
             rows += len(block)
-        file.flush()
-        os.fsync(file.fileno())
     if rows != shape[0]:
         raise ValueError(f"{rows} images were decoded instead of {shape[0]}.")
     return {"shape": list(shape), "dtype": dtype, "sha256": digest.hexdigest()}
@@ -171,6 +167,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     except OSError:
         if not folder.exists():
             raise
+    files.sync(folder.parent)
 
 
 def _remove_stale(folder: Path) -> None:

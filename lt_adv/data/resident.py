@@ -3,6 +3,7 @@
 The draws are functions of a key, traceable, and independent of the number of devices: a resumed run repeats them.
 """
 
+import functools
 from collections.abc import Mapping
 
 import jax
@@ -14,16 +15,21 @@ from lt_adv import processes
 from lt_adv.data import class_aware
 from lt_adv.data.dataset import Split
 
+SAMPLERS = ("uniform", "class_aware")
+
 
 def put(split: Split, mesh: Mesh) -> dict[str, jax.Array]:
-    """{"image" uint8 [n, h, w, c], "label" int32 [n], "index" int32 [n]}, a full copy on every device of `mesh`.
+    """{"image" uint8 [n, h * w * c], "label" int32 [n], "index" int32 [n]}, a full copy on every device of `mesh`.
 
-    Of several processes each fills its own devices from its own copy of the split.
+    An image is one row, reshaped once it is in a batch: TPUs gather from rows as they lie, while a set [n, h, w, c]
+    would be copied into another layout in every step. Of several processes each fills its own devices from its own copy
+    of the split.
     """
     if len(split) and int(split.index.max()) > np.iinfo(np.int32).max:
         raise ValueError("Original indices above 2^31 - 1 do not fit the int32 they have on the devices.")
-    arrays = {"image": split.image, "label": split.label, "index": split.index.astype(np.int32)}
-    return processes.put({k: np.asarray(v) for k, v in arrays.items()}, processes.replicated(mesh))
+    image = np.asarray(split.image).reshape(len(split), -1)
+    arrays = {"image": image, "label": np.asarray(split.label), "index": split.index.astype(np.int32)}
+    return processes.put(arrays, processes.replicated(mesh))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
@@ -76,6 +82,24 @@ def drawn(
     if classes is None:
         return batch_indices(epoch_key, step_in_epoch, num_examples=num_examples, batch_size=batch_size)
     return class_aware_indices(jax.random.fold_in(epoch_key, step_in_epoch), **classes, batch_size=batch_size)
+
+
+def epoch_indices(
+    key: jax.Array,
+    epoch: jax.Array | int,
+    classes: Mapping[str, jax.Array] | None = None,
+    *,
+    steps_per_epoch: int,
+    num_examples: int,
+    batch_size: int,
+    cycles: bool = False,
+) -> jax.Array:
+    """Examples of all batches of an epoch, int32 [steps_per_epoch, batch_size]: `drawn` for each of its steps.
+
+    One program for an epoch, so that no step has to sort the whole set to find its own batch.
+    """
+    one = functools.partial(drawn, num_examples=num_examples, batch_size=batch_size, classes=classes, cycles=cycles)
+    return jax.vmap(one, (None, None, 0))(key, epoch, jnp.arange(steps_per_epoch))
 
 
 def class_aware_indices(

@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator, Mapping
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from lt_adv.data import resident
@@ -41,14 +40,12 @@ def batches(
         raise ValueError("Original indices above 2^31 - 1 do not fit the int32 they have on the devices.")
 
     options = {"num_examples": len(split), "batch_size": batch_size, "cycles": cycles}
-    options["classes"] = classes and {name: jnp.asarray(array) for name, array in classes.items()}
-    # Over the steps of one epoch, which share its permutation.
-    drawn = jax.vmap(functools.partial(resident.drawn, **options), (None, None, 0))
-    compiled = jax.jit(lambda epoch: drawn(key, epoch, np.arange(steps_per_epoch)))
+    options["steps_per_epoch"] = steps_per_epoch
+    compiled = jax.jit(functools.partial(resident.epoch_indices, **options))
 
     @functools.lru_cache(maxsize=2)  # threads read across the end of an epoch
     def rows_of(epoch: int) -> np.ndarray:
-        return np.asarray(compiled(epoch))
+        return np.asarray(compiled(key, epoch, classes))
 
     def batch(step: int) -> dict[str, np.ndarray]:
         rows = rows_of(step // steps_per_epoch)[step % steps_per_epoch][own]

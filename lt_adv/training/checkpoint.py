@@ -1,7 +1,9 @@
 """Orbax checkpoints of the train state, with a digest of our own: orbax restores a flipped byte silently."""
 
+import asyncio
 import contextlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -22,7 +24,27 @@ VARIABLES = ("params", "batch_stats")
 BEST = "valid/pgd20/accuracy"  # what the best checkpoint is the best in; the validation split is balanced
 
 
-def _options(keep: int, best: str | None) -> ocp.CheckpointManagerOptions:
+class Synced(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """The folder in which orbax writes a checkpoint: renamed to the step's name once all in it has reached the disk."""
+
+    async def finalize(self) -> None:
+        final = self._final_path
+        # Orbax writes its last words and renames in one: to a name that still stands for an unfinished checkpoint.
+        self._final_path = self.get().with_name(f"{self.get().name}-written")
+        try:
+            await super().finalize()
+            await asyncio.to_thread(_publish, self._final_path, final)
+        finally:
+            self._final_path = final
+
+
+def _publish(written: epath.Path, final: epath.Path) -> None:
+    files.sync_tree(written)
+    written.rename(final)
+    files.sync(final.parent)
+
+
+def _options(keep: int, best: str | None, directory: epath.Path) -> ocp.CheckpointManagerOptions:
     kept: list[Any] = [policies.LatestN(keep)]
     if best:
         kept.append(policies.BestN(get_metric_fn=lambda m: m[best], n=1, keep_checkpoints_without_metrics=False))
@@ -31,6 +53,7 @@ def _options(keep: int, best: str | None) -> ocp.CheckpointManagerOptions:
         best_fn=(lambda m: m[best]) if best else None,
         create=True,
         cleanup_tmp_directories=True,
+        temporary_path_class=None if "://" in os.fspath(directory) else Synced,  # stores have ways of their own
     )
 
 
@@ -44,7 +67,8 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, best_metric: str | None = None):
         self.directory = epath.Path(directory)
         self._best_metric = best_metric
-        self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best_metric))
+        files.make_folder(self.directory)
+        self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best_metric, self.directory))
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         meta = sealed(state, meta)
@@ -136,12 +160,11 @@ class Checkpoints:
             )
         return None
 
-
     def _put_aside(self, damaged: list[tuple[int, str]], kept: int) -> None:
         for step, text in damaged:
             aside = self.directory.parent.parent / "damaged" / f"{self.directory.name}-{step}"
             logging.warning("%s: moved to %s, going on from checkpoint %d.", text, aside, kept)
-            aside.parent.mkdir(parents=True, exist_ok=True)
+            files.make_folder(aside.parent)
             if aside.exists():
                 aside.rmtree()
             (self.directory / str(step)).rename(aside)

@@ -2,20 +2,25 @@
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lt_adv import processes
 from lt_adv.data import Split, stream
 from lt_adv.data import resident as residents
 from lt_adv.methods import Info
 from lt_adv.training import mesh as meshes
 from lt_adv.training.net import AXIS
+
+BLOCK = 64  # steps for which the step is told at once what to take from a resident set
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +32,44 @@ class Feed:
     batches: Callable[[int, int], AbstractContextManager[Iterator[Any]]]
 
 
-def resident(split: Split, classes: Mapping[str, np.ndarray] | None, home: Mesh) -> Feed:
-    """The set in whole copies, from which each step draws; `classes` is its `class_table`, for class-aware draws."""
-    on_device: dict[str, Any] = residents.put(split, home)
-    if classes is not None:
-        on_device["classes"] = meshes.replicate(classes, home)
-    return Feed(on_device, lambda first, total: contextlib.nullcontext(itertools.repeat(on_device)))
+def resident(
+    split: Split,
+    classes: Mapping[str, np.ndarray] | None,
+    key: jax.Array,
+    info: Info,
+    batch_size: int,
+    home: Mesh,
+    cycles: bool = False,
+) -> Feed:
+    """The images in whole copies, and what the batches of a block of steps take of them: "row", "label" and "index",
+    int32 [BLOCK, batch_size]. An epoch is drawn when it begins, with the state's `key`; of all this a step sees one
+    block, so that it costs the same whatever the size of the set. `classes` is the `class_table` of the set, for
+    class-aware draws, which with `cycles` are those of `class_aware.cycled_indices`."""
+    on_device = residents.put(split, home)
+    image = on_device.pop("image")
+    key, classes = meshes.replicate((jnp.copy(key), classes), home)  # the state's key is donated with it
+    options = {"num_examples": len(split), "batch_size": batch_size, "cycles": cycles}
+    options["steps_per_epoch"] = info.steps_per_epoch
+    jit = functools.partial(jax.jit, out_shardings=processes.replicated(home))
+
+    @jit
+    def draw(key: jax.Array, epoch: int, classes: Any, columns: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        row = residents.epoch_indices(key, epoch, classes, **options)
+        tables = {"row": row, **{name: column[row] for name, column in columns.items()}}
+        missing = ((0, -len(row) % BLOCK), (0, 0))  # steps after the last, which nobody takes
+        return {name: jnp.pad(a, missing).reshape(-1, BLOCK, batch_size) for name, a in tables.items()}
+
+    @jit
+    def take(tables: dict[str, jax.Array], block: int) -> dict[str, jax.Array]:
+        return {name: a[block] for name, a in tables.items()}
+
+    def each(first: int, total: int) -> Iterator[Any]:
+        for epoch, steps in itertools.groupby(range(first, total), lambda step: step // info.steps_per_epoch):
+            tables = draw(key, epoch, classes, on_device)
+            for block, part in itertools.groupby(steps, lambda step: step % info.steps_per_epoch // BLOCK):
+                yield from itertools.repeat({"image": image, **take(tables, block)}, len(list(part)))
+
+    return Feed(next(each(0, 1)), lambda first, total: contextlib.nullcontext(each(first, total)))
 
 
 def streamed(
@@ -47,6 +84,7 @@ def streamed(
 ) -> Feed:
     """The batches that the step would draw from a resident set with the state's `key`, so that the bits are the same;
     each process reads what its own devices need. Nothing has to be saved: a step's batch is known by its number."""
+    key = jnp.copy(key)  # as above
     share = batch_size // mesh.size
     places = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
     own = np.concatenate([np.arange(share) + i * share for i in places])

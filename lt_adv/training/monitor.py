@@ -39,7 +39,9 @@ class Monitor:
         self._label, self._groups = np.asarray(label), groups
         sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
         rows = np.concatenate([np.arange(len(label)), np.zeros(padding, np.int64)]).reshape(-1, size)
-        image, label = np.asarray(image)[rows], self._label[rows]
+        image = np.asarray(image)
+        shape, image = image.shape[1:], image[rows].reshape(*rows.shape, -1)  # rows, as `resident.put` has them
+        label = self._label[rows]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(threefry(key), jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
         self._batches = processes.put((image, label, keys), sharding)
 
@@ -50,7 +52,13 @@ class Monitor:
         self._attacks: dict[str, Any] = {"clean": None}
         if attack is not None:
             self._attacks[f"pgd{attack['num_steps']}"] = attacks.compile(attacks.pgd, apply, **attack)
-        self._take = jax.jit(lambda batches, i: (batches[0][i].astype(float) / 255, batches[1][i], batches[2][i]))
+
+        @jax.jit
+        def take(batches: Any, i: int) -> Any:
+            image, label, keys = (column[i] for column in batches)
+            return image.reshape(-1, *shape).astype(float) / 255, label, keys
+
+        self._take = take
 
     def __call__(self, variables: Any) -> dict[str, float]:
         result = {}

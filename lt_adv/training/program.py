@@ -127,8 +127,6 @@ def build(
         step_size=config.attack.step_size,
         augment=config.data.augment,
         pad=config.data.pad,
-        sampler=config.data.sampler,
-        cycles=config.fidelity == "released_code",
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
         groups=longtail.groups(counts),
@@ -144,11 +142,11 @@ def build(
     home = meshes.home(mesh, config.parallel)
     teacher = meshes.replicate(previous, home) if stage.teacher == "previous" else {}
     classes = resident.class_table(split.train.label, len(counts)) if config.data.sampler == "class_aware" else None
+    cycles = config.fidelity == "released_code"
     if options.streamed:
-        size, cycles = options.batch_size, options.cycles
-        feed = feeds.streamed(split.train, classes, key, info, size, mesh, config.parallel, cycles)
+        feed = feeds.streamed(split.train, classes, key, info, options.batch_size, mesh, config.parallel, cycles)
     else:
-        feed = feeds.resident(split.train, classes, home)
+        feed = feeds.resident(split.train, classes, key, info, options.batch_size, home, cycles)
 
     def first_state() -> TrainState:
         start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())

@@ -15,13 +15,11 @@ from jax.sharding import Mesh
 
 from lt_adv import lookup
 from lt_adv.attacks.convolutions import canonical
-from lt_adv.data import augment, resident
+from lt_adv.data import augment
 from lt_adv.methods import Batch, Clock, Info, Method
 from lt_adv.training import mesh as meshes
 from lt_adv.training.net import AXIS, Net
 from lt_adv.training.state import TrainState, average_weight
-
-SAMPLERS = ("uniform", "class_aware")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,8 +31,6 @@ class StepOptions:
     step_size: float
     augment: str = "crop_flip"
     pad: int = 4
-    sampler: str = "uniform"
-    cycles: bool = False  # class-aware draws go through the classes and their images in turn
     streamed: bool = False  # the step is given batches, not the set to draw them from
     log_every: int = 50
     average: Mapping[str, Any] | None = None
@@ -44,8 +40,6 @@ class StepOptions:
     def __post_init__(self):
         if self.augment not in augment.AUGMENTS:
             raise lookup.unknown("config.data.augment", self.augment, augment.AUGMENTS)
-        if self.sampler not in SAMPLERS:
-            raise lookup.unknown("config.data.sampler", self.sampler, SAMPLERS)
 
 
 def ends_window(step: int, steps_per_epoch: int, log_every: int) -> bool:
@@ -54,22 +48,15 @@ def ends_window(step: int, steps_per_epoch: int, log_every: int) -> bool:
     return done % log_every == 0 or done == steps_per_epoch
 
 
-def _own(key, data, step, options: StepOptions, info: Info):
+def _own(data, step, options: StepOptions, info: Info):
     """This device's part of the batch, {"image", "label", "index"}, and the positions of it in the whole batch."""
     share = options.batch_size // lax.axis_size(AXIS)
     position = lax.axis_index(AXIS) * share + jnp.arange(share)
-    if options.streamed:
-        return data, position
-    rows = resident.drawn(
-        key,
-        step // info.steps_per_epoch,
-        step % info.steps_per_epoch,
-        num_examples=data["label"].shape[0],
-        batch_size=options.batch_size,
-        classes=data["classes"] if options.sampler == "class_aware" else None,
-        cycles=options.cycles,
-    )[position]
-    return {name: data[name][rows] for name in ("image", "label", "index")}, position
+    if not options.streamed:
+        number = step % info.steps_per_epoch % len(data["row"])
+        own = {name: data[name][number][position] for name in ("row", "label", "index")}
+        data = {**own, "image": data["image"][own["row"]]}
+    return {**data, "image": data["image"].reshape(-1, *info.image_shape)}, position
 
 
 def make_train_step(
@@ -109,7 +96,7 @@ def make_train_step(
             steps_per_epoch=info.steps_per_epoch,
             epochs=info.epochs,
         )
-        own, position = _own(state.key, data, state.step, options, info)
+        own, position = _own(data, state.step, options, info)
         step_key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
         streams = [jax.random.fold_in(step_key, n) for n in range(3)]
         augment_keys, attack_keys, loss_keys = (jax.vmap(jax.random.fold_in, (None, 0))(s, position) for s in streams)

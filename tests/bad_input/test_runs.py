@@ -1,6 +1,8 @@
 """Runs that cannot go on, or whose files were damaged: one line, and nothing lost."""
 
+import asyncio
 import errno
+import gc
 import json
 import os
 import re
@@ -133,14 +135,66 @@ def test_damaged_metrics_are_put_back_from_the_checkpoint(run, caplog, text):
     assert path.read_text() == whole and ("metrics.jsonl is damaged in line 1" in caplog.text) == bool(text)
 
 
+def test_reads_that_nobody_waits_for_say_nothing(caplog):
+    """A damaged checkpoint fails in each of its arrays, and asyncio has a traceback for every one but the first."""
+
+    async def fail():
+        raise ValueError("DATA_LOSS")
+
+    async def start():
+        asyncio.get_running_loop().create_task(fail())
+        await asyncio.sleep(0)
+
+    asyncio.run(start())
+    gc.collect()
+    assert "never retrieved" in caplog.text and not any(map(main.is_shown, caplog.records))
+
+
 def test_arrays_whose_event_loop_is_closed_say_nothing(monkeypatch):
     """As tensorstore has it printed, once for every array that was under way when another one failed."""
     printed = []
     monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
-    said = [types.SimpleNamespace(exc_value=RuntimeError(text)) for text in ("Event loop is closed", "another")]
+    texts = ("Event loop is closed", "another")
+    said = [types.SimpleNamespace(exc_value=RuntimeError(text), object=None) for text in texts]
     for one in said:
         main.unraisable(one)
     assert printed == said[1:]
+
+
+READ = """
+async def read(forever):
+    try:
+        await forever
+    except BaseException as error:
+        raise Exception("Encountered error while reading") from error
+"""
+
+
+def test_reads_that_are_thrown_away_say_nothing(monkeypatch):
+    """Orbax answers the end of a read for which nobody waits with an exception that nobody can get. What a coroutine
+    from elsewhere says is printed."""
+    printed = []
+    monkeypatch.setattr(sys, "unraisablehook", main.unraisable)
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda found: printed.append(found.object.cr_code.co_filename))
+    for file in (ocp.__file__, "elsewhere.py"):
+        space: dict = {}
+        exec(compile(READ, file, "exec"), space)
+        read = space["read"](asyncio.Future(loop=asyncio.new_event_loop()))
+        read.send(None)
+        del read
+        gc.collect()
+    assert printed == ["elsewhere.py"]
+
+
+def test_a_single_process_has_lost_no_other(monkeypatch, tmp_path):
+    """Whatever its error looks like: it is a bug, and keeps its traceback."""
+
+    def train(*_):
+        raise jax.errors.JaxRuntimeError("UNAVAILABLE: no answer")
+
+    monkeypatch.setattr(loop, "train", train)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="no answer"):
+        main.main(["main", *TINY, f"--workdir={tmp_path / 'run'}"])
 
 
 def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):

@@ -25,7 +25,7 @@ def test_put_replicates_over_the_mesh(count):
     for array in arrays.values():
         assert array.sharding.is_fully_replicated and len(array.sharding.device_set) == count
     np.testing.assert_array_equal(arrays["index"], [7, 3, 5])
-    np.testing.assert_array_equal(arrays["image"], split([7, 3, 5]).image)
+    np.testing.assert_array_equal(arrays["image"], split([7, 3, 5]).image.reshape(3, 4))
 
 
 def test_put_refuses_an_index_that_would_wrap():

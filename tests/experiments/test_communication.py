@@ -49,12 +49,12 @@ def test_text_of_a_compiled_program():
 
 @pytest.mark.parametrize("sharded", [(), ("opt_state", "params")])
 def test_a_step_sums_its_gradient_once_and_nothing_meets_the_host(sharded):
-    step, state, data, teacher = make(methods.create({"name": "at"}, num_steps=3), 2, "shard_map", sharded=sharded)
-    jaxpr = jax.make_jaxpr(step)(state, data, teacher)
+    step, state, feed, teacher = make(methods.create({"name": "at"}, num_steps=3), 2, "shard_map", sharded=sharded)
+    jaxpr = jax.make_jaxpr(step)(state, feed.example, teacher)
     gradient = sum(a.nbytes for a in jax.tree.leaves(state.params))
     exchanged = counts.total(counts.traced(jaxpr.jaxpr), "bytes")
     assert gradient <= exchanged < 2 * gradient, "the attack exchanges nothing, statistics and metrics are small"
-    text = step.lower(state, data, teacher).compile().as_text()
+    text = step.lower(state, feed.example, teacher).compile().as_text()
     found = counts.compiled(text)
     assert ("all-gather" in found) == bool(sharded)
     assert found["all-reduce"]["bytes"] < 2 * gradient

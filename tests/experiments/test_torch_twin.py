@@ -20,8 +20,8 @@ from lt_adv.attacks import norms, starts
 from lt_adv.data import Dataset, Split, long_tailed, resident
 from lt_adv.methods import Info
 from lt_adv.models import create
+from lt_adv.training import feed, optim, program
 from lt_adv.training import mesh as meshes
-from lt_adv.training import optim, program
 from lt_adv.training import state as states
 from lt_adv.training.net import AXIS
 from lt_adv.training.step import StepOptions, make_train_step
@@ -132,7 +132,8 @@ def our_step(config: ml_collections.ConfigDict) -> Step:
         options = StepOptions(BATCH, config.attack.eps, config.attack.step_size, augment="none")
         take_step, _ = make_train_step(stage.method, model.apply, tx, rate, info, options, mesh)
         state = meshes.replicate(states.create(key, before, tx, stage.method.init(info), averaged=False), mesh)
-        state, metrics = take_step(state, resident.put(train, mesh), {})
+        data = feed.resident(train, None, key, info, BATCH, mesh).example
+        state, metrics = take_step(state, data, {})
         after, loss = jax.device_get((state.variables, metrics["loss"]))
     return Step(before, image, train.label[rows], np.asarray(noise), after, float(loss))
 

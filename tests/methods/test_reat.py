@@ -35,11 +35,12 @@ class Spy(REAT):
 
 
 def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
-    step, state, data, teacher = make(Spy(num_steps=1), 2)  # two steps are an epoch
+    step, state, feed, teacher = make(Spy(num_steps=1), 2)  # two steps are an epoch
     extras = [jax.device_get(state.extra)]
-    for _ in range(4):
-        state, _ = step(state, data, teacher)
-        extras.append(jax.device_get(state.extra))
+    with feed.batches(0, 4) as batches:
+        for data in batches:
+            state, _ = step(state, data, teacher)
+            extras.append(jax.device_get(state.extra))
     np.testing.assert_array_equal(extras[0]["predicted"], COUNTS)
     for first in (1, 3):
         once, twice = (np.bincount(extras[first + n]["seen"], minlength=4) for n in (0, 1))

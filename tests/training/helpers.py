@@ -64,15 +64,14 @@ def make(
     attack_apply=None,
     sharded=(),
     seed=3,
+    sampler="uniform",
+    cycles=False,
     **options,
 ):
-    """(step, first state, data, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters.
-
-    With `streamed=True` the feed stands in place of the data.
-    """
+    """(step, first state, feed, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters."""
     mesh = meshes.make_mesh(jax.devices()[:devices])
     batch_size = 16
-    classes = resident.class_table(split().label, 4) if options.get("sampler") == "class_aware" else None
+    classes = resident.class_table(split().label, 4) if sampler == "class_aware" else None
     per_epoch = (len(split()) if classes is None else 4 * COUNTS.max()) // batch_size
     info = Info(class_counts=COUNTS, steps_per_epoch=per_epoch, epochs=3, image_shape=(6, 6, 1), num_features=6)
     model = Small()
@@ -86,25 +85,25 @@ def make(
         method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply, sharded=sharded
     )
     teacher = meshes.replicate(teacher or {}, mesh)
-    if options.streamed:
-        data = feed.streamed(split(), classes, jax.random.key(seed), info, batch_size, mesh, parallel, options.cycles)
-    else:
-        data = feed.resident(split(), classes, mesh).example
     averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
+    if options.streamed:
+        fed = feed.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
+    else:
+        fed = feed.resident(split(), classes, key, info, batch_size, mesh, cycles)
     state = meshes.replicate(states.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
-    example = data.example if options.streamed else data
-    state = meshes.replicate(state.replace(window=init_window(state, example, teacher)), mesh)
-    return step, meshes.place(state, mesh, sharded), data, teacher
+    state = meshes.replicate(state.replace(window=init_window(state, fed.example, teacher)), mesh)
+    return step, meshes.place(state, mesh, sharded), fed, teacher
 
 
 def run(method, devices, parallel="pmap", steps=4, **options):
     """Final state and the metrics of every step, as numpy."""
-    step, state, data, teacher = make(method, devices, parallel, **options)
+    step, state, fed, teacher = make(method, devices, parallel, **options)
     rows = []
-    for _ in range(steps):
-        state, metrics = step(state, data, teacher)
-        rows.append(jax.device_get(metrics))
+    with fed.batches(0, steps) as batches:
+        for data in batches:
+            state, metrics = step(state, data, teacher)
+            rows.append(jax.device_get(metrics))
     return jax.device_get(state.replace(key=jax.random.key_data(state.key))), rows
 
 

@@ -53,7 +53,7 @@ def test_as_one_device(sharded):
 
 
 def test_every_step_leaves_each_device_its_part(caplog):
-    step, state, data, teacher = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)
+    step, state, feed, teacher = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)
     before = specs(state)
     assert len(before) >= 3 * 2 and all(name.startswith((".params", ".opt_state", ".average")) for name in before)
     kernel = state.params["kernel"]
@@ -61,7 +61,7 @@ def test_every_step_leaves_each_device_its_part(caplog):
     with jax.log_compiles():
         for _ in range(3):
             old = state
-            state, _ = step(state, data, teacher)
+            state, _ = step(state, feed.example, teacher)
     assert specs(state) == before and old.params["kernel"].is_deleted(), "donated"
     assert sum("Finished XLA compilation of jit(sharded_step)" in line for line in caplog.messages) == 1
 

@@ -27,19 +27,20 @@ SWA = {"name": "swa", "decay": 0.0, "start_epoch": 1}
 @pytest.fixture(scope="module")
 def trained():
     """Six steps (three epochs of two) on four devices: (states on the host after each step, their metrics)."""
-    step, state, data, teacher = make(AT(num_steps=1), 4, average=EMA, groups=GROUPS)
+    step, state, feed, teacher = make(AT(num_steps=1), 4, average=EMA, groups=GROUPS)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
     states, rows, kinds = [jax.device_get(state)], [], []
-    for _ in range(6):
-        with jax.transfer_guard("disallow"):
-            state, metrics = step(state, data, teacher)
-        kinds.append(len(compiled))
-        states.append(jax.device_get(state))
-        rows.append(jax.device_get(metrics))
-    return states, rows, kinds, (step, data, teacher)
+    with feed.batches(0, 6) as batches:
+        for data in batches:
+            with jax.transfer_guard("disallow"):
+                state, metrics = step(state, data, teacher)
+            kinds.append(len(compiled))
+            states.append(jax.device_get(state))
+            rows.append(jax.device_get(metrics))
+    return states, rows, kinds, (step, feed, teacher)
 
 
 def test_one_compilation(trained):
@@ -48,12 +49,13 @@ def test_one_compilation(trained):
 
 
 def test_resumed_from_the_host_is_bitwise_the_same(trained):
-    states, rows, _, (step, data, teacher) = trained
+    states, rows, _, (step, feed, teacher) = trained
     mesh = meshes.make_mesh(jax.devices()[:4])
     state = meshes.replicate(states[3], mesh)  # in the middle of an epoch and of a metric window
-    for n in (3, 4, 5):
-        state, metrics = step(state, data, teacher)
-        chex.assert_trees_all_equal(jax.device_get(metrics), rows[n])
+    with feed.batches(3, 6) as batches:
+        for n, data in enumerate(batches, 3):
+            state, metrics = step(state, data, teacher)
+            chex.assert_trees_all_equal(jax.device_get(metrics), rows[n])
     chex.assert_trees_all_equal(jax.device_get(state), states[6])
 
 
@@ -71,11 +73,11 @@ def test_average_is_an_ema_of_weights_and_statistics(trained):
 
 
 def test_swa_is_the_mean_over_epoch_ends():
-    step, state, data, teacher = make(AT(num_steps=0), 1, average=SWA)
+    step, state, feed, teacher = make(AT(num_steps=0), 1, average=SWA)
     ends = []
     for n in range(6):
         donated = state
-        state, _ = step(state, data, teacher)
+        state, _ = step(state, feed.example, teacher)
         if n == 5:  # where numpy looked at the state, CPU buffers cannot be reused
             assert all(a.is_deleted() for a in jax.tree.leaves((donated.params, donated.average, donated.opt_state)))
         if n < 3:  # before the end of epoch 1, where the mean begins, the average is the weights themselves
@@ -104,10 +106,11 @@ def test_a_window_sums_what_its_groups_sum_together(trained):
 def test_no_image_twice_in_an_epoch_and_another_order_in_the_next():
     seen = []
 
-    step, state, data, teacher = make(Draws(num_steps=0), 8)
-    for _ in range(4):
-        state, _ = step(state, data, teacher)
-        seen.append(np.asarray(state.extra["index"]))
+    step, state, feed, teacher = make(Draws(num_steps=0), 8)
+    with feed.batches(0, 4) as batches:
+        for data in batches:
+            state, _ = step(state, data, teacher)
+            seen.append(np.asarray(state.extra["index"]))
     epochs = [np.concatenate(seen[:2]), np.concatenate(seen[2:])]
     assert all(len(set(e.tolist())) == 32 for e in epochs) and not np.array_equal(*epochs)
 
@@ -128,13 +131,14 @@ class Draws(AT):
 def test_class_aware_draws_in_cycles_on_any_number_of_devices(parallel, devices):
     """16 of four classes, so each class four times in every batch; and the same images after a restart."""
     options = {"sampler": "class_aware", "cycles": True}
-    step, state, data, teacher = make(Draws(num_steps=0), devices, parallel, **options)
+    step, state, feed, teacher = make(Draws(num_steps=0), devices, parallel, **options)
     classes = resident.class_table(split().label, 4)
     seen, key = [], jax.random.key(3)  # that of `make`
     for n in range(7):  # five steps are an epoch
         if n == 4:
             state = meshes.replicate(jax.device_get(state), meshes.make_mesh(jax.devices()[:devices]))
-        state, _ = step(state, data, teacher)
+        with feed.batches(n, n + 1) as batches:
+            state, _ = step(state, next(batches), teacher)
         seen.append(np.asarray(state.extra["index"]))
         expected = resident.drawn(key, n // 5, n % 5, num_examples=40, batch_size=16, classes=classes, cycles=True)
         np.testing.assert_array_equal(seen[-1], expected)
@@ -148,12 +152,12 @@ def test_robal_moves_statistics_twice_and_the_released_code_four_times():
     method = RoBal(num_steps=0, start="zero", beta=0.0)
     moves = {}
     for fidelity in methods.base.FIDELITIES:
-        step, state, data, teacher = make(
+        step, state, feed, teacher = make(
             dataclasses.replace(method, fidelity=fidelity, start="zero"), 1, augment="none"
         )
         start = float(state.batch_stats["BatchNorm_0"]["var"][0])
         variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-        state, _ = step(state, data, teacher)
+        state, _ = step(state, feed.example, teacher)
         moves[fidelity] = start, float(state.batch_stats["BatchNorm_0"]["var"][0]), variables
     # With x_adv = x every forward sees the same variance v: after k moves it is 0.9^k * start + (1 - 0.9^k) v.
     start, published, variables = moves["published"]
