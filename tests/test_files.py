@@ -147,7 +147,8 @@ FORMATS = [
 ]
 
 
-@pytest.mark.parametrize(("content", "what"), FORMATS)
+# The names of tests must not hold what is compressed: the time is in it, and workers would collect other names.
+@pytest.mark.parametrize(("content", "what"), FORMATS, ids=[f"{n}-{what}" for n, (_, what) in enumerate(FORMATS)])
 def test_what_a_file_is(tmp_path, content, what):
     (tmp_path / "file").write_bytes(content)
     for given in (content, tmp_path / "file", str(tmp_path / "file")):

@@ -81,7 +81,7 @@ def apgd(
     Differs from the released code: an image that was not broken comes back as its strongest point, not as it was;
     with `eot`, objectives are averaged over the draws as gradients are.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
     bounds = iterated.check(x, y, bounds)
     num_steps, num_restarts = inputs.count("num_steps", num_steps), inputs.count("num_restarts", num_restarts)
     rho, eot = _options(rho, eot)
@@ -118,7 +118,7 @@ def apgd_targeted(
 
     Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, section 4.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
     bounds = iterated.check(x, y, bounds)
     num_steps, num_targets = inputs.count("num_steps", num_steps), inputs.count("num_targets", num_targets)
     rho, eot = _options(rho, eot)

@@ -88,8 +88,9 @@ def autoattack(
     Returns:
       a Result. With fewer than four classes the targeted ratio does not exist, and with two the ratio: differences of
       logits take their place, which `notes` says. An image with logits that are not finite counts as wrong, clean or
-      attacked, and `notes` says how many there are. So it does where a few images have other logits in a batch of
-      themselves: the attacks take images to be independent.
+      attacked, and `notes` says how many there are: mask a class with a large negative logit, not with infinity.
+      `notes` also says where a few images have other logits in a batch of themselves: the attacks take images to be
+      independent.
 
     Raises:
       ValueError: for unknown names or values that cannot be meant, a `resume` directory of another call.
@@ -101,6 +102,8 @@ def autoattack(
     fewer than ten classes all wrong ones are targets.
     """
     names = attacks_of(version)
+    inputs.check_real("x", x)
+    inputs.check_real("y, the labels,", y)
     x, y = np.asarray(x), np.asarray(y)
     bounds = iterated.check(x, y, bounds)
     batch_size, num_queries = inputs.count("batch_size", batch_size), inputs.count("num_queries", num_queries)

@@ -7,9 +7,11 @@ from functools import partial
 from typing import Any
 
 import jax
+import numpy as np
 from jax import Array
 
 from lt_adv.attacks import inputs
+from lt_adv.attacks.autoattack import autoattack
 
 
 def compile(
@@ -27,12 +29,13 @@ def compile(
 
     Returns:
       f(key, variables, x, y) -> x_adv. The inputs may be sharded over devices; x_adv is sharded as XLA chooses, in
-      general as x is. The values of x are looked at in the first call alone: images of another scale than `bounds` are
-      refused there.
+      general as x is. Outside a trace the values of x and of labels y are checked in every call, as the attack does.
 
     Raises:
       ValueError: for an option that the attack does not have. Values are checked when f is first called.
     """
+    if attack is autoattack:
+        raise ValueError("autoattack drives compiled attacks from the host and cannot be compiled: call it.")
     parameters = inspect.signature(attack).parameters
     try:
         inspect.signature(attack).bind_partial(**options)
@@ -44,13 +47,21 @@ def compile(
         return attack(key, partial(apply, variables), x, y, **options)
 
     bounds = options.get("bounds", getattr(parameters.get("bounds"), "default", None))
-    unchecked = [bounds] if "bounds" in parameters else []
+
+    classes: dict[tuple[int, ...], int | None] = {}  # by the shape of x
+
+    def num_classes(variables: Any, x: Array) -> int | None:
+        if np.shape(x) not in classes:
+            logits = jax.eval_shape(apply, variables, x)  # what is not an array of logits the attack refuses
+            classes[np.shape(x)] = logits.shape[-1] if getattr(logits, "ndim", 0) == 2 else None
+        return classes[np.shape(x)]
 
     @functools.wraps(compiled)
     def call(key: Array, variables: Any, x: Array, y: Array) -> Array:
-        if unchecked:
-            inputs.check_images(x, inputs.check_bounds(unchecked[0]))
-            unchecked.clear()
+        if "bounds" in parameters:
+            inputs.check_images(x, inputs.check_bounds(bounds))
+            if np.ndim(y) == 1 and inputs.known(y) is not None:  # `kl_divergence` takes probabilities
+                inputs.check_labels(y, len(x), num_classes(variables, x))
         return compiled(key, variables, x, y)
 
     call.lower = compiled.lower  # type: ignore[attr-defined]

@@ -72,7 +72,7 @@ def fab(
     Reference: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
     ICML 2020, algorithm 1.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
     bounds = iterated.check(x, y, bounds)
     num_steps, num_restarts = inputs.count("num_steps", num_steps), inputs.count("num_restarts", num_restarts)
     options = _options(alpha_max, eta, beta)
@@ -109,7 +109,7 @@ def fab_targeted(
     Reference: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
     ICML 2020; targets as in "Reliable evaluation of adversarial robustness", ICML 2020, section 5.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
     bounds = iterated.check(x, y, bounds)
     num_steps, num_targets = inputs.count("num_steps", num_steps), inputs.count("num_targets", num_targets)
     options = _options(alpha_max, eta, beta)

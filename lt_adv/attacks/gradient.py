@@ -124,7 +124,7 @@ def mim(
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
-        start=start, x_init=x_init, bounds=bounds, decay=decay,
+        start=start, x_init=x_init, bounds=bounds, decay=inputs.traceable_number("decay", decay),
     )  # fmt: skip
 
 
@@ -154,7 +154,8 @@ def cw(
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps,
-        objective=partial(margin, confidence=confidence), norm=norm, start=start, x_init=x_init, bounds=bounds,
+        objective=partial(margin, confidence=inputs.traceable_number("confidence", confidence)),
+        norm=norm, start=start, x_init=x_init, bounds=bounds,
     )  # fmt: skip
 
 
@@ -175,7 +176,7 @@ def _ascend(
     decay: float | None = None,
 ) -> Array:
     """The attacks above as one loop over (x_adv, momentum); without `decay` there is no momentum to carry."""
-    ball, x, y = norms.get(norm), jnp.asarray(x), jnp.asarray(y)
+    ball, x, y = norms.get(norm), inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
     low, high = inputs.check_bounds(bounds)
     inputs.check_images(x, (low, high), x_init)
     inputs.check_batch(y, x.shape[0])
@@ -185,9 +186,7 @@ def _ascend(
         norms.check_length(name, length, x.shape[0])
 
     def total(x_adv: Array) -> Array:
-        values = objective(inputs.check_logits(logits_fn(x_adv), x), y)
-        if jnp.shape(values) != x.shape[:1]:
-            raise ValueError(f"objective must return [batch] = {x.shape[:1]}, got shape {jnp.shape(values)}.")
+        values = inputs.check_values(objective(inputs.check_logits(logits_fn(x_adv), x), y), x)
         return jnp.sum(values)  # a sum: each example's gradient is its own, whatever the batch size
 
     def ascend() -> Array:

@@ -30,16 +30,23 @@ def is_real(dtype: Any) -> bool:
     return any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))
 
 
-def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf) -> float:
-    """A number of Python, NumPy or JAX as a float; ValueError unless it is from `low` to `high`."""
+def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf, infinite: bool = False) -> float:
+    """A number of Python, NumPy or JAX as a float; ValueError unless it is from `low` to `high` and finite, unless
+    `infinite` ones are allowed."""
     if isinstance(value, jax.core.Tracer):
         raise ValueError(f"{name} must be a number that is known when the attack is traced, got {value}.")
     array = known(value)
-    if array is None or array.shape != () or not is_real(array.dtype):
+    if array is None or array.size != 1 or not is_real(array.dtype):
         raise ValueError(f"{name} must be a number, got {value!r}.")
-    if not low <= float(array) <= high:
-        raise ValueError(f"{name} must be from {low:g} to {high:g}, got {float(array):g}.")
-    return float(array)
+    result = float(array.reshape(()))
+    if not low <= result <= high or not (infinite or np.isfinite(result)):
+        raise ValueError(f"{name} must be a finite number from {low:g} to {high:g}, got {result:g}.")
+    return result
+
+
+def traceable_number(name: str, value: Any, low: float = -np.inf) -> Any:
+    """`number` for an option that may also be a value of a trace, which is returned as it is."""
+    return value if isinstance(value, jax.core.Tracer) else number(name, value, low)
 
 
 def count(name: str, value: Any, least: int = 0) -> int:
@@ -59,10 +66,29 @@ def check_bounds(bounds: Any) -> Bounds:
         low, high = bounds
     except (TypeError, ValueError):
         raise ValueError(f"bounds must be two numbers (low, high), got {bounds!r}.") from None
-    low, high = number("bounds[0]", low), number("bounds[1]", high)
+    low, high = number("bounds[0]", low, infinite=True), number("bounds[1]", high, infinite=True)
     if not low < high:
         raise ValueError(f"bounds must be (low, high) with low < high, got {(low, high)}.")
     return low, high
+
+
+def check_real(name: str, value: Any) -> None:
+    """ValueError unless `value` is an array, or a list, of real numbers."""
+    try:
+        real = is_real(value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype)
+    except jax.errors.TracerArrayConversionError:  # a list of tracers
+        real = True
+    except (TypeError, ValueError):
+        real = False
+    if not real:
+        raise ValueError(f"{name} must be an array of numbers, got {type(value).__name__}.")
+
+
+@constants_allowed
+def as_array(name: str, value: Any) -> Array:
+    """`value` as an array of JAX; ValueError unless it holds real numbers."""
+    check_real(name, value)
+    return jnp.asarray(value)
 
 
 def check_images(x: Any, bounds: Bounds, x_init: Any = None) -> None:
@@ -126,6 +152,13 @@ def check_logits(logits: Any, x: Any) -> Array:
         raise ValueError(f"logits_fn must return floating logits, got {logits.dtype}.")
     least = jnp.result_type(x)
     return logits.astype(least) if jnp.finfo(logits.dtype).bits < jnp.finfo(least).bits else logits
+
+
+def check_values(values: Any, x: Any) -> Array:
+    """Values of an objective; ValueError unless there is one for each example."""
+    if np.shape(values) != np.shape(x)[:1]:
+        raise ValueError(f"objective must return [batch] = {np.shape(x)[:1]}, got shape {np.shape(values)}.")
+    return values
 
 
 class Traced:

@@ -68,8 +68,7 @@ def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) 
 
     def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
         values, logits = value(x)
-        if values.shape != x.shape[:1]:
-            raise ValueError(f"objective must return [batch] = {x.shape[:1]}, got shape {values.shape}.")
+        inputs.check_values(values, x)
         return jnp.sum(values), (values, logits)  # a sum: each example's gradient is its own
 
     (_, (values, logits)), gradient = canonical(jax.value_and_grad(total, has_aux=True))(x)
@@ -124,7 +123,7 @@ def attack_batch(
     image is the class that is r-th likeliest after the likeliest one; round r of an example draws from
     fold_in(its key, r). `random`: see `Iterated`. `infinite`: whether eps may be.
     """
-    network = _with_keys(logits_fn, random)
+    network, y = _with_keys(logits_fn, random), y.astype(jnp.int32)
     norms.check_length("eps", eps, x.shape[0], infinite)
 
     def batch() -> Array:

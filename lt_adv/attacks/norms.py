@@ -24,7 +24,7 @@ class Norm(NamedTuple):
 
 def get(name: str) -> Norm:
     """The norm called `name`, "linf" or "l2"; ValueError for any other name."""
-    if name not in _NORMS:
+    if not isinstance(name, str) or name not in _NORMS:
         raise ValueError(f"Unknown norm {name!r}. There are: {', '.join(_NORMS)}.")
     return _NORMS[name]
 

@@ -26,7 +26,7 @@ def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array
     Returns:
       [batch], in nats.
     """
-    logits = _floats(logits, y)
+    logits, logit_scale = _floats(logits, y), inputs.traceable_number("logit_scale", logit_scale, 0)
     # Shifted before scaled, so that the largest entry is exactly zero. In the other order a compiler that fuses the
     # multiplication into the subtraction leaves the product's rounding error there, and on a saturated softmax that
     # residue, not the network, would decide the gradient.
@@ -153,9 +153,9 @@ def kl_divergence(logits: Array, probs: Array) -> Array:
     Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019,
     algorithm 1.
     """
-    if jnp.shape(probs) != logits.shape:
-        raise ValueError(f"probs must have the shape of the logits, {logits.shape}, got {jnp.shape(probs)}.")
     logits, probs = _at_least_float32(logits), _at_least_float32(probs)
+    if probs.shape != logits.shape:
+        raise ValueError(f"probs must have the shape of the logits, {logits.shape}, got {probs.shape}.")
     return jnp.sum(jax.scipy.special.xlogy(probs, probs) - probs * jax.nn.log_softmax(logits), axis=-1)
 
 
@@ -168,21 +168,22 @@ def prediction(logits: Array) -> Array:
     Args:
       logits: [batch, classes].
     """
+    logits = jnp.asarray(logits)
     return jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
 
 
 def _floats(logits: Array, *labels: Array) -> Array:
     """The logits in at least float32, once the labels are checked against them."""
-    logits = jnp.asarray(logits)
+    logits = _at_least_float32(logits)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [batch, classes], got shape {logits.shape}.")
     for y in labels:
         inputs.check_labels(y, *logits.shape)
-    return _at_least_float32(logits)
+    return logits
 
 
 def _at_least_float32(array: Array) -> Array:
-    array = jnp.asarray(array)
+    array = inputs.as_array("logits", array)
     low = not jnp.issubdtype(array.dtype, jnp.floating) or jnp.finfo(array.dtype).bits < 32
     return array.astype(jnp.float32) if low else array
 

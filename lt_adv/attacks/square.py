@@ -71,7 +71,7 @@ def square(
     search", ECCV 2020, algorithms 1 to 3. Sizes shrink at fixed proposals, whatever num_queries, as in AutoAttack.
     Differs from the released code: every image draws windows and signs of its own.
     """
-    x, y = jnp.asarray(x), jnp.asarray(y)
+    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
     bounds = iterated.check(x, y, bounds)
     if reason := unsupported(norm, x.shape[1:]):
         raise ValueError(f"square needs {reason}.")
@@ -125,7 +125,8 @@ def square_program(objective: Callable, norm: str, num_queries: int, p_init: flo
         point = jax.vmap(proposal)(state.key, state.steps_taken - 1, state.x, state.x_adv, state.eps)
         point = choose(first, state.x_adv, point)
         logits = iterated.logits_of(network, point, state.key)
-        value, broken = iterated.comparable(objective(logits, state.y), state.x), iterated.wrong(logits, state.y)
+        value = iterated.comparable(inputs.check_values(objective(logits, state.y), state.x), state.x)
+        broken = iterated.wrong(logits, state.y)
         x_adv, value = choose(first | broken | (value > state.value), (point, value), (state.x_adv, state.value))
         new = state._replace(x_adv=x_adv, value=value, steps_taken=state.steps_taken + 1, broken=broken)
         return choose(~state.broken & (state.steps_taken <= num_queries), new, state)
@@ -149,13 +150,14 @@ def _signs(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 def _corner(key: Array, size: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
     """The window's first row and column, uniform in [0, height - size) and [0, width - size), as released."""
-    room = jnp.maximum(jnp.array(shape[:2]) - size, 1)
-    return tuple(jax.random.randint(key, (2,), 0, room))
+    room = jnp.maximum(jnp.array(shape[:2], jnp.int32) - size, 1)
+    return tuple(jax.random.randint(key, (2,), 0, room, jnp.int32))
 
 
 def _window(corner: tuple[Array, Array], size: Array, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
     """(bool [h, w, 1] of a window, and each pixel's row and column in it)."""
-    row, column = jnp.arange(shape[0])[:, None] - corner[0], jnp.arange(shape[1])[None, :] - corner[1]
+    rows, columns = (jnp.arange(length, dtype=jnp.int32) for length in shape[:2])
+    row, column = rows[:, None] - corner[0], columns[None, :] - corner[1]
     inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
     return inside[..., None], row, column
 

@@ -35,6 +35,7 @@ def tail_alignment(
     Reference: Li et al., "Alleviating the effect of data imbalance on adversarial training", 2023, for the intent.
     Differs from the released code, which is `tail_alignment_released`.
     """
+    inputs.check_numbers(0, margin=margin)
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}.")
     features = _features(features, labels, class_counts)
@@ -44,7 +45,7 @@ def tail_alignment(
     divergence = jnp.sum(jnp.exp(fixed) * fixed, axis=-1, keepdims=True) - crossed
     same, weight = _pairs(labels, class_counts, features)
     values = jnp.where(same, divergence, jax.nn.relu(margin - divergence))
-    return jnp.where(jnp.asarray(tail)[labels], jnp.mean(weight * values, axis=-1), 0)
+    return jnp.where(_in_tail(tail, class_counts, labels), jnp.mean(weight * values, axis=-1), 0)
 
 
 @inputs.constants_allowed
@@ -63,7 +64,7 @@ def tail_alignment_released(features: Array, labels: Array, *, class_counts: Arr
     divergence = jnp.mean(jnp.exp(fixed) * (fixed - jnp.mean(log_p, axis=0, keepdims=True)), axis=-1)
     same, weight = _pairs(labels, class_counts, features)
     values = divergence * jnp.mean(jnp.where(same, -weight, weight), axis=-1)
-    return jnp.where(jnp.asarray(tail)[labels], values, 0)
+    return jnp.where(_in_tail(tail, class_counts, labels), values, 0)
 
 
 @inputs.constants_allowed
@@ -90,6 +91,7 @@ def hierarchical_equalisation(
 
     Reference: TAET, CVPR 2025.
     """
+    inputs.check_numbers(a=a, b=b, g=g)
     values = inputs.floats(values)
     if values.ndim != 1:
         raise ValueError(f"values must be one loss per example, [batch], got shape {values.shape}.")
@@ -106,6 +108,14 @@ def _pairs(labels: Array, class_counts: ArrayLike, features: Array) -> tuple[Arr
     n, labels = priors.counts(class_counts, dtype=jnp.result_type(features)), jnp.asarray(labels)
     root = jnp.sqrt(n.sum() / n)[labels]
     return labels[:, None] == labels[None, :], root[:, None] + root[None, :]
+
+
+def _in_tail(tail: ArrayLike, class_counts: ArrayLike, labels: Array) -> Array:
+    """bool [batch]: whether each label is of a tail class."""
+    tail, classes = jnp.asarray(tail), priors.counts(class_counts).shape
+    if tail.shape != classes or tail.dtype != bool:
+        raise ValueError(f"tail must be a mask of the tail classes, bool {classes}, got {tail.dtype} {tail.shape}.")
+    return tail[jnp.asarray(labels)]
 
 
 def _features(features: Array, labels: Array, class_counts: ArrayLike) -> Array:

@@ -44,6 +44,7 @@ def logit_adjustment(logits: Array, labels: Array, *, class_counts: ArrayLike, t
 
     Reference: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10.
     """
+    inputs.check_numbers(tau=tau)
     logits = inputs.logits_of(logits, labels)
     return cross_entropy(logits + tau * _log_prior(class_counts, logits)[None, :], labels)
 
@@ -59,6 +60,7 @@ def ldam(
     Reference: Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
     Differs from its released code: s defaults to 1 (the robust long-tail study) and not 30 (normalised features).
     """
+    inputs.check_numbers(max_margin=max_margin, scale=scale)
     logits = inputs.logits_of(logits, labels)
     n = _counts(class_counts, logits)
     margins = priors.ldam_margins(n, max_margin, n.dtype)
@@ -96,6 +98,7 @@ def robal_margin(
 
     Reference: Wu et al., "Adversarial robustness under long-tailed distribution", CVPR 2021.
     """
+    inputs.check_numbers(margin=margin, scale=scale, tau_b=tau_b, tau_m=tau_m)
     logits = inputs.logits_of(logits, labels)
     n = _counts(class_counts, logits)
     margins = scale * margin + tau_m * jnp.log(n / n.min())
@@ -111,6 +114,7 @@ def class_dependent_temperature(logits: Array, labels: Array, *, class_counts: A
 
     Reference: Ye et al., "Identifying and compensating for feature deviation in imbalanced deep learning", 2020.
     """
+    inputs.check_numbers(tau=tau)
     logits = inputs.logits_of(logits, labels)
     n = _counts(class_counts, logits)
     return cross_entropy(logits * ((n / n.max()) ** tau)[None, :], labels)
@@ -132,6 +136,7 @@ def focal(
 
     Reference: Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 4 (sigmoid).
     """
+    inputs.check_numbers(0, gamma=gamma)
     logits = inputs.logits_of(logits, labels)
     if activation == "softmax":
         return _focal_term(_at_label(jax.nn.log_softmax(logits), labels), gamma)

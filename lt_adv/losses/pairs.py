@@ -25,8 +25,7 @@ def kl_divergence(p_logits: Array, q_logits: Array, *, epsilon: float = 0.0) -> 
     Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019.
     Differs from the released code of RoBal (Wu et al., CVPR 2021): epsilon is 0, not 1e-12, unless asked for.
     """
-    if epsilon < 0:
-        raise ValueError(f"epsilon must not be negative, got {epsilon}.")
+    inputs.check_numbers(0, epsilon=epsilon)
     inputs.check_same_shape(p_logits=p_logits, q_logits=q_logits)
     p_logits, q_logits = inputs.floats(p_logits), inputs.floats(q_logits)
     log_p = jax.nn.log_softmax(p_logits)
@@ -50,6 +49,7 @@ def distillation(logits: Array, teacher_logits: Array, *, temperature: float = 1
 
     Reference: Hinton et al., "Distilling the knowledge in a neural network", 2015.
     """
+    inputs.check_numbers(0, temperature=temperature)
     if not temperature > 0:
         raise ValueError(f"temperature must be positive, got {temperature}.")
     inputs.check_same_shape(logits=logits, teacher_logits=teacher_logits)
@@ -112,6 +112,7 @@ def mart(clean_logits: Array, adversarial_logits: Array, labels: Array, *, beta:
     Reference: Wang et al., "Improving adversarial robustness requires revisiting misclassified examples", ICLR 2020.
     Differs from the released code, which adds constants inside the logarithms.
     """
+    inputs.check_numbers(beta=beta)
     inputs.check_same_shape(clean_logits=clean_logits, adversarial_logits=adversarial_logits)
     clean_logits, adversarial_logits = inputs.floats(clean_logits), inputs.logits_of(adversarial_logits, labels)
     label = inputs.one_hot(labels, clean_logits.shape[-1])

@@ -18,6 +18,8 @@ def counts(class_counts: ArrayLike, num_classes: int | None = None, dtype: DType
         raise ValueError("class_counts is missing: give the training count of every class.")
     if not isinstance(class_counts, jax.core.Tracer) and getattr(class_counts, "is_fully_addressable", True):
         values = np.asarray(jax.device_get(class_counts))
+        if not jnp.issubdtype(values.dtype, np.integer) and not jnp.issubdtype(values.dtype, np.floating):
+            raise ValueError(f"class_counts must be numbers, got {class_counts}.")
         if not np.all((values >= 1) & (values < np.inf)):
             raise ValueError(f"class_counts must be at least 1 for every class, got {class_counts}.")
     result = jnp.asarray(class_counts, dtype)
@@ -52,6 +54,7 @@ def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype:
 
     Reference: Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019.
     """
+    inputs.check_numbers(0, beta=beta)
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be from 0 to below 1, got {beta}.")
     n = counts(class_counts, dtype=dtype)
@@ -73,6 +76,10 @@ def rebalanced_weights(class_counts: ArrayLike, predicted_counts: ArrayLike, dty
     """
     n = counts(class_counts, dtype=dtype)
     m = jnp.asarray(predicted_counts, dtype)
+    if not isinstance(predicted_counts, jax.core.Tracer):
+        values = np.asarray(jax.device_get(predicted_counts))
+        if not np.all((values >= 0) & (values < np.inf)):
+            raise ValueError(f"predicted_counts must be finite and not negative, got {predicted_counts}.")
     if m.shape != n.shape:
         raise ValueError(f"predicted_counts must have shape {n.shape}, one count per class; got {m.shape}.")
     # 1 - beta^m without cancellation, for beta near 1; 0^0 = 1 for a class of one image.

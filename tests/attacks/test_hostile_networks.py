@@ -84,14 +84,12 @@ def undefined_in_part(x):
 def test_logits_that_are_not_finite_are_wrong_whatever_the_label(name, norm):
     x = 0.85 * X
     y = jnp.argmax(network(x), axis=-1)
-    assert (y == 0).any()
-    for label in range(4):
-        rows = np.flatnonzero(y == label)
-        x_adv = ATTACKS[name](KEY, undefined_in_part, x[rows], y[rows], eps=0.3 if norm == "linf" else 3.0, norm=norm)
-        assert np.isfinite(x_adv).all()
-        assert (attacks.prediction(undefined_in_part(x_adv)) != y[rows]).all(), label
-    # and at the clean point: nothing is attacked
-    np.testing.assert_array_equal(ATTACKS[name](KEY, lambda x: network(x) * jnp.nan, x, y, eps=0.1, norm=norm), x)
+    assert set(y.tolist()) == {0, 1, 2, 3}
+    x_adv = ATTACKS[name](KEY, undefined_in_part, x, y, eps=0.3 if norm == "linf" else 3.0, norm=norm)
+    assert np.isfinite(x_adv).all() and (attacks.prediction(undefined_in_part(x_adv)) != y).all()
+    assert (attacks.prediction(undefined_in_part(x_adv)) == -1).any()
+    if norm == "linf":  # at the clean point, too: nothing is attacked
+        np.testing.assert_array_equal(ATTACKS[name](KEY, lambda x: network(x) * jnp.nan, x, y, eps=0.1), x)
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])

@@ -173,7 +173,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (b"\n<!DOCTYPE html>\n<html></html>", "an HTML page"),
         (b'{"error": "not found"}', "a text in JSON"),
         (b"Access denied\nsorry", "a text that begins with 'Access denied'"),
-        (gzip.compress(b"x"), "a gzip archive"),
+        (gzip.compress(b"x", mtime=0), "a gzip archive"),
         (b"\x89HDF\r\n\x1a\n" + bytes(9), "an HDF5 file"),
     ],
 )
