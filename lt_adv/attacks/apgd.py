@@ -5,7 +5,8 @@ Arguments are those of `gradient`, and:
   rho: the step halves where fewer than this share of the steps since the last check point raised the objective.
   eot: None, or for a randomised network the draws over which a gradient is averaged (expectation over
     transformation); logits_fn is then called as logits_fn(x, keys), one key per example.
-An image that is classified wrongly at its clean point is returned as it is.
+An image that is classified wrongly at its clean point is returned as it is. A point whose logits are not finite is
+classified wrongly, whatever the label.
 """
 
 from collections.abc import Callable

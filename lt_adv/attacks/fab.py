@@ -5,7 +5,8 @@ Arguments are those of `gradient`, and:
   eps: images whose nearest wrong point lies farther away come back as they were; infinity returns them all. A random
     start, of all rounds after the first of `fab`, lies within it.
   alpha_max, eta, beta: the largest pull towards the clean image, the overshooting, the step back from a wrong point.
-An image that is classified wrongly at its clean point is returned as it is.
+An image that is classified wrongly at its clean point is returned as it is. Where a network computes in bfloat16 or
+float16, the rounding of its logits hides the boundary that FAB looks for, and FAB is weaker than in float32.
 """
 
 from collections.abc import Callable

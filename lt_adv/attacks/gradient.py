@@ -2,7 +2,8 @@
 
 Common arguments, of every attack here:
   key: one typed key (example i then uses fold_in(key, i)) or one key per example [batch]. A result depends on the
-    example's own key alone, never on the batch size. Under pmap and shard_map give one key per example: a single key
+    example's own key alone, never on the batch size; keys of other implementations than threefry2x32 are replaced by
+    such keys, derived from them. Under pmap and shard_map give one key per example: a single key
     would count i from zero on every device.
   logits_fn: x[batch, ...] -> logits[batch, classes], any traceable callable; it decides its own batch-norm mode.
   x: images [batch, ...], floating, inside `bounds`.
@@ -16,7 +17,10 @@ Common arguments, of every attack here:
   x_init: the starting point itself, shaped as x; replaces `start`.
   bounds: the box of valid pixels.
 Neither a random start nor x_init is clipped before the first step. After each step x_adv is brought into the ball, then
-into the box. No gradient flows through the result. ValueError at trace time for options that cannot be meant.
+into the box. No gradient flows through the result.
+An entry of the gradient that is not finite counts as zero, so that x_adv is always finite. The objective is given logits
+of at least the precision of x, whatever the type of the network. ValueError, before anything is computed, for options,
+images, labels and logits that do not fit; their values are checked where they are known, outside a trace.
 """
 
 from collections.abc import Callable
