@@ -18,9 +18,9 @@ Common arguments, of every attack here:
   bounds: the box of valid pixels.
 Neither a random start nor x_init is clipped before the first step. After each step x_adv is brought into the ball, then
 into the box. No gradient flows through the result.
-An entry of the gradient that is not finite counts as zero, so x_adv is always finite. The objective is given logits of at
-least the precision of x, whatever the type of the network. ValueError, before anything is computed, for options, images,
-labels and logits that do not fit; their values are checked where they are known, outside a trace.
+An entry of the gradient that is not finite counts as zero, so x_adv is always finite. The objective is given logits of
+at least the precision of x, whatever the type of the network. ValueError, before anything is computed, for options,
+images, labels and logits that do not fit; their values are checked where they are known, outside a trace.
 """
 
 from collections.abc import Callable
