@@ -122,6 +122,8 @@ def autoattack(
 
     everyone = np.arange(len(x))
     clean = judge(x, everyone, 0)
+    programs, changes = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
+    notes.extend(changes)
     inputs.check_labels(y, len(x), clean.shape[-1])
     change = slots.dependence(network, x, slots.example_keys(keys, np.uint32(len(ATTACKS))), clean)
     if change > DEPENDENCE:
@@ -131,8 +133,6 @@ def autoattack(
             "network in training mode?"
         )
     ranking = np.argsort(-clean, axis=-1, kind="stable")
-    programs, changes = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
-    notes.extend(changes)
     x_adv, prediction = x.copy(), _predictions(clean)
     if (undefined := np.sum(prediction < 0)) > 0:
         notes.append(f"The logits of {undefined} clean images are not finite: they count as wrong.")

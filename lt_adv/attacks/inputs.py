@@ -133,7 +133,7 @@ def check_labels(y: Any, batch: int, classes: int | None = None) -> None:
     check_batch(y, batch)
     if np.ndim(y) != 1 or not jnp.issubdtype(jnp.result_type(y), jnp.integer):
         kind = f"{jnp.result_type(y)} {np.shape(y)}"
-        raise ValueError(f"y must be labels, integers [batch] = ({batch},), got {kind}.")
+        raise ValueError(f"y must be integer labels [batch] = ({batch},), got {kind}.")
     values = None if classes is None else known(y)
     if values is not None and values.size and not 0 <= values.min() <= values.max() < (classes or 0):
         raise ValueError(f"y must be labels of {classes} classes, got {values.min()} to {values.max()}.")
