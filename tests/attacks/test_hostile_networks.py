@@ -87,7 +87,6 @@ def test_logits_that_are_not_finite_are_wrong_whatever_the_label(name, norm):
     assert set(y.tolist()) == {0, 1, 2, 3}
     x_adv = ATTACKS[name](KEY, undefined_in_part, x, y, eps=0.3 if norm == "linf" else 3.0, norm=norm)
     assert np.isfinite(x_adv).all() and (attacks.prediction(undefined_in_part(x_adv)) != y).all()
-    assert (attacks.prediction(undefined_in_part(x_adv)) == -1).any()
     if norm == "linf":  # at the clean point, too: nothing is attacked
         np.testing.assert_array_equal(ATTACKS[name](KEY, lambda x: network(x) * jnp.nan, x, y, eps=0.1), x)
 
