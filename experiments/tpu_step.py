@@ -100,8 +100,8 @@ def main() -> int:
         text = program.as_text()
         cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
         temporaries = program.memory_analysis().temp_size_in_bytes
-        found = list(large(text, examples))
-        print(json.dumps({"examples": examples, "cycles": cycles, "temporary_bytes": temporaries, "of_set": found}))
+        of_set = list(large(text, examples))
+        print(json.dumps({"examples": examples, "cycles": cycles, "temporary_bytes": temporaries, "of_set": of_set}))
     return 0
 
 

@@ -93,7 +93,7 @@ class Journal:
 
 
 def _write(path: Any, content: bytes) -> None:
-    """Whole or not at all, after a power cut too: the content is on the disk before its name."""
+    """All of the content or nothing, after a power cut too: it is on the disk before its name."""
     new = path.parent / f"{path.name}.{os.getpid()}.new"
     new.write_bytes(content)
     _sync(new)
