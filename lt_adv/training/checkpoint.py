@@ -129,7 +129,7 @@ class Checkpoints:
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             failure = error
         if not processes.agree(failure is None):
-            reason = _first_line(failure, self.directory / str(step)) if failure else "by another process"
+            reason = _unreadable(failure, self.directory / str(step)) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
         if wrong := differing(state, meta):
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
@@ -170,9 +170,12 @@ class Checkpoints:
             (self.directory / str(step)).rename(aside)
 
 
-def _first_line(error: BaseException, checkpoint: epath.Path) -> str:
-    if missing := files.placeholder(checkpoint):
-        return missing
+def _unreadable(error: BaseException, checkpoint: epath.Path) -> str:
+    """Why a checkpoint could not be read: its files are placeholders, or the error."""
+    return files.placeholder(checkpoint) or _first_line(error)
+
+
+def _first_line(error: BaseException) -> str:
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0][:200] if text else ''}"
 
@@ -201,7 +204,7 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
         except TRANSIENT:
             raise
         except Exception as error:  # as in Checkpoints.restore
-            errors.append(f"checkpoint {step} in {stage} cannot be read ({_first_line(error, stage / str(step))})")
+            errors.append(f"checkpoint {step} in {stage} cannot be read ({_unreadable(error, stage / str(step))})")
             continue
         for text in errors:
             logging.warning("%s: passed over for checkpoint %d.", text, step)
@@ -218,7 +221,7 @@ def look(workdir: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     except TRANSIENT:
         raise
     except Exception as error:  # as in Checkpoints.restore
-        why = _first_line(error, stage / str(step))
+        why = _unreadable(error, stage / str(step))
         raise ValueError(f"checkpoint {step} in {stage} cannot be read ({why})") from error
 
 

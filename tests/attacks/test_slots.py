@@ -27,20 +27,19 @@ def run(attack, x, y, eps, batch_size):
     radius = np.broadcast_to(np.asarray(eps, np.float32), n)
     targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
     found, looks = {}, 0
-    program = slots.programs(net.mesh)
+    program = net.programs
 
     def advance(attack, steps, *args):
         nonlocal looks
         looks += steps
         return program.advance(attack, steps, *args)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(slots, "programs", lambda mesh: program._replace(advance=advance))
-        for done in slots.run(attack, net, np.arange(n), keys=keys, x=x, y=y, eps=radius, targets=targets):
-            points = iter(done.x_adv)
-            for row, broken, steps in zip(done.rows.tolist(), done.broken, done.steps, strict=True):
-                assert row not in found, "done twice"
-                found[row] = (bool(broken), next(points) if broken else None, int(steps))
+    net = net._replace(programs=program._replace(advance=advance))
+    for done in slots.run(attack, net, np.arange(n), keys=keys, x=x, y=y, eps=radius, targets=targets):
+        points = iter(done.x_adv)
+        for row, broken, steps in zip(done.rows.tolist(), done.broken, done.steps, strict=True):
+            assert row not in found, "done twice"
+            found[row] = (bool(broken), next(points) if broken else None, int(steps))
     assert len(found) == n
     return found, looks * net.slots
 

@@ -122,7 +122,7 @@ def test_a_log_that_is_no_text(tmp_path):
 
 FORGED = [
     (np.array([0, 1, 2]), "classes that do not exist"),
-    (np.array([0, -1, 1]), "classes that do not exist"),
+    (np.array([0, -2, 1]), "classes that do not exist"),  # -1: logits that were not finite
     (np.array([[0], [1], [0]]), r"holds int64 \(3, 1\)"),
     (np.array([0.0, 1.0, 1.0]), "holds float64"),
 ]

@@ -174,13 +174,14 @@ def test_three_steps(name):
     """After one step, and after three with those between: another epoch's batch among them."""
     case = CASES[name]
     method = fixed(case.method)
-    step, state, data, teacher = make(AWP(method, gamma=case.gamma) if case.gamma else method, 1, augment="none")
+    step, state, fed, teacher = make(AWP(method, gamma=case.gamma) if case.gamma else method, 1, augment="none")
     start = jax.device_get((state.params, state.batch_stats["BatchNorm_0"]))
     expected = reference(case, *start, steps=3)
-    for params, running in expected:
-        state, _ = step(state, data, teacher)
-        close(state.params, params)
-        close(state.batch_stats["BatchNorm_0"], running)
+    with fed.batches(0, 3) as batches:
+        for (params, running), batch in zip(expected, batches, strict=True):
+            state, _ = step(state, batch, teacher)
+            close(state.params, params)
+            close(state.batch_stats["BatchNorm_0"], running)
 
 
 def test_the_steps_tell_the_forwards_apart():

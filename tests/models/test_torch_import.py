@@ -2,6 +2,7 @@
 
 import functools
 import sys
+import zipfile
 
 import jax
 import jax.numpy as jnp
@@ -206,6 +207,7 @@ def test_a_bias_of_zeros_is_that_of_a_head_without_one(drawn):
 
 def test_without_pytorch_the_line_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
-    (tmp_path / "weights.pt").write_bytes(b"anything")
+    with zipfile.ZipFile(tmp_path / "weights.pt", "w") as file:  # as torch.save writes one
+        file.writestr("weights/data.pkl", b"")
     with pytest.raises(ImportError, match=r"weights\.pt needs PyTorch to be read: pip install -e '\.\[torch\]', or"):
         torch_import.variables(tmp_path / "weights.pt", create(WRN, 10), (8, 8, 3))
