@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable, Collection
 from typing import Any, NoReturn
 
-from lt_adv import lookup
+from lt_adv.runtime import registry
 
 
 class Parser(argparse.ArgumentParser):
@@ -44,7 +44,7 @@ def one_of(kind: str, choices: Collection[Any], convert: Callable[[str], Any] = 
         except ValueError:
             value = text
         if value not in choices:
-            raise argparse.ArgumentTypeError(str(lookup.unknown(kind, value, map(str, choices))))
+            raise argparse.ArgumentTypeError(str(registry.unknown(kind, value, map(str, choices))))
         return value
 
     return chosen

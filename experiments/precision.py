@@ -14,8 +14,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lt_adv import arguments, files
-from lt_adv.platform import cores
+from lt_adv.cli import flags
+from lt_adv.runtime import atomic_io
+from lt_adv.runtime.environment import cores
 
 RESULTS = Path(__file__).parent / "results" / "precision"
 PRECISIONS = {
@@ -32,7 +33,7 @@ def main() -> int:
     parser.add_argument("--name", required=True, help="of the file, and of the folder of the runs")
     options, config = parser.parse_known_args()
     try:
-        arguments.parse(["precision", *config])
+        flags.parse(["precision", *config])
     except ValueError as error:
         print("Error:", error, file=sys.stderr)
         return 2
@@ -47,7 +48,7 @@ def main() -> int:
             accuracies = {metric: report["metrics"][metric] for metric in METRICS}
             record["runs"].append({"precision": precision, "seed": seed, "metrics": accuracies})
             record |= {"commit": report["context"].get("commit"), "header": report["header"]}
-    files.write_atomically(RESULTS / f"{options.name}.json", json.dumps(record, indent=1) + "\n")
+    atomic_io.write_atomically(RESULTS / f"{options.name}.json", json.dumps(record, indent=1) + "\n")
     return 0
 
 

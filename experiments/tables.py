@@ -30,9 +30,9 @@ from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
 from experiments.study.summary import network, spread
 from experiments.study.tables import GROUPS
+from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import WORST
-from lt_adv.evaluation.report import title
-from lt_adv.evaluation.write import table
+from lt_adv.evaluation.report import table
 
 ROOT = Path(__file__).parents[1]
 README, CONFIGS, RESULTS = ROOT / "README.md", ROOT / "configs", ROOT / "experiments" / "results"

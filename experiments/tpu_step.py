@@ -10,7 +10,7 @@ set, which should be the one that gathers the batch. One more may be there: a se
 
 AT on WRN-10-1 in bfloat16, images 32 x 32, 64 a chip; a minute or more of compiling for each size. Needs
 `pip install -e '.[tpu]'`, and no more than one such process at a time. The test suite looks at the traced step instead
-(tests/training/test_feed.py): libtpu is 684 MB, and most machines lack it.
+(tests/training/test_input_pipeline.py): libtpu is 684 MB, and most machines lack it.
 """
 
 import argparse
@@ -37,10 +37,9 @@ def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
     from lt_adv import methods, models
-    from lt_adv.training import feed, optim
-    from lt_adv.training import state as states
+    from lt_adv.training import input_pipeline, optimizer, train_state
     from lt_adv.training.net import AXIS
-    from lt_adv.training.step import StepOptions, make_train_step
+    from lt_adv.training.train_step import StepOptions, make_train_step
 
     mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices), (AXIS,))
     everywhere = NamedSharding(mesh, PartitionSpec())
@@ -50,18 +49,18 @@ def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
     model = models.create(NETWORK, 10, axis_name=AXIS)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))
     config = {**OPTIM, "warmup_epochs": 0}
-    rate = optim.schedule(config, steps, 1)
-    tx = optim.create(config, rate, variables["params"])
+    rate = optimizer.schedule(config, steps, 1)
+    tx = optimizer.create(config, rate, variables["params"])
     static = StepOptions(BATCH, eps=8 / 255, step_size=2 / 255)
     step, init_window = make_train_step(method, model.apply, tx, rate, info, static, mesh, "shard_map")
 
-    def first(variables: Any) -> states.TrainState:
-        return states.create(jax.random.key(0), variables, tx, method.init(info), averaged=False)
+    def first(variables: Any) -> train_state.TrainState:
+        return train_state.create(jax.random.key(0), variables, tx, method.init(info), averaged=False)
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), tree)
 
-    data = {name: jax.ShapeDtypeStruct((feed.BLOCK, BATCH), np.int32) for name in ("row", "label", "index")}
+    data = {name: jax.ShapeDtypeStruct((input_pipeline.BLOCK, BATCH), np.int32) for name in ("row", "label", "index")}
     data["image"] = jax.ShapeDtypeStruct((examples, math.prod(SHAPE)), np.uint8)
     state, data = placed(jax.eval_shape(first, variables)), placed(data)
     state = placed(state.replace(window=jax.eval_shape(init_window, state, data, {})))

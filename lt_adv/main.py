@@ -23,7 +23,7 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from lt_adv import arguments
+from lt_adv.cli import flags
 
 
 class Terminated(BaseException):
@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     handles = threading.current_thread() is threading.main_thread()
     previous = signal.signal(signal.SIGTERM, terminate) if handles else None
     try:
-        run(arguments.parse(argv))
+        run(flags.parse(argv))
     except Exception as error:
         if os.environ.get("LT_ADV_TRACEBACK") or not is_answered(error):
             raise
@@ -65,9 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def leave_alone(code: int) -> None:
     """Of several processes, end without JAX's farewell, in which each waits for all and is aborted when one is gone."""
-    from lt_adv import processes
+    from lt_adv.runtime import distributed
 
-    if processes.joined():
+    if distributed.joined():
 
         def end() -> None:
             sys.stdout.flush()
@@ -109,9 +109,9 @@ def is_lost(error: Exception) -> bool:
     """Whether another process of the run, if there are any, is not reached any more."""
     if not isinstance(error, RuntimeError) or not re.search(r"Gloo|NCCL|closed by peer|UNAVAILABLE", str(error)):
         return False
-    from lt_adv import processes
+    from lt_adv.runtime import distributed
 
-    return processes.joined()
+    return distributed.joined()
 
 
 def one_line(error: Exception) -> str:
@@ -127,9 +127,9 @@ def one_line(error: Exception) -> str:
     return " ".join(text.split())
 
 
-def run(given: arguments.Arguments) -> None:
-    from lt_adv import export  # imports jax, as the others: bad arguments are answered before
-    from lt_adv import run as runs
+def run(given: flags.Arguments) -> None:
+    from lt_adv.cli import export  # imports jax, as the others: bad arguments are answered before
+    from lt_adv.cli import run as runs
     from lt_adv.training import loop
 
     ship = functools.partial(export.export, command=given.command)

@@ -7,7 +7,6 @@ Runs that are tested as a user would start them (tests/test_end_to_end.py) are p
 import atexit
 import os
 import shutil
-import sys
 import tempfile
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -22,6 +21,8 @@ import jax
 import numpy as np
 import pytest
 
+from lt_adv.attacks import _autoattack
+
 
 @pytest.fixture
 def float64():
@@ -33,15 +34,14 @@ def float64():
 @pytest.fixture
 def short(monkeypatch):
     """AutoAttack with a twentieth of the steps."""
-    module = sys.modules["lt_adv.attacks.autoattack"]  # the package has the function under this name
-    programs = module._programs
+    programs = _autoattack._programs
 
     def shorter(*given):
         found, notes = programs(*given)
         fewer = {name: attack._replace(num_steps=attack.num_steps // 20) for name, attack in found.items()}
         return fewer, notes
 
-    monkeypatch.setattr(module, "_programs", shorter)
+    monkeypatch.setattr(_autoattack, "_programs", shorter)
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,6 @@
 """Import, one training step, one attack: what CI asks of every supported Python.
 
-    python -m tests.smoke
+python -m tests.smoke
 """
 
 import platform
@@ -11,16 +11,15 @@ import numpy as np
 
 from configs import robal
 from lt_adv import attacks, data
-from lt_adv.training import mesh as meshes
-from lt_adv.training import program
+from lt_adv.training import sharding, stage_builder
 
 
 def main() -> None:
     """AssertionError where a number is not what it must be."""
     config = robal.get_config("dataset=digits")
-    mesh = meshes.make_mesh()
-    (stage,) = program.stages(config)
-    built = program.build(0, stage, config, data.load(config.data), mesh)
+    mesh = sharding.make_mesh()
+    (stage,) = stage_builder.stages(config)
+    built = stage_builder.build(0, stage, config, data.load(config.data), mesh)
     state, metrics = built.step(built.first_state(), built.feed.example, built.teacher)
     loss = float(metrics["loss"])
     assert int(state.step) == 1 and np.isfinite(loss), metrics

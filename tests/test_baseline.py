@@ -11,9 +11,10 @@ import pytest
 from jax.sharding import Mesh
 from matplotlib.image import imread
 
-from lt_adv import baseline, main
-from lt_adv import run as runs
-from lt_adv.evaluation import reliability
+from lt_adv import main
+from lt_adv.cli import baseline
+from lt_adv.cli import run as runs
+from lt_adv.evaluation.masking import diagnose
 from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (a fixture)
 
 # Ten images, two steps, one epoch: what is tested is the way from one end to the other.
@@ -32,9 +33,9 @@ TINY = [
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         patch.setattr(baseline, "STEPS", 2)
-        patch.setattr(reliability, "QUERIES", 3)
+        patch.setattr(diagnose, "QUERIES", 3)
         patch.chdir(ROOT)
         yield
 
@@ -84,7 +85,7 @@ def test_facts_are_kept_and_found_again(made, monkeypatch, capsys):
     def probe(*_, **__):
         raise AssertionError("probed again")
 
-    monkeypatch.setattr(reliability, "probe", probe)
+    monkeypatch.setattr(diagnose, "probe", probe)
     again = ["--config.seed=1", f"--config.eval.baseline={plain}", "--mode=eval"]
     assert call(held, *again) == 0
     assert json.loads((held / "report.json").read_text()) == before

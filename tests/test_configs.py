@@ -10,8 +10,8 @@ import ml_collections
 import pytest
 
 from configs import common
-from lt_adv import check
-from lt_adv.training import optim, program
+from lt_adv.cli import schema
+from lt_adv.training import optimizer, stage_builder
 
 FILES = (Path(__file__).parents[1] / "configs").glob("*.py")
 NAMES = sorted(path.stem for path in FILES if path.stem not in ("__init__", "common"))
@@ -35,10 +35,10 @@ def test_builds(name, dataset):
     assert config.data.name == dataset and config.data.imbalance_ratio >= 1
     for fidelity in ("published", "released_code"):
         config.fidelity = fidelity
-        check.values(config)
-        stages = program.stages(config)  # a teacher's epochs are its own
+        schema.values(config)
+        stages = stage_builder.stages(config)  # a teacher's epochs are its own
         assert sum(stage.epochs for stage in stages if stage.name != "teacher") == config.optim.epochs
-        optim.schedule(config.optim, 10, config.optim.epochs, fidelity == "released_code")
+        optimizer.schedule(config.optim, 10, config.optim.epochs, fidelity == "released_code")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -111,7 +111,7 @@ def test_protocol_of_robals_study(name, dataset):
     config = get(name, dataset=dataset)
     assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 34, 10)
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (0.031, 0.0078, 5)
-    assert program.stages(config)[0].method.start == ("gaussian" if name == "trades" else "uniform")
+    assert stage_builder.stages(config)[0].method.start == ("gaussian" if name == "trades" else "uniform")
     assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (80, 64, 2e-4)
     assert sgd(config) == (0.1, 0.9, False, (60, 75))
     attacks = config.eval.attacks
@@ -126,9 +126,9 @@ def test_protocol_of_at_bsl(dataset, model):
     config = get("at_bsl", dataset=dataset)
     assert (config.model.name, config.model.head.name, config.eval.adjustment.name) == (model, "linear", "none")
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (8 / 255, 2 / 255, 10)
-    assert program.stages(config)[0].method.start == "gaussian"
+    assert stage_builder.stages(config)[0].method.start == "gaussian"
     config.attack.start = "zero"  # given, it goes before the method's own
-    assert program.stages(config)[0].method.start == "zero"
+    assert stage_builder.stages(config)[0].method.start == "zero"
     assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (100, 128, 5e-4)
     assert sgd(config) == (0.1, 0.9, False, (75, 90, 100))
     attacks = config.eval.attacks
@@ -169,8 +169,8 @@ def test_our_recipe_leaves_the_crops_out_of_a_short_run_alone():
 def rates(config, epochs, fidelity="published", steps_per_epoch=7):
     """{epoch, from 1: learning rate}, the same at the first and at the last step of the epoch."""
     config.fidelity = fidelity
-    (stage,) = program.stages(config)
-    schedule = program.learning_rate(program.configured(config, stage), stage, steps_per_epoch)
+    (stage,) = stage_builder.stages(config)
+    schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, steps_per_epoch)
     found = {}
     for epoch in epochs:
         first, last = (float(schedule(step)) for step in ((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch - 1))
@@ -235,8 +235,8 @@ def test_whose_released_code_compounds(name):
     config.optim.drop_epochs = (2,)
     rates = {}
     for config.fidelity in ("published", "released_code"):
-        stage = program.stages(config)[-1]
-        schedule = program.learning_rate(program.configured(config, stage), stage, 1)
+        stage = stage_builder.stages(config)[-1]
+        schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, 1)
         rates[config.fidelity] = float(schedule(stage.epochs - 1))
     assert (rates["released_code"] < 0.5 * rates["published"]) == (name not in own)
 

@@ -14,13 +14,13 @@ import pytest
 from etils import epath
 from jax.sharding import Mesh
 
-from lt_adv import files, main
-from lt_adv import run as runs
+from lt_adv import main
 from lt_adv.attacks import journal
+from lt_adv.cli import run as runs
 from lt_adv.data import cache
 from lt_adv.data.dataset import Decoding, Source
-from lt_adv.training import mesh as meshes
-from lt_adv.training import state as states
+from lt_adv.runtime import atomic_io
+from lt_adv.training import sharding, train_state
 from lt_adv.training.checkpoint import Checkpoints
 from tests.bad_input.test_runs import TINY
 
@@ -71,7 +71,7 @@ def calls(tmp_path, monkeypatch):
 
 
 def test_a_file_and_the_folders_that_were_missing(calls, tmp_path):
-    files.write_atomically(tmp_path / "a" / "b" / "file", "text")
+    atomic_io.write_atomically(tmp_path / "a" / "b" / "file", "text")
     assert calls.published() == ["a/b/file"]
     synced = [call[1] for call in calls.log if call[0] == "sync"]
     assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced), "each new folder has a name, too"
@@ -79,7 +79,7 @@ def test_a_file_and_the_folders_that_were_missing(calls, tmp_path):
 
 def test_a_folder(calls, tmp_path):
     for content in (b"1", b"2"):
-        files.replace_folder(tmp_path / "new" / "folder", {"x": content, "y": b""})
+        atomic_io.replace_folder(tmp_path / "new" / "folder", {"x": content, "y": b""})
     assert calls.published() == ["new/folder"] * 2
 
 
@@ -103,8 +103,8 @@ def test_the_journal_of_an_attack(calls, tmp_path):
 def test_checkpoints(calls, tmp_path):
     """Those before a new one are removed when it is on the disk, not sooner."""
     variables = {"params": {"w": np.arange(4.0)}}
-    state = states.create(jax.random.key(0), variables, optax.sgd(0.1), {}, averaged=False)
-    state = meshes.replicate(state, Mesh(np.array(jax.devices()[:1]), ("data",)))
+    state = train_state.create(jax.random.key(0), variables, optax.sgd(0.1), {}, averaged=False)
+    state = sharding.replicate(state, Mesh(np.array(jax.devices()[:1]), ("data",)))
     stage = tmp_path / "checkpoints" / "0_train"
     checkpoints = Checkpoints(stage, keep=1)
     for step in (1, 2):
@@ -118,20 +118,20 @@ def test_checkpoints(calls, tmp_path):
 
 def test_a_checkpoint_without_its_name_is_none(tmp_path, monkeypatch):
     """Passed over where orbax had renamed it and the disk failed, and cleared away by the next save."""
-    state = states.create(jax.random.key(0), {"params": {"w": np.arange(4.0)}}, optax.sgd(0.1), {}, averaged=False)
+    state = train_state.create(jax.random.key(0), {"params": {"w": np.arange(4.0)}}, optax.sgd(0.1), {}, averaged=False)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-    state = meshes.replicate(state, mesh)
+    state = sharding.replicate(state, mesh)
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(1, state, {"step": 1})
     checkpoints.wait()
-    original = files.sync_tree
+    original = atomic_io.sync_tree
 
     def fail(folder):
         if folder.parent == tmp_path:
             raise OSError(errno.EIO, "Input/output error")
         original(folder)
 
-    monkeypatch.setattr(files, "sync_tree", fail)
+    monkeypatch.setattr(atomic_io, "sync_tree", fail)
     checkpoints.save(2, state, {"step": 2})
     with pytest.raises(OSError, match="A checkpoint cannot be written to .* Input/output error"):
         checkpoints.close()
@@ -146,7 +146,7 @@ def test_a_checkpoint_without_its_name_is_none(tmp_path, monkeypatch):
 
 def test_all_that_a_run_leaves_behind(calls, tmp_path, monkeypatch):
     """Trained, evaluated with AutoAttack and exported."""
-    monkeypatch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
     workdir = f"--workdir={tmp_path / 'run'}"
     assert main.main(["main", *TINY, workdir]) == 0
     assert main.main(["main", *TINY, workdir, "--mode=export"]) == 0
@@ -156,7 +156,7 @@ def test_all_that_a_run_leaves_behind(calls, tmp_path, monkeypatch):
     assert {"run/report.md", "run/report.json"} <= set(found), sorted(found)
 
 
-@pytest.mark.parametrize("module", [files.sync, journal._sync])
+@pytest.mark.parametrize("module", [atomic_io.sync, journal._sync])
 def test_a_file_system_without_such_a_call_for_folders(module, tmp_path, monkeypatch):
     """It is no reason to stop; that a file did not reach the disk is."""
     (tmp_path / "file").write_text("")
@@ -176,5 +176,5 @@ def test_a_file_system_without_such_a_call_for_folders(module, tmp_path, monkeyp
 
 def test_a_bucket_needs_nothing(monkeypatch):
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
-    files.sync("gs://bucket/file")
+    atomic_io.sync("gs://bucket/file")
     journal._sync(epath.Path("gs://bucket/file"))

@@ -25,10 +25,10 @@ DRIVER = """
 import os, sys
 import jax
 from lt_adv import main
-from lt_adv.training import checkpoint, step as steps
+from lt_adv.training import checkpoint, train_step
 
 where, number, sign = {arguments!r}
-make, save = steps.make_train_step, checkpoint.Checkpoints.save
+make, save = train_step.make_train_step, checkpoint.Checkpoints.save
 
 def make_train_step(*args, **options):
     step, init_window = make(*args, **options)
@@ -46,7 +46,7 @@ def signalled_save(self, step, *args):
         os.kill(os.getpid(), sign)
 
 if where == "step":
-    steps.make_train_step = make_train_step
+    train_step.make_train_step = make_train_step
 else:
     checkpoint.Checkpoints.save = signalled_save
 sys.exit(main.main())

@@ -16,8 +16,9 @@ from etils import epath
 from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
-from lt_adv import arguments, attacks, export, main
-from lt_adv import run as runs
+from lt_adv import attacks, main
+from lt_adv.cli import export, flags
+from lt_adv.cli import run as runs
 
 ROOT = Path(__file__).parents[1]
 CONFIG = [
@@ -50,7 +51,7 @@ def made(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("made") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         for mode in ("train", "export"):
             assert main.main(["main", *CONFIG, f"--workdir={workdir}", f"--mode={mode}"]) == 0
     return workdir
@@ -64,7 +65,7 @@ def run(made, tmp_path, monkeypatch):
 
 
 def config_of(*given):
-    return arguments.parse(["main", *CONFIG, *given]).config
+    return flags.parse(["main", *CONFIG, *given]).config
 
 
 @pytest.fixture(scope="module")
@@ -74,7 +75,7 @@ def own(made):
         patch.chdir(ROOT)
         config = config_of()
     variables, _, split = runs.trained(config, epath.Path(made))
-    return runs.program.evaluated(config, split), variables, split.test.image[:64].astype(np.float32) / 255
+    return runs.stage_builder.evaluated(config, split), variables, split.test.image[:64].astype(np.float32) / 255
 
 
 def stored(workdir):

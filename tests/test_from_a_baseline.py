@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from configs import at, finetune_resampling, finetune_reweighting, lws
 from lt_adv import main
-from lt_adv import run as runs
+from lt_adv.cli import run as runs
 from lt_adv.methods.at import AT
 from lt_adv.methods.base import Stage
-from lt_adv.training import optim, program
+from lt_adv.training import optimizer, stage_builder
 from lt_adv.training.checkpoint import read_variables
 from tests.bad_input.conftest import ROOT, answer, no_training  # noqa: F401 (fixtures)
 
@@ -44,7 +44,7 @@ def start(tmp_path_factory):
         return folder / name
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         patch.chdir(ROOT)
         yield call
 
@@ -95,7 +95,7 @@ def test_the_released_code_lets_statistics_move(config):
     c = config.get_config("dataset=digits")
     assert c.init_from == "workdirs/at-dataset=digits"
     for c.fidelity, frozen in (("published", True), ("released_code", False)):
-        (stage,) = program.stages(c)
+        (stage,) = stage_builder.stages(c)
         assert stage.freeze_batch_stats == frozen and stage.freeze.startswith("backbone/")
         assert stage.init == c.init_from and stage.epochs == 1
 
@@ -105,7 +105,7 @@ def test_one_epoch_at_the_first_rate_of_the_study(config):
     c, baseline = config.get_config("dataset=cifar10,baseline=elsewhere"), at.get_config("dataset=cifar10")
     assert c.init_from == "elsewhere" and c.optim.epochs == 1
     for compounding in (False, True):
-        rate = optim.schedule(c.optim, 7, 1, compounding)
+        rate = optimizer.schedule(c.optim, 7, 1, compounding)
         assert float(rate(0)) == float(rate(6)) == pytest.approx(0.1)
     assert (c.optim.batch_size, c.optim.weight_decay) == (64, 2e-4) and c.attack == baseline.attack
     assert {**c.model, "head": None} == {**baseline.model, "head": None} and c.eval == baseline.eval
@@ -175,11 +175,11 @@ def test_a_baseline_that_is_not_finished(start, baseline, answer, no_training, t
 )
 def test_what_a_stage_overrides_is_looked_at(start, answer, no_training, monkeypatch, overrides, line):  # noqa: F811
     stages = Stage(method=AT(), epochs=1), Stage(method=AT(), epochs=1, name="second", overrides=overrides)
-    monkeypatch.setattr(program, "stages", lambda _: stages)
+    monkeypatch.setattr(stage_builder, "stages", lambda _: stages)
     assert re.search(line, answer(AT_TWO, *TINY))
 
 
 def test_a_method_that_does_not_begin_with_another_run(answer, baseline, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(program, "stages", lambda _: (Stage(method=AT(), epochs=1),))
+    monkeypatch.setattr(stage_builder, "stages", lambda _: (Stage(method=AT(), epochs=1),))
     printed = answer(AT_TWO, *TINY, f"--config.init_from={baseline}")
     assert "config.init_from: method at does not begin with another run" in printed

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from lt_adv import arguments, data, main, models
-from lt_adv import run as runs
+from lt_adv import data, main, models
+from lt_adv.cli import flags
+from lt_adv.cli import run as runs
 from lt_adv.evaluation import records
 from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (fixture)
 from tests.models.test_classifier import made_up
@@ -28,14 +29,14 @@ TAU = 0.5
 
 @pytest.fixture(autouse=True)
 def one_device(monkeypatch):
-    monkeypatch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+    monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
     monkeypatch.chdir(ROOT)
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """(file, variables) of a network that tells digits apart, by their mean features; named as RoBal names it."""
-    config = arguments.load("configs/robal.py:dataset=digits")
+    config = flags.load("configs/robal.py:dataset=digits")
     train = data.load(config.data).train
     images, label = train.image[:500] / np.float32(255), train.label[:500]
     model = models.create(config.model, 10)
@@ -72,7 +73,7 @@ def test_weights_are_evaluated_with_their_statistics_and_the_configs_adjustment(
     ]
     assert main.main(command) == 0, capsys.readouterr().err
     results = records.read(tmp_path / "run" / "eval")
-    config = arguments.parse(command).config
+    config = flags.parse(command).config
     split = data.long_tailed(data.load(config.data), config.data)
     assert max(split.class_counts) > 2 * min(split.class_counts)
     position = {index: i for i, index in enumerate(split.test.index)}
@@ -122,11 +123,11 @@ def test_weights_that_cannot_be_evaluated(weights, answer, given, line):  # noqa
 @pytest.mark.parametrize("config", ["self_distillation", "taet", "finetune_resampling"])
 def test_any_methods_config_will_do(weights, config):
     """Also one whose training would not begin with a run: of the method, an evaluation knows nothing."""
-    from lt_adv import check
+    from lt_adv.cli import schema
 
     path, _ = weights
-    check.values(
-        arguments.parse(["main", f"--config=configs/{config}.py:dataset=digits", f"--config.init_from={path}"]).config
+    schema.values(
+        flags.parse(["main", f"--config=configs/{config}.py:dataset=digits", f"--config.init_from={path}"]).config
     )
 
 

@@ -11,7 +11,8 @@ import pytest
 
 from experiments import tables
 from experiments.study.rows import ROWS
-from lt_adv import arguments, check, losses
+from lt_adv import losses
+from lt_adv.cli import flags, schema
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "README.md").read_text()
@@ -48,7 +49,7 @@ def test_commands_parse(file):
     commands = [shlex.split(part) for part in parts if "lt_adv.main" in part]
     assert len(commands) >= 3
     for command in commands:
-        check.values(arguments.parse(command[command.index("lt_adv.main") :]).config)
+        schema.values(flags.parse(command[command.index("lt_adv.main") :]).config)
 
 
 def test_links_lead_somewhere():
@@ -64,7 +65,7 @@ def test_extras_and_entries_exist():
     rows = [line.split("|")[1] for line in table.splitlines()[2:] if line]
     paths = [path for row in rows for path in re.findall(r"`([\w.]+)`", row)]
     assert len(paths) >= len(rows)
-    entries = check.flat(arguments.load("configs/robal.py:dataset=digits").to_dict())
+    entries = schema.flat(flags.load("configs/robal.py:dataset=digits").to_dict())
     assert set(paths) <= set(entries)
 
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from configs import at
-from lt_adv import run as runs
+from lt_adv.cli import run as runs
 
 
 @pytest.mark.parametrize(

@@ -9,14 +9,20 @@ from pathlib import Path
 import pytest
 
 from configs import at
-from lt_adv import main, workdirs
-from lt_adv import run as runs
+from lt_adv import main
+from lt_adv.cli import run as runs
+from lt_adv.cli import workdirs
+from lt_adv.runtime import distributed
 from tests.bad_input.conftest import DIGITS
 
 ROOT = Path(__file__).parents[1]
-HOLDER = (
-    "import sys, time; from lt_adv import workdirs\nwith workdirs.held(sys.argv[1]): print(flush=True), time.sleep(60)"
-)
+HOLDER = """
+import sys, time
+from lt_adv.cli import workdirs
+with workdirs.held(sys.argv[1]):
+    print(flush=True)
+    time.sleep(60)
+"""
 
 
 @pytest.fixture
@@ -70,14 +76,15 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
 def test_another_process_of_the_same_run_and_a_bucket_take_no_lock(tmp_path, monkeypatch):
     with workdirs.held("gs://bucket/run"):
         pass
-    monkeypatch.setattr(workdirs.processes, "first", lambda: False)
+    monkeypatch.setattr(distributed, "first", lambda: False)
     with workdirs.held(tmp_path), workdirs.held(tmp_path):
         assert not list(tmp_path.iterdir())
 
 
 DOOR = """
 import sys, time
-from lt_adv import main, run
+from lt_adv import main
+from lt_adv.cli import run
 run.train = lambda *_: print("begun", flush=True) or time.sleep(60)
 sys.exit(main.main(["main", "--config=configs/at.py:dataset=digits"]))
 """

@@ -36,7 +36,8 @@ from typing import Any
 
 from experiments.benchmark import attacked, kinds, record, summary, tables
 from experiments.options import Parser, name, one_of, positive, some
-from lt_adv import arguments, lookup
+from lt_adv.cli import flags
+from lt_adv.runtime import registry
 
 FRAMEWORKS = ("jax", "released", "tuned")
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # that the twin has
@@ -87,8 +88,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
     for given in rest:
         if given.startswith("-") and not re.match(r"--?(no)?config\b", given):
             known = [f"--{option.replace('_', '-')}" for option in vars(options) if option != "kind"]
-            raise lookup.unknown("option", given.partition("=")[0], [*known, "--config"])
-    return options, rest, arguments.parse(["benchmark", *rest]).config
+            raise registry.unknown("option", given.partition("=")[0], [*known, "--config"])
+    return options, rest, flags.parse(["benchmark", *rest]).config
 
 
 def main(argv: Sequence[str]) -> int:
@@ -97,10 +98,10 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         options, config_arguments, config = parse(argv)
-        from lt_adv import check  # imports jax: bad arguments are answered before
-        from lt_adv.evaluation.write import table
+        from lt_adv.cli import schema  # imports jax: bad arguments are answered before
+        from lt_adv.evaluation.report import table
 
-        check.values(config)
+        schema.values(config)
     except ValueError as error:
         print("Error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

@@ -35,8 +35,9 @@ def configured(config: Any, workdir: str | None) -> Case:
     """The evaluated network of a config; ValueError for what the twin has not."""
     import jax
 
-    from lt_adv import check, data, models
-    from lt_adv.training import checkpoint, program
+    from lt_adv import data, models
+    from lt_adv.cli import schema
+    from lt_adv.training import checkpoint, stage_builder
 
     if (dtype := config.eval.dtype) != "float32":
         raise ValueError(f"config.eval.dtype = {dtype!r}: the PyTorch twin's AutoAttack has 'float32' alone.")
@@ -46,14 +47,14 @@ def configured(config: Any, workdir: str | None) -> Case:
     model, image = models.create(config.model, len(split.class_names)), split.test.image
     if workdir:
         variables, _ = checkpoint.read_variables(workdir)
-        check.network(config, split, variables, workdir)
+        schema.network(config, split, variables, workdir)
         variables = {name: variables[name] for name in ("params", "batch_stats")}
     else:
         variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image.shape[1:]), np.float32))
 
     def twin() -> Any:
-        from experiments.torch_twin import models as twins
-        from experiments.torch_twin import weights
+        from experiments.pytorch_baseline import models as twins
+        from experiments.pytorch_baseline import weights
 
         net = twins.create(config.model, len(split.class_names), image.shape[-1])
         net.load_state_dict(weights.to_torch(variables))
@@ -61,7 +62,7 @@ def configured(config: Any, workdir: str | None) -> Case:
 
     label = split.test.label if workdir else None
     eps = config.eval.attacks.autoattack.eps
-    return Case(image.astype(np.float32) / 255, label, eps, program.evaluated(config, split), variables, twin)
+    return Case(image.astype(np.float32) / 255, label, eps, stage_builder.evaluated(config, split), variables, twin)
 
 
 def digits(head: str, dtype: Any = np.float32) -> Case:

@@ -15,10 +15,10 @@ def jax_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **case:
     """`lt_adv.attacks.autoattack` as the evaluation runs it, on all devices; `case` is that of `attacked.case`."""
     import jax
 
-    from lt_adv import platform
     from lt_adv.attacks import autoattack
+    from lt_adv.runtime import environment
 
-    platform.prepare(config.optim.batch_size, config.cpu_devices)
+    environment.prepare(config.optim.batch_size, config.cpu_devices)
     found = attacked.case(config, **case)
     logits_fn = jax.tree_util.Partial(found.apply, jax.device_put(found.variables))
     label, size = found.label, config.eval.batch_size
@@ -38,7 +38,7 @@ def jax_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **case:
 def torch_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **case: Any) -> dict[str, Any]:
     """The twin's, eager and in float32, with cuDNN's choices as they come."""
     torch, device, wait = torch_device()
-    from experiments.torch_twin import autoattack as twin
+    from experiments.pytorch_baseline import autoattack as twin
 
     found, size = attacked.case(config, **case), config.eval.batch_size
     net = found.torch().to(device)

@@ -14,7 +14,7 @@ import jax
 from jax.extend import core
 
 from lt_adv import models
-from lt_adv.training.program import Program
+from lt_adv.training.stage_builder import Program
 
 # Primitives that run one inner jaxpr once, on their own operands.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")

@@ -13,8 +13,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from lt_adv import files
-from lt_adv.platform import commit, cores
+from lt_adv.runtime import atomic_io
+from lt_adv.runtime.environment import commit, cores
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "benchmark"
@@ -89,7 +89,7 @@ def portable(text: str) -> str:
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
     """As JSON, all or nothing; after each process, so that what was measured outlives a time limit."""
-    files.write_atomically(path, json.dumps(record, indent=1) + "\n")
+    atomic_io.write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def launch(

@@ -18,7 +18,7 @@ from typing import Any
 from experiments.benchmark.autoattack import jax_autoattack, torch_autoattack
 from experiments.benchmark.devices import memory, process_memory, torch_device
 from experiments.benchmark.timing import measure
-from lt_adv import arguments
+from lt_adv.cli import flags
 
 KINDS = 20  # of operations that a profile keeps
 
@@ -27,15 +27,15 @@ def build(config: Any, devices: int | None = None) -> Any:
     """The training program of the config's first stage, on as many devices as `lt_adv.main` takes, or on `devices`."""
     import jax
 
-    from lt_adv import data, platform
-    from lt_adv.training import mesh as meshes
-    from lt_adv.training import program
+    from lt_adv import data
+    from lt_adv.runtime import environment
+    from lt_adv.training import sharding, stage_builder
 
-    platform.prepare(config.optim.batch_size, devices or config.cpu_devices)
+    environment.prepare(config.optim.batch_size, devices or config.cpu_devices)
     if devices and devices > jax.device_count():
         raise ValueError(f"{devices} devices are asked for, there is {jax.device_count()}.")
-    mesh = meshes.make_mesh(jax.devices()[:devices])
-    return program.build(0, program.stages(config)[0], config, data.load(config.data), mesh)
+    mesh = sharding.make_mesh(jax.devices()[:devices])
+    return stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh)
 
 
 def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def jax_profile(config: Any) -> dict[str, Any]:
 def torch_step(config: Any, *, setting: str, seconds: float) -> dict[str, Any]:
     """The same step of the PyTorch twin, `setting` "released" or "tuned"."""
     torch, device, wait = torch_device()
-    from experiments.torch_twin.step import Trainer
+    from experiments.pytorch_baseline.step import Trainer
     from lt_adv import data
 
     trainer = Trainer(config, data.long_tailed(data.load(config.data), config.data), setting=setting, device=device)
@@ -134,16 +134,16 @@ def pipeline(config: Any, *, seconds: float) -> dict[str, Any]:
     import jax.numpy as jnp
 
     from lt_adv import data
-    from lt_adv.data import augment, resident
-    from lt_adv.training import mesh as meshes
+    from lt_adv.data import augment, device_dataset
+    from lt_adv.training import sharding
 
     split = data.long_tailed(data.load(config.data), config.data)
-    on_device = resident.put(split.train, meshes.make_mesh(jax.devices()[:1]))
+    on_device = device_dataset.put(split.train, sharding.make_mesh(jax.devices()[:1]))
     size = config.optim.batch_size
-    per_epoch = resident.steps_per_epoch(len(split.train), size)
+    per_epoch = device_dataset.steps_per_epoch(len(split.train), size)
     options = {"steps_per_epoch": per_epoch, "num_examples": len(split.train), "batch_size": size}
     key = jax.random.key(config.seed)
-    on_device["rows"] = resident.epoch_indices(key, 0, **options)
+    on_device["rows"] = device_dataset.epoch_indices(key, 0, **options)
 
     @jax.jit
     def batch(number: jax.Array, on_device: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
@@ -212,7 +212,7 @@ def torch_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, An
     torch, device, wait = torch_device()
     import numpy as np
 
-    from experiments.torch_twin import attack, models
+    from experiments.pytorch_baseline import attack, models
     from lt_adv import data
 
     torch.manual_seed(config.eval.seed)
@@ -266,7 +266,7 @@ WORKS = {
 def main(argv: Sequence[str]) -> int:
     name, options, *config = argv[1:]
     try:
-        result = WORKS[name](arguments.parse(["worker", *config]).config, **json.loads(options))
+        result = WORKS[name](flags.parse(["worker", *config]).config, **json.loads(options))
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         kind = "Error" if isinstance(error, (ValueError, ImportError, OSError)) else type(error).__name__

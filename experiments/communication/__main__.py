@@ -24,7 +24,7 @@ from typing import Any
 from experiments.benchmark import record
 from experiments.communication import checkpoints
 from experiments.options import Parser, name, positive, some
-from lt_adv import arguments
+from lt_adv.cli import flags
 from lt_adv.main import one_line
 
 RESULTS = Path(__file__).parents[1] / "results" / "communication"
@@ -55,7 +55,7 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         options, config = parser.parse_known_args(argv)
-        arguments.parse(["communication", *config])
+        flags.parse(["communication", *config])
     except ValueError as error:
         print("Error:", one_line(error), file=sys.stderr)
         return 2

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import record
+from lt_adv.cli import flags
 
 
 def weigh(config: list[str], processes: int) -> dict[str, Any]:
@@ -54,13 +55,13 @@ def save(folder: str, config: Any) -> None:
     import jax
     import jax.numpy as jnp
 
-    from lt_adv import data, run
-    from lt_adv.training import checkpoint, program
-    from lt_adv.training import mesh as meshes
+    from lt_adv import data
+    from lt_adv.cli import run
+    from lt_adv.training import checkpoint, sharding, stage_builder
 
     run.prepare(config)
-    mesh = meshes.make_mesh()
-    built = program.build(0, program.stages(config)[0], config, data.load(config.data), mesh)
+    mesh = sharding.make_mesh()
+    built = stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh)
     checkpoints = checkpoint.Checkpoints(Path(folder) / "checkpoints")
 
     def draw(a: jax.Array) -> jax.Array:
@@ -68,11 +69,11 @@ def save(folder: str, config: Any) -> None:
 
     state = built.first_state()
     filled = jax.jit(lambda tree: jax.tree.map(draw, tree), out_shardings=jax.tree.map(lambda a: a.sharding, state))
-    checkpoints.save(1, meshes.of_all(filled(state), mesh, config.parallel), {})
+    checkpoints.save(1, sharding.of_all(filled(state), mesh, config.parallel), {})
     checkpoints.close()
 
 
 if __name__ == "__main__":
-    from lt_adv import arguments
+    from lt_adv.cli import flags
 
-    save(sys.argv[1], arguments.parse(["checkpoints", *sys.argv[2:]]).config)
+    save(sys.argv[1], flags.parse(["checkpoints", *sys.argv[2:]]).config)

@@ -1,6 +1,6 @@
 """What the devices tell each other in one training step: counted in the traced program, and in the compiled one.
 
-    python -m experiments.communication.counts '{"devices": 8, "compile": true}' --config=...    a JSON line
+python -m experiments.communication.counts '{"devices": 8, "compile": true}' --config=...    a JSON line
 """
 
 import collections
@@ -87,10 +87,10 @@ def total(collectives: Mapping[str, Mapping[str, int]], what: str) -> int:
 
 
 def main(argv: list[str]) -> int:
-    from lt_adv import arguments
+    from lt_adv.cli import flags
 
     options, *config = argv[1:]
-    print(json.dumps(counted(arguments.parse(["counts", *config]).config, **json.loads(options))))
+    print(json.dumps(counted(flags.parse(["counts", *config]).config, **json.loads(options))))
     return 0
 
 

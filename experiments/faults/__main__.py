@@ -30,8 +30,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, here and in the runs
-
 import numpy as np
 
 from experiments.benchmark import record
@@ -39,8 +37,10 @@ from experiments.faults import campaign, disk
 from experiments.faults.points import POINTS, possible
 from experiments.faults.run import Pair, Run
 from experiments.options import Parser, name, one_of, positive, some
-from lt_adv import workdirs
-from lt_adv.platform import code_digest, commit
+from lt_adv.cli import workdirs
+from lt_adv.runtime.environment import code_digest, commit
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # before jax is imported, here and in the runs
 
 RESULTS = record.ROOT / "experiments" / "results" / "faults"
 EACH = 10  # faults of a point

@@ -28,13 +28,12 @@ import orbax.checkpoint as ocp
 import safetensors.numpy  # noqa: F401
 from etils import epath
 
-from lt_adv import export, main  # noqa: F401
+from lt_adv import main
 from lt_adv.data import cache
-from lt_adv.training import checkpoint, digests
-from lt_adv.training import step as steps
+from lt_adv.training import checkpoint, checksums, train_step
 
 LOCAL = type(epath.Path("/"))
-evaluate = importlib.import_module("lt_adv.evaluation.evaluate")  # the package has the function under this name
+evaluate = importlib.import_module("lt_adv.evaluation._evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,7 +126,7 @@ def _counted(injection: Injection, act: Callable[[], None]) -> Callable[..., Non
 
 
 def _each_step(come_by: Callable[[Any], None]) -> None:
-    make = steps.make_train_step
+    make = train_step.make_train_step
 
     def make_train_step(*args: Any, **options: Any) -> Any:
         step, init_window = make(*args, **options)
@@ -138,7 +137,7 @@ def _each_step(come_by: Callable[[Any], None]) -> None:
 
         return watched, init_window
 
-    steps.make_train_step = make_train_step
+    train_step.make_train_step = make_train_step
 
 
 def _trace(path: Path) -> None:
@@ -147,7 +146,7 @@ def _trace(path: Path) -> None:
 
     def step(state: Any) -> None:
         with jax.transfer_guard("allow"):
-            found = json.dumps(digests.digest(state), sort_keys=True)
+            found = json.dumps(checksums.digest(state), sort_keys=True)
             number = int(jax.device_get(state.step))
         file.write(json.dumps({"step": number, "digest": hashlib.sha256(found.encode()).hexdigest()[:16]}) + "\n")
 

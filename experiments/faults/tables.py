@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lt_adv.evaluation.write import table
+from lt_adv.evaluation.report import table
 
 COMMAND = "python -m experiments.faults"
 

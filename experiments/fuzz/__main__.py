@@ -28,8 +28,8 @@ from typing import Any
 from experiments.benchmark import record
 from experiments.fuzz import tables
 from experiments.options import Parser, one_of, positive, some
-from lt_adv.evaluation.write import table
-from lt_adv.platform import commit
+from lt_adv.evaluation.report import table
+from lt_adv.runtime.environment import commit
 
 START = 600  # seconds that a process may take to begin: one surface trains a small network first
 

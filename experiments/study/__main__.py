@@ -37,9 +37,10 @@ from experiments.benchmark import record
 from experiments.options import Parser, name, one_of, positive, some
 from experiments.study import findings, jobs, summary, sweep, tables
 from experiments.study.rows import PRESETS, ROWS, with_bases
-from lt_adv import arguments, files, lookup
-from lt_adv.evaluation.write import table
+from lt_adv.cli import flags
+from lt_adv.evaluation.report import table
 from lt_adv.main import one_line
+from lt_adv.runtime import atomic_io, registry
 
 RESULTS = readme.RESULTS
 
@@ -74,9 +75,9 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     parser.add_argument("--out", type=Path, default=RESULTS)
     options, overrides = parser.parse_known_args(argv)
     for given in overrides:
-        if not re.match(arguments.OVERRIDE, given):
+        if not re.match(flags.OVERRIDE, given):
             known = [f"--{option}" for option in vars(options)]
-            raise lookup.unknown("option", given.partition("=")[0], [*known, "--config.x.y=z"])
+            raise registry.unknown("option", given.partition("=")[0], [*known, "--config.x.y=z"])
     preset = PRESETS.get(options.preset)
     everything = preset and preset.rows or tuple(row for row in ROWS if not ROWS[row].varies)
     title = options.name or options.preset or options.dataset or "cifar10"
@@ -99,13 +100,13 @@ def check(study: jobs.Study) -> None:
     """ValueError where not one of the rows can be what is asked for; a row that cannot alone fails alone."""
     import jax
 
-    from lt_adv import check as checks
+    from lt_adv.cli import schema
 
     jax.config.update("jax_platforms", "cpu")  # of this process: devices belong to the runs
     refused = []
     for row in with_bases(study.rows):
         try:
-            checks.values(arguments.parse(jobs.command(study, jobs.Job(row, study.seeds[0], study.part))[1:]).config)
+            schema.values(flags.parse(jobs.command(study, jobs.Job(row, study.seeds[0], study.part))[1:]).config)
             return
         except ValueError as error:
             refused.append(f"row {row}: {error}")
@@ -123,7 +124,7 @@ def tabulate(study: jobs.Study) -> dict[str, Any]:
     pictures = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
     found = [tables.all_images(made), *tables.slices(made), *tables.verdicts(made), *findings.tables(made)]
     text = tables.page(made, found, pictures)
-    files.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
+    atomic_io.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
     return made
 
 

@@ -1,13 +1,13 @@
 """Another config, whose AutoAttack follows the radius of its pgd20.
 
-    python -m lt_adv.main --mode=eval --config=experiments/study/autoattack.py:configs/at.py:dataset=digits
-        --config.eval.only="('autoattack',)" --workdir=...
+python -m lt_adv.main --mode=eval --config=experiments/study/autoattack.py:configs/at.py:dataset=digits
+    --config.eval.only="('autoattack',)" --workdir=...
 """
 
-from lt_adv import arguments
+from lt_adv.cli import flags
 
 
 def get_config(arg=None):
-    c = arguments.load(arg or "")
+    c = flags.load(arg or "")
     c.eval.attacks.autoattack.eps = c.eval.attacks.pgd20.get_ref("eps")
     return c

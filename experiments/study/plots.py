@@ -12,9 +12,9 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.transforms import Bbox
 
+from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.plots import ACCENT, DARK, INK, LIGHT, MIDDLE, PALE, SOFT, blank, headline, style
 from lt_adv.evaluation.records import CLEAN, WORST
-from lt_adv.evaluation.report import title
 
 BASELINE = "at"
 COLUMNS = 5  # of small panels

@@ -6,7 +6,7 @@ PGD that becomes stronger on rescaled logits was held up by their scale, not by 
 evidence of any. Radius, step and number of steps are those of pgd20, and follow it.
 """
 
-from lt_adv import arguments
+from lt_adv.cli import flags
 
 SCALES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
@@ -17,7 +17,7 @@ def name(scale: float) -> str:
 
 
 def get_config(arg=None):
-    c = arguments.load(arg or "")
+    c = flags.load(arg or "")
     pgd = c.eval.attacks.pgd20
     followed = {option: pgd.get_ref(option) for option in ("eps", "step_size", "num_steps")}
     for scale in SCALES:

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import CLEAN, WORST
-from lt_adv.evaluation.report import title
-from lt_adv.evaluation.write import table
+from lt_adv.evaluation.report import table
 
 CONDITIONS = (CLEAN, "fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa", "autoattack")
 GROUPS = ("head", "body", "tail")

@@ -4,10 +4,11 @@
 pmap and shard_map; `compile` is the jitted form. Objectives are maximised: (logits, y) -> [batch].
 """
 
-from lt_adv.attacks.apgd import apgd, apgd_targeted
-from lt_adv.attacks.autoattack import autoattack
-from lt_adv.attacks.compiled import compile
-from lt_adv.attacks.fab import fab, fab_targeted
+from lt_adv.attacks._apgd import apgd, apgd_targeted
+from lt_adv.attacks._autoattack import autoattack
+from lt_adv.attacks._fab import fab, fab_targeted
+from lt_adv.attacks._jit import compile
+from lt_adv.attacks._square import square
 from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
 from lt_adv.attacks.objectives import (
     cross_entropy,
@@ -20,7 +21,6 @@ from lt_adv.attacks.objectives import (
     targeted_difference,
     targeted_dlr,
 )
-from lt_adv.attacks.square import square
 
 __all__ = [
     "apgd",

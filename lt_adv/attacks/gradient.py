@@ -33,9 +33,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import inputs, norms
-from lt_adv.attacks.convolutions import canonical
+from lt_adv.attacks.cpu_convolutions import canonical
+from lt_adv.attacks.initialization import starting_point
 from lt_adv.attacks.objectives import cross_entropy, margin
-from lt_adv.attacks.starts import starting_point
 
 LogitsFn = Callable[[Array], Array]
 Objective = Callable[[Array, Array], Array]

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_adv.attacks.slots import Done
+from lt_adv.attacks.continuous_batching import Done
 
 FIELDS = Done._fields
 

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lt_adv import files
+from lt_adv.runtime import atomic_io
 
 Examples = Iterator[tuple[int, dict[str, Any]]]
 """(original index, the fields image (an encoded stream), label and index) of each image."""
 VERSION = "1.0.0"  # of our TensorFlow-Datasets builders
 LARGEST = 200 << 20  # bytes of a member: the largest official one has 154 million
 NUMBERED = re.compile(r".*_([0-9]{1,9})\.JPEG")  # the name of an image of Tiny-ImageNet
-ARCHIVE_FORMATS = (files.GZIP, files.ZIP, files.DAMAGED_ZIP)
+ARCHIVE_FORMATS = (atomic_io.GZIP, atomic_io.ZIP, atomic_io.DAMAGED_ZIP)
 OFFLINE = "python -m lt_adv.main --config=configs/robal.py:dataset=digits"
 
 
@@ -77,14 +77,14 @@ def obtain(archive: Archive, folder: Path, download: bool) -> Path:
         )
     temporary = None
     try:
-        files.make_folder(folder)
+        atomic_io.make_folder(folder)
         handle, temporary = tempfile.mkstemp(prefix=f".{archive.file}.", dir=folder)
         with os.fdopen(handle, "wb") as file, urllib.request.urlopen(archive.url, timeout=60) as response:
             shutil.copyfileobj(response, file)
         check(archive, Path(temporary))
-        files.sync(temporary)
+        atomic_io.sync(temporary)
         os.replace(temporary, path)
-        files.sync(folder)
+        atomic_io.sync(folder)
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
         raise FileNotFoundError(
@@ -99,7 +99,7 @@ def obtain(archive: Archive, folder: Path, download: bool) -> Path:
 
 def check(archive: Archive, path: Path) -> None:
     """ValueError unless the file at `path` has the size and sha256 of the published archive."""
-    size, what = path.stat().st_size, files.format_of(path)
+    size, what = path.stat().st_size, atomic_io.format_of(path)
     if size != archive.size and what not in (None, *ARCHIVE_FORMATS):
         raise ValueError(f"{path} is {what}. Put the published archive there, from {archive.url}.")
     if size != archive.size:
@@ -118,7 +118,7 @@ def _safe(name: str) -> str:
 
 
 def _unreadable(path: Path, error: Exception) -> ValueError:
-    return ValueError(f"{path} is not a readable archive ({files.reason(path, error, *ARCHIVE_FORMATS)}).")
+    return ValueError(f"{path} is not a readable archive ({atomic_io.reason(path, error, *ARCHIVE_FORMATS)}).")
 
 
 def _small(name: str, size: int) -> None:

@@ -21,8 +21,8 @@ from pathlib import Path
 
 import numpy as np
 
-from lt_adv import files
 from lt_adv.data.dataset import ARRAYS, Dataset, Decoding, Source, Split, digest_of, sha256, whole
+from lt_adv.runtime import atomic_io
 
 VERSION = 1
 FULL_CHECK_BYTES = 512 << 20
@@ -47,7 +47,7 @@ def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> 
         try:
             return _open(folder, name)
         except Exception as error:  # a damaged .npy fails in many ways
-            log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, files.message(error))
+            log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, atomic_io.message(error))
     class_names, decodings = source.read()
     if odd := [name for name in class_names if name != name.encode(errors="replace").decode()]:
         raise ValueError(f"The class name {odd[0]!r} is no UTF-8, as reports are written: rename the class.")
@@ -82,12 +82,12 @@ def remembered(data_dir: Path, name: str, identity: object, compute: Callable[[]
     except FileNotFoundError:
         pass
     except Exception as error:  # a damaged zip fails in many ways
-        log.warning("%s is damaged (%s): it is made again.", path, files.reason(path, error, files.NPZ))
+        log.warning("%s is damaged (%s): it is made again.", path, atomic_io.reason(path, error, atomic_io.NPZ))
     arrays = compute()
     content = io.BytesIO()
     np.savez(content, **arrays)
     with contextlib.suppress(OSError):  # where nothing can be written they are found anew next time
-        files.write_atomically(path, content.getvalue())
+        atomic_io.write_atomically(path, content.getvalue())
     return arrays
 
 
@@ -111,7 +111,7 @@ def _open(folder: Path, name: str) -> Dataset:
 
 
 def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, Decoding]) -> None:
-    files.make_folder(folder.parent)
+    atomic_io.make_folder(folder.parent)
     _remove_stale(folder)
     needed = sum(math.prod(d.shape) for d in decodings.values())
     if needed > shutil.disk_usage(folder.parent).free:  # rather than to fill the disk first
@@ -128,7 +128,7 @@ def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, Deco
                 arrays[f"{split}_{field}"] = _write_array(path, array.shape, str(array.dtype), [array])
         meta = {"class_names": class_names, "arrays": arrays, "digest": digest_of(class_names, arrays)}
         (temporary / "meta.json").write_text(json.dumps(meta, indent=1))
-        files.sync_tree(temporary)
+        atomic_io.sync_tree(temporary)
         _publish(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -167,7 +167,7 @@ def _publish(temporary: Path, folder: Path) -> None:
     except OSError:
         if not folder.exists():
             raise
-    files.sync(folder.parent)
+    atomic_io.sync(folder.parent)
 
 
 def _remove_stale(folder: Path) -> None:

@@ -127,7 +127,5 @@ def _size_and_time(file: os.DirEntry) -> tuple[int, int]:
     """Bytes, and modification time in ns; a pipe or a device could be read forever."""
     about = file.stat()
     if not stat.S_ISREG(about.st_mode):
-        raise ValueError(
-            f"{file.path} is no file: an image folder has images and nothing else under such names."
-        )
+        raise ValueError(f"{file.path} is no file: an image folder has images and nothing else under such names.")
     return about.st_size, about.st_mtime_ns

@@ -12,8 +12,8 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lt_adv import files
 from lt_adv.data.dataset import Decoding
+from lt_adv.runtime import atomic_io
 
 MAX_PIXELS = 1 << 26  # below Pillow's own limit: a small file that claims more is a decompression bomb
 LARGEST = math.isqrt(MAX_PIXELS)  # side of a square that images are scaled to
@@ -116,7 +116,7 @@ def _reason(data: bytes, name: str, error: Exception) -> str:
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return f": it is a {image.format} image, and its name should end so"
     except Exception:  # as wherever Pillow reads what is not an image
-        what = files.format_of(data)
+        what = atomic_io.format_of(data)
         return f": it is {what}" if what else ""
 
 

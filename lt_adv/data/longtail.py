@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lt_adv import lookup
 from lt_adv.data.dataset import Dataset, LongTailed, listed
+from lt_adv.runtime import registry
 
 PROFILES = ("exponential", "step", "balanced", "none")
 ORIGINS = ("train", "unused")  # of a validation split
@@ -37,7 +37,7 @@ def class_counts(
     which is dropped.
     """
     if imbalance not in PROFILES[:3]:
-        raise lookup.unknown("imbalance", imbalance, PROFILES)
+        raise registry.unknown("imbalance", imbalance, PROFILES)
     if num_classes < 2:
         raise ValueError(f"A long tail needs at least 2 classes, not {num_classes}.")
     if imbalance == "balanced":
@@ -177,7 +177,7 @@ def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str,
     elif definition == "robustlt":
         first = last = len(counts) - round(0.8 * len(counts))
     else:
-        raise lookup.unknown("group definition", definition, GROUPS)
+        raise registry.unknown("group definition", definition, GROUPS)
     return {"head": ranked[:first], "body": ranked[first:last], "tail": ranked[last:]}
 
 

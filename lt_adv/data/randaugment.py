@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_adv.data import operations
-from lt_adv.data.operations import Operation
+from lt_adv.data import image_ops
+from lt_adv.data.image_ops import Operation
 
 BINS = 31  # magnitudes of RandAugment are 0 .. 30
-RANDAUGMENT = (*operations.SIGNED, *(name for name in operations.UNSIGNED if name != "invert"))
+RANDAUGMENT = (*image_ops.SIGNED, *(name for name in image_ops.UNSIGNED if name != "invert"))
 
 # The policy found on CIFAR-10 (Cubuk et al., CVPR 2019): 25 times two of (operation, probability, magnitude of 0 .. 9).
 AUTOAUGMENT = (
@@ -90,12 +90,12 @@ def autoaugment(keys: jax.Array, image: jax.Array) -> jax.Array:
 def _both_signs(rows: Iterable[tuple[str, Fraction]], image: jax.Array) -> Operation:
     """Rows 2 n and 2 n + 1 are the n-th operation at its level, and at minus that if it is signed."""
     height, width = image.shape[1:3]
-    signed = ((name, sign if name in operations.SIGNED else 1, level) for name, level in rows for sign in (1, -1))
-    return operations.stack([operations.operation(name, sign * level, height, width) for name, sign, level in signed])
+    signed = ((name, sign if name in image_ops.SIGNED else 1, level) for name, level in rows for sign in (1, -1))
+    return image_ops.stack([image_ops.operation(name, sign * level, height, width) for name, sign, level in signed])
 
 
 def _applied(table: Operation, rows: jax.Array, image: jax.Array) -> jax.Array:
     """rows [b, n] of the table, image [b, ...] -> the image after its n operations."""
     for row in rows.T:
-        image = jax.vmap(operations.apply)(image, Operation(*(jnp.asarray(column)[row] for column in table)))
+        image = jax.vmap(image_ops.apply)(image, Operation(*(jnp.asarray(column)[row] for column in table)))
     return image

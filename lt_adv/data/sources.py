@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from lt_adv import files
 from lt_adv.data import cache, images
 from lt_adv.data.dataset import Dataset, Decoding, Source, decoding, in_memory, labels, listed
 from lt_adv.data.folder import SPLITS, image_folder
+from lt_adv.runtime import atomic_io
 
 ARRAYS = ("train_image", "train_label", "test_image", "test_label", "class_names")  # of an .npz; the last is optional
 log = logging.getLogger(__name__)
@@ -101,7 +101,9 @@ def npz(path: Path, size: int | None = None) -> Source:
                 there = sorted(file.files)
                 arrays = {k: file[k] for k in ARRAYS if k in there}
         except Exception as error:  # a damaged zip fails in many ways
-            raise ValueError(f"{path} is not a readable .npz: {files.reason(path, error, files.NPZ)}.") from error
+            raise ValueError(
+                f"{path} is not a readable .npz: {atomic_io.reason(path, error, atomic_io.NPZ)}."
+            ) from error
         if missing := [k for k in ARRAYS[:-1] if k not in arrays]:
             raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(there) or 'none'}.")
         if other := [k for k, array in arrays.items() if not isinstance(array, np.ndarray)]:

@@ -16,9 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from lt_adv import files, lookup
 from lt_adv.data import archives, cache, images
 from lt_adv.data.dataset import Decoding, Source, labels
+from lt_adv.runtime import atomic_io, registry
 
 EMBEDDED = ("digits", "image_folder", "npz")
 LONG_PASS = 1 << 30  # bytes of a split from which on its labels are written down: they lie among the images
@@ -51,11 +51,11 @@ def _readable(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:  # the readers have no exception in common
-        if pointer := files.placeholder(folder):
+        if pointer := atomic_io.placeholder(folder):
             raise ValueError(f"{pointer}.") from error
         if not isinstance(error, RuntimeError):
             raise
-        raise ValueError(f"{folder} is damaged ({files.message(error)}): prepare it again.") from error
+        raise ValueError(f"{folder} is damaged ({atomic_io.message(error)}): prepare it again.") from error
 
 
 def _read_own(name: str, data_dir: Path, size: int | None, download: bool):
@@ -93,7 +93,9 @@ def _other(name: str, data_dir: Path, download: bool) -> Any:
         builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
         known = [*EMBEDDED, *archives.ARCHIVES]
-        message = f"{lookup.unknown('data set', name, known)} TensorFlow-Datasets has no image set of that name either."
+        message = (
+            f"{registry.unknown('data set', name, known)} TensorFlow-Datasets has no image set of that name either."
+        )
         raise ValueError(message) from error
     if not builder.is_prepared():
         if not _has_tensorflow():

@@ -1,13 +1,13 @@
 """From a trained network to a report: records of every prediction, and arithmetic, tables and plots on them."""
 
-from lt_adv.evaluation.evaluate import balanced_subset, evaluate, examples
+from lt_adv.evaluation._evaluate import balanced_subset, evaluate, examples
+from lt_adv.evaluation.attack_specs import split_digest, takes_all, weights_digest
+from lt_adv.evaluation.masking.diagnose import probe, probed
+from lt_adv.evaluation.masking.verdict import decide, figures
+from lt_adv.evaluation.metrics import accuracy, balanced_accuracy, compute_metrics, decomposition, summarise, warnings
 from lt_adv.evaluation.plots import main_attack
-from lt_adv.evaluation.protocol import split_digest, takes_all, weights_digest
 from lt_adv.evaluation.records import Records, digest, read
-from lt_adv.evaluation.reliability import probe, probed
-from lt_adv.evaluation.report import accuracy, balanced_accuracy, decomposition, metrics, summarise, warnings
-from lt_adv.evaluation.verdicts import figures, verdict
-from lt_adv.evaluation.write import accuracies, facts, literal, markdown, show, table, warned, write_report
+from lt_adv.evaluation.report import accuracies, facts, literal, markdown, show, table, warned, write_report
 
 __all__ = [
     "Records",
@@ -24,7 +24,7 @@ __all__ = [
     "literal",
     "main_attack",
     "markdown",
-    "metrics",
+    "compute_metrics",
     "probe",
     "probed",
     "read",
@@ -33,7 +33,7 @@ __all__ = [
     "summarise",
     "table",
     "takes_all",
-    "verdict",
+    "decide",
     "warned",
     "warnings",
     "weights_digest",

@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
-from lt_adv.evaluation.report import printable, title
+from lt_adv.evaluation.metrics import printable, title
 
 INK, SOFT, RULE = "#22303c", "#6b7a88", "#dfe4e8"
 LIGHT, MIDDLE, DARK, ACCENT = "#c3d1de", "#6d97bd", "#1e3a5c", "#c4553b"

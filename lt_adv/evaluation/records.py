@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from lt_adv import files
+from lt_adv.runtime import atomic_io
 
 WORST = "worst"
 CLEAN = "clean"
@@ -124,7 +124,7 @@ def folder(directory: epath.PathLike, header: Mapping[str, Any]) -> epath.Path:
 
 
 def write_header(where: epath.PathLike, header: Mapping[str, Any]) -> None:
-    files.write_atomically(epath.Path(where) / "header.json", json.dumps(plain(header), indent=1))
+    atomic_io.write_atomically(epath.Path(where) / "header.json", json.dumps(plain(header), indent=1))
 
 
 def read_header(where: epath.PathLike) -> dict[str, Any] | None:
@@ -146,7 +146,7 @@ def write_batch(where: epath.PathLike, number: int, columns: Mapping[str, np.nda
     """One batch of rows; attack columns are stored as `attack/<name>` so that no name can clash."""
     buffer = io.BytesIO()
     np.savez(buffer, **columns)
-    files.write_atomically(batch_path(where, number), buffer.getvalue())
+    atomic_io.write_atomically(batch_path(where, number), buffer.getvalue())
 
 
 def read_batch(where: epath.PathLike, number: int) -> dict[str, np.ndarray] | None:
@@ -177,7 +177,7 @@ def write_column(where: epath.PathLike, name: str, prediction: np.ndarray, notes
     """The predictions on all images under an attack that is not run batch by batch, and what it said of them."""
     buffer = io.BytesIO()
     np.savez(buffer, prediction=prediction, notes=np.array(notes, dtype=np.str_))
-    files.write_atomically(column_path(where, name), buffer.getvalue())
+    atomic_io.write_atomically(column_path(where, name), buffer.getvalue())
 
 
 def read_column(where: epath.PathLike, name: str) -> np.ndarray | None:

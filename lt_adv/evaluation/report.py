@@ -1,165 +1,244 @@
-"""The report as arithmetic on records: pure functions, no attack, no network, no file."""
+"""The report for readers: markdown for the paper, a table for the terminal, and the files of a report directory."""
 
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
+import rich.console
+import rich.table
+import rich.text
+from etils import epath
 
-from lt_adv.data import longtail
-from lt_adv.evaluation.records import CLEAN, WORST, Records, plain
+from lt_adv.evaluation import metrics, plots, records
+from lt_adv.evaluation.masking import plot
+from lt_adv.evaluation.metrics import printable, title
+from lt_adv.evaluation.records import WORST, Records
+from lt_adv.runtime import atomic_io
 
-CHANCE_SIGMAS = 3.0  # a balanced accuracy within this many standard errors of 1/C counts as chance level
-
-
-TITLES = {CLEAN: "Clean", WORST: "Worst case", "autoattack": "AutoAttack"}
-
-
-def title(condition: str) -> str:
-    """How a condition is printed: `pgd20` as PGD-20, `lsa` as LSA; long names as they are."""
-    if condition in TITLES:
-        return TITLES[condition]
-    letters, digits = re.fullmatch(r"(.*?)(\d*)", condition, re.DOTALL).groups()  # type: ignore[union-attr]
-    short = len(letters) <= 4 and letters.isalpha()
-    return "-".join(filter(None, (letters.upper(), digits))) if short else condition
+UNITS = {"eps": "radius", "step_size": "step"}
 
 
-UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+def percent(value: float | None) -> str:
+    return "n/a" if value is None else f"{100 * value:.2f}"
 
 
-def printable(text: str) -> str:
-    """A text in one line: control characters, such as line breaks, as in Python's repr."""
-    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
+def radius(value: float) -> str:
+    """A length to full precision and in /255: `0.031 = 7.905/255`, which is not 8/255."""
+    return f"{value!r} = {value * 255:.12g}/255"
 
 
-def share(part: float, whole: float) -> float | None:
-    """part / whole; None (null in JSON) of nothing, for example of a class without test images."""
-    return float(part) / float(whole) if whole else None
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def class_accuracy(records: Records, condition: str) -> np.ndarray:
-    """Accuracy of each class [C], NaN for a class without images."""
-    with np.errstate(invalid="ignore"):
-        return records.count(records.correct(condition)) / records.images_per_class
+def attack_line(attack: Mapping[str, Any]) -> str:
+    """One attack's protocol in words, from its header entry."""
+    parts = [attack["attack"].upper()]
+    parts += [f"{word} {radius(attack[length])}" for length, word in UNITS.items() if length in attack]
+    skipped = ("attack", *UNITS, *(f"{length}_255" for length in UNITS))
+    parts += [f"{name.replace('_', ' ')} {value}" for name, value in attack.items() if name not in skipped]
+    return ", ".join(parts)
 
 
-def accuracy(records: Records, condition: str, classes: Sequence[int] | None = None) -> float | None:
-    """Share of images that are right under a condition (clean, an attack, worst), of all or of some classes' images."""
-    chosen = slice(None) if classes is None else np.asarray(classes, int)
-    return share(records.count(records.correct(condition))[chosen].sum(), records.images_per_class[chosen].sum())
+def literal(text: str) -> str:
+    """Markdown that shows a name as it is, in one line; a blank one in quotes."""
+    return re.sub(r"[\\`*\[\]<>|$~&]|(?<!\w)_|_(?!\w)", r"\\\g<0>", printable(text) if text.strip() else repr(text))
 
 
-def balanced_accuracy(records: Records, condition: str) -> float:
-    """Mean over classes of the class accuracy; classes without test images are left out."""
-    return float(np.nanmean(class_accuracy(records, condition)))
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """A markdown table; the first `left` columns stand to the left, the others to the right."""
+    rule = [":--" if i < left else "--:" for i in range(len(head))]
+    return "\n".join("| " + " | ".join(map(_cell, row)) + " |" for row in (head, rule, *rows))
 
 
-def decomposition(records: Records, classes: Sequence[int] | None = None) -> dict[str, Any]:
-    """Images and shares of natural + boundary = robust error, over all or some classes.
+def _cell(text: str) -> str:
+    """In one line, with a backslash before each bar that would end the cell."""
+    return re.sub(r"(\\.)|\|", lambda match: match[1] or r"\|", printable(text))
 
-    natural: wrong clean; boundary: right clean, wrong under an attack; robust: wrong in the worst case. The counts add
-    up exactly, because an image that is wrong clean counts as wrong (Zhang et al., ICML 2019, eq. 1).
-    """
-    chosen = slice(None) if classes is None else np.asarray(classes, int)
-    images = int(records.images_per_class[chosen].sum())
-    errors = {
-        "natural": int(records.count(records.natural_error)[chosen].sum()),
-        "boundary": int(records.count(records.boundary_error)[chosen].sum()),
-        "robust": int(records.count(records.robust_error)[chosen].sum()),
+
+def _counts(counts: Sequence[int] | None) -> str | None:
+    """Training images per class; of many classes the range, for the table of classes names them all."""
+    if counts is None:
+        return None
+    listed = ", ".join(map(str, counts)) if len(counts) <= 20 else f"{max(counts)} to {min(counts)}"
+    return f"{listed} (total {sum(counts)}, ratio {max(counts) / max(min(counts), 1):.4g})"
+
+
+def facts(summary: Mapping[str, Any]) -> dict[str, str]:
+    """The header lines of the report: what was evaluated, how and with what; further plain entries come last."""
+    known = dict(summary["header"]) | dict(summary["context"])
+    sizes = sorted(set(known["images_per_class"]))
+    per_class = f"{sizes[0]} per class" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} per class"
+    seconds = known.pop("training_seconds", None)
+    versions = [f"{name.removesuffix('_version')} {known[name]}" for name in sorted(known) if name.endswith("_version")]
+    lines = {
+        "Model": known.pop("model", None),
+        "Method": known.pop("method", None),
+        "Dataset": known.pop("dataset", None),
+        "Images": f"{known['images']} ({per_class}), {known.pop('subset', None) or 'the whole test split'}",
+        "Class counts": _counts(known.pop("class_counts")),
+        "Class counts before the validation cut": _counts(known.pop("class_counts_before", None)),
+        "Checkpoint step": known.pop("checkpoint_step", None),
+        "Training time": None if seconds is None else duration(seconds),
+        "Seed": known.pop("seed", None),
+        "Device": known.pop("device"),
+        "Versions": ", ".join(versions),
     }
-    return {
-        "images": images,
-        **{f"{name}_errors": count for name, count in errors.items()},
-        **{f"{name}_error": share(count, images) for name, count in errors.items()},
-    }
+    shown = ("attacks", "images", "images_per_class", "class_names")
+    rest = {name: value for name, value in known.items() if name not in shown and not name.endswith("_version")}
+    lines |= {name.replace("_", " ").capitalize(): value for name, value in rest.items()}
+    return {name: str(value) for name, value in lines.items() if value is not None}
 
 
-def metrics(records: Records, groups: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
-    """All figures under their public names: `eval/pgd20/accuracy`, `.../balanced_accuracy`, `.../accuracy_tail`, ..."""
-    figures: dict[str, float | None] = {}
-    for condition in records.conditions:
-        figures[f"eval/{condition}/accuracy"] = accuracy(records, condition)
-        figures[f"eval/{condition}/balanced_accuracy"] = balanced_accuracy(records, condition)
-        for group, classes in groups.items():
-            figures[f"eval/{condition}/accuracy_{group}"] = accuracy(records, condition, classes)
-    for suffix, classes in {"": None, **{f"_{group}": ids for group, ids in groups.items()}}.items():
-        parts = decomposition(records, classes)
-        for error in ("natural_error", "boundary_error", "robust_error"):
-            figures[f"eval/{error}{suffix}"] = parts[error]
-    return figures
+def _figures(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    """Head and rows of the main table: a row per condition; a column for all, balanced and each group."""
+    groups = [name for name in summary["groups"] if name != "definition"]
+    columns = {"Accuracy": "accuracy", "Balanced": "balanced_accuracy"}
+    columns |= {group.capitalize(): f"accuracy_{group}" for group in groups}
+    rows = [
+        [title(name), *(percent(summary["metrics"][f"eval/{name}/{column}"]) for column in columns.values())]
+        for name in summary["conditions"]
+    ]
+    return ["", *columns], rows
 
 
-def warnings(records: Records) -> list[str]:
-    """What a reader must know before believing the figures: facts of the records with their thresholds."""
-    found = []
-    present = records.images_per_class[records.images_per_class > 0]
-    chance = 1 / records.num_classes
-    deviation = float(np.sqrt(np.sum(chance * (1 - chance) / present))) / len(present)
-    threshold = chance + CHANCE_SIGMAS * deviation
-    for condition in (CLEAN, WORST) if records.attacks else (CLEAN,):
-        value = balanced_accuracy(records, condition)
-        if value <= threshold:
-            found.append(
-                f"{condition}: balanced accuracy {100 * value:.2f} % is not above chance level "
-                f"(1/{records.num_classes} plus {CHANCE_SIGMAS:g} standard errors = {100 * threshold:.2f} %)."
-            )
-    for condition in (CLEAN, *records.attacks):
-        if undefined := int((records.prediction(condition) < 0).sum()):
-            found.append(f"{condition}: the logits of {undefined} images are not finite: they count as wrong.")
-    found += [f"{name}: {note}" for name, notes in records.notes.items() for note in notes]
-    predicted = np.bincount(records.clean[records.clean >= 0], minlength=records.num_classes)
-    never = [records.class_names[c] for c in np.flatnonzero((predicted == 0) & (records.images_per_class > 0))]
-    if never:
-        more = f" and {len(never) - 10} more" if len(never) > 10 else ""
-        found.append(
-            f"clean: {len(never)} of {records.num_classes} classes are never predicted on {len(records)} images: "
-            f"{', '.join(map(printable, never[:10]))}{more}."
-        )
-    for name in records.attacks:
-        if records.correct(CLEAN).any() and np.array_equal(records.clean, records.attacks[name]):
-            found.append(f"{name}: the attack changed no prediction at all; check its radius and the gradient.")
-    return found
+def warned(summary: Mapping[str, Any]) -> list[str]:
+    """The warnings, as lines of markdown."""
+    return [f"> **Warning.** {literal(warning)}" for warning in summary["warnings"]] + [""] * bool(summary["warnings"])
 
 
-def summarise(records: Records, class_counts: Sequence[int], definition: str = "thirds") -> dict[str, Any]:
-    """The whole report as a plain dict (JSON): header, groups, metrics, classes, decomposition, warnings.
+def accuracies(summary: Mapping[str, Any]) -> list[str]:
+    """The sections on accuracy and on the attacks, as lines of markdown."""
+    groups = {name: ids for name, ids in summary["groups"].items() if name != "definition"}
+    cut = "; ".join(f"{name}: {', '.join(map(literal, ids))}" for name, ids in groups.items())
+    attacks = [[title(name), attack_line(attack)] for name, attack in summary["header"]["attacks"].items()]
+    return [
+        "## Accuracy",
+        "",
+        table(*_figures(summary)),
+        "",
+        "In per cent. Worst case: right on the clean image and under every attack above. Balanced: mean over classes. "
+        f"Groups by training count (definition: {summary['groups']['definition']}). {cut}.",
+        "",
+        "## Attacks",
+        "",
+        table(["", "Protocol"], attacks, left=2),
+        "",
+        "Lengths in units of the [0, 1] pixel range. Every adversarial image was checked against both.",
+        "",
+    ]
 
-    Groups are cut by training `class_counts` [C] with the named `definition` (data.longtail.groups); figures of a group
-    count its images, so on a balanced test set they are the mean over its classes. Accuracies and errors are in [0, 1].
-    `classes` stands in order of training count. Errors: ValueError where `class_counts` and the class names differ in
-    number.
+
+def reliability(summary: Mapping[str, Any]) -> list[str]:
+    """The section on whether a gain over the baseline is real, as lines of markdown; none without a baseline."""
+    found = summary.get("reliability")
+    if found is None:
+        return []
+    verdict, protocol, sides = found["verdict"], found["protocol"], [found[side] for side in ("network", "baseline")]
+    rows = [[_attacked(name), *(percent(side["accuracy"][name]) for side in sides)] for name in sides[0]["accuracy"]]
+    rows += [[title(WORST), *(percent(side["worst"]) for side in sides)]]
+    last = f"{protocol['radii'][-1]:g}"
+    rows += [[f"PGD-{protocol['num_steps']}, radius {last}", *(percent(side["by_radius"][-1][1]) for side in sides)]]
+    rows += [["Images with zero input gradient", *(percent(side["zero_gradient"]) for side in sides)]]
+    rows += [["Largest logit minus second, median", *(f"{side['logit_lead']:.4g}" for side in sides)]]
+    return [
+        "## Is the gain real?",
+        "",
+        f"**{verdict['words']}**",
+        "",
+        *(f"- {line}" for line in (*verdict["reasons"], *verdict["notes"])),
+        "",
+        table(["", "This network", "Baseline"], rows),
+        "",
+        f"In per cent, on {protocol['images']} images that both networks were attacked on; radius "
+        f"{radius(protocol['eps'])}. The baseline is the run in {found['baseline_run']}. Worst case: here also under "
+        "PGD on rescaled logits. A figure counts where it is above the baseline's by three standard errors of the "
+        "paired differences.",
+        "",
+    ]
+
+
+def _attacked(name: str) -> str:
+    return {"square": "Square", "transfer": "Examples made on the baseline"}.get(name, title(name))
+
+
+def markdown(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
+    """The paper-ready report of `report.summarise`, with `context` in it; accuracies in per cent."""
+    lines = ["# Robustness under long-tailed data", "", *warned(summary)]
+    lines += [f"- **{name}:** {printable(value)}" for name, value in facts(summary).items()]
+    lines += ["", *accuracies(summary), *reliability(summary), "## Natural + boundary = robust error", ""]
+    errors = ("natural_error", "boundary_error", "robust_error")
+    rows = [
+        [name.capitalize(), str(part["images"]), *(percent(part[error]) for error in errors)]
+        for name, part in summary["decomposition"].items()
+    ]
+    lines += [table(["", "Images", "Natural", "Boundary", "Robust"], rows)]
+    lines += ["", "Boundary error: right on the clean image, wrong under an attack.", "", "## Classes", ""]
+    head = ["Class", "Training images", "Evaluated images", *map(title, summary["conditions"])]
+    head += ["Natural", "Boundary", "Robust"]
+    rows = [
+        [literal(row["name"]), str(row["class_count"]), str(row["images"])]
+        + [percent(value) for value in row["accuracy"].values()]
+        + [percent(row[error]) for error in errors]
+        for row in summary["classes"]
+    ]
+    lines += [table(head, rows), ""]
+    for caption, picture in (pictures or {}).items():
+        lines += [f"## {caption}", "", f"![{caption}]({picture})", ""]
+    return "\n".join(lines)
+
+
+def terminal(summary: Mapping[str, Any]) -> rich.table.Table:
+    """The main table for a terminal."""
+    head, rows = _figures(summary)
+    images = summary["header"]["images"]
+    shown = rich.table.Table(title=f"Accuracy in per cent, {images} images", title_justify="left")
+    for i, column in enumerate(head):
+        shown.add_column(rich.text.Text(column), justify="left" if i == 0 else "right")
+    for row in rows:
+        shown.add_row(*map(rich.text.Text, row), style="bold" if row[0] == title(WORST) else None)
+    return shown
+
+
+def show(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
+    """Print the table and the warnings."""
+    console = console or rich.console.Console()
+    console.print(terminal(summary))
+    for warning in summary["warnings"]:
+        console.print(f"warning: {warning}", highlight=False, markup=False, soft_wrap=True)
+    if found := summary.get("reliability"):
+        for line in (found["verdict"]["words"], *found["verdict"]["reasons"], *found["verdict"]["notes"]):
+            console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+
+def write_report(directory: epath.PathLike, results: Records, context: Mapping[str, Any]) -> dict[str, Any]:
+    """Write `report.json`, `report.md` and `plots/*.png` into `directory`; returns what report.json holds.
+
+    `context`: class_counts [C] of the training set (needed); optional class_counts_before (the validation cut), groups
+    (name of the definition, "thirds"), model, method, dataset, training_seconds, metrics (path of metrics.jsonl for the
+    training curves), examples (evaluate.examples, for the picture grid), reliability (what `baseline.judge` found); any
+    further plain entry becomes a line of the header.
     """
-    if len(class_counts) != records.num_classes:
-        raise ValueError(
-            f"class_counts has {len(class_counts)} entries, the records have {records.num_classes} classes."
-        )
-    cut = longtail.groups(np.asarray(class_counts), definition)
-    groups = {name: np.asarray(ids, int) for name, ids in cut.items() if len(ids)}
-    parts = {"all": None, **groups}
-    by_class = {condition: class_accuracy(records, condition) for condition in records.conditions}
-    classes = []
-    for c in np.argsort(-np.asarray(class_counts), kind="stable"):
-        figures = {name: None if np.isnan(values[c]) else float(values[c]) for name, values in by_class.items()}
-        classes.append(
-            {
-                "class": int(c),
-                "name": records.class_names[c],
-                "class_count": int(class_counts[c]),
-                "accuracy": figures,
-                **decomposition(records, [c]),
-            }
-        )
-    return plain(
-        {
-            "header": records.header,
-            "conditions": records.conditions,
-            "groups": {
-                "definition": definition,
-                **{name: [records.class_names[c] for c in ids] for name, ids in groups.items()},
-            },
-            "metrics": metrics(records, groups),
-            "decomposition": {name: decomposition(records, ids) for name, ids in parts.items()},
-            "classes": classes,
-            "warnings": warnings(records),
-        }
-    )
+    context = dict(context)
+    curves, examples = context.pop("metrics", None), context.pop("examples", None)
+    summary = metrics.summarise(results, context["class_counts"], context.pop("groups", "thirds"))
+    if (found := context.pop("reliability", None)) is not None:
+        summary["reliability"] = records.plain(found)
+    summary["context"] = records.plain(context)
+    drawn = {"Accuracy by class": plots.classes(summary), "Robust error": plots.errors(summary)}
+    if curves is not None and (history := plots.read_metrics(curves)):
+        drawn["Training curves"] = plots.curves(history)
+    if examples is not None:
+        drawn["Examples"] = plots.examples(examples, results.class_names, context["class_counts"])
+    if found is not None:
+        drawn["Reliability"] = plot.curves(found)
+    directory = epath.Path(directory)
+    pictures = {caption: f"plots/{caption.lower().replace(' ', '_')}.png" for caption in drawn}
+    for caption, figure in drawn.items():
+        atomic_io.write_atomically(directory / pictures[caption], plots.png(figure))
+    atomic_io.write_atomically(directory / "report.md", markdown(summary, pictures))
+    atomic_io.write_atomically(directory / "report.json", json.dumps(summary, indent=1, allow_nan=False))
+    return summary

@@ -6,6 +6,7 @@ is a scalar, in which no example has a share of its own.
 """
 
 from lt_adv.losses.batchwise import hierarchical_equalisation, tail_alignment, tail_alignment_released
+from lt_adv.losses.class_statistics import class_balanced_weights, ldam_margins, log_prior, rebalanced_weights
 from lt_adv.losses.classification import (
     balanced_softmax,
     class_dependent_temperature,
@@ -15,8 +16,13 @@ from lt_adv.losses.classification import (
     logit_adjustment,
     robal_margin,
 )
-from lt_adv.losses.pairs import distillation, kl_divergence, mart, soft_cross_entropy, squared_probability_distance
-from lt_adv.losses.priors import class_balanced_weights, ldam_margins, log_prior, rebalanced_weights
+from lt_adv.losses.consistency import (
+    distillation,
+    kl_divergence,
+    mart,
+    soft_cross_entropy,
+    squared_probability_distance,
+)
 
 __all__ = [
     "balanced_softmax",

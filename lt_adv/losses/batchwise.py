@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.losses import inputs, priors
+from lt_adv.losses import class_statistics, inputs
 
 
 @inputs.constants_allowed
@@ -105,14 +105,14 @@ def hierarchical_equalisation(
 
 def _pairs(labels: Array, class_counts: ArrayLike, features: Array) -> tuple[Array, Array]:
     """(same label, weight) of every pair, [batch, batch]."""
-    n, labels = priors.counts(class_counts, dtype=jnp.result_type(features)), jnp.asarray(labels)
+    n, labels = class_statistics.counts(class_counts, dtype=jnp.result_type(features)), jnp.asarray(labels)
     root = jnp.sqrt(n.sum() / n)[labels]
     return labels[:, None] == labels[None, :], root[:, None] + root[None, :]
 
 
 def _in_tail(tail: ArrayLike, class_counts: ArrayLike, labels: Array) -> Array:
     """bool [batch]: whether each label is of a tail class."""
-    tail, classes = jnp.asarray(tail), priors.counts(class_counts).shape
+    tail, classes = jnp.asarray(tail), class_statistics.counts(class_counts).shape
     if tail.shape != classes or tail.dtype != bool:
         raise ValueError(f"tail must be a mask of the tail classes, bool {classes}, got {tail.dtype} {tail.shape}.")
     return tail[jnp.asarray(labels)]
@@ -123,5 +123,5 @@ def _features(features: Array, labels: Array, class_counts: ArrayLike) -> Array:
     features = inputs.floats(features)
     if features.ndim != 2:
         raise ValueError(f"features must be [batch, d], got shape {features.shape}.")
-    inputs.check_labels(labels, len(features), priors.counts(class_counts).shape[0])
+    inputs.check_labels(labels, len(features), class_statistics.counts(class_counts).shape[0])
     return features

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.losses import inputs, priors
+from lt_adv.losses import class_statistics, inputs
 
 
 @inputs.constants_allowed
@@ -63,7 +63,7 @@ def ldam(
     inputs.check_numbers(max_margin=max_margin, scale=scale)
     logits = inputs.logits_of(logits, labels)
     n = _counts(class_counts, logits)
-    margins = priors.ldam_margins(n, max_margin, n.dtype)
+    margins = class_statistics.ldam_margins(n, max_margin, n.dtype)
     return cross_entropy(scale * (logits - _of_label(margins, logits, labels)), labels)
 
 
@@ -153,12 +153,12 @@ def _focal_term(log_p: Array, gamma: float) -> Array:
 
 
 def _counts(class_counts: ArrayLike, logits: Array) -> Array:
-    return priors.counts(class_counts, logits.shape[-1], jnp.result_type(logits))
+    return class_statistics.counts(class_counts, logits.shape[-1], jnp.result_type(logits))
 
 
 def _log_prior(class_counts: ArrayLike, logits: Array) -> Array:
     n = _counts(class_counts, logits)
-    return priors.log_prior(n, n.dtype)
+    return class_statistics.log_prior(n, n.dtype)
 
 
 def _of_label(per_class: Array, logits: Array, labels: Array) -> Array:

@@ -5,20 +5,20 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lt_adv import lookup
 from lt_adv.methods.base import Batch, Clock, Info, Method, Net, Stage
+from lt_adv.runtime import registry
 
 __all__ = ["Batch", "Clock", "Info", "Method", "Net", "Stage", "create", "method_class", "names"]
 
 
 def names() -> list[str]:
     """Every method that `config.method.name` can be."""
-    return lookup.names(__name__)
+    return registry.names(__name__)
 
 
 def method_class(name: str, package: str = __name__) -> type[Method]:
     """The one Method defined in `lt_adv/methods/<name>.py`, or in the module `name` of another package."""
-    module = lookup.module(package, name)
+    module = registry.module(package, name)
     found = [
         c
         for _, c in inspect.getmembers(module, inspect.isclass)
@@ -40,8 +40,8 @@ def create(options: Mapping[str, Any], **common: Any) -> Method:
     takes = {f.name: f for f in dataclasses.fields(cls) if f.name not in shared}
     for option, value in own.items():
         if option not in takes:
-            raise lookup.unknown(f"option of method {cls.__module__.rsplit('.', 1)[-1]}", option, takes)
+            raise registry.unknown(f"option of method {cls.__module__.rsplit('.', 1)[-1]}", option, takes)
         values = takes[option].metadata  # of `base.by_fidelity`, where None asks for one of them
         if not (values and value is None):
-            lookup.of_type(f"config.method.{option}", value, values.get("published", takes[option].default))
+            registry.of_type(f"config.method.{option}", value, values.get("published", takes[option].default))
     return cls(**common, **own)

@@ -8,9 +8,9 @@ from typing import Any
 import flax.linen as nn
 import jax.numpy as jnp
 
-from lt_adv import lookup
 from lt_adv.models import heads, resnet, wide_resnet
 from lt_adv.models.layers import Array
+from lt_adv.runtime import registry
 
 BACKBONES: Mapping[str, Callable[..., nn.Module]] = {
     "wide_resnet": wide_resnet.WideResNet,
@@ -61,7 +61,7 @@ def create(model_config: Mapping[str, Any], num_classes: int, axis_name: str | N
     head_config = options.pop("head", {"name": "linear"})
     dtype_name = options.pop("dtype", "float32")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
-        raise lookup.unknown("model dtype", dtype_name, DTYPES)
+        raise registry.unknown("model dtype", dtype_name, DTYPES)
     if num_classes < 2:
         raise ValueError(f"A classifier needs at least 2 classes, not {num_classes}.")
     dtype = DTYPES[dtype_name]
@@ -78,5 +78,5 @@ def _build(
         choice: {name: p.default for name, p in inspect.signature(module).parameters.items() if name not in reserved}
         for choice, module in choices.items()
     }
-    name, options = lookup.options(kind, config, takes)
+    name, options = registry.options(kind, config, takes)
     return choices[name](**options, **given)

@@ -30,9 +30,7 @@ class ResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        conv, norm = conv_and_norm(
-            dtype=self.dtype, axis_name=self.axis_name, train=train, kernel_init=fan_in_uniform
-        )
+        conv, norm = conv_and_norm(dtype=self.dtype, axis_name=self.axis_name, train=train, kernel_init=fan_in_uniform)
         x = nn.relu(norm(name="bn1")(conv(WIDTHS[0], 3, name="conv1")(x)))
         for name, width, stride in residual_plan(WIDTHS, blocks=2):
             x = Block(width, stride, conv, norm, name=name)(x)
@@ -50,9 +48,7 @@ class PreActResNet18(nn.Module):
 
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
-        conv, norm = conv_and_norm(
-            dtype=self.dtype, axis_name=self.axis_name, train=train, kernel_init=fan_in_uniform
-        )
+        conv, norm = conv_and_norm(dtype=self.dtype, axis_name=self.axis_name, train=train, kernel_init=fan_in_uniform)
         x = conv(WIDTHS[0], 3, name="conv1")(x)
         for name, width, stride in residual_plan(WIDTHS, blocks=2):
             x = PreActivationBlock(width, stride, conv, norm, name=name)(x)

@@ -13,7 +13,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from lt_adv import files, lookup
+from lt_adv.runtime import atomic_io, registry
 
 State = dict[str, np.ndarray]
 
@@ -27,13 +27,13 @@ def load(path: str | pathlib.Path) -> State:
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix not in READERS:
-        raise lookup.unknown("kind of weights", path.suffix, READERS)
+        raise registry.unknown("kind of weights", path.suffix, READERS)
     if not path.is_file():
         raise FileNotFoundError(f"There is no file of weights {path}.")
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty.")
     read, formats = READERS[path.suffix]
-    what = files.format_of(path)
+    what = atomic_io.format_of(path)
     if what and what not in formats:
         suffixes = [suffix for suffix, (_, others) in READERS.items() if what in others]
         hint = f": a name that ends in {suffixes[0]} would say so" if suffixes else ""
@@ -43,7 +43,7 @@ def load(path: str | pathlib.Path) -> State:
     except (ImportError, PermissionError):
         raise
     except Exception as error:  # the readers have no exception in common: a damaged file raises almost anything
-        raise ValueError(f"{path} cannot be imported: {files.reason(path, error, *formats)}") from error
+        raise ValueError(f"{path} cannot be imported: {atomic_io.reason(path, error, *formats)}") from error
     if not state:
         raise ValueError(f"{path} holds no tensors.")
     return state
@@ -135,7 +135,7 @@ def _safetensors(path: pathlib.Path) -> State:
 
 # Suffix -> (reader, the formats that such a file may have).
 READERS: Mapping[str, tuple[Callable[[pathlib.Path], State], Sequence[str]]] = {
-    **dict.fromkeys((".pt", ".pth", ".pkl", ".tar"), (_torch, (files.TORCH, files.PICKLE))),
-    ".npz": (_npz, (files.NPZ,)),
-    ".safetensors": (_safetensors, (files.SAFETENSORS,)),
+    **dict.fromkeys((".pt", ".pth", ".pkl", ".tar"), (_torch, (atomic_io.TORCH, atomic_io.PICKLE))),
+    ".npz": (_npz, (atomic_io.NPZ,)),
+    ".safetensors": (_safetensors, (atomic_io.SAFETENSORS,)),
 }

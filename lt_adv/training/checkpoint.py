@@ -16,8 +16,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
-from lt_adv import files, lookup, processes
-from lt_adv.training.digests import differing, known, sealed
+from lt_adv.runtime import atomic_io, distributed, registry
+from lt_adv.training.checksums import differing, known, sealed
 
 TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
 VARIABLES = ("params", "batch_stats")
@@ -39,9 +39,9 @@ class Synced(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def _publish(written: epath.Path, final: epath.Path) -> None:
-    files.sync_tree(written)
+    atomic_io.sync_tree(written)
     written.rename(final)
-    files.sync(final.parent)
+    atomic_io.sync(final.parent)
 
 
 def _options(keep: int, best: str | None, directory: epath.Path) -> ocp.CheckpointManagerOptions:
@@ -67,7 +67,7 @@ class Checkpoints:
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, best_metric: str | None = None):
         self.directory = epath.Path(directory)
         self._best_metric = best_metric
-        files.make_folder(self.directory)
+        atomic_io.make_folder(self.directory)
         self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best_metric, self.directory))
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
@@ -128,7 +128,7 @@ class Checkpoints:
             raise  # a store that does not answer has damaged nothing
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             failure = error
-        if not processes.agree(failure is None):
+        if not distributed.agree(failure is None):
             reason = _unreadable(failure, self.directory / str(step)) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
         if wrong := differing(state, meta):
@@ -149,9 +149,9 @@ class Checkpoints:
                 errors.append(str(error))
                 continue
             if errors:
-                if processes.first():
+                if distributed.first():
                     self._put_aside(list(zip(reversed(self.steps()), errors, strict=False)), step)
-                processes.wait("damaged checkpoints are moved")
+                distributed.wait("damaged checkpoints are moved")
                 self._manager.reload()
             return restored
         if errors:
@@ -164,7 +164,7 @@ class Checkpoints:
         for step, text in damaged:
             aside = self.directory.parent.parent / "damaged" / f"{self.directory.name}-{step}"
             logging.warning("%s: moved to %s, going on from checkpoint %d.", text, aside, kept)
-            files.make_folder(aside.parent)
+            atomic_io.make_folder(aside.parent)
             if aside.exists():
                 aside.rmtree()
             (self.directory / str(step)).rename(aside)
@@ -172,7 +172,7 @@ class Checkpoints:
 
 def _unreadable(error: BaseException, checkpoint: epath.Path) -> str:
     """Why a checkpoint could not be read: its files are placeholders, or the error."""
-    return files.placeholder(checkpoint) or _first_line(error)
+    return atomic_io.placeholder(checkpoint) or _first_line(error)
 
 
 def _first_line(error: BaseException) -> str:
@@ -196,7 +196,7 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
             raise ValueError(f"{root} has no best checkpoint: the run had no config.data.validation_per_class.")
         found = [(found[-1][0], best)]
     elif which != "last":
-        raise lookup.unknown("config.eval.checkpoint", which, ("last", "best"))
+        raise registry.unknown("config.eval.checkpoint", which, ("last", "best"))
     errors = []
     for stage, step in reversed(found):
         try:

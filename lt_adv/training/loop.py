@@ -12,13 +12,13 @@ from etils import epath
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
-from lt_adv import data, processes
+from lt_adv import data
 from lt_adv.data import longtail
-from lt_adv.training import logging, program
-from lt_adv.training import mesh as meshes
+from lt_adv.runtime import distributed
+from lt_adv.training import metric_logging, sharding, stage_builder
 from lt_adv.training.checkpoint import BEST, Checkpoints
-from lt_adv.training.monitor import Monitor
-from lt_adv.training.step import ends_window
+from lt_adv.training.train_step import ends_window
+from lt_adv.training.validation_hook import Monitor
 
 
 class Preempted(Exception):
@@ -61,23 +61,23 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
     Raises Preempted after a SIGTERM, resumable at that step, and NonFinite when training diverges: the checkpoints
     before stay, but the same command would diverge again.
     """
-    lines = logging.Lines(workdir / "metrics.jsonl")
-    speed = logging.Lines(workdir / "timing.jsonl")
+    lines = metric_logging.Lines(workdir / "metrics.jsonl")
+    speed = metric_logging.Lines(workdir / "timing.jsonl")
     previous: Any = None
     names: list[str] = []
     seconds = 0.0
     with StopSignal() as stop:
-        for number, stage in enumerate(program.stages(config)):
-            built = program.build(number, stage, config, dataset, mesh, previous)
+        for number, stage in enumerate(stage_builder.stages(config)):
+            built = stage_builder.build(number, stage, config, dataset, mesh, previous)
             state, seconds = _run(built, workdir, lines, speed, names, stop, seconds)
-            previous = jax.device_get(processes.everywhere(state.variables, processes.replicated(mesh)))
+            previous = jax.device_get(distributed.everywhere(state.variables, distributed.replicated(mesh)))
             names.append(built.name)
         lines.write()  # whole again, whatever became of the file
         if stop.is_set():  # after the last step, whose checkpoint is there
             raise Preempted("SIGTERM: training is finished and saved. The same command goes on with the evaluation.")
 
 
-def _monitors(built: program.Program) -> dict[str, Monitor]:
+def _monitors(built: stage_builder.Program) -> dict[str, Monitor]:
     """By name: "train", clean, on a fixed sample of the training images; "valid", clean and PGD-20, on that split."""
     config, split = built.config, built.data
     key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 99)
@@ -108,18 +108,24 @@ def _watch(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict
 
 
 def _run(
-    built: program.Program, workdir: epath.Path, lines, speed, earlier: list[str], stop: StopSignal, seconds: float
+    built: stage_builder.Program,
+    workdir: epath.Path,
+    lines,
+    speed,
+    earlier: list[str],
+    stop: StopSignal,
+    seconds: float,
 ) -> tuple[Any, float]:
     """One stage, to its end; returns its last state, and `seconds`, those of the stages before, with its own added."""
     config, per_epoch, total = built.config, built.info.steps_per_epoch, built.num_steps
     best = BEST if built.data.validation is not None else None
     checkpoints = Checkpoints(workdir / "checkpoints" / built.name, keep=config.checkpoint.keep, best_metric=best)
     state = built.first_state()
-    processes.same("The training set", built.data.digest)
+    distributed.same("The training set", built.data.digest)
     restored = checkpoints.restore_latest(state, built.mesh)
     if restored is not None:
         state, meta = restored
-        state = meshes.at_home(state, built.mesh, config.parallel)
+        state = sharding.at_home(state, built.mesh, config.parallel)
         seconds = meta.get("seconds", 0.0)
         lines.put_back(meta.get("lines", lines.rows))  # older checkpoints have none
         _same_run(built, meta, workdir)
@@ -128,11 +134,11 @@ def _run(
         checkpoints.close()
         return state, seconds
     if restored is not None:
-        logging.console.print(f"Resumed {built.name} at step {first} of {total}.")
+        metric_logging.console.print(f"Resumed {built.name} at step {first} of {total}.")
     for log in (lines, speed):
         log.keep(first, built.name, earlier)
     monitors = _monitors(built)
-    boards = [logging.TensorBoard(workdir)] if config.log.tensorboard and processes.first() else []
+    boards = [metric_logging.TensorBoard(workdir)] if config.log.tensorboard and distributed.first() else []
     saved = first if restored is not None else None
     best_so_far = max((row[best] for row in lines.rows if row["stage"] == built.name and best in row), default=-1.0)
     clock, mark = time.perf_counter(), first
@@ -143,11 +149,11 @@ def _run(
         nonlocal saved
         meta = {"step": step, "seconds": seconds, "lines": list(lines.rows), **_identity(built)}
         metrics = {best: row[best]} if best and best in row else None
-        checkpoints.save(step, meshes.of_all(state, built.mesh, config.parallel), meta, metrics)
+        checkpoints.save(step, sharding.of_all(state, built.mesh, config.parallel), meta, metrics)
         saved = step
 
     with (
-        logging.Progress(built.name, built.info.epochs, per_epoch, config.optim.batch_size, first) as progress,
+        metric_logging.Progress(built.name, built.info.epochs, per_epoch, config.optim.batch_size, first) as progress,
         built.feed.batches(first, total) as batches,
     ):
         for step, batch in zip(range(first, total), batches, strict=False):
@@ -164,7 +170,7 @@ def _run(
             now = time.perf_counter()
             rate, seconds = (done - mark) * config.optim.batch_size / (now - clock), seconds + now - clock
             if epoch_ended:
-                watched = processes.everywhere(state.evaluated, processes.replicated(built.mesh))
+                watched = distributed.everywhere(state.evaluated, distributed.replicated(built.mesh))
                 row |= _watch(monitors, watched, epoch % config.log.validate_every_epochs == 0 or done == total)
             if ends_window(step, per_epoch, config.log.every_steps):
                 for log in (lines, *boards):
@@ -183,11 +189,11 @@ def _run(
     return state, seconds
 
 
-def _identity(built: program.Program) -> dict[str, Any]:
+def _identity(built: stage_builder.Program) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to."""
     return {
         "stage": built.name,
-        "stages": len(program.stages(built.config)),
+        "stages": len(stage_builder.stages(built.config)),
         "total_steps": built.num_steps,
         "class_counts": built.info.class_counts.tolist(),
         "data_digest": built.data.digest,
@@ -196,7 +202,7 @@ def _identity(built: program.Program) -> dict[str, Any]:
     }
 
 
-def _same_run(built: program.Program, meta: dict[str, Any], workdir: epath.Path) -> None:
+def _same_run(built: stage_builder.Program, meta: dict[str, Any], workdir: epath.Path) -> None:
     """ValueError if the images are others than those of the checkpoint; a word if the bits may differ."""
     now = _identity(built)
     if meta.get("data_digest") != now["data_digest"]:
@@ -204,7 +210,9 @@ def _same_run(built: program.Program, meta: dict[str, Any], workdir: epath.Path)
     for name in ("devices", "jax_version"):
         if meta.get(name) != now[name]:
             text = f"{name.replace('_', ' ')} was {meta.get(name)} and is {now[name]}"
-            logging.console.print(f"Note: {text}: the numbers will be close to those of an unbroken run, not equal.")
+            metric_logging.console.print(
+                f"Note: {text}: the numbers will be close to those of an unbroken run, not equal."
+            )
 
 
 def _check_finite(row: dict[str, float], step: int, saved: int | None, checkpoints: Checkpoints) -> None:

@@ -14,10 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_adv import attacks
-from lt_adv.attacks import slots
+from lt_adv.attacks import _fab, continuous_batching
 from tests.attacks.conftest import load
 
-fab = sys.modules["lt_adv.attacks.fab"]  # the package has a function under this name
 VARIANTS = {
     "plain": lambda logits_fn: logits_fn,
     "scaled_1e4": lambda logits_fn: lambda x: 1e4 * logits_fn(x),
@@ -27,7 +26,7 @@ VARIANTS = {
 
 def watched(taken):
     """`slots.run`, which notes in `taken` how many steps each image took."""
-    plain = slots.run
+    plain = continuous_batching.run
 
     def run(*args, **options):
         for done in plain(*args, **options):
@@ -37,7 +36,7 @@ def watched(taken):
     return run
 
 
-class Patient(fab.State):
+class Patient(_fab.State):
     """Of FAB: broken when its round is over."""
 
     @property
@@ -49,14 +48,14 @@ def main(head, variant, out, *names):
     net = load(head)
     x, y = net.x, net.y
     logits_fn, found = VARIANTS[variant](net.logits_fn), {}
-    run = slots.run
-    fab.State = Patient if variant == "plain" else fab.State
+    run = continuous_batching.run
+    _fab.State = Patient if variant == "plain" else _fab.State
     for name in names:
         taken = np.zeros(len(x))
-        slots.run = watched(taken)
+        continuous_batching.run = watched(taken)
         options = {"eps": net.info["eps"], "version": (name,), "batch_size": 500}
         result = attacks.autoattack(jax.random.key(0), logits_fn, x, y, **options)
-        slots.run = run
+        continuous_batching.run = run
         found[f"{name}.robust"] = result.robust
         if name == "fab-t":
             found["fab-t.linf"] = np.abs(result.x_adv - x).max((1, 2, 3))

@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lt_adv import attacks
-from lt_adv.attacks import slots
-from lt_adv.attacks.autoattack import ATTACKS
+from lt_adv.attacks import continuous_batching
+from lt_adv.attacks._autoattack import ATTACKS
 from tests.attacks.test_gradient import distance
 
 KEY = jax.random.key(3)
@@ -203,7 +203,7 @@ class Stop(Exception): ...
 
 def interrupted(monkeypatch, after):
     """The slots, stopped when that many images are done."""
-    plain = slots.run
+    plain = continuous_batching.run
 
     def run(*args, **options):
         count = 0
@@ -213,8 +213,8 @@ def interrupted(monkeypatch, after):
             if count >= after:
                 raise Stop
 
-    monkeypatch.setattr(slots, "run", run)
-    return lambda: monkeypatch.setattr(slots, "run", plain)
+    monkeypatch.setattr(continuous_batching, "run", run)
+    return lambda: monkeypatch.setattr(continuous_batching, "run", plain)
 
 
 def test_goes_on_after_an_interruption(short, monkeypatch, tmp_path):
@@ -232,7 +232,7 @@ def test_goes_on_after_an_interruption(short, monkeypatch, tmp_path):
     np.testing.assert_array_equal(result.x_adv, whole.x_adv)
     np.testing.assert_array_equal(result.broken_by, whole.broken_by)
     assert result.accuracy == whole.accuracy
-    monkeypatch.setattr(slots.Programs, "advance", None)  # all is known: no step is taken
+    monkeypatch.setattr(continuous_batching.Programs, "advance", None)  # all is known: no step is taken
     again = run(resume=str(tmp_path / "a"))
     np.testing.assert_array_equal(again.robust, whole.robust)
     assert again.evaluations == whole.evaluations
@@ -253,13 +253,13 @@ def test_one_compilation_and_weights_that_are_arguments(short, caplog):
     def apply(weights, x):
         return jnp.tanh(x.reshape(len(x), -1) @ weights[0]) @ weights[1]
 
-    slots.programs.cache_clear()
+    continuous_batching.programs.cache_clear()
     run = partial(attacks.autoattack, KEY, x=X, y=Y, eps=0.08, version=("apgd-ce",), batch_size=8)
     with jax.log_compiles():
         first, other = (run(logits_fn=jax.tree_util.Partial(apply, (HIDDEN * c, OUT))) for c in (1, 0.99))
     assert sum("Finished XLA compilation of jit(advance)" in line for line in caplog.messages) == 1
     assert not np.array_equal(first.x_adv, other.x_adv)
-    closed = slots.network(lambda x: apply((HIDDEN, OUT), x), X[0], 8, False, None)
+    closed = continuous_batching.network(lambda x: apply((HIDDEN, OUT), x), X[0], 8, False, None)
     shapes = {leaf.shape for leaf in jax.tree.leaves(closed.call)}
     assert {HIDDEN.shape, OUT.shape} <= shapes
 

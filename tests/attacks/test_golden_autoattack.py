@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from lt_adv import attacks
-from lt_adv.attacks.apgd import apgd_program, apgd_targeted_program, starting_state
-from lt_adv.attacks.fab import fab_targeted_program
+from lt_adv.attacks._apgd import apgd_program, apgd_targeted_program, starting_state
+from lt_adv.attacks._fab import fab_targeted_program
 
 pytestmark = pytest.mark.usefixtures("float64")
 BOX = (0.0, 1.0)

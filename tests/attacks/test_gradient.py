@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from lt_adv import attacks
-from lt_adv.attacks.starts import STARTS, example_keys
+from lt_adv.attacks.initialization import STARTS, example_keys
 
 SHAPE, CLASSES = (4, 4, 2), 5
 ITERATIVE = {"pgd": attacks.pgd, "mim": partial(attacks.mim, decay=0.9), "cw": attacks.cw}

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from lt_adv import attacks, losses
-from lt_adv.attacks import norms, slots
-from lt_adv.attacks.starts import example_keys, threefry
+from lt_adv.attacks import continuous_batching, norms
+from lt_adv.attacks.initialization import example_keys, threefry
 from tests.attacks.few_steps import ATTACKS, GRADIENT, KEY, STEPS, WEIGHT, X, Y, network, wrong
 
 # Gradients and logits that are not finite
@@ -250,8 +250,8 @@ def test_functions_made_anew_keep_a_bounded_number_of_programs(kind):
         else:
             ATTACKS[kind](KEY, logits_fn, X[:8], Y[:8], eps=0.01)
 
-    slots.programs.cache_clear()
-    limit = slots.programs.cache_parameters()["maxsize"] if kind == "partial" else 0
+    continuous_batching.programs.cache_clear()
+    limit = continuous_batching.programs.cache_parameters()["maxsize"] if kind == "partial" else 0
     for i in range(limit + 1):
         call(i)
     before = executables()
@@ -264,9 +264,9 @@ def test_a_partial_compiles_nothing_again():
     apply, other = lambda w, x: x.reshape(len(x), -1) @ w, 2 * WEIGHT
     run = partial(attacks.autoattack, KEY, x=X[:8], y=Y[:8], eps=0.01, version=("apgd-ce",), devices=jax.devices()[:1])
     run(logits_fn=jax.tree_util.Partial(apply, WEIGHT))
-    misses, compiled = slots.programs.cache_info().misses, executables()
+    misses, compiled = continuous_batching.programs.cache_info().misses, executables()
     run(logits_fn=jax.tree_util.Partial(apply, other))
-    assert (slots.programs.cache_info().misses, executables()) == (misses, compiled)
+    assert (continuous_batching.programs.cache_info().misses, executables()) == (misses, compiled)
 
 
 def test_a_network_that_closes_over_traced_weights():

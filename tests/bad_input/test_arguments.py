@@ -8,7 +8,7 @@ import jax
 import pytest
 
 from lt_adv import main
-from lt_adv import run as runs
+from lt_adv.cli import run as runs
 from lt_adv.training import loop
 from tests.bad_input.conftest import DIGITS, ROOT
 
@@ -244,7 +244,7 @@ def test_what_the_machine_does(answer, monkeypatch, tmp_path, error, words):
 
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr("lt_adv.processes.joined", lambda: words == LOST)
+    monkeypatch.setattr("lt_adv.runtime.distributed.joined", lambda: words == LOST)
     monkeypatch.setattr(main, "leave_alone", lambda _: None)
     printed = answer(DIGITS)
     assert re.search(words, printed) and "Trace" not in printed

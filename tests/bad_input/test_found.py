@@ -15,7 +15,7 @@ from PIL import Image
 from lt_adv import main
 from lt_adv.data import cache, load
 from lt_adv.evaluation import plots, records
-from lt_adv.training.digests import known
+from lt_adv.training.checksums import known
 from tests.bad_input.conftest import DIGITS, ROOT
 from tests.bad_input.test_runs import TINY
 

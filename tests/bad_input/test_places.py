@@ -10,8 +10,9 @@ import pytest
 from jax.sharding import Mesh
 from PIL import Image
 
-from lt_adv import files, main
-from lt_adv import run as runs
+from lt_adv import main
+from lt_adv.cli import run as runs
+from lt_adv.runtime import atomic_io
 from tests.bad_input.conftest import DIGITS
 
 
@@ -67,7 +68,7 @@ def test_class_without_training_images(answer, tmp_path):
 
 
 def test_batch_that_the_devices_cannot_share(answer, monkeypatch):
-    monkeypatch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()), ("data",)))
+    monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()), ("data",)))
     printed = answer(DIGITS, "--config.optim.batch_size=65")
     assert "config.optim.batch_size = 65 is not a multiple of the 8 devices" in printed
 
@@ -84,7 +85,7 @@ def test_config_cannot_be_stored(answer, monkeypatch, tmp_path, number):
     def fail(path, text):
         raise OSError(number, os.strerror(number), str(path))
 
-    monkeypatch.setattr(files, "write_atomically", fail)
+    monkeypatch.setattr(atomic_io, "write_atomically", fail)
     assert f"run cannot be written ({os.strerror(number)}): change that, or use another --workdir" in answer(DIGITS)
 
 

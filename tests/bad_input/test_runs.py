@@ -18,7 +18,7 @@ import pytest
 from jax.sharding import Mesh
 
 from lt_adv import main
-from lt_adv import run as runs
+from lt_adv.cli import run as runs
 from lt_adv.training import loop
 
 
@@ -26,7 +26,7 @@ from lt_adv.training import loop
 def one_device():
     """Compiling for eight takes twice as long."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         yield
 
 

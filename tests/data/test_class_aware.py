@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_adv.data import class_aware, longtail, resident
+from lt_adv.data import class_aware, device_dataset, longtail
 
 COUNTS = longtail.class_counts(10, 5000, imbalance_ratio=50.0)  # CIFAR-10-LT
 LABEL = np.random.default_rng(0).permutation(np.repeat(np.arange(10), COUNTS))
@@ -18,9 +18,9 @@ STEPS = 10 * 5000 // 64
 
 def drawn(label=LABEL, batch_size=64, cycles=True):
     """(epoch, steps) -> rows [steps, batch] of a run."""
-    classes = {k: jnp.asarray(v) for k, v in resident.class_table(label, int(label.max()) + 1).items()}
+    classes = {k: jnp.asarray(v) for k, v in device_dataset.class_table(label, int(label.max()) + 1).items()}
     options = {"num_examples": len(label), "batch_size": batch_size, "classes": classes, "cycles": cycles}
-    rows = jax.jit(jax.vmap(partial(resident.drawn, KEY, **options), (None, 0)))
+    rows = jax.jit(jax.vmap(partial(device_dataset.drawn, KEY, **options), (None, 0)))
     return lambda epoch, steps: np.asarray(rows(epoch, jnp.asarray(steps, jnp.int32)))
 
 
@@ -70,9 +70,14 @@ def test_a_batch_is_a_function_of_its_number_and_the_key(epochs):
     for epoch, step in ((1, 700), (0, 3), (1, 0)):
         np.testing.assert_array_equal(rows(epoch, [step])[0], epochs[epoch, step])
     assert not np.array_equal(epochs[0], epochs[1]) and rows(0, [0]).dtype == np.int32
-    options = {"num_examples": len(LABEL), "batch_size": 64, "classes": resident.class_table(LABEL, 10), "cycles": True}
-    np.testing.assert_array_equal(resident.drawn(KEY, 1, 700, **options), epochs[1, 700])
-    assert not np.array_equal(resident.drawn(jax.random.key(6), 1, 700, **options), epochs[1, 700])
+    options = {
+        "num_examples": len(LABEL),
+        "batch_size": 64,
+        "classes": device_dataset.class_table(LABEL, 10),
+        "cycles": True,
+    }
+    np.testing.assert_array_equal(device_dataset.drawn(KEY, 1, 700, **options), epochs[1, 700])
+    assert not np.array_equal(device_dataset.drawn(jax.random.key(6), 1, 700, **options), epochs[1, 700])
 
 
 def test_cost_does_not_depend_on_the_number_of_images():
@@ -80,7 +85,7 @@ def test_cost_does_not_depend_on_the_number_of_images():
 
     def operations(n):
         label = np.repeat(np.arange(10), n)
-        table = {k: jnp.asarray(v) for k, v in resident.class_table(label, 10).items()}
+        table = {k: jnp.asarray(v) for k, v in device_dataset.class_table(label, 10).items()}
         draw = partial(class_aware.cycled_indices, batch_size=64)
         compiled = jax.jit(draw).lower(KEY, 0, 0, **table).compile()
         assert "sort" not in compiled.as_text()

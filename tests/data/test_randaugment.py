@@ -15,7 +15,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from lt_adv.data import augment
 from lt_adv.data.randaugment import AUTOAUGMENT, RANDAUGMENT, autoaugment, randaugment
 from lt_adv.methods.at import AT
-from tests.data.test_operations import ROUNDED, SIGNED, ours, picture_of
+from tests.data.test_image_ops import ROUNDED, SIGNED, ours, picture_of
 from tests.training.helpers import run
 
 IMAGE = np.random.default_rng(3).integers(20, 230, (18, 18, 3)).astype(np.uint8)

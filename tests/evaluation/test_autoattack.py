@@ -1,12 +1,10 @@
 """AutoAttack as a column of the records: it takes all images at once, and goes on where it stopped."""
 
-import sys
-
 import numpy as np
 import pytest
 
-from lt_adv.evaluation import read, records
-from lt_adv.evaluation.protocol import resolve
+from lt_adv.evaluation import _evaluate, read, records
+from lt_adv.evaluation.attack_specs import resolve
 
 pytestmark = pytest.mark.usefixtures("short")
 SPEC = {"attack": "autoattack", "eps": 0.05, "version": ("apgd-ce", "square")}
@@ -28,7 +26,7 @@ def test_a_column_that_is_kept(toy, run_both, tmp_path, monkeypatch):
     np.testing.assert_array_equal(read(tmp_path).attacks["autoattack"], first.attacks["autoattack"])
 
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["lt_adv.evaluation.evaluate"], "autoattack", None)  # nothing is computed again
+        patch.setattr(_evaluate, "autoattack", None)  # nothing is computed again
         again, _ = run_both()
     np.testing.assert_array_equal(again.attacks["autoattack"], first.attacks["autoattack"])
 

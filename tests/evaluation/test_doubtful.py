@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_adv.evaluation import read, reliability, report, verdicts
+from lt_adv.evaluation import read, summarise
+from lt_adv.evaluation.masking import diagnose, verdict
 from tests.evaluation.conftest import PGD, apply
 
 COUNTS = [12, 6, 3]
@@ -25,7 +26,7 @@ def test_logits_that_are_not_finite_count_as_wrong(toy, run, tmp_path):
     np.testing.assert_array_equal(results.clean == -1, bright)
     assert not results.correct("clean")[bright].any() and (results.attacks["pgd"] == -1).sum() > bright.sum()
     np.testing.assert_array_equal(read(tmp_path).attacks["pgd"], results.attacks["pgd"])
-    lines = report.summarise(results, COUNTS)["warnings"]
+    lines = summarise(results, COUNTS)["warnings"]
     assert "clean: the logits of 1 images are not finite: they count as wrong." in lines
     assert (
         f"pgd: the logits of {(results.attacks['pgd'] == -1).sum()} images are not finite: they count as wrong."
@@ -44,7 +45,7 @@ def test_what_autoattack_notes_is_in_the_report(run, tmp_path):
     options = {"apply": centred, "attacks": {"pgd": PGD, "autoattack": {"attack": "autoattack", "eps": 0.05}}}
     _, printed = run(**options)
     results, _ = run(**options)
-    warnings = report.summarise(results, COUNTS)["warnings"]
+    warnings = summarise(results, COUNTS)["warnings"]
     for words in (
         "autoattack: The logits of an image change with the other images of its batch",
         "autoattack: apgd-t: the targeted ratio needs four classes",
@@ -57,14 +58,14 @@ def test_what_autoattack_notes_is_in_the_report(run, tmp_path):
 def probe(network, variables, toy, **options):
     x, y = toy.split.image, toy.split.label
     options = {"eps": 0.05, "step_size": 0.02, "num_steps": 2, "queries": 5, **options}
-    return reliability.probe(jax.random.key(0), network, variables, x, y, **options)
+    return diagnose.probe(jax.random.key(0), network, variables, x, y, **options)
 
 
 def test_the_diagnosis_of_logits_that_are_not_finite(toy):
     facts = probe(undefined_at_bright, toy.variables, toy)
     assert facts["not_finite"] == 1 and facts["right"]["clean"][4] == "0" and np.isfinite(facts["logit_lead"])
     assert facts["logits_change"] == facts["batch_change"] == 0
-    assert verdicts.verdict(facts, None)["notes"][0] == (
+    assert verdict.decide(facts, None)["notes"][0] == (
         "The logits of 1 clean images are not finite: they count as wrong."
     )
 
@@ -76,7 +77,7 @@ def test_the_diagnosis_of_images_that_are_not_independent(toy):
 
     facts = probe(centred, toy.variables, toy, batch_size=8)
     assert facts["batch_change"] > 0.1
-    (reason,) = verdicts.verdict(facts, None)["reasons"]
+    (reason,) = verdict.decide(facts, None)["reasons"]
     assert reason.startswith("The logits of an image change with the other images of its batch")
 
 
@@ -95,7 +96,7 @@ def test_the_diagnosis_computes_objectives_in_float32(toy):
 
 def test_images_outside_the_box_are_refused(toy):
     with pytest.raises(ValueError, match=r"inside bounds \(0.0, 1.0\)"):
-        reliability.probe(
+        diagnose.probe(
             jax.random.key(0), apply, toy.variables, toy.split.image.astype(np.float32), toy.split.label,
             eps=8.0, step_size=2.0,
         )  # fmt: skip

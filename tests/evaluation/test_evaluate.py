@@ -12,7 +12,7 @@ import rich.console
 from lt_adv import attacks
 from lt_adv.evaluation import balanced_subset, examples, read, records
 
-module = importlib.import_module("lt_adv.evaluation.evaluate")  # the package's `evaluate` is the function
+module = importlib.import_module("lt_adv.evaluation._evaluate")  # the package's `evaluate` is the function
 
 
 def equal(one, other):
@@ -224,9 +224,9 @@ def test_bad_arguments(toy, run):
 
 def test_nothing_is_compiled_twice(toy, run):
     run(directory=None)
-    before = module._judge.cache_info().misses, module.protocol._compile.cache_info().misses
+    before = module._judge.cache_info().misses, module.attack_specs._compile.cache_info().misses
     run(directory=None, variables={"kernel": toy.variables["kernel"] * 2})
-    assert (module._judge.cache_info().misses, module.protocol._compile.cache_info().misses) == before
+    assert (module._judge.cache_info().misses, module.attack_specs._compile.cache_info().misses) == before
 
 
 def test_lines_instead_of_a_bar_without_a_terminal(run):

@@ -8,7 +8,7 @@ import pytest
 import rich.console
 
 from lt_adv.evaluation import Records, markdown, plots, show, summarise
-from lt_adv.evaluation.write import literal, table
+from lt_adv.evaluation.report import literal, table
 
 NAMES = [
     "line\nbreak",

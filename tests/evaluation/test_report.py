@@ -1,144 +1,162 @@
-"""Every number here was worked out on paper from the six images of `hand_made`."""
-
+import io
 import json
+import sys
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
+import rich.console
+from matplotlib.image import imread
 
-from lt_adv.evaluation import Records, accuracy, balanced_accuracy, decomposition, metrics, summarise, warnings
+from lt_adv.evaluation import Records, markdown, plots, read, show, summarise, write_report
+from lt_adv.evaluation.metrics import title
+from lt_adv.evaluation.report import duration, radius
 
-COUNTS = (10, 100, 1)  # bee is the head, ant the body, cat the tail
-
-
-def random_records(seed, classes=5, images=60, attacks=2):
-    rng = np.random.default_rng(seed)
-    draw = lambda: rng.integers(0, classes, images, dtype=np.int32)  # noqa: E731
-    names = [f"attack{i}" for i in range(attacks)]
-    header = {"class_names": [f"class {c}" for c in range(classes)], "attacks": {name: {} for name in names}}
-    label = draw()
-    clean = np.where(rng.random(images) < 0.7, label, draw())
-    columns = {name: np.where(rng.random(images) < 0.6, clean, draw()) for name in names}
-    return Records(header, np.arange(images), label, clean, columns)
+CONTEXT = {
+    "class_counts": (10, 100, 1),
+    "class_counts_before": (12, 102, 3),
+    "model": "wide_resnet 10-1",
+    "method": "robal",
+    "dataset": "digits",
+    "training_seconds": 3723.4,
+}
 
 
-def test_overall_and_balanced(hand_made):
-    assert accuracy(hand_made, "clean") == 4 / 6
-    assert accuracy(hand_made, "fgsm") == 4 / 6
-    assert accuracy(hand_made, "pgd20") == 2 / 6
-    assert accuracy(hand_made, "worst") == 1 / 6  # the third image is right under attack, but wrong clean
-    assert balanced_accuracy(hand_made, "clean") == pytest.approx(5 / 9, rel=1e-15)
-    assert balanced_accuracy(hand_made, "fgsm") == pytest.approx(13 / 18, rel=1e-15)
-    assert balanced_accuracy(hand_made, "pgd20") == pytest.approx(5 / 18, rel=1e-15)
-    assert balanced_accuracy(hand_made, "worst") == pytest.approx(1 / 6, rel=1e-15)
+def test_report_files(hand_made, tmp_path):
+    history = tmp_path / "metrics.jsonl"
+    lines = [{"step": i, "epoch": i, "train/loss": 2.0 / i, "eval/clean/accuracy": 0.1 * i} for i in (1, 2, 3)]
+    history.write_text("\n".join(map(json.dumps, lines)) + '\n{"step": 4, "tr')
+    images = np.linspace(0, 1, 3 * 64, dtype=np.float32).reshape(3, 8, 8, 1)
+    pictures = {"attack": "pgd20", "eps": 0.031, "clean": images, "adversarial": np.clip(images + 0.031, 0, 1)}
+    pictures |= {
+        "label": np.array([1, 0, 2]),
+        "clean_prediction": np.array([1, 0, 0]),
+        "prediction": np.array([0, 1, 0]),
+    }
+    context = {**CONTEXT, "metrics": history, "examples": pictures}
+    summary = write_report(tmp_path, hand_made, context)
+    assert json.loads((tmp_path / "report.json").read_text()) == summary
+    assert summary["context"]["class_counts"] == [10, 100, 1]
+    assert summary["header"] == hand_made.header
+    names = {path.name for path in (tmp_path / "plots").iterdir()}
+    assert names == {"accuracy_by_class.png", "robust_error.png", "training_curves.png", "examples.png"}
+    for name in names:
+        picture = imread(tmp_path / "plots" / name)
+        assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.01
+        assert f"](plots/{name})" in (tmp_path / "report.md").read_text()
 
 
-def test_decomposition(hand_made):
-    assert decomposition(hand_made) == {
-        "images": 6, "natural_errors": 2, "boundary_errors": 3, "robust_errors": 5,
-        "natural_error": 2 / 6, "boundary_error": 3 / 6, "robust_error": 5 / 6,
-    }  # fmt: skip
-    errors = lambda c: [decomposition(hand_made, [c])[f"{k}_errors"] for k in ("natural", "boundary", "robust")]  # noqa: E731
-    assert [errors(c) for c in range(3)] == [[1, 2, 3], [0, 1, 1], [1, 0, 1]]
-    assert decomposition(hand_made, [0, 1])["boundary_error"] == 3 / 5
+def test_report_without_curves_or_examples(hand_made, tmp_path):
+    write_report(tmp_path, hand_made, {**CONTEXT, "metrics": tmp_path / "none.jsonl"})
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == {"accuracy_by_class.png", "robust_error.png"}
 
 
-def test_summary(hand_made):
-    summary = summarise(hand_made, COUNTS)
-    assert summary["groups"] == {"definition": "thirds", "head": ["bee"], "body": ["ant"], "tail": ["cat"]}
-    figures = summary["metrics"]
-    assert figures["eval/pgd20/accuracy"] == 2 / 6
-    assert figures["eval/pgd20/balanced_accuracy"] == pytest.approx(5 / 18)
-    assert [figures[f"eval/pgd20/accuracy_{group}"] for group in ("head", "body", "tail")] == [1 / 2, 1 / 3, 0.0]
-    assert [figures[f"eval/worst/accuracy_{group}"] for group in ("head", "body", "tail")] == [1 / 2, 0.0, 0.0]
-    assert figures["eval/natural_error"] == 2 / 6 and figures["eval/boundary_error_body"] == 2 / 3
-    assert [row["name"] for row in summary["classes"]] == ["bee", "ant", "cat"]  # by training images
-    assert [row["class_count"] for row in summary["classes"]] == [100, 10, 1]
-    assert summary["classes"][1]["accuracy"] == {"clean": 2 / 3, "fgsm": 2 / 3, "pgd20": 1 / 3, "worst": 0.0}
-    assert summary["classes"][2]["robust_errors"] == 1
-    assert json.loads(json.dumps(summary, allow_nan=False)) == summary
+def test_markdown(hand_made):
+    text = markdown({**summarise(hand_made, CONTEXT["class_counts"]), "context": CONTEXT})
+    for line in (
+        "> **Warning.** clean: 1 of 3 classes are never predicted on 6 images: cat.",
+        "- **Model:** wide_resnet 10-1",
+        "- **Method:** robal",
+        "- **Images:** 6 (1 to 3 per class), the whole test split",
+        "- **Class counts:** 10, 100, 1 (total 111, ratio 100)",
+        "- **Class counts before the validation cut:** 12, 102, 3 (total 117, ratio 34)",
+        "- **Checkpoint step:** 1200",
+        "- **Training time:** 1 h 02 min",
+        "- **Seed:** 3",
+        "- **Device:** 8 x cpu",
+        "- **Versions:** code 1a2b3c, jax 0.10.2",
+        "|  | Accuracy | Balanced | Head | Body | Tail |",
+        "| Clean | 66.67 | 55.56 | 100.00 | 66.67 | 0.00 |",
+        "| PGD-20 | 33.33 | 27.78 | 50.00 | 33.33 | 0.00 |",
+        "| Worst case | 16.67 | 16.67 | 50.00 | 0.00 | 0.00 |",
+        "| FGSM | FGSM, radius 0.03137254901960784 = 8/255, start zero |",
+        "| PGD-20 | PGD, radius 0.031 = 7.905/255, step 0.0078 = 1.989/255, norm linf, start uniform, num steps 20 |",
+        "| All | 6 | 33.33 | 50.00 | 83.33 |",
+        "| Body | 3 | 33.33 | 66.67 | 100.00 |",
+        "| ant | 10 | 3 | 66.67 | 66.67 | 33.33 | 0.00 | 33.33 | 66.67 | 100.00 |",
+    ):
+        assert line in text.splitlines(), line
+    assert "(definition: thirds). head: bee; body: ant; tail: cat." in text
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_against_scikit_learn(seed):
-    records = random_records(seed)
-    for condition in ("clean", "attack0", "attack1"):
-        prediction = records.prediction(condition)
-        assert accuracy(records, condition) == pytest.approx(accuracy_score(records.label, prediction), rel=1e-12)
-        expected = balanced_accuracy_score(records.label, prediction)
-        assert balanced_accuracy(records, condition) == pytest.approx(expected, rel=1e-12)
-    rows = {row["class"]: row for row in summarise(records, (5, 4, 3, 2, 1))["classes"]}
-    recall = recall_score(records.label, records.clean, average=None)
-    np.testing.assert_allclose([rows[c]["accuracy"]["clean"] for c in range(5)], recall, rtol=1e-12)
-    worst = np.where(records.correct("worst"), records.label, -1)  # an independent account of the worst case
-    wrong = (records.clean != records.label) | np.any([a != records.label for a in records.attacks.values()], axis=0)
-    np.testing.assert_array_equal(worst == -1, wrong)
+def test_a_subset_is_named(hand_made):
+    header = {**hand_made.header, "subset": "2 per class, seed 0", "images_per_class": [2, 2, 2]}
+    named = Records(header, hand_made.index, hand_made.label, hand_made.clean, hand_made.attacks)
+    text = markdown({**summarise(named, CONTEXT["class_counts"]), "context": CONTEXT})
+    assert "- **Images:** 6 (2 per class), 2 per class, seed 0" in text
 
 
-@settings(max_examples=60, deadline=None)
-@given(seed=st.integers(0, 2**32 - 1), attacks=st.integers(0, 3), images=st.integers(1, 40))
-def test_natural_plus_boundary_is_robust_error(seed, attacks, images):
-    records = random_records(seed, images=images, attacks=attacks)
-    np.testing.assert_array_equal(records.natural_error | records.boundary_error, records.robust_error)
-    assert not np.any(records.natural_error & records.boundary_error)
-    summary = summarise(records, (50, 40, 30, 20, 10))
-    for part in (*summary["decomposition"].values(), *summary["classes"]):
-        assert part["natural_errors"] + part["boundary_errors"] == part["robust_errors"]
-    total = summary["decomposition"]["all"]
-    for error in ("natural_errors", "boundary_errors", "robust_errors", "images"):
-        assert sum(row[error] for row in summary["classes"]) == total[error]
-    assert total["robust_errors"] == images - records.correct("worst").sum()
-    for name in records.attacks:
-        assert accuracy(records, "worst") <= min(accuracy(records, "clean"), accuracy(records, name))
+def test_terminal(hand_made):
+    console = rich.console.Console(file=io.StringIO(), width=100)
+    show({**summarise(hand_made, CONTEXT["class_counts"]), "context": CONTEXT}, console)
+    text = console.file.getvalue()
+    assert "PGD-20" in text and "16.67" in text and "Accuracy in per cent, 6 images" in text
+    assert "warning: clean: 1 of 3 classes are never predicted" in text
 
 
-def test_classes_without_test_images_are_left_out(hand_made):
-    records = hand_made.take(hand_made.label != 2)
-    assert len(records) == 5
-    assert balanced_accuracy(records, "clean") == pytest.approx(5 / 6)  # (2/3 + 1) / 2
-    summary = summarise(records, COUNTS)
-    assert summary["metrics"]["eval/clean/accuracy_tail"] is None
-    assert summary["classes"][2]["accuracy"]["clean"] is None and summary["classes"][2]["robust_error"] is None
-    json.dumps(summary, allow_nan=False)
+def test_words():
+    words = {
+        "pgd20": "PGD-20",
+        "lsa": "LSA",
+        "fgsm": "FGSM",
+        "autoattack": "AutoAttack",
+        "clean": "Clean",
+        "my_pgd": "my_pgd",
+    }
+    assert {name: title(name) for name in words} == words
+    assert radius(0.031) == "0.031 = 7.905/255" and radius(8 / 255) == "0.03137254901960784 = 8/255"
+    assert duration(59.6) == "1 min 00 s" and duration(3661) == "1 h 01 min"
 
 
-def test_other_groups_and_wrong_counts(hand_made):
-    figures = summarise(hand_made, COUNTS, "robustlt")
-    assert figures["groups"]["definition"] == "robustlt" and "body" not in figures["groups"]
-    with pytest.raises(ValueError, match="group definition 'third'"):
-        summarise(hand_made, COUNTS, "third")
-    with pytest.raises(ValueError, match="has 2 entries, the records have 3 classes"):
-        summarise(hand_made, COUNTS[:2])
+@pytest.mark.parametrize("classes", [2, 100, 200])
+def test_many_classes(classes):
+    label = np.arange(2 * classes, dtype=np.int32) % classes
+    names = [f"a rather long class name {c}" for c in range(classes)]
+    header = {"class_names": names, "attacks": {"mim20": {}}}
+    records = Records(header, np.arange(len(label)), label, label, {"mim20": np.roll(label, 1)})
+    figure = plots.classes(summarise(records, [classes - c for c in range(classes)]))
+    assert len(figure.axes) == 2 * -(-classes // 50)
+    assert sum(len(axes.patches) for axes in figure.axes) == 3 * classes  # a bar for each class and condition
+    shown = [label.get_text() for axes in figure.axes[1::2] for label in axes.get_xticklabels()]
+    assert len(shown) == classes and all(text.startswith("a rather long") for text in shown)
+    picture = plots.png(figure)
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
 
 
-def test_metric_names(hand_made):
-    names = metrics(hand_made, {"tail": [2]})
-    conditions = ("clean", "fgsm", "pgd20", "worst")
-    expected = {f"eval/{c}/{n}" for c in conditions for n in ("accuracy", "balanced_accuracy", "accuracy_tail")}
-    expected |= {f"eval/{e}_error{s}" for e in ("natural", "boundary", "robust") for s in ("", "_tail")}
-    assert set(names) == expected
+def test_pictures_leave_pyplot_alone(hand_made):
+    before = "matplotlib.pyplot" in sys.modules  # another test may have imported it
+    plots.png(plots.errors(summarise(hand_made, CONTEXT["class_counts"])))
+    assert ("matplotlib.pyplot" in sys.modules) == before
 
 
-def test_warnings_on_six_images(hand_made):
-    found = warnings(hand_made)
-    # 1/3 + 3 sqrt(2/9 (1/3 + 1/2 + 1)) / 3 = 0.9716
-    assert found[0] == (
-        "clean: balanced accuracy 55.56 % is not above chance level (1/3 plus 3 standard errors = 97.16 %)."
-    )
-    assert found[1].startswith("worst: balanced accuracy 16.67 %")
-    assert found[2] == "clean: 1 of 3 classes are never predicted on 6 images: cat."
-    assert len(found) == 3
+def test_curves_with_missing_keys():
+    history = [{"step": 1}, {"epoch": 1, "train/loss": 2.0}, {"epoch": 2, "train/loss": float("nan"), "note": "text"}]
+    assert [axes.get_title("left") for axes in plots.curves(history).axes] == ["Training loss"]
+    assert len(plots.curves(history).axes[0].lines[0].get_xdata()) == 1  # the NaN is not drawn
+    steps = plots.curves([{"step": 5, "valid/pgd20/accuracy_tail": 0.5}, {"step": 9, "valid/pgd20/accuracy_tail": 0.6}])
+    assert steps.axes[0].get_xlabel() == "step"
+    assert steps.axes[0].lines[0].get_ydata().tolist() == [50.0, 60.0]
+    assert plots.png(plots.curves([{"step": 1}]))
 
 
-def test_no_warning_for_a_good_network_and_one_for_an_idle_attack():
-    label = np.repeat(np.arange(3), 100).astype(np.int32)
-    attacked = np.where(np.arange(300) % 3 == 0, (label + 1) % 3, label)
-    header = {"class_names": ["ant", "bee", "cat"], "attacks": {"pgd20": {}}}
-    good = Records(header, np.arange(300), label, label, {"pgd20": attacked})
-    assert warnings(good) == []
-    idle = Records(header, np.arange(300), label, label, {"pgd20": label})
-    assert warnings(idle) == ["pgd20: the attack changed no prediction at all; check its radius and the gradient."]
-    constant = Records({**header, "attacks": {}}, np.arange(300), label, 0 * label, {})
-    assert [warning.split(":")[0] for warning in warnings(constant)] == ["clean", "clean"]
+def test_a_group_has_one_colour_in_all_panels():
+    ends = ("accuracy_head", "accuracy_body", "accuracy_tail")
+    names = ["train/accuracy", "train/clean/balanced_accuracy"]
+    names += [f"train/{c}{end}" for c in ("", "clean/") for end in ends]
+    robust, clean = plots.curves([{"step": step, **dict.fromkeys(names, 0.5)} for step in (1, 2)]).axes
+    colours = [{text.get_text(): text.get_color() for text in axes.texts} for axes in (robust, clean)]
+    assert all(colours[0][group] == colours[1][group] for group in ("head", "body", "tail"))
+    assert colours[0]["all"] == colours[1]["balanced"]
+
+
+def test_curves_stand_at_fractions_of_epochs_and_stages_follow_each_other():
+    lines = [("a", 2, 1), ("a", 4, 1), ("a", 6, 2), ("a", 8, 2), ("b", 5, 1), ("b", 10, 1)]
+    history = [{"stage": s, "step": n, "epoch": e, "train/loss": 1.0} for s, n, e in lines]
+    axes = plots.curves(history).axes[0]
+    assert axes.lines[0].get_xdata().tolist() == [0.5, 1.0, 1.5, 2.0, 2.5, 3.0] and axes.get_xlabel() == "epoch"
+
+
+def test_from_evaluation_to_report(run, tmp_path):
+    result, _ = run()
+    summary = write_report(tmp_path, read(tmp_path), {"class_counts": (10, 100, 1)})
+    assert summary["metrics"]["eval/pgd/accuracy"] == np.mean(result.attacks["pgd"] == result.label)
+    assert "| LSA | PGD, radius 0.031 = 7.905/255" in (tmp_path / "report.md").read_text()

@@ -13,7 +13,8 @@ import pytest
 
 from experiments.benchmark import __main__ as door
 from experiments.benchmark import kinds, record, summary, timing, worker
-from lt_adv import arguments, data
+from lt_adv import data
+from lt_adv.cli import flags
 
 ROOT = Path(__file__).parents[2]
 DIGITS = "--config=configs/robal.py:dataset=digits"
@@ -138,10 +139,10 @@ class Twin:
 def test_the_twin_is_stepped_like_jax(monkeypatch):
     monkeypatch.setattr(Twin, "made", [])
     monkeypatch.setattr(worker, "torch_device", lambda: (None, "cpu", lambda handle: None))
-    monkeypatch.setitem(sys.modules, "experiments.torch_twin.step", types.SimpleNamespace(Trainer=Twin))
+    monkeypatch.setitem(sys.modules, "experiments.pytorch_baseline.step", types.SimpleNamespace(Trainer=Twin))
     monkeypatch.setattr(timing, "BLOCK", 1e-9)
     monkeypatch.chdir(ROOT)
-    config = arguments.parse(["", *TINY]).config
+    config = flags.parse(["", *TINY]).config
     found = worker.torch_step(config, setting="tuned", seconds=1e-9)
     (twin,) = Twin.made
     images = len(data.long_tailed(data.load(config.data), config.data).train)

@@ -9,7 +9,8 @@ import pytest
 
 from experiments.benchmark import __main__ as door
 from experiments.benchmark import attacked, autoattack, record, summary, tables, worker
-from lt_adv import arguments, data
+from lt_adv import data
+from lt_adv.cli import flags
 from lt_adv.training import checkpoint
 from tests.experiments import NO_TORCH
 
@@ -28,13 +29,13 @@ def in_this_process(work, config, environment=None, **options):
     if work == "peak":
         return {"device": "cpu", "platform": "cpu", "devices": 1, "matmul_flops_per_second": {"float32": 1e12}}
     options = json.loads(json.dumps(options))
-    return json.loads(json.dumps(worker.WORKS[work](arguments.parse(["worker", *config]).config, **options)))
+    return json.loads(json.dumps(worker.WORKS[work](flags.parse(["worker", *config]).config, **options)))
 
 
 def measured(tmp_path, monkeypatch, *given):
     """The record of a tiny measurement with a twentieth of the steps."""
     torch = pytest.importorskip("torch", reason=NO_TORCH)
-    from experiments.torch_twin import autoattack as twin
+    from experiments.pytorch_baseline import autoattack as twin
 
     monkeypatch.setattr(record, "launch", in_this_process)
     monkeypatch.setattr(twin, "NUM_STEPS", 5)
@@ -74,7 +75,7 @@ def test_both_attack_the_network_of_a_config(tmp_path, monkeypatch, capsys):
 
 def test_weights_of_a_run_in_both_frameworks(monkeypatch):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
-    config = arguments.parse(["", DIGITS, "--config.data.split_seed=1"]).config
+    config = flags.parse(["", DIGITS, "--config.data.split_seed=1"]).config
     first = attacked.case(config, **WHAT)
     assert first.label is None, "the labels of a network that was not trained are its own"
     stored = {**jax.tree.map(np.asarray, first.variables), "extra": {}}
@@ -96,7 +97,7 @@ def test_weights_of_a_run_in_both_frameworks(monkeypatch):
 )
 def test_what_the_twin_has_not_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        attacked.case(arguments.parse(["", DIGITS, change]).config, **WHAT)
+        attacked.case(flags.parse(["", DIGITS, change]).config, **WHAT)
 
 
 @pytest.mark.parametrize(

@@ -8,9 +8,9 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 from experiments.benchmark import flops
-from lt_adv import arguments, data
-from lt_adv.training import mesh as meshes
-from lt_adv.training import program
+from lt_adv import data
+from lt_adv.cli import flags
+from lt_adv.training import sharding, stage_builder
 
 
 def of(function, *shapes):
@@ -77,7 +77,7 @@ def test_calls_are_entered_and_equal_work_counts_once():
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_devices_share_the_work(devices):
-    mesh = meshes.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     share = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
     assert of(share, (8, 5), (5, 7)) == 2 * 8 * 5 * 7
 
@@ -94,8 +94,10 @@ def build():
 
     def build(config, *entries):
         given = ["", f"--config=configs/{config}", "--config.optim.batch_size=16", *entries]
-        config = arguments.parse(given).config
-        return program.build(0, program.stages(config)[0], config, images, meshes.make_mesh(jax.devices()[:1]))
+        config = flags.parse(given).config
+        return stage_builder.build(
+            0, stage_builder.stages(config)[0], config, images, sharding.make_mesh(jax.devices()[:1])
+        )
 
     return build
 

@@ -21,8 +21,8 @@ from experiments.fuzz import cases, draw, surfaces
 from experiments.fuzz.box import Box
 from experiments.fuzz.cases import ACCEPTED, ELSE, REFUSED, Case, examine, tally
 from experiments.fuzz.tables import SURFACES
-from lt_adv import check
-from lt_adv import run as runs
+from lt_adv.cli import run as runs
+from lt_adv.cli import schema
 from lt_adv.data import archives, cache
 from tests.experiments import NO_TORCH
 
@@ -34,7 +34,7 @@ CHEAP = 12
 def alone(tmp_path_factory):
     """One device, and a temporary folder that is not that of everybody."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.meshes, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
         yield
 
@@ -164,7 +164,7 @@ def _unsafe(load, path, **options):
 @pytest.mark.parametrize(
     ("name", "where", "instead"),
     [
-        ("config", (check, "values"), lambda config: None),
+        ("config", (schema, "values"), lambda config: None),
         ("archive", (archives, "_safe"), lambda name: name),
         ("archive", (archives, "check"), lambda archive, path: None),
         ("image_folder", (cache, "shutil"), _Keeps()),

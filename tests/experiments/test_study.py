@@ -11,7 +11,7 @@ import pytest
 from experiments.study import __main__ as door
 from experiments.study import jobs
 from experiments.study.rows import PRESETS, ROWS, Row, with_bases
-from lt_adv import arguments, check
+from lt_adv.cli import flags, schema
 from tests.experiments.study_parts import option
 
 ROOT = Path(__file__).parents[2]
@@ -34,8 +34,8 @@ def test_every_row_can_be_run(name, monkeypatch, tmp_path):
         assert row.share == ROWS[row.base].share and not ROWS[row.base].overrides
     for given in (["--dataset=digits", "--epochs=3"], *([f"--preset={preset}"] for preset in PRESETS)):
         asked = door.parse([f"--rows={name}", f"--workdirs={tmp_path}", *given])
-        config = arguments.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
-        check.values(config)
+        config = flags.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
+        schema.values(config)
 
 
 def test_titles_are_told_apart():
@@ -49,7 +49,7 @@ def test_the_cpu_budget_is_one_for_all(monkeypatch):
     assert asked.rows == tuple(name for name in ROWS if not ROWS[name].varies)
     assert asked.workdirs == Path("workdirs/cpu")
     for name, row in ROWS.items():
-        config = arguments.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
+        config = flags.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
         assert (config.data.name, config.data.path, config.data.image_size) == ("image_folder", "some/images", 16)
         assert config.data.imbalance_ratio == 50 and config.data.imbalance == "exponential"
         assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 10, 1)
@@ -64,7 +64,7 @@ def test_choices_of_ours_never_see_the_test_set(monkeypatch):
     monkeypatch.chdir(ROOT)
     asked = door.parse(["--preset=ablation", "--config.data.path=some/images"])
     for name in asked.rows:
-        config = arguments.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
+        config = flags.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
         assert config.eval.split == "validation" and config.data.validation_per_class == 100
     varied = {ROWS[name].varies for name in asked.rows} - {None}
     assert {"self_distillation", "reat"} <= varied <= set(asked.rows)
@@ -96,10 +96,10 @@ def test_commands(study):
     swept = found["at-seed0/scales"]
     assert option(swept, "config") == "experiments/study/sweep.py:configs/at.py:dataset=digits,epochs=5"
     # What main would make of it: the same network and training, other attacks.
-    config, other = (arguments.parse(found[name][1:]).config for name in ("at-seed0", "at-seed0/scales"))
+    config, other = (flags.parse(found[name][1:]).config for name in ("at-seed0", "at-seed0/scales"))
     assert other.eval.only == ("scale_0p1", "scale_10")
     assert other.eval.attacks.scale_0p1.to_dict() == {**config.eval.attacks.pgd20.to_dict(), "logit_scale": 0.1}
-    check.values(other)
+    schema.values(other)
     with config.unlocked(), other.unlocked():
         del config.eval, other.eval
     assert config.to_dict() == other.to_dict()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from experiments.study import sweep
-from lt_adv import arguments
+from lt_adv.cli import flags
 from tests.experiments.conftest import ROOT
 from tests.experiments.study_parts import option
 
@@ -21,7 +21,7 @@ def test_autoattack_is_of_the_first_seed_and_of_fewer_images(study):
         "at-seed1", "at-seed1/shifted",
     ]  # fmt: skip
     found = dict(zip(runs.names, runs.given, strict=True))
-    config = arguments.parse(found["at-seed0/autoattack"][1:]).config
+    config = flags.parse(found["at-seed0/autoattack"][1:]).config
     assert config.eval.only == ("autoattack",) and config.eval.subset_per_class == 3
     assert config.eval.attacks.autoattack.eps == 0.05, "the radius of pgd20"
     assert option(found["at-seed0/autoattack"], "mode") == "eval"
@@ -38,7 +38,7 @@ def test_every_row_is_held_against_the_baseline(study):
     ]  # fmt: skip
     found = dict(zip(runs.names, runs.given, strict=True))
     for name in ("robal-seed0/verdict", "at-seed0/shifted-verdict"):
-        config = arguments.parse(found[name][1:]).config
+        config = flags.parse(found[name][1:]).config
         assert config.eval.only == ("pgd20",) and config.eval.baseline.endswith("/at-seed0")
         assert option(found[name], "mode") == "eval"
     table = json.loads((study.folder / "table.json").read_text())
@@ -60,8 +60,8 @@ def test_every_row_is_held_against_the_baseline(study):
 def test_the_sweep_follows_the_radius(monkeypatch):
     monkeypatch.chdir(ROOT)
     given = ["main", "--config=experiments/study/sweep.py:configs/at.py", "--config.eval.attacks.pgd20.eps=0.05"]
-    attacks = arguments.parse(given).config.eval.attacks.to_dict()
+    attacks = flags.parse(given).config.eval.attacks.to_dict()
     assert {attacks[sweep.name(scale)]["eps"] for scale in sweep.SCALES} == {0.05}
     assert attacks["lsa"]["eps"] != 0.05
     with pytest.raises(ValueError, match="config file"):
-        arguments.parse(["main", "--config=experiments/study/sweep.py"])
+        flags.parse(["main", "--config=experiments/study/sweep.py"])

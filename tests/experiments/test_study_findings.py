@@ -6,7 +6,7 @@ import pytest
 
 from experiments.study import findings
 from experiments.study.rows import ROWS
-from lt_adv.evaluation.write import table
+from lt_adv.evaluation.report import table
 
 AT = {"clean": 0.30, "pgd20": 0.20, "cw20": 0.20, "worst": 0.19, "tail": 0.01}
 SHOWN = {  # the picture of the papers

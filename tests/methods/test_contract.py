@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from configs import common
-from lt_adv import lookup, methods
+from lt_adv import methods
+from lt_adv.runtime import registry
 from tests.training.helpers import assert_same, frozen_teacher, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -63,4 +64,4 @@ def test_unknown_names():
         methods.create({"name": "robral"})
     with pytest.raises(ValueError, match="Did you mean .margin."):
         methods.create({"name": "robal", "marginn": 1.0})
-    assert "base" not in lookup.names("lt_adv.methods")
+    assert "base" not in registry.names("lt_adv.methods")

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from lt_adv import arguments, check, data, methods, workdirs
-from lt_adv import run as runs
+from lt_adv import data, methods
+from lt_adv.cli import flags, schema, workdirs
+from lt_adv.cli import run as runs
 from lt_adv.methods import base
 from lt_adv.methods.reat import REAT
-from lt_adv.training import program
+from lt_adv.training import stage_builder
 from tests.test_configs import NAMES
 from tests.training.helpers import run
 
@@ -96,7 +97,7 @@ def test_options_of_a_method(name, fidelity):
 def test_options_of_a_config(name, fidelity):
     """No config sets anew what is the fidelity's."""
     config = get(name, fidelity)
-    method = program.method(config)
+    method = stage_builder.method(config)
     assert values(method) == {**expected(config.method.name, fidelity), **CONFIGS.get(name, {})}
 
 
@@ -105,9 +106,9 @@ def test_options_of_a_config(name, fidelity):
 def test_a_value_that_is_given_holds_in_either_fidelity(weight, fidelity):
     """Those of the defaults, too, and from the command line."""
     given = ["", "--config=configs/reat.py:dataset=digits", f"--config.method.tail_weight={weight}"]
-    config = arguments.parse([*given, f"--config.fidelity={fidelity}"]).config
-    check.values(config)
-    assert program.method(config).tail_weight == weight
+    config = flags.parse([*given, f"--config.fidelity={fidelity}"]).config
+    schema.values(config)
+    assert stage_builder.method(config).tail_weight == weight
     assert methods.create({"name": "reat", "tail_weight": weight}, fidelity=fidelity).tail_weight == weight
     assert REAT(tail_weight=weight, fidelity=fidelity).tail_weight == weight
 
@@ -149,7 +150,7 @@ def test_class_aware_rows_draw_in_cycles_as_released(name, streamed):
         config = get(name, fidelity, "dataset=digits")
         config.data.resident_gib = 0.0 if streamed else 8.0
         mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-        built = program.build(0, program.stages(config)[0], config, data.load(config.data), mesh)
+        built = stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh)
         with built.feed.batches(0, 8) as batches:  # a resident set has the labels of a block of steps
             labels = [np.asarray(b["label"]) if streamed else np.asarray(b["label"])[n] for n, b in enumerate(batches)]
         counts = np.stack([np.bincount(label.ravel(), minlength=10) for label in labels])

@@ -12,7 +12,7 @@ from configs import reat
 from lt_adv import losses
 from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.reat import REAT
-from lt_adv.training import program
+from lt_adv.training import stage_builder
 from tests.training.helpers import COUNTS, assert_same, make, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -107,7 +107,7 @@ def test_readings_and_weight_of_tail_alignment():
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_protocol(dataset):
     config = reat.get_config(f"dataset={dataset}")
-    (stage,) = program.stages(config)
+    (stage,) = stage_builder.stages(config)
     assert (stage.method.start, stage.epochs, config.model.name) == ("uniform", 80, "resnet18")
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (8 / 255, 2 / 255, 10)
     optim = config.optim

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_adv.data import resident
+from lt_adv.data import device_dataset
 from lt_adv.methods.addons.awp import AWP
 from lt_adv.methods.alp import ALP
 from lt_adv.methods.at import AT
@@ -135,7 +135,7 @@ def reference(case, params, running, steps):
     data, found = split(), []
     velocity = jax.tree.map(jnp.zeros_like, params)
     for step in range(steps):
-        rows = resident.drawn(jax.random.key(3), step // 2, step % 2, num_examples=len(data), batch_size=16)
+        rows = device_dataset.drawn(jax.random.key(3), step // 2, step % 2, num_examples=len(data), batch_size=16)
         x, y = jnp.asarray(data.image)[rows] / 255.0, jnp.asarray(data.label)[rows]
         inputs = {"i": x, "a": adversarial(x)}
 

@@ -11,12 +11,12 @@ import pytest
 from jax.scipy.special import expit
 
 from configs import common
-from lt_adv import check, data, methods
+from lt_adv import data, methods
+from lt_adv.cli import schema
 from lt_adv.methods.at import AT
 from lt_adv.methods.focal import Focal
 from lt_adv.methods.ldam import LDAM
-from lt_adv.training import mesh as meshes
-from lt_adv.training import optim, program
+from lt_adv.training import optimizer, sharding, stage_builder
 from tests.training.helpers import COUNTS, run
 
 # Config -> the golden logits it acts on, and the golden loss it has.
@@ -41,7 +41,7 @@ def get(name, arguments=""):
 def method_of(name, fidelity="published"):
     config = get(name, "dataset=cifar10")
     config.fidelity = fidelity
-    (stage,) = program.stages(config)
+    (stage,) = stage_builder.stages(config)
     return stage.method
 
 
@@ -110,17 +110,17 @@ def test_focal_starts_from_the_frequencies():
 
 def test_a_run_begins_with_the_start_of_its_method(monkeypatch):
     """And the parameters of an earlier stage go before it."""
-    monkeypatch.setattr(program.steps, "make_train_step", lambda *_, **__: (None, lambda *_: {}))  # takes no step
+    monkeypatch.setattr(stage_builder.steps, "make_train_step", lambda *_, **__: (None, lambda *_: {}))  # takes no step
     config = get("focal", "dataset=digits")
-    (stage,), mesh = program.stages(config), meshes.make_mesh(jax.devices()[:1])
+    (stage,), mesh = stage_builder.stages(config), sharding.make_mesh(jax.devices()[:1])
     dataset = data.load(config.data)
-    built = program.build(0, stage, config, dataset, mesh)
+    built = stage_builder.build(0, stage, config, dataset, mesh)
     variables = jax.device_get(built.first_state().variables)
     np.testing.assert_allclose(
         expit(variables["params"]["head"]["bias"]), built.info.class_counts / built.info.class_counts.sum(), rtol=1e-5
     )
     previous = jax.tree.map(jnp.ones_like, variables)
-    later = program.build(1, dataclasses.replace(stage, init="previous"), config, dataset, mesh, previous)
+    later = stage_builder.build(1, dataclasses.replace(stage, init="previous"), config, dataset, mesh, previous)
     assert (later.first_state().params["head"]["bias"] == 1).all()
 
 
@@ -141,9 +141,9 @@ def test_focal_needs_a_bias_to_start():
     config = get("focal", "dataset=digits")
     config.model.head.name = "cosine"
     with pytest.raises(ValueError, match=r"head\.name = 'cosine' does not have: choose 'linear', or .*prior_bias=F"):
-        program.stages(config)
+        stage_builder.stages(config)
     config.method.prior_bias = False
-    assert len(program.stages(config)) == 1
+    assert len(stage_builder.stages(config)) == 1
 
 
 @pytest.mark.parametrize("name", ["at", "robal", "margin", "focal", "deferred_reweighting", "at_bsl"])
@@ -186,7 +186,7 @@ def test_values_of_a_row(name, dataset):
     assert config.optim.warmup_epochs == (5 if name == "focal" else 0)
     epochs, drops = (25, (15, 20)) if name == "resampling" else (80, (60, 75))
     assert (config.optim.epochs, config.optim.drop_epochs) == (epochs, drops)
-    ours, theirs = (check.flat(c.to_dict()) for c in (config, get("at", f"dataset={dataset}")))
+    ours, theirs = (schema.flat(c.to_dict()) for c in (config, get("at", f"dataset={dataset}")))
     own = ("method.", "model.head.", "data.sampler", "optim.epochs", "optim.drop_epochs", "optim.warmup_epochs")
     different = {path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)}
     assert not {path for path in different if not path.startswith(own)}, "the rest is plain adversarial training's"
@@ -206,8 +206,8 @@ def test_epochs_of_a_row_scale_with_its_length():
 def test_warm_up_of_focal():
     """Step by step, linearly, over five epochs; in the released code by the epoch, and what it scales down stays so."""
     config = get("focal", "dataset=cifar10")
-    rate = optim.schedule(config.optim, 10, config.optim.epochs)
+    rate = optimizer.schedule(config.optim, 10, config.optim.epochs)
     np.testing.assert_allclose([rate(step) for step in (0, 24, 49, 50, 589)], [0.002, 0.05, 0.1, 0.1, 0.1], rtol=1e-5)
-    released = optim.schedule(config.optim, 10, config.optim.epochs, compounding=True)
+    released = optimizer.schedule(config.optim, 10, config.optim.epochs, compounding=True)
     expected = 0.1 * np.cumprod([2 / 5, 3 / 5, 4 / 5, 1, 1])
     np.testing.assert_allclose([released(10 * epoch + 5) for epoch in range(5)], expected, rtol=1e-5)

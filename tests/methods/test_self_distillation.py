@@ -13,8 +13,7 @@ from configs import self_distillation
 from lt_adv import data
 from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.self_distillation import SelfDistillation
-from lt_adv.training import loop, program
-from lt_adv.training import mesh as meshes
+from lt_adv.training import loop, sharding, stage_builder
 from lt_adv.training.checkpoint import read_variables
 from tests.training.helpers import Small, assert_same, frozen_teacher, run
 
@@ -88,7 +87,7 @@ def test_bad_values_are_one_line(options, line):
 def test_stages():
     config = self_distillation.get_config("dataset=cifar10")
     config.average.start_epoch = 50
-    teacher, student = program.stages(config)
+    teacher, student = stage_builder.stages(config)
     assert (teacher.epochs, student.epochs, student.teacher, student.init) == (30, 100, "previous", "fresh")
     assert teacher.overrides == {"data.equalise": 0.5, "optim.drop_epochs": (23, 27), "average.start_epoch": 15}
     assert not student.overrides and config.optim.drop_epochs == (75, 90)
@@ -106,7 +105,7 @@ def config():
 
 @pytest.fixture(scope="module")
 def train(config):
-    dataset, mesh = data.load(config.data), meshes.make_mesh(jax.devices()[:1])
+    dataset, mesh = data.load(config.data), sharding.make_mesh(jax.devices()[:1])
     return lambda workdir: loop.train(config, epath.Path(workdir), dataset, mesh)
 
 

@@ -8,14 +8,14 @@ import pytest
 from configs import taet
 from lt_adv.methods.natural import Natural
 from lt_adv.methods.taet import TAET
-from lt_adv.training import optim, program
+from lt_adv.training import optimizer, stage_builder
 from tests.training.helpers import run
 
 
 @pytest.mark.parametrize("dataset", ["cifar10", "tiny_imagenet"])
 def test_protocol(dataset):
     config = taet.get_config(f"dataset={dataset}")
-    clean, adversarial = program.stages(config)
+    clean, adversarial = stage_builder.stages(config)
     assert isinstance(clean.method, Natural) and isinstance(adversarial.method, TAET)
     assert (clean.epochs, adversarial.epochs, adversarial.init) == (40, 60, "previous")
     method = adversarial.method
@@ -32,10 +32,10 @@ def test_drops_count_over_both_stages(drops, fidelity):
     config = taet.get_config("dataset=cifar10")
     config.optim.drop_epochs, config.fidelity = drops, fidelity
     rates, per_epoch = [], 3
-    for stage in program.stages(config):
-        schedule = program.learning_rate(program.configured(config, stage), stage, per_epoch)
+    for stage in stage_builder.stages(config):
+        schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, per_epoch)
         rates += [float(schedule(step)) for step in range(stage.epochs * per_epoch)]
-    whole = optim.schedule(config.optim, per_epoch, 100)
+    whole = optimizer.schedule(config.optim, per_epoch, 100)
     np.testing.assert_allclose(rates, [whole(step) for step in range(300)], rtol=1e-5)
     assert len(set(np.round(rates, 9))) == len(drops) + 1
 
@@ -45,7 +45,7 @@ def test_warm_up_and_average_count_over_both_stages():
     config.optim.warmup_epochs = 5
     for start, shifted in ((75, 35), (10, 0)):
         config.average.start_epoch = start
-        clean, adversarial = program.stages(config)
+        clean, adversarial = stage_builder.stages(config)
         assert "optim.warmup_epochs" not in clean.overrides and adversarial.overrides["optim.warmup_epochs"] == 0
         assert adversarial.overrides["average.start_epoch"] == shifted
 
@@ -57,7 +57,7 @@ def test_too_few_epochs_are_one_line(epochs):
     with pytest.raises(
         ValueError, match=rf"config\.method\.clean_epochs must be .*config\.optim\.epochs = {epochs}, not 40"
     ):
-        program.stages(config)
+        stage_builder.stages(config)
 
 
 def test_only_the_level_is_a_mean_of_class_means():

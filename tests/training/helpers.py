@@ -5,13 +5,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from lt_adv.data import Split, resident
+from lt_adv.data import Split, device_dataset
 from lt_adv.methods import Info
-from lt_adv.training import feed, optim
-from lt_adv.training import mesh as meshes
-from lt_adv.training import state as states
+from lt_adv.training import input_pipeline, optimizer, sharding, train_state
 from lt_adv.training.net import AXIS
-from lt_adv.training.step import StepOptions, make_train_step
+from lt_adv.training.train_step import StepOptions, make_train_step
 
 OPTIM = {
     "learning_rate": 0.05,
@@ -69,31 +67,31 @@ def make(
     **options,
 ):
     """(step, first state, feed, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters."""
-    mesh = meshes.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     batch_size = 16
-    classes = resident.class_table(split().label, 4) if sampler == "class_aware" else None
+    classes = device_dataset.class_table(split().label, 4) if sampler == "class_aware" else None
     per_epoch = (len(split()) if classes is None else 4 * COUNTS.max()) // batch_size
     info = Info(class_counts=COUNTS, steps_per_epoch=per_epoch, epochs=3, image_shape=(6, 6, 1), num_features=6)
     model = Small()
     variables = model.init(jax.random.key(3), jnp.zeros((1, 6, 6, 1), float), train=False)
     variables = jax.tree.map(lambda a: a.astype(float), variables)  # linen starts statistics in float32 whatever comes
     config = {**OPTIM, **(optim_options or {})}
-    rate = optim.schedule(config, info.steps_per_epoch, info.epochs)
-    tx = optim.create(config, rate, variables["params"], freeze)
+    rate = optimizer.schedule(config, info.steps_per_epoch, info.epochs)
+    tx = optimizer.create(config, rate, variables["params"], freeze)
     options = StepOptions(batch_size=batch_size, eps=0.1, step_size=0.05, pad=1, log_every=2, **options)
     step, init_window = make_train_step(
         method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply, sharded=sharded
     )
-    teacher = meshes.replicate(teacher or {}, mesh)
+    teacher = sharding.replicate(teacher or {}, mesh)
     averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
     if options.streamed:
-        fed = feed.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
+        fed = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
     else:
-        fed = feed.resident(split(), classes, key, info, batch_size, mesh, cycles)
-    state = meshes.replicate(states.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
-    state = meshes.replicate(state.replace(window=init_window(state, fed.example, teacher)), mesh)
-    return step, meshes.place(state, mesh, sharded), fed, teacher
+        fed = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
+    state = sharding.replicate(train_state.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
+    state = sharding.replicate(state.replace(window=init_window(state, fed.example, teacher)), mesh)
+    return step, sharding.place(state, mesh, sharded), fed, teacher
 
 
 def run(method, devices, parallel="pmap", steps=4, **options):

@@ -10,10 +10,9 @@ import numpy as np
 import pytest
 from etils import epath
 
-from lt_adv.training import mesh as meshes
-from lt_adv.training import state as states
+from lt_adv.training import sharding, train_state
 from lt_adv.training.checkpoint import BEST, Checkpoints, look, read_variables
-from lt_adv.training.digests import digest
+from lt_adv.training.checksums import digest
 from tests.training.helpers import Small
 
 
@@ -22,10 +21,10 @@ def state():
     import optax
 
     variables = Small().init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), train=False)
-    made = states.create(
+    made = train_state.create(
         jax.random.key(5), variables, optax.sgd(0.1, momentum=0.9), {"counts": jnp.arange(4)}, averaged=False
     )
-    return meshes.replicate(made.replace(window={"loss": (jnp.float32(1.5), jnp.float32(2))}), meshes.make_mesh())
+    return sharding.replicate(made.replace(window={"loss": (jnp.float32(1.5), jnp.float32(2))}), sharding.make_mesh())
 
 
 META = {"seconds": 1.0, "class_counts": [3, 2, 1, 1]}
@@ -58,7 +57,7 @@ def array_files(step):
 
 @pytest.mark.parametrize("devices", [8, 4, 1])
 def test_restores_bit_equal_on_any_number_of_devices(saved, state, devices):
-    mesh = meshes.make_mesh(jax.devices()[:devices])
+    mesh = sharding.make_mesh(jax.devices()[:devices])
     restored, meta = Checkpoints(saved).restore_latest(state, mesh)
     chex.assert_trees_all_equal(host(restored), host(later(state, 2)))
     assert meta["step"] == 2 and restored.params["kernel"].sharding.mesh.size == devices
@@ -73,7 +72,7 @@ def test_a_flipped_bit_is_found_and_the_step_before_taken(saved, state, caplog):
             continue
         raw[len(raw) // 2] ^= 16
         file.write_bytes(bytes(raw))
-    restored, meta = Checkpoints(saved).restore_latest(state, meshes.make_mesh())
+    restored, meta = Checkpoints(saved).restore_latest(state, sharding.make_mesh())
     chex.assert_trees_all_equal(host(restored), host(later(state, 1)))
     assert meta["step"] == 1 and "checkpoint 2" in caplog.text and "going on from checkpoint 1" in caplog.text
     assert (saved.parent.parent / "damaged" / "0_train-2" / "state").exists()  # moved, not deleted
@@ -86,14 +85,14 @@ def test_silent_damage_needs_the_digest(saved, state):
     shutil.rmtree(saved / "2" / "state")
     shutil.copytree(saved / "1" / "state", saved / "2" / "state")
     with pytest.raises(ValueError, match="checkpoint 2 .* is damaged: its digest differs"):
-        checkpoints.restore(2, state, meshes.make_mesh())
+        checkpoints.restore(2, state, sharding.make_mesh())
     assert read_variables(saved.parent.parent)[1]["step"] == 1
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{"])
 def test_damaged_words_about_a_checkpoint_are_damage(saved, state, content):
     (saved / "2" / "meta" / "metadata").write_text(content)
-    assert Checkpoints(saved).restore_latest(state, meshes.make_mesh())[1]["step"] == 1
+    assert Checkpoints(saved).restore_latest(state, sharding.make_mesh())[1]["step"] == 1
 
 
 def test_a_changed_word_about_a_checkpoint_is_damage(saved, state):
@@ -101,7 +100,7 @@ def test_a_changed_word_about_a_checkpoint_is_damage(saved, state):
     path = saved / "2" / "meta" / "metadata"
     path.write_text(path.read_text().replace('"seconds": 1.0', '"seconds": 9.0'))
     with pytest.raises(ValueError, match="its digest differs at meta"):
-        Checkpoints(saved).restore(2, state, meshes.make_mesh())
+        Checkpoints(saved).restore(2, state, sharding.make_mesh())
     assert read_variables(saved.parent.parent)[1]["step"] == 1
 
 
@@ -113,30 +112,30 @@ def test_a_store_that_does_not_answer_has_damaged_nothing(saved, state, monkeypa
 
     monkeypatch.setattr(checkpoints._manager, "restore", fail)
     with pytest.raises(ConnectionError):
-        checkpoints.restore_latest(state, meshes.make_mesh())
+        checkpoints.restore_latest(state, sharding.make_mesh())
     assert Checkpoints(saved).steps() == [1, 2]
 
 
 def test_a_step_set_aside_is_written_anew(saved, state):
     shutil.rmtree(saved / "2" / "state")
     checkpoints = Checkpoints(saved)
-    assert checkpoints.restore_latest(state, meshes.make_mesh())[1]["step"] == 1
+    assert checkpoints.restore_latest(state, sharding.make_mesh())[1]["step"] == 1
     checkpoints.save(2, later(state, 2), {**META, "step": 2})
     checkpoints.close()
-    assert Checkpoints(saved).restore_latest(state, meshes.make_mesh())[1]["step"] == 2
+    assert Checkpoints(saved).restore_latest(state, sharding.make_mesh())[1]["step"] == 2
 
 
 def test_truncated_files_fall_back_and_all_damaged_refuses(saved, state):
     for file in array_files(saved / "2"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    assert Checkpoints(saved).restore_latest(state, meshes.make_mesh())[1]["step"] == 1
+    assert Checkpoints(saved).restore_latest(state, sharding.make_mesh())[1]["step"] == 1
     shutil.rmtree(saved / "1" / "state")
     with pytest.raises(ValueError, match="None of the checkpoints can be restored: checkpoint 1 .* cannot be read"):
-        Checkpoints(saved).restore_latest(state, meshes.make_mesh())
+        Checkpoints(saved).restore_latest(state, sharding.make_mesh())
 
 
 def test_empty_folder_restores_nothing(tmp_path, state):
-    assert Checkpoints(tmp_path / "new").restore_latest(state, meshes.make_mesh()) is None
+    assert Checkpoints(tmp_path / "new").restore_latest(state, sharding.make_mesh()) is None
     with pytest.raises(FileNotFoundError, match="train first"):
         read_variables(tmp_path)
 

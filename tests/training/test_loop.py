@@ -15,8 +15,7 @@ from etils import epath
 from configs import at
 from lt_adv import data, losses
 from lt_adv.methods import base
-from lt_adv.training import loop, program
-from lt_adv.training import mesh as meshes
+from lt_adv.training import loop, sharding, stage_builder
 from lt_adv.training.checkpoint import read_variables
 
 
@@ -46,12 +45,12 @@ def config():
 def run(config, tmp_path_factory):
     """start(stages, workdir) -> the programs that were built; one device."""
     patch, dataset = pytest.MonkeyPatch(), data.load(config.data)
-    mesh, build = meshes.make_mesh(jax.devices()[:1]), program.build
+    mesh, build = sharding.make_mesh(jax.devices()[:1]), stage_builder.build
 
     def start(stages, workdir):
         built = []
-        patch.setattr(program, "stages", lambda _: stages)
-        patch.setattr(program, "build", lambda *args: built.append(build(*args)) or built[-1])
+        patch.setattr(stage_builder, "stages", lambda _: stages)
+        patch.setattr(stage_builder, "build", lambda *args: built.append(build(*args)) or built[-1])
         loop.train(config, epath.Path(workdir), dataset, mesh)
         return built
 
@@ -170,10 +169,10 @@ def test_tensorboard_gets_the_numbers_of_the_lines(run, config, teacher_and_stud
 
 def test_merge_says_what_does_not_fit(caplog):
     fresh = {"params": {"a": np.zeros(2, np.float32), "new": np.ones(1, np.float32)}}
-    merged = program.merge(fresh, {"params": {"a": np.full(2, 7.0), "old": np.zeros(3)}}, "elsewhere")
+    merged = stage_builder.merge(fresh, {"params": {"a": np.full(2, 7.0), "old": np.zeros(3)}}, "elsewhere")
     assert merged["params"]["a"].tolist() == [7, 7] and merged["params"]["new"].tolist() == [1]
     assert "elsewhere: new: params/new" in caplog.text and "elsewhere: unused: params/old" in caplog.text
     with pytest.raises(ValueError, match="params/a has shape"):
-        program.merge(fresh, {"params": {"a": np.zeros(3)}}, "elsewhere")
+        stage_builder.merge(fresh, {"params": {"a": np.zeros(3)}}, "elsewhere")
     with pytest.raises(ValueError, match="none of its arrays"):
-        program.merge(fresh, {"params": {"b": np.zeros(3)}}, "elsewhere")
+        stage_builder.merge(fresh, {"params": {"b": np.zeros(3)}}, "elsewhere")

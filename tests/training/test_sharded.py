@@ -8,13 +8,12 @@ from etils import epath
 from jax.sharding import PartitionSpec as P
 
 from lt_adv import methods
-from lt_adv.training import mesh as meshes
-from lt_adv.training import state as states
+from lt_adv.training import sharding, train_state
 from lt_adv.training.checkpoint import Checkpoints
-from lt_adv.training.digests import digest
+from lt_adv.training.checksums import digest
 from tests.training.helpers import assert_same, make, run
 
-ALL = meshes.SHARDED
+ALL = sharding.SHARDED
 EMA = {"name": "ema", "decay": 0.9, "start_epoch": 0}
 METHOD = methods.create({"name": "at"}, num_steps=1)
 
@@ -28,19 +27,19 @@ def specs(state):
 
 
 def test_the_longest_axis_that_fits_is_cut_and_only_in_the_parts_asked_for():
-    mesh = meshes.make_mesh(jax.devices()[:4])
+    mesh = sharding.make_mesh(jax.devices()[:4])
     shapes = {"kernel": (3, 3, 8, 12), "dense": (64, 10), "bias": (6,), "scalar": (), "empty": (0, 4)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    made = states.TrainState(0, params, params, params, params, {}, {}, None)
+    made = train_state.TrainState(0, params, params, params, params, {}, {}, None)
     made = made.replace(step=jax.ShapeDtypeStruct((), jnp.int32), key=jax.ShapeDtypeStruct((4,), jnp.uint32))
-    found = meshes.shardings(made, mesh, ("opt_state", "average"))
+    found = sharding.shardings(made, mesh, ("opt_state", "average"))
     assert {name: s.spec for name, s in found.opt_state.items()} == {
         "kernel": P(None, None, None, "data"), "dense": P("data"), "bias": P(), "scalar": P(), "empty": P(None, "data"),
     }  # fmt: skip
     assert found.average == found.opt_state
     whole = jax.tree.leaves([found.params, found.batch_stats, found.key, found.step])
     assert {s.spec for s in whole} == {P()}
-    alone = meshes.shardings(made, meshes.make_mesh(jax.devices()[:1]), ALL)
+    alone = sharding.shardings(made, sharding.make_mesh(jax.devices()[:1]), ALL)
     assert {s.spec for s in jax.tree.leaves(alone)} == {P()}, "one device has it all"
 
 
@@ -74,7 +73,7 @@ def test_shards_are_restored_on_any_number_of_devices(tmp_path, devices):
     checkpoints.save(1, state, {"step": 1})
     checkpoints.close()
     _, other, _, _ = make(METHOD, devices, "shard_map", sharded=ALL, average=EMA, seed=4)
-    restored, meta = Checkpoints(stage).restore(1, other, meshes.make_mesh(jax.devices()[:devices]))
+    restored, meta = Checkpoints(stage).restore(1, other, sharding.make_mesh(jax.devices()[:devices]))
     assert specs(restored) == specs(other) and bool(specs(restored)) == (devices > 1)
     stored = {name: value for name, value in meta["digest"].items() if name != "meta"}
     assert digest(restored) == digest(state) == stored != digest(other)

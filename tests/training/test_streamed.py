@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from configs import robal
 from lt_adv import data, methods
-from lt_adv.training import program
+from lt_adv.training import stage_builder
 from tests.training.helpers import make, run, split
 
 METHOD = methods.create({"name": "at"}, num_steps=2)
@@ -27,9 +27,7 @@ def go(step, state, feed, teacher, first, last):
 
 
 def assert_same_bits(found, expected):
-    for (path, mine), theirs in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
+    for (path, mine), theirs in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         assert np.asarray(mine).tobytes() == np.asarray(theirs).tobytes(), jax.tree_util.keystr(path)
 
 
@@ -62,7 +60,7 @@ def test_a_set_is_streamed_by_its_size(sampler):
     cut, mesh = data.long_tailed(data.load(config.data), config.data), Mesh(np.array(jax.devices()[:1]), ("data",))
     for fits, size in ((True, cut.train.image.nbytes), (False, cut.train.image.nbytes - 1)):
         config.data.resident_gib = size / 2**30
-        feed = program.build(0, program.stages(config)[0], config, data.load(config.data), mesh).feed
+        feed = stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh).feed
         assert isinstance(feed.example["image"], jax.Array) == fits
         with feed.batches(0, 1) as batches:
             label = np.asarray(next(batches)["label"])

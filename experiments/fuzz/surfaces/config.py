@@ -12,7 +12,7 @@ from experiments.fuzz.box import Box
 from experiments.fuzz.cases import Case, no_computation
 from experiments.fuzz.draw import NAMES, NOT_FINITE, one, value
 from experiments.fuzz.surfaces.arguments import FRESH, ROOT
-from lt_adv import arguments, check
+from lt_adv.cli import flags, schema
 
 # Values at the edge and yet of use, of configs/at.py with digits; in most entries several.
 VALID: Mapping[str, Sequence[Any]] = {
@@ -84,8 +84,8 @@ def get_config(arg=None):
 class Config:
     def __init__(self, shared: Path) -> None:
         del shared
-        entries = {name: arguments.load(f"{ROOT}/configs/{name}.py:dataset=digits").to_dict() for name in FRESH}
-        self.entries = {name: check.flat(tree) for name, tree in entries.items()}
+        entries = {name: flags.load(f"{ROOT}/configs/{name}.py:dataset=digits").to_dict() for name in FRESH}
+        self.entries = {name: schema.flat(tree) for name, tree in entries.items()}
 
     def running(self) -> AbstractContextManager[Any]:
         return no_computation()

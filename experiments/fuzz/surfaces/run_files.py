@@ -18,7 +18,8 @@ from experiments.fuzz.draw import damaged, one, value
 from experiments.fuzz.surfaces.checkpoint import AT, TINY, train
 from experiments.fuzz.surfaces.npz import Hidden
 from lt_adv import evaluation, main
-from lt_adv.evaluation import plots, reliability
+from lt_adv.evaluation import plots
+from lt_adv.evaluation.masking import diagnose
 
 ATTACKS = "--config.eval.attacks={'pgd':{'attack':'pgd','eps':0.1,'step_size':0.1,'num_steps':1}}"
 WRITTEN = ("report.md", "report.json", "plots", "config.json", "plots/examples.png", "eval", "reports")
@@ -37,7 +38,7 @@ class RunFiles:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        originals = {"examples": (evaluation, evaluation.examples), "probe": (reliability, reliability.probe)}
+        originals = {"examples": (evaluation, evaluation.examples), "probe": (diagnose, diagnose.probe)}
         with contextlib.ExitStack() as stack:
             for name, (where, original) in originals.items():
 

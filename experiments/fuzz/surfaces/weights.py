@@ -18,7 +18,7 @@ from experiments.fuzz.cases import Case, no_computation
 from experiments.fuzz.draw import damaged, one, value
 from experiments.fuzz.surfaces.arguments import ROOT
 from experiments.fuzz.surfaces.npz import Hidden
-from experiments.torch_twin.weights import to_torch
+from experiments.pytorch_baseline.weights import to_torch
 from lt_adv import models
 
 TAGS = {"float32": "F32", "float64": "F64", "float16": "F16", "int64": "I64"}

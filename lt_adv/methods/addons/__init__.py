@@ -6,13 +6,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from lt_adv import lookup
 from lt_adv.methods import Method, method_class
+from lt_adv.runtime import registry
 
 
 def names() -> list[str]:
     """Every add-on that `config.addons` can name."""
-    return lookup.names(__name__)
+    return registry.names(__name__)
 
 
 def wrap(method: Method, chosen: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> Method:

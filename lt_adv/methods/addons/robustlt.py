@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from lt_adv.attacks import norms, starts
+from lt_adv.attacks import initialization, norms
 from lt_adv.methods.addons import base
 
 
@@ -54,7 +54,7 @@ class RobustLT(base.AddOn):
 
     def perturb(self, key, net, batch, extra, clock):
         eps = norms.per_example(batch.eps, batch.image)
-        start = starts.starting_point(key, batch.image, eps, "uniform", norms.get("linf"))
+        start = initialization.starting_point(key, batch.image, eps, "uniform", norms.get("linf"))
         batch = self._scaled(batch, net.info, clock).replace(x_init=jnp.clip(start, 0, 1))
         return self.inner.perturb(key, net.with_batch_statistics(), batch, extra, clock)
 

@@ -1,0 +1,127 @@
+"""Trains a config in PyTorch, on the same images, for lt_adv's own evaluator.
+
+    python -m experiments.pytorch_baseline.train --config=configs/robal.py:dataset=digits --workdir=workdirs/robal-torch
+    python -m lt_adv.main --config=configs/robal.py:dataset=digits --workdir=workdirs/robal-torch --mode=eval
+
+--config, --config.x.y=z    as of lt_adv.main
+--workdir=PATH              a new one; the stage in its report says that PyTorch trained, and how
+--setting=released|tuned    see experiments/pytorch_baseline/step.py [tuned]
+--device=cpu|cuda           [cuda where there is one]
+
+A run that was interrupted begins anew, in another working directory. The running variances that are handed over are
+PyTorch's, which are unbiased: the network was trained with them.
+"""
+
+import argparse
+import math
+import os
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from lt_adv.cli import flags
+from lt_adv.main import one_line
+from lt_adv.runtime import registry
+
+DEVICES = ("cpu", "cuda")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code: 0, or 2 after one line that begins with "Error:"."""
+    argv = list(sys.argv if argv is None else argv)
+    if {"-h", "--help"} & set(argv[1:]):
+        print(__doc__)
+        return 0
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it only writes checkpoints here; the GPU is PyTorch's
+    try:
+        train(*parse(argv))
+    except (ValueError, OSError, ImportError, FloatingPointError) as error:
+        print("Error:", one_line(error), file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse(argv: Sequence[str]) -> tuple[flags.Arguments, str, str]:
+    """(what lt_adv.main would be asked for, setting, device)"""
+    try:
+        import torch
+    except ImportError:
+        raise ImportError("The PyTorch twin needs PyTorch: pip install '.[torch]'.") from None
+    from experiments.pytorch_baseline.step import SETTINGS
+
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    parser.add_argument("--setting", default="tuned")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        mine, rest = parser.parse_known_args(list(argv[1:]))
+    except argparse.ArgumentError as error:
+        raise ValueError(str(error)) from error
+    given = flags.parse([argv[0], *rest])
+    for what, value, choices in (("setting", mine.setting, SETTINGS), ("device", mine.device, DEVICES)):
+        if value not in choices:
+            raise registry.unknown(f"--{what}", value, choices)
+    if mine.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device=cuda: PyTorch sees no GPU here.")
+    if not any(arg.lstrip("-").startswith("workdir") for arg in rest):
+        raise ValueError("--workdir is missing: the default one is that of lt_adv.main.")
+    if given.mode != "train":
+        raise ValueError("The PyTorch twin only trains; python -m lt_adv.main --mode=eval evaluates.")
+    return given, mine.setting, mine.device
+
+
+def train(given: flags.Arguments, setting: str, device: str) -> None:
+    """All epochs; FloatingPointError if the loss is no longer a number, ValueError for what cannot be trained."""
+    import torch
+
+    from experiments.pytorch_baseline.step import Trainer
+    from lt_adv import data
+    from lt_adv.cli import schema, workdirs
+    from lt_adv.training import metric_logging
+    from lt_adv.training.checkpoint import Checkpoints
+
+    config, workdir = given.config, given.workdir
+    schema.values(config)
+    if (workdir / "checkpoints").exists():
+        raise ValueError(f"{workdir} has checkpoints, and the PyTorch twin resumes none: use another --workdir.")
+    workdirs.compare(config, workdir, training=True)
+    split = data.long_tailed(data.load(config.data), config.data)
+    schema.fits(config, split, 1)
+    trainer = Trainer(config, split, setting=setting, device=device, seed=config.seed)
+    with workdirs.claimed(config, workdir):
+        lines = metric_logging.Lines(workdir / "metrics.jsonl")
+        epochs, per_epoch = config.optim.epochs, trainer.steps_per_epoch
+        meta: dict[str, Any] = {
+            "stage": f"0_train by PyTorch {torch.__version__}, {setting}, on {device}",
+            "stages": 1,
+            "total_steps": epochs * per_epoch,
+            "class_counts": list(split.class_counts),
+            "data_digest": split.digest,
+        }
+        metric_logging.console.print(
+            f"{meta['stage']}  method {config.method.name}  model {config.model.name}  workdir {workdir}"
+        )
+        checkpoints = Checkpoints(workdir / "checkpoints" / "0_train", keep=config.checkpoint.keep)
+        seconds = 0.0
+        for epoch in range(1, epochs + 1):
+            began = time.perf_counter()
+            loss = float(torch.stack([trainer.step() for _ in range(per_epoch)]).mean())
+            taken = time.perf_counter() - began
+            seconds += taken
+            if not math.isfinite(loss):
+                raise FloatingPointError(f"The loss is {loss} in epoch {epoch}.")
+            lines.add({"stage": meta["stage"], "step": trainer.steps, "epoch": epoch, "train/loss": loss})
+            rate = per_epoch * config.optim.batch_size / taken
+            metric_logging.console.print(f"epoch {epoch}/{epochs}  {rate:,.0f} img/s  loss {loss:.3f}")
+            if epoch == epochs or epoch % config.checkpoint.every_epochs == 0:
+                checkpoints.save(
+                    trainer.steps, trainer.variables(), {"step": trainer.steps, "seconds": seconds, **meta}
+                )
+        checkpoints.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""`attacks.compile`: the jitted form of an attack, with the network's variables as an argument."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+from jax import Array
+
+from lt_adv.attacks import inputs
+from lt_adv.attacks._autoattack import autoattack
+
+
+def compile(
+    attack: Callable[..., Array], apply: Callable[[Any, Array], Array], **options: Any
+) -> Callable[[Array, Any, Array, Array], Array]:
+    """Jits an attack once for all variables of the same shapes.
+
+    An attack called outside jit on a fresh closure over the variables is traced again at every call; here the variables
+    are an argument.
+
+    Args:
+      attack: `fgsm`, `pgd`, `mim`, `cw`, or any function attack(key, logits_fn, x, y, **options) -> x_adv.
+      apply: (variables, x[batch, ...]) -> logits[batch, classes].
+      **options: the attack's keyword arguments.
+
+    Returns:
+      f(key, variables, x, y) -> x_adv. The inputs may be sharded over devices; x_adv is sharded as XLA chooses, in
+      general as x is. Outside a trace the values of x and of labels y are checked in every call, as the attack does.
+
+    Raises:
+      ValueError: for an option that the attack does not have. Values are checked when f is first called.
+    """
+    if attack is autoattack:
+        raise ValueError("autoattack drives compiled attacks from the host and cannot be compiled: call it.")
+    parameters = inspect.signature(attack).parameters
+    try:
+        inspect.signature(attack).bind_partial(**options)
+    except TypeError as error:
+        raise ValueError(f"{getattr(attack, '__name__', attack)} cannot take these options: {error}.") from None
+
+    @jax.jit
+    def compiled(key: Array, variables: Any, x: Array, y: Array) -> Array:
+        return attack(key, partial(apply, variables), x, y, **options)
+
+    bounds = options.get("bounds", getattr(parameters.get("bounds"), "default", None))
+
+    classes: dict[tuple[int, ...], int | None] = {}  # by the shape of x
+
+    def num_classes(variables: Any, x: Array) -> int | None:
+        if np.shape(x) not in classes:
+            logits = jax.eval_shape(apply, variables, x)  # what is not an array of logits the attack refuses
+            classes[np.shape(x)] = logits.shape[-1] if getattr(logits, "ndim", 0) == 2 else None
+        return classes[np.shape(x)]
+
+    @functools.wraps(compiled)
+    def call(key: Array, variables: Any, x: Array, y: Array) -> Array:
+        if "bounds" in parameters:
+            inputs.check_images(x, inputs.check_bounds(bounds))
+            if np.ndim(y) == 1 and inputs.known(y) is not None:  # `kl_divergence` takes probabilities
+                inputs.check_labels(y, len(x), num_classes(variables, x))
+        return compiled(key, variables, x, y)
+
+    call.lower = compiled.lower  # type: ignore[attr-defined]
+    return call

@@ -1,0 +1,95 @@
+"""The command line: a config file, other values for its entries, a working directory and a mode."""
+
+import glob
+import os
+import re
+import runpy
+import shlex
+from typing import NamedTuple
+
+from absl import flags
+from etils import epath
+from ml_collections import ConfigDict, config_flags
+
+from lt_adv.runtime import atomic_io, registry
+
+MODES = ("train", "eval", "export")
+FLAGS = ("config", "workdir", "mode")
+OVERRIDE = r"--?(?:no)?config\.([^=]*)"
+
+
+class Arguments(NamedTuple):
+    config: ConfigDict
+    workdir: epath.Path
+    mode: str
+    command: str  # as it was given, but for where and in which mode
+
+
+def parse(argv: list[str]) -> Arguments:
+    """What the command line `argv` asks for, the program's name first; ValueError, of one line, if it is not clear."""
+    known = flags.FlagValues()  # of this call: the global one has the flags of every library
+    known.set_gnu_getopt()
+    for name in FLAGS:
+        flags.DEFINE_string(name, None, "", flag_values=known)
+    try:
+        program, *rest = known(argv, known_only=True)
+        for arg in rest:
+            if arg.startswith("-") and not re.match(OVERRIDE, arg):
+                raise registry.unknown("flag", arg.partition("=")[0], [f"--{name}" for name in known])
+        if not known.config:
+            raise ValueError("--config is missing, for example --config=configs/robal.py:dataset=digits.")
+        if known.workdir == "":
+            raise ValueError("--workdir is empty: name a folder, or leave it out.")
+        if (mode := "train" if known.mode is None else known.mode) not in MODES:
+            raise registry.unknown("--mode", mode, MODES)
+        config = load(known.config)
+        for arg in rest:
+            if match := re.match(OVERRIDE, arg):
+                _find(match[1], config)
+        overridden = flags.FlagValues()
+        overridden.set_gnu_getopt()
+        config_flags.DEFINE_config_dict("config", config, flag_values=overridden, sys_argv=rest)
+        if stray := overridden([program, *rest])[1:]:
+            raise ValueError(f"Unexpected argument {stray[0]!r}: another value for an entry is written --config.x.y=z.")
+    except flags.Error as error:
+        raise ValueError(str(error)) from error
+    workdir = atomic_io.place(known.workdir or _workdir(known.config), "--workdir")
+    if "://" not in str(workdir):
+        workdir = workdir.expanduser().absolute()  # orbax wants it absolute
+    command = shlex.join(["python", "-m", "lt_adv.main", f"--config={known.config}", *rest])
+    return Arguments(overridden.config, workdir, mode, command)
+
+
+def load(name: str) -> ConfigDict:
+    """What get_config of the file returns for what is after the colon: "configs/robal.py:dataset=digits"."""
+    path, colon, arguments = name.partition(":")
+    if not os.path.isfile(path):
+        there = set(glob.glob("configs/*.py")) - {"configs/__init__.py", "configs/common.py"}
+        raise registry.unknown("config file", path, there)
+    try:
+        get_config = runpy.run_path(path).get("get_config")
+        config = get_config(*([arguments] if colon else [])) if get_config else None
+    except Exception as error:  # a config is a program: it may raise anything
+        kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
+        raise ValueError(f"{path}: {kind}{error}") from error
+    if not isinstance(config, ConfigDict):
+        raise ValueError(f"{path} must have a function get_config that returns a ConfigDict.")
+    return config
+
+
+def _find(path: str, config: ConfigDict) -> None:
+    """ValueError, with the nearest entry, if `config` has none at `path`."""
+    entry, where = config, "config"
+    for name in path.split("."):
+        if not isinstance(entry, ConfigDict):
+            raise ValueError(f"--config.{path}: {where} is a value and has no entries.")
+        if name not in entry:
+            raise registry.unknown(f"entry of {where}:", name, list(entry))
+        entry, where = entry[name], f"{where}.{name}"
+
+
+def _workdir(config: str) -> str:
+    """workdirs/robal-dataset=digits for configs/robal.py:dataset=digits; one folder, also for an argument with "/"."""
+    path, colon, arguments = config.partition(":")
+    name = os.path.splitext(os.path.basename(path))[0]
+    return os.path.join("workdirs", name + f"{colon and '-'}{arguments.replace(',', '-').replace('/', '_')}")

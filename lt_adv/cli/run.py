@@ -1,0 +1,281 @@
+"""A run from config to report: what `main` calls. Training and evaluation meet here and know nothing of each other."""
+
+import hashlib
+import json
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import ml_collections
+from etils import epath
+
+import lt_adv
+from lt_adv import data, evaluation
+from lt_adv.cli import baseline, schema, workdirs
+from lt_adv.runtime import distributed, environment
+from lt_adv.training import checkpoint, checksums, loop, metric_logging, sharding, stage_builder
+
+
+def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
+    """Train (or go on), then evaluate. ValueError before anything is written for a config that cannot be, or does not
+    fit the data, the devices or what is in the working directory."""
+    prepare(config)
+    together(config)
+    workdirs.compare(config, workdir, training=True)
+    origin(config)
+    dataset, mesh = data.load(config.data), sharding.make_mesh()
+    split = data.long_tailed(dataset, config.data)
+    for stage in stage_builder.stages(config):
+        own = stage_builder.configured(config, stage)
+        schema.stage_fits(own, stage, data.long_tailed(dataset, own.data) if stage.overrides else split, mesh.size)
+    _images(config.eval, split)
+    with workdirs.claimed(config, workdir):
+        describe(config, split, workdir, mesh)
+        loop.train(config, workdir, dataset, mesh)
+        _evaluate(config, workdir, *trained(config, workdir, dataset))
+
+
+def prepare(config: ml_collections.ConfigDict) -> None:
+    """ValueError for values that cannot be; then jax may start."""
+    schema.values(config)
+    environment.prepare(config.optim.batch_size, config.cpu_devices)
+    if config.eval.baseline:
+        _ended(config.eval.baseline, f"The baseline is the run in {config.eval.baseline!r} (config.eval.baseline)")
+
+
+def together(config: ml_collections.ConfigDict) -> None:
+    """ValueError unless all processes have this config; from here on the first one speaks for all."""
+    metric_logging.console.quiet = not distributed.first()
+    distributed.same("The config", json.dumps(workdirs.comparable(config.to_dict()), sort_keys=True))
+
+
+def origin(config: ml_collections.ConfigDict) -> None:
+    """ValueError unless the run that training is to begin with, if there is one, is there and finished."""
+    if schema.imports(config):
+        raise ValueError(f"config.init_from: training begins with a run, {config.init_from!r} is only for --mode=eval.")
+    for stage in stage_builder.stages(config):
+        if stage.init in ("fresh", "previous"):
+            continue
+        _ended(stage.init, f"Stage {stage.name!r} begins with the run in {stage.init!r} (config.init_from)")
+
+
+def _ended(run: str, words: str) -> None:
+    """ValueError, which begins with `words`, unless the run in this directory is there and finished."""
+    try:
+        _, meta = checkpoint.look(run)
+    except FileNotFoundError as error:
+        raise ValueError(f"{words}, where there is none: train it first, or name another.") from error
+    if not _finished(meta, "last"):
+        raise ValueError(f"{words}, which is at {_position(meta)}: let it finish, or name another.")
+
+
+def describe(config, split, workdir, mesh) -> None:
+    """Say once what is about to run."""
+    device = mesh.devices.flat[0]
+    cut = split.class_counts_before
+    devices = f"{mesh.size} x {device.device_kind}  {config.parallel}"
+    metric_logging.console.print(f"lt_adv {lt_adv.__version__}  jax {jax.__version__}  {devices}")
+    method = " + ".join((config.method.name, *config.addons))
+    names = f"method {method}  model {config.model.name}  data {config.data.name}"
+    metric_logging.console.print(f"{names}  workdir {workdir}")
+    counts = f"class counts {_short(split.class_counts)}"
+    if cut != split.class_counts:
+        counts += f" after the validation cut ({_short(cut)} before)"
+    metric_logging.console.print(f"{counts}  imbalance ratio {max(split.class_counts) / min(split.class_counts):.1f}")
+
+
+def _short(counts) -> str:
+    shown = [str(int(c)) for c in counts]
+    return " ".join(shown if len(shown) <= 20 else [*shown[:6], "...", *shown[-6:]])
+
+
+def trained(
+    config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
+) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
+    """(variables, meta, split) of the network that `config.eval` asks for; ValueError unless the config is its own."""
+    prepare(config)
+    workdirs.compare(config, workdir)
+    variables, meta = checkpoint.read_variables(workdir, config.eval.checkpoint)
+    split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
+    _finished(meta, config.eval.checkpoint)  # or of another version
+    if meta["class_counts"] != list(split.class_counts):
+        theirs, ours = _short(meta["class_counts"]), _short(split.class_counts)
+        raise ValueError(
+            f"{workdir} was trained with class counts {theirs}, this config gives {ours}; it is at {_position(meta)}: "
+            "let it finish, or correct the config."
+        )
+    schema.network(config, split, variables, workdir)
+    return variables, meta, split
+
+
+def imported(
+    config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
+) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
+    """What `trained` gives, of the file of weights in `config.init_from`; how it was trained, meta does not know."""
+    prepare(config)
+    workdirs.compare(config, workdir)
+    split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
+    return *stage_builder.imported(config, split), split
+
+
+def evaluate(
+    config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
+) -> dict[str, Any]:
+    """Evaluate the trained network of a working directory and write its report; interrupted, it resumes.
+
+    The report goes to the working directory itself, or to reports/<config.eval.report> where that is named. Weights of
+    others, a file in `config.init_from`, are evaluated as if they had been trained in the working directory. Of several
+    processes the first one gets the report.
+    """
+    prepare(config)
+    together(config)
+    imports = schema.imports(config)
+    found = (imported if imports else trained)(config, workdir, dataset)
+    _images(config.eval, found[2])
+    with workdirs.claimed(config, workdir) if imports else workdirs.held(workdir):
+        return _evaluate(config, workdir, *found)
+
+
+def _evaluate(
+    config: ml_collections.ConfigDict,
+    workdir: epath.Path,
+    variables: dict[str, Any],
+    meta: dict[str, Any],
+    split: data.LongTailed,
+) -> dict[str, Any]:
+    """`evaluate`, in a working directory that this process holds."""
+    distributed.heed_sigterm()
+    options, counts = config.eval, split.class_counts
+    if not schema.imports(config) and not _finished(meta, options.checkpoint):
+        metric_logging.console.print(
+            f"Note: this evaluates {_position(meta)}, not the end of training.", soft_wrap=True
+        )
+    images, subset = _images(options, split)
+    specs = options.attacks.to_dict()
+    chosen = options.only or [name for name, spec in specs.items() if not evaluation.takes_all(spec)]
+    specs = {name: spec for name, spec in specs.items() if name in chosen}
+    mesh, apply = sharding.make_mesh(), stage_builder.evaluated(config, split)
+    key = jax.random.key(options.seed, impl="threefry2x32")
+    records = evaluation.evaluate(
+        key,
+        apply,
+        variables,
+        images,
+        attacks=specs,
+        batch_size=options.batch_size,
+        directory=workdir / "eval",
+        header=header(config, split, meta, subset),
+        mesh=mesh,
+        class_names=split.class_names,
+        console=metric_logging.console,
+    )
+    summary = {}
+    if distributed.first():  # on its own devices
+        network, own = (apply, variables), distributed.local(mesh)
+        shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.takes_all(spec)])
+        context = {
+            "class_counts": counts,
+            "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
+            "groups": options.groups,
+            "training_seconds": meta.get("seconds"),
+            "commit": environment.commit(),
+            "metrics": workdir / "metrics.jsonl",
+            "reliability": baseline.judge(config, workdir, network, split, images, specs, trained),
+        }
+        if shown:
+            context["examples"] = evaluation.examples(
+                key, *network, images, records, attack=shown, spec=specs[shown], class_counts=counts, mesh=own
+            )
+        directory = report_directory(config, workdir)
+        summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
+        evaluation.show(summary, metric_logging.console)
+        metric_logging.console.print(f"Report: {directory / 'report.md'}", soft_wrap=True)
+    distributed.wait("the report is written")
+    return summary
+
+
+def report_directory(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.Path:
+    """The working directory itself, or the part of it for a report that has a name."""
+    return workdir / "reports" / config.eval.report if config.eval.report else workdir
+
+
+def _images(options: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[data.Split, str]:
+    """The images to evaluate on, and which they are in words."""
+    images = split.test if options.split == "test" else split.validation
+    if not options.subset_per_class:
+        return images, f"the whole {options.split} split"
+    chosen = evaluation.balanced_subset(images.label, options.subset_per_class)
+    words = f"class-balanced subset, {options.subset_per_class} per class, seed 0"
+    return images.take(chosen), words if options.split == "test" else f"{words}, of the validation split"
+
+
+def _position(meta: Mapping[str, Any]) -> str:
+    return f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
+
+
+def _finished(meta: Mapping[str, Any], which: str) -> bool:
+    """Whether a checkpoint is the end of the last stage; the best one on validation counts as asked for."""
+    if missing := [name for name in checksums.ENTRIES if name not in meta]:
+        words = f"The checkpoint of stage {meta.get('stage')} says nothing of its {missing[0]}"
+        raise ValueError(f"{words}: it is of an earlier version, which cannot be read.")
+    ended = meta["step"] == meta["total_steps"] or which == "best"
+    return ended and meta["stage"].startswith(f"{meta['stages'] - 1}_")
+
+
+def header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
+    """What identifies an evaluation, beside what the evaluator sees itself. No times: they would start it anew."""
+    adjustment = config.eval.adjustment
+    return {
+        "model": _model(config),
+        "dataset": f"{config.data.title}, {config.data.imbalance} profile",
+        "dataset_digest": split.digest[:16],
+        "split": config.eval.split,
+        "subset": subset,
+        "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
+        **(_training(config, meta) if "step" in meta else meta),  # of weights of others, nothing is known
+        "evaluation_seed": config.eval.seed,
+        "config_digest": hashlib.sha256(json.dumps(workdirs.comparable(config.to_dict())).encode()).hexdigest()[:16],
+        "lt_adv_version": lt_adv.__version__,
+        "code_digest": environment.code_digest(),
+        "python_version": sys.version.partition(" ")[0],
+    }
+
+
+def _training(config: ml_collections.ConfigDict, meta: Mapping[str, Any]) -> dict[str, Any]:
+    """How the network was trained."""
+    attack, start = config.attack, stage_builder.stages(config)[-1].method.attack_start
+    return {
+        "method": _method(config),
+        "fidelity": config.fidelity,
+        "training_attack": f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps, start {start}"
+        + (f", in {attack.dtype}" if attack.dtype else ""),
+        "epochs": config.optim.epochs,
+        "checkpoint": config.eval.checkpoint,
+        "checkpoint_step": meta["step"],
+        "stage": meta["stage"],
+        "training": "finished"
+        if _finished(meta, config.eval.checkpoint)
+        else f"UNFINISHED, step {meta['step']} of {meta['total_steps']}",
+        "weights": "averaged" if config.average.name != "none" else "last step",
+        "seed": config.seed,
+    }
+
+
+def _method(config: ml_collections.ConfigDict) -> str:
+    """trades (beta 6) + robustlt (alpha 0.3, warmup 0.8) + awp (gamma 0.005)."""
+
+    def said(name: str, **options: Any) -> str:
+        values = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
+        return name + (f" ({values})" if values else "")
+
+    method = stage_builder.method(config)  # an option that the config leaves open has its value there
+    options = {option: getattr(method, option) for option in config.method if option != "name"}
+    return " + ".join([said(config.method.name, **options), *(said(name, **config[name]) for name in config.addons)])
+
+
+def _model(config: ml_collections.ConfigDict) -> str:
+    model, evaluated = config.model, config.eval.dtype
+    size = f"-{model.depth}-{model.width}" if model.name == "wide_resnet" else ""
+    dtype = model.dtype if model.dtype == evaluated else f"trained in {model.dtype}, evaluated in {evaluated}"
+    return f"{model.name}{size}, head {model.head.name}, {dtype}"

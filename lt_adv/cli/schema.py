@@ -1,0 +1,295 @@
+"""A config, looked at whole before anything is loaded, compiled or written: one line for what cannot be."""
+
+import re
+from collections.abc import Callable, Collection, Mapping
+from typing import Any
+
+import flax
+import ml_collections
+
+from lt_adv import data, models
+from lt_adv.attacks import initialization, norms
+from lt_adv.data import augment, device_dataset, images, longtail
+from lt_adv.evaluation import attack_specs
+from lt_adv.evaluation.records import CLEAN, WORST
+from lt_adv.methods import base
+from lt_adv.models import posthoc, weight_files
+from lt_adv.runtime import atomic_io, registry
+from lt_adv.training import checkpoint, optimizer, sharding, stage_builder
+
+Rule = Callable[[str, Any], None]  # (path of an entry, its value); raises ValueError
+
+
+def number(interval: str, hint: str = "", kind: type = float) -> Rule:
+    """A number in an interval such as "(0, 1]". NaN is in none of them."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+
+    def rule(path: str, value: Any) -> None:
+        if isinstance(value, (int, kind)) and not isinstance(value, bool):
+            above = value > low if interval[0] == "(" else value >= low
+            below = value < high if interval[-1] == ")" else value <= high
+            if above and below:
+                return
+        name = "a whole number" if kind is int else "a number"
+        raise ValueError(f"{path} must be {name} in {interval}, not {value!r}{': ' if hint else ''}{hint}.")
+
+    return rule
+
+
+def whole(interval: str) -> Rule:
+    return number(interval, kind=int)
+
+
+def one_of(choices: Collection[str]) -> Rule:
+    def rule(path: str, value: Any) -> None:
+        if not isinstance(value, str) or value not in choices:
+            raise registry.unknown(path, value, choices)
+
+    return rule
+
+
+def a(*kinds: type) -> Rule:
+    def rule(path: str, value: Any) -> None:
+        if not isinstance(value, kinds):
+            names = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"{path} must be of type {names}, not {value!r}.")
+
+    return rule
+
+
+def file_name(path: str, value: Any) -> None:
+    if not (isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*", value)):
+        raise ValueError(f"{path} must be a name, of letters, digits, '_', '-' and '.', not {value!r}.")
+
+
+def path_of(path: str, value: Any) -> None:
+    a(str)(path, value)
+    atomic_io.place(value, path)
+
+
+def each(rule: Rule) -> Rule:
+    def rules(path: str, values: Any) -> None:
+        a(tuple)(path, values)
+        for value in values:
+            rule(f"each of {path}", value)
+
+    return rules
+
+
+def optional(rule: Rule) -> Rule:
+    return lambda path, value: None if value is None else rule(path, value)
+
+
+PIXELS = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137"
+RATIO = "it is max count / min count, so the literature's 0.02 is ratio 50"
+LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS), number("(0, inf)"), number("[0, inf)")
+MOST = 1000000  # of anything that is counted: far more than one can mean, and no overflow in 32 bits
+ONE_OR_MORE, ZERO_OR_MORE, SEED = whole(f"[1, {MOST}]"), whole(f"[0, {MOST}]"), whole("[0, 4294967295]")
+
+# Every entry that all configs have. The options of a model, head, method, adjustment or attack are looked at by these.
+ENTRIES: Mapping[str, Rule] = {
+    "seed": SEED,
+    "init_from": path_of,
+    "parallel": one_of(sharding.PARALLEL),
+    "sharded": each(one_of(sharding.SHARDED)),
+    "cpu_devices": optional(ONE_OR_MORE),
+    "fidelity": one_of(base.FIDELITIES),
+    "data.name": a(str),
+    "data.title": a(str),
+    "data.data_dir": optional(path_of),
+    "data.path": optional(path_of),
+    "data.image_size": optional(whole(f"[1, {images.LARGEST}]")),
+    "data.download": a(bool),
+    "data.test_split": a(str),
+    "data.resident_gib": NOT_NEGATIVE,
+    "data.imbalance": one_of(longtail.PROFILES),
+    "data.imbalance_ratio": number("[1, inf)", RATIO),
+    "data.balanced_fraction": number("(0, 1]"),
+    "data.class_counts": each(ONE_OR_MORE),
+    "data.validation_per_class": ZERO_OR_MORE,
+    "data.validation_from": one_of(longtail.ORIGINS),
+    "data.equalise": number("[0, 1]"),
+    "data.split_seed": SEED,
+    "data.sampler": one_of(device_dataset.SAMPLERS),
+    "data.augment": one_of(augment.AUGMENTS),
+    "data.pad": ZERO_OR_MORE,
+    "model.name": a(str),
+    "model.head.name": a(str),
+    "method.name": a(str),
+    "addons": each(a(str)),
+    "robustlt.alpha": number("[0, 1]"),
+    "robustlt.warmup": number("[0, 1]", "it is a share of the epochs"),
+    "awp.gamma": NOT_NEGATIVE,
+    "attack.eps": LENGTH,
+    "attack.step_size": LENGTH,
+    "attack.num_steps": optional(ZERO_OR_MORE),
+    "attack.start": optional(one_of(initialization.STARTS)),
+    "attack.dtype": optional(one_of(models.DTYPES)),
+    "optim.epochs": ONE_OR_MORE,
+    "optim.batch_size": ONE_OR_MORE,
+    "optim.learning_rate": POSITIVE,
+    "optim.momentum": number("[0, 1)"),
+    "optim.nesterov": a(bool),
+    "optim.weight_decay": NOT_NEGATIVE,
+    "optim.schedule": one_of(optimizer.SCHEDULES),
+    "optim.drop_epochs": each(ZERO_OR_MORE),
+    "optim.drop_factor": number("(0, 1]"),
+    "optim.first_epoch": whole("[0, 1]"),
+    "optim.warmup_epochs": ZERO_OR_MORE,
+    "average.name": one_of(("none", "ema", "swa")),
+    "average.decay": number("[0, 1)"),
+    "average.start_epoch": ZERO_OR_MORE,
+    "log.every_steps": ONE_OR_MORE,
+    "log.clean_per_class": ZERO_OR_MORE,
+    "log.validate_every_epochs": ONE_OR_MORE,
+    "log.tensorboard": a(bool),
+    "checkpoint.every_epochs": ONE_OR_MORE,
+    "checkpoint.keep": ONE_OR_MORE,
+    "eval.batch_size": ONE_OR_MORE,
+    "eval.dtype": one_of(models.DTYPES),
+    "eval.split": one_of(("test", "validation")),
+    "eval.subset_per_class": ZERO_OR_MORE,
+    "eval.only": each(a(str)),
+    "eval.baseline": path_of,
+    "eval.report": lambda path, value: None if value == "" else file_name(path, value),
+    "eval.groups": one_of(longtail.GROUPS),
+    "eval.checkpoint": one_of(("last", "best")),
+    "eval.seed": SEED,
+    "eval.adjustment.name": a(str),
+}
+OPTIONS = ("model.", "method.", "eval.adjustment.", "eval.attacks.")  # sections with entries of their own
+ATTACK_OPTIONS: Mapping[str, Rule] = {
+    "eps": LENGTH,
+    "step_size": LENGTH,
+    "num_steps": ZERO_OR_MORE,
+    "start": one_of(initialization.STARTS),
+    "norm": lambda path, value: norms.get(value) and None,
+    "logit_scale": POSITIVE,
+    "confidence": NOT_NEGATIVE,
+    "decay": NOT_NEGATIVE,
+}
+L2 = {"eps": POSITIVE, "step_size": POSITIVE}  # a distance over many pixels may be more than 1
+
+
+def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+    """{"optim": {"epochs": 80}} -> {"optim.epochs": 80}, of plain dicts."""
+    return flax.traverse_util.flatten_dict(config, sep=".")
+
+
+def values(config: ml_collections.ConfigDict) -> None:
+    """ValueError unless every entry is there, known, and of some use, whatever the data; so in every stage."""
+    _entries(config)
+    stages = stage_builder.stages(config)  # knows the methods and their options
+    for stage in stages:
+        _stage(config, stage)
+    given, used = config.attack.start, stages[-1].method.attack_start
+    if given not in (None, used):
+        raise ValueError(
+            f"config.attack.start is {given!r}, but config.fidelity or config.addons sets {used!r}: leave it out."
+        )
+    begins = config.init_from and not imports(config)
+    if begins and config.init_from not in {stage.init for stage in stages}:
+        raise ValueError(f"config.init_from: method {config.method.name} does not begin with another run.")
+    models.create(config.model, num_classes=2)
+    adjustment = config.eval.adjustment
+    posthoc.create(adjustment, config.model.head.name)
+    if adjustment.name == "tde" and config.method.name != "tde":
+        raise ValueError(f"The adjustment 'tde' needs what method tde keeps, and method {config.method.name} does not.")
+    if adjustment.name == "tde" and imports(config):
+        raise ValueError(f"The adjustment 'tde' needs what method tde keeps, and {config.init_from} has weights alone.")
+    for name, spec in config.eval.attacks.items():
+        _attack(name, spec, f"config.eval.attacks.{name}")
+    for name in config.eval.only:
+        one_of(list(config.eval.attacks))("attack in config.eval.only:", name)
+    for name, value in (("checkpoint", "best"), ("split", "validation")):
+        if config.eval[name] == value and not config.data.validation_per_class:
+            raise ValueError(f"config.eval.{name} is {value!r}, which needs config.data.validation_per_class above 0.")
+    optional(whole(f"[1, {config.optim.batch_size}]"))("config.cpu_devices", config.cpu_devices)
+    if config.sharded and config.parallel == "pmap":
+        raise ValueError("config.sharded: pmap keeps a whole copy of the state on each device, take shard_map.")
+    if config.average.name == "ema" and config.average.start_epoch:
+        raise ValueError("config.average.start_epoch is of 'swa': an 'ema' begins with the first step, leave it at 0.")
+    if config.average.name == "swa":
+        whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
+
+
+def imports(config: ml_collections.ConfigDict) -> bool:
+    """Whether `config.init_from` is a file of others' weights, to be evaluated, and not a run to begin with."""
+    return weight_files.is_file(str(config.get("init_from") or ""))
+
+
+def _entries(config: ml_collections.ConfigDict) -> None:
+    entries = flat(config.to_dict())
+    for path, value in entries.items():
+        if path in ENTRIES:
+            ENTRIES[path](f"config.{path}", value)
+        elif not path.startswith(OPTIONS):
+            section = path.partition(".")[0]
+            near = [name for name in ENTRIES if name.partition(".")[0] == section]
+            raise registry.unknown("entry of config:", path, near or {name.partition(".")[0] for name in ENTRIES})
+        elif isinstance(value, float):
+            number("(-inf, inf)")(f"config.{path}", value)
+        elif value is not None:
+            a(str, int, tuple, list)(f"config.{path}", value)
+    if missing := [path for path in ENTRIES if path not in entries]:
+        raise ValueError(f"config.{missing[0]} is missing: configs begin with common.get, which sets every entry.")
+
+
+def _stage(config: ml_collections.ConfigDict, stage: base.Stage) -> None:
+    try:
+        if stage.overrides:
+            _entries(stage_builder.configured(config, stage))
+        re.compile(stage.freeze or "")
+    except re.error as error:
+        raise ValueError(f"Stage {stage.name!r}: {stage.freeze!r} is no regular expression ({error}).") from error
+    except ValueError as error:
+        raise ValueError(f"Stage {stage.name!r}: {error}") from error
+
+
+def _attack(name: str, spec: Any, path: str) -> None:
+    a(ml_collections.ConfigDict)(path, spec)
+    file_name("each key of config.eval.attacks", name)
+    if name in (CLEAN, WORST):
+        raise ValueError(f"{path}: the report itself uses the name {name!r}, choose another.")
+    rules = {**ATTACK_OPTIONS, **(L2 if spec.get("norm") == "l2" else {})}
+    for option, value in spec.items():
+        optional(rules.get(option, a(object)))(f"{path}.{option}", value)
+    try:
+        attack_specs.resolve(spec)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+
+
+def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
+    """ValueError unless the config can be trained on these images with this many devices."""
+    longtail.supplied(split.class_counts, split.class_names, config.data.name)
+    if config.data.augment != "none":  # a larger one would give crops with nothing of the image
+        whole(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
+    models.create(config.model, len(split.class_names))
+    stage_builder.steps_per_epoch(config, split, devices)
+
+
+def stage_fits(own: ml_collections.ConfigDict, stage: base.Stage, split: data.LongTailed, devices: int) -> None:
+    """ValueError unless the stage, whose own config and images these are, can be trained."""
+    fits(own, split, devices)
+    variables, _ = stage_builder.shapes(own, split)
+    optimizer.frozen_mask(variables["params"], stage.freeze)
+    if stage.init not in ("fresh", "previous"):
+        there = {name: tree for name, tree in checkpoint.look(stage.init)[0].items() if name in variables}
+        stage_builder.mergeable(_flat(variables), _flat(there), stage.init)
+
+
+def _flat(tree: Any) -> dict[str, Any]:
+    """{"params/head/kernel": array or its description, ...}"""
+    return flax.traverse_util.flatten_dict(tree, sep="/")
+
+
+def network(config: ml_collections.ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
+    """ValueError unless `variables`, which come from `origin`, are those of the configured network."""
+    wanted, _ = stage_builder.shapes(config, split)
+    there = {name: tree for name, tree in variables.items() if name != "extra"}
+    here, there = ({name: tuple(leaf.shape) for name, leaf in _flat(tree).items()} for tree in (wanted, there))
+    for name in sorted({*here, *there}):
+        if here.get(name) != there.get(name):
+            shapes = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} by config.model"
+            raise ValueError(f"{origin} holds another network: {shapes}.")

@@ -1,0 +1,146 @@
+"""What an attack entry of the config means, and the header that says exactly what was run."""
+
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from lt_adv import attacks
+from lt_adv.attacks._autoattack import VERSIONS, attacks_of
+from lt_adv.data.dataset import labels
+from lt_adv.evaluation import records
+from lt_adv.runtime import registry
+
+NAMES = ("fgsm", "pgd", "mim", "cw", "autoattack")
+NOT_OPTIONS = ("x_init", "bounds", "batch_size", "num_queries", "resume", "progress", "devices")  # the evaluation's own
+
+
+def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """The attack's name and all its plain options, defaults filled in, from `{"attack": "pgd", "eps": ..., ...}`.
+
+    `logit_scale` s attacks CE(s z) (LSA is PGD-20 with s = 10). Options that are None count as not given.
+    Errors: ValueError for an unknown attack or option, or a missing one, naming those that exist.
+    """
+    options = {name: value for name, value in spec.items() if value is not None}
+    name = options.pop("attack", None)
+    if name not in NAMES:
+        raise registry.unknown("attack", name, NAMES)
+    parameters = {
+        p.name: p.default
+        for p in inspect.signature(getattr(attacks, name)).parameters.values()
+        if p.kind is inspect.Parameter.KEYWORD_ONLY and p.name not in NOT_OPTIONS
+    }
+    scalable = "objective" in parameters
+    parameters.pop("objective", None)
+    choices = [*parameters, "logit_scale"] if scalable else list(parameters)
+    for option in options:
+        if option not in choices:
+            raise registry.unknown(f"option of {name}", option, choices)
+    defaults = {option: value for option, value in parameters.items() if value is not inspect.Parameter.empty}
+    missing = [option for option in parameters if option not in defaults and option not in options]
+    if missing:
+        raise ValueError(f"The attack {name!r} needs {', '.join(missing)}, in units of the [0, 1] pixel range.")
+    options = defaults | options
+    if options.get("norm", "linf") == "linf" and not 0 <= options["eps"] <= 1:
+        raise ValueError(
+            f"eps {options['eps']!r} of {name!r} is not in the [0, 1] pixel range; is {options['eps']}/255 meant?"
+        )
+    if name == "autoattack":
+        _check_version(options["version"])
+    return name, options
+
+
+def _check_version(version: Any) -> None:
+    if not isinstance(version, (str, tuple, list)) or isinstance(version, str) and version not in VERSIONS:
+        raise registry.unknown("version of autoattack", version, set(VERSIONS) - {"rand"})
+    if attacks_of(version) == attacks_of("rand"):
+        raise ValueError("The version 'rand' of autoattack is for randomised networks, and none here is.")
+
+
+def takes_all(spec: Mapping[str, Any]) -> bool:
+    """Whether the attack takes all images at once, instead of batch by batch: AutoAttack."""
+    return resolve(spec)[0] == "autoattack"
+
+
+@functools.lru_cache(maxsize=64)
+def _compile(apply: Callable, name: str, options: tuple[tuple[str, Any], ...]) -> Callable:
+    keywords = dict(options)
+    scale = keywords.pop("logit_scale", 1.0)
+    if scale != 1.0:
+        keywords["objective"] = functools.partial(attacks.cross_entropy, logit_scale=scale)
+    return attacks.compile(getattr(attacks, name), apply, **keywords)
+
+
+def compiled(apply: Callable, spec: Mapping[str, Any]) -> Callable:
+    """The jitted attack `f(key, variables, x, y) -> x_adv`; the same object for the same `apply` and options."""
+    name, options = resolve(spec)
+    return _compile(apply, name, tuple(sorted(options.items())))
+
+
+def describe(spec: Mapping[str, Any]) -> dict[str, Any]:
+    """An attack as the header names it: every option, radius and step also in /255 (0.031 is not 8/255)."""
+    name, options = resolve(spec)
+    # Twelve digits hide the rounding of the product (0.03 * 255 = 7.6499999999999995); eps itself is kept exactly.
+    lengths = {f"{k}_255": float(f"{options[k] * 255:.12g}") for k in ("eps", "step_size") if k in options}
+    return {"attack": name} | options | lengths
+
+
+def weights_digest(variables: Any) -> str:
+    """Digest of names, types and bytes of all arrays: records of two checkpoints can never be mixed."""
+    total = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
+        leaf = np.asarray(leaf)
+        total.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        total.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return total.hexdigest()[:16]
+
+
+def split_digest(split: Any) -> str:
+    """Digest of the images, labels and indices that are evaluated."""
+    total = hashlib.sha256()
+    for column in (split.image, split.label, split.index):
+        if not isinstance(column, np.ndarray):  # images that are not decoded yet
+            total.update(column.digest.encode())
+            continue
+        total.update(np.ascontiguousarray(column).view(np.uint8).data)
+    return total.hexdigest()[:16]
+
+
+def header(
+    given: Mapping[str, Any],
+    *,
+    key: jax.Array,
+    variables: Any,
+    split: Any,
+    specs: Mapping[str, Mapping[str, Any]],
+    batch_size: int,
+    devices: list[jax.Device],
+    class_names: tuple[str, ...],
+) -> dict[str, Any]:
+    """The whole header: what the caller knows (`given`) and what can be seen here. It must not hold what changes
+    between two starts of the same evaluation, such as a time: another header is another record folder.
+
+    ValueError for labels that are not classes, and for entries of `given` that are filled in here."""
+    labels(split.label, len(split.image), len(class_names), "The images to evaluate on")
+    seen = {
+        "attacks": {name: describe(spec) for name, spec in specs.items()},
+        "key": np.asarray(jax.random.key_data(key)),
+        "images": len(split.label),
+        "images_per_class": np.bincount(split.label, minlength=len(class_names)),
+        "batch_size": batch_size,
+        "class_names": class_names,
+        "weights_digest": weights_digest(variables),
+        "split_digest": split_digest(split),
+        "device": f"{len(devices)} x {devices[0].device_kind}",
+        "jax_version": jax.__version__,
+        "numpy_version": importlib.metadata.version("numpy"),
+    }
+    clash = sorted(set(seen) & set(given))
+    if clash:
+        raise ValueError(f"The evaluation fills in these header entries itself; leave them out: {', '.join(clash)}.")
+    return records.plain(seen | dict(given))

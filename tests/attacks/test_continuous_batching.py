@@ -1,0 +1,174 @@
+"""The engine under AutoAttack: who sits in which slot changes the time, never the result."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_adv import attacks
+from lt_adv.attacks import continuous_batching
+from lt_adv.attacks._apgd import apgd_targeted_program
+from lt_adv.attacks._autoattack import ATTACKS
+from lt_adv.attacks._square import square_program
+from lt_adv.attacks.objectives import difference, targeted_difference
+from tests.attacks.test_autoattack import images, labels, network
+
+APGD = apgd_targeted_program(targeted_difference, "linf", 16, 3, 0.75, None, (0.0, 1.0))
+SQUARE = square_program(difference, "linf", 180, 0.8, (0.0, 1.0))
+
+
+def run(attack, x, y, eps, batch_size):
+    """{image: (broken, point, steps)}, and the slot-steps that were computed; on one device."""
+    devices, n = jax.local_devices()[:1], len(x)
+    net = continuous_batching.network(network, x[0], batch_size, False, devices)
+    keys = jax.random.split(jax.random.key(0), n)
+    radius = np.broadcast_to(np.asarray(eps, np.float32), n)
+    targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
+    found, looks = {}, 0
+    program = net.programs
+
+    def advance(attack, steps, *args):
+        nonlocal looks
+        looks += steps
+        return program.advance(attack, steps, *args)
+
+    net = net._replace(programs=program._replace(advance=advance))
+    for done in continuous_batching.run(attack, net, np.arange(n), keys=keys, x=x, y=y, eps=radius, targets=targets):
+        points = iter(done.x_adv)
+        for row, broken, steps in zip(done.rows.tolist(), done.broken, done.steps, strict=True):
+            assert row not in found, "done twice"
+            found[row] = (bool(broken), next(points) if broken else None, int(steps))
+    assert len(found) == n
+    return found, looks * net.slots
+
+
+def assert_same(a, b):
+    for row, (broken, point, steps) in a.items():
+        assert (broken, steps) == (b[row][0], b[row][2]), row
+        if broken:
+            np.testing.assert_array_equal(point, b[row][1])
+
+
+@pytest.mark.parametrize("attack", [APGD, SQUARE], ids=["apgd-t", "square"])
+def test_taking_turns_changes_nothing(attack, monkeypatch):
+    x = images(13)
+    y, eps = labels(x), np.linspace(0.001, 0.06, 13)
+    alone, _ = run(attack, x, y, eps, 13)
+    assert 3 <= sum(broken for broken, _, _ in alone.values()) <= 10, "some are broken soon, some late, some never"
+    monkeypatch.setattr(continuous_batching, "TURN", 1)
+    for size in (3, 7, 12):
+        assert_same(alone, run(attack, x, y, eps, size)[0])
+
+
+@pytest.mark.parametrize("attack", [APGD, SQUARE], ids=["apgd-t", "square"])
+def test_the_last_images_do_not_run_on_alone(attack, monkeypatch):
+    """Ten images that never break in eight slots: two of them after the others would keep eight slots for all their
+    steps once more, 63 % of the slots at work."""
+    monkeypatch.setattr(continuous_batching, "TURN", 1)
+    x = images(10)
+    y = np.asarray(network(x).argmax(-1))
+    found, computed = run(attack, x, y, 0.0, 8)
+    assert not any(broken for broken, _, _ in found.values())
+    assert sum(steps for _, _, steps in found.values()) >= 0.75 * computed
+
+
+def test_where_many_wait_an_image_is_finished_first(monkeypatch):
+    """What is done can be kept by then: of all images but twice as many as there are slots."""
+    x = images(24)
+    y = np.asarray(network(x).argmax(-1))
+    begun, finished, behind = set(), set(), []
+    keys_of = continuous_batching.example_keys
+
+    def seen(keys, turns):
+        begun.update(np.asarray(jax.random.key_data(keys))[:, 1].tolist())
+        behind.append(len(begun) - len(finished))
+        return keys_of(keys, turns)
+
+    monkeypatch.setattr(continuous_batching, "example_keys", seen)
+    net = continuous_batching.network(network, x[0], 4, False, jax.local_devices()[:1])
+    keys = jax.random.split(jax.random.key(0), 24)
+    targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
+    eps = np.zeros(24, np.float32)
+    for done in continuous_batching.run(APGD, net, np.arange(24), keys=keys, x=x, y=y, eps=eps, targets=targets):
+        finished.update(done.rows.tolist())
+    assert len(finished) == len(begun) == 24
+    assert max(behind) <= 8
+
+
+def test_whole_attack_with_turns(monkeypatch):
+    monkeypatch.setattr(continuous_batching, "TURN", 100)
+    x = images(11)
+    options = {"eps": 0.05, "version": ("square",), "num_queries": 400}
+    whole, parts = (
+        attacks.autoattack(jax.random.key(3), network, x, labels(x), batch_size=size, **options) for size in (11, 8)
+    )
+    np.testing.assert_array_equal(whole.x_adv, parts.x_adv)
+    assert whole.evaluations == parts.evaluations
+
+
+def test_a_random_network_is_judged_by_fresh_draws_and_a_broken_image_stays_broken():
+    def noisy(x, keys):
+        return network(x + 0.1 * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys))
+
+    x = images(40)
+    y = np.asarray(network(x).argmax(-1))
+    result = attacks.autoattack(jax.random.key(1), noisy, x, y, eps=0.02, version="rand", batch_size=40)
+    left = list(result.accuracy.values())
+    assert left == sorted(left, reverse=True) and left[0] > left[-1] == result.robust.mean()
+    np.testing.assert_array_equal(result.robust, result.broken_by == -1)
+    assert result.evaluations["apgd-ce"][0] == 20 * 101 * result.correct.sum(), "no draw ends the search"
+    assert (result.x_adv[result.robust] == x[result.robust]).all()
+    assert (result.x_adv[~result.robust & result.correct] != x[~result.robust & result.correct]).any((1, 2, 3)).all()
+
+    def by_key(x, keys):  # right for the key that image i has in each judgement, wrong for those of all others
+        own = (jax.random.key_data(keys)[:, None] == allowed).all(-1).any(-1)
+        return jnp.stack([jnp.where(own, 1.0, -1.0), jnp.zeros(len(x))], -1) + 0 * x.sum((1, 2, 3))[:, None]
+
+    keys = jax.random.split(jax.random.key(5), 6)
+    judgements = [continuous_batching.example_keys(keys[3:4], np.uint32(len(ATTACKS) + number)) for number in range(3)]
+    allowed = jax.random.key_data(jnp.concatenate(judgements))
+    result = attacks.autoattack(keys, by_key, x[:6], np.zeros(6, int), eps=0.02, version="rand", batch_size=6)
+    np.testing.assert_array_equal(result.correct, np.arange(6) == 3)
+    np.testing.assert_array_equal(result.robust, np.arange(6) == 3)
+
+
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_gradient_that_is_not_a_number_breaks_nothing(norm):
+    def network_with_a_pole(x):
+        return network(x) + jnp.sqrt(x[:, 0, 0, 0] * 0)[:, None]
+
+    x = images(20)
+    y = np.asarray(network(x).argmax(-1))
+    names = ("apgd-ce", "apgd-t", "fab-t")
+    options = {"eps": 1e-6, "norm": norm, "version": names, "batch_size": 20}
+    result = attacks.autoattack(jax.random.key(0), network_with_a_pole, x, y, **options)
+    assert result.robust.all() and np.isfinite(result.x_adv).all()
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_type_whose_rounding_leaves_the_ball_is_refused(dtype):
+    x = jnp.asarray(images(4), dtype)
+    with pytest.raises(ValueError, match=f"must be float32 or float64, got {dtype}"):
+        attacks.autoattack(jax.random.key(0), network, x, labels(images(4)), eps=0.1)
+    with pytest.raises(ValueError, match="must be float32 or float64"):
+        attacks.square(jax.random.key(0), network, x, labels(images(4)), eps=0.1)
+    half = attacks.apgd(
+        jax.random.key(0), lambda x: network(x).astype(dtype), images(4), labels(images(4)), eps=0.1, num_steps=3
+    )
+    assert half.dtype == np.float32, "the network may compute in it"
+
+
+def test_a_journal_is_found_again_by_a_network_that_rounds_otherwise(tmp_path):
+    x = images(8)
+    y = labels(x)
+    run = partial(attacks.autoattack, jax.random.key(0), x=x, y=y, eps=0.08, version=("apgd-ce",), resume=tmp_path)
+    whole = run(network, batch_size=4)
+    again = run(lambda x: network(x) * (1 + 1e-6), batch_size=3)
+    np.testing.assert_array_equal(again.robust, whole.robust)
+    with pytest.raises(ValueError, match="holds another AutoAttack"):
+        run(lambda x: network(x) * 1.1, batch_size=4)
+    (tmp_path / "logits.npy").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match="holds another AutoAttack"):
+        run(network, batch_size=4)

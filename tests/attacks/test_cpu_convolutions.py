@@ -1,0 +1,122 @@
+"""Canonical convolutions: the same gradient for networks of every layout, and the layouts that XLA then compiles."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from lt_adv import attacks
+from lt_adv.attacks.cpu_convolutions import canonical
+
+RNG = np.random.default_rng(0)
+FIRST, SECOND = RNG.normal(size=(3, 3, 2, 6)), RNG.normal(size=(3, 3, 6, 6))  # HWIO
+X = RNG.uniform(size=(8, 7, 6, 2))
+NHWC, NCHW = ("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NCHW")
+
+
+def nhwc(x, *, stride=1, **options):
+    x = jnp.tanh(lax.conv_general_dilated(x, FIRST.astype(x.dtype), (1, 1), "SAME", dimension_numbers=NHWC))
+    kernel = SECOND.astype(x.dtype)
+    return lax.conv_general_dilated(x, kernel, (stride, stride), "SAME", dimension_numbers=NHWC, **options)
+
+
+def nchw(x, *, stride=1):
+    x = x.transpose(0, 3, 1, 2)
+    for kernel, s in ((FIRST, 1), (SECOND, stride)):
+        kernel = kernel.transpose(3, 2, 0, 1).astype(x.dtype)
+        x = jnp.tanh(lax.conv_general_dilated(x, kernel, (s, s), "SAME", dimension_numbers=NCHW))
+    return x
+
+
+def one_image(x):
+    """As in equinox: a network of one image, channels first, mapped over the batch."""
+    return nchw(x[None])[0]
+
+
+def grouped(x):
+    x = lax.conv_general_dilated(x, FIRST, (1, 1), "VALID", dimension_numbers=NHWC)
+    return lax.conv_general_dilated(x, SECOND[:, :, :2], (1, 1), "SAME", dimension_numbers=NHWC, feature_group_count=3)
+
+
+def one_dimension(x):
+    return lax.conv_general_dilated(x[:, 0], FIRST[0], (2,), "SAME", dimension_numbers=("NHC", "HIO", "NHC"))
+
+
+def transposed(x):
+    return lax.conv_transpose(x, FIRST, (2, 2), "SAME", dimension_numbers=NHWC)
+
+
+def jitted(x):
+    return jax.jit(jax.checkpoint(nhwc))(jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0))))
+
+
+NETWORKS = {
+    "nhwc": nhwc,
+    "strided": partial(nhwc, stride=2),
+    "dilated": partial(nhwc, rhs_dilation=(2, 2)),
+    "nchw": nchw,
+    "nchw strided": partial(nchw, stride=2),
+    "one image": jax.vmap(one_image),
+    "grouped": grouped,
+    "one dimension": one_dimension,
+    "transposed": transposed,
+    "jitted": jitted,
+}
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_same_gradient(name):
+    with jax.enable_x64(True):
+        gradient = jax.grad(lambda x: jnp.sum(jnp.sin(NETWORKS[name](x))))
+        expected = gradient(X)
+        for actual in (canonical(gradient)(X), jax.jit(canonical(gradient))(X)):
+            np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+def test_same_value_auxiliary_and_weight_gradient():
+    def loss(params, x):
+        y = lax.conv_general_dilated(x, params["kernel"], (1, 1), "SAME", dimension_numbers=NHWC)
+        return jnp.sum(jnp.tanh(y) ** 2), {"mean": y.mean(), "count": 3, "nothing": None}
+
+    with jax.enable_x64(True):
+        f = jax.value_and_grad(loss, has_aux=True)
+        actual, expected = canonical(f)({"kernel": FIRST}, X), f({"kernel": FIRST}, X)
+        assert jax.tree.structure(actual) == jax.tree.structure(expected)
+        jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), actual, expected)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_inside_shard_map(check_vma):
+    """The sharded input is closed over beside replicated weights: each must keep its type."""
+
+    def shard(weight, x):
+        def loss(x):
+            return jnp.sum(lax.psum(weight, "data") * nhwc(x) ** 2)
+
+        return canonical(jax.grad(loss))(x)
+
+    with jax.enable_x64(True):
+        mesh = Mesh(np.array(jax.devices()), ("data",))
+        sharded = jax.shard_map(shard, mesh=mesh, in_specs=(P(), P("data")), out_specs=P("data"), check_vma=check_vma)
+        expected = jax.grad(lambda x: jnp.sum(8 * 2.0 * nhwc(x) ** 2))(X)
+        np.testing.assert_allclose(jax.jit(sharded)(2.0, X), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["nhwc", "strided", "nchw", "one image"])
+def test_every_convolution_of_a_compiled_loop_has_the_fast_layout(name):
+    """What XLA makes of it, not what we asked for: a folded transposition would show as another layout."""
+
+    def logits_fn(x):
+        y = NETWORKS[name](x.astype(jnp.float32))
+        return y.reshape(len(y), -1)[:, :5]
+
+    y, pgd = np.zeros(8, np.int32), partial(attacks.pgd, logits_fn=logits_fn, eps=0.1, step_size=0.02, num_steps=5)
+    compiled = jax.jit(lambda key, x, y: pgd(key, x=x, y=y)).lower(jax.random.key(0), X.astype(np.float32), y).compile()
+    layouts = re.findall(r"convolution\(.*?dim_labels=([^,\s]+)", compiled.as_text())
+    assert len(layouts) == 4 and set(layouts) == {"b01f_01io->b01f"}

@@ -1,0 +1,223 @@
+"""The PyTorch twin against lt_adv: from the same weights, images and starts, one step is the same step in float64."""
+
+import dataclasses
+import functools
+
+import flax
+import jax
+import jax.numpy as jnp
+import ml_collections
+import numpy as np
+import pytest
+
+from tests.experiments import NO_TORCH
+
+torch = pytest.importorskip("torch", reason=NO_TORCH)
+
+from configs import at, at_bsl, robal, trades
+from experiments.pytorch_baseline.step import Trainer
+from lt_adv.attacks import initialization, norms
+from lt_adv.data import Dataset, Split, device_dataset, long_tailed
+from lt_adv.methods import Info
+from lt_adv.models import create
+from lt_adv.training import input_pipeline, optimizer, sharding, stage_builder, train_state
+from lt_adv.training.net import AXIS
+from lt_adv.training.train_step import StepOptions, make_train_step
+
+CONFIGS = {
+    "at": (at, "dataset=cifar10"),
+    "at_bsl": (at_bsl, "dataset=cifar10"),
+    "trades": (trades, "dataset=cifar10"),
+    "robal_n": (robal, "dataset=cifar10,variant=N"),
+    "robal_r": (robal, "dataset=cifar10,variant=R"),
+}
+# name: (config, side of the images, steps of the attack); XLA's float64 convolutions and their compilation are slow
+NETWORKS = {
+    "wrn_10_1": ({"name": "wide_resnet", "depth": 10, "width": 1}, 8, 2),
+    "resnet18": ({"name": "resnet18"}, 4, 1),
+}
+COUNTS = (11, 7, 4, 2)
+BATCH = 8
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_config(name: str, network: str = "wrn_10_1", **changes) -> ml_collections.ConfigDict:
+    module, argument = CONFIGS[name]
+    config = module.get_config(argument)
+    model, _, config.attack.num_steps = NETWORKS[network]
+    config.model = {**model, "dtype": "float64", "head": config.model.head.to_dict()}
+    config.data.update({"imbalance": "none", "augment": "none"})
+    config.optim.batch_size = BATCH
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@functools.cache
+def dataset(side: int) -> Dataset:
+    """Four classes, long-tailed as they come; each a colour, in noise."""
+    rng = np.random.default_rng(0)
+    label = np.repeat(np.arange(len(COUNTS)), COUNTS).astype(np.int32)
+    colour = rng.uniform(60, 190, (len(COUNTS), 1, 1, 3))
+    image = np.clip(colour[label] + rng.normal(0, 40, (len(label), side, side, 3)), 0, 255).astype(np.uint8)
+    split = Split(image, label, np.arange(len(label)))
+    return Dataset("synthetic", split, split, ("a", "b", "c", "d"), "0" * 64)
+
+
+def images_of(config: ml_collections.ConfigDict):
+    (side,) = (side for model, side, _ in NETWORKS.values() if model["name"] == config.model.name)
+    return long_tailed(dataset(side), config.data)
+
+
+def make_twin(config: ml_collections.ConfigDict, setting: str = "tuned", **options) -> Trainer:
+    return Trainer(config, images_of(config), setting=setting, **{"device": "cpu", "compiled": False, **options})
+
+
+def first_variables(config: ml_collections.ConfigDict) -> dict:
+    """Weights and statistics as of a network that has trained: no scale is 1, no mean is 0."""
+    rng = np.random.default_rng(1)
+
+    def moved(path, array):
+        if path[-1].key == "var":
+            return array * rng.uniform(0.5, 1.5, array.shape)
+        return array + rng.normal(0, 0.1, array.shape) * (array.ndim < 2)
+
+    return jax.tree_util.tree_map_with_path(moved, make_twin(config).variables())
+
+
+@dataclasses.dataclass
+class Step:
+    """One step of lt_adv: what it started from, the batch and start that it drew, and what came out."""
+
+    before: dict
+    image: np.ndarray
+    label: np.ndarray
+    noise: np.ndarray
+    after: dict
+    loss: float
+
+
+def our_step(config: ml_collections.ConfigDict) -> Step:
+    split, mesh, key = images_of(config), sharding.make_mesh(jax.devices()[:1]), jax.random.key(5)
+    train, (stage,), before = split.train, stage_builder.stages(config), first_variables(config)
+    counts = np.array(split.class_counts)
+    info = Info(
+        class_counts=counts,
+        steps_per_epoch=len(train) // BATCH,
+        epochs=1,
+        image_shape=train.image.shape[1:],
+        num_features=stage_builder.shapes(config, split)[1],
+    )
+    with jax.enable_x64(True):
+        # What the step draws from its keys.
+        epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
+        rows = device_dataset.batch_indices(epoch_key, 0, num_examples=len(train), batch_size=BATCH)
+        image = train.image[rows].astype(float) / 255
+        attack_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), 0), 1)
+        keys = jax.vmap(jax.random.fold_in, (None, 0))(attack_key, jnp.arange(BATCH))
+        start = stage.method.attack_start
+        noise = initialization.starting_point(keys, jnp.zeros_like(image), config.attack.eps, start, norms.get("linf"))
+
+        model = create(config.model, info.num_classes, axis_name=AXIS)
+        rate = optimizer.schedule(config.optim, info.steps_per_epoch, info.epochs)
+        tx = optimizer.create(config.optim, rate, before["params"])
+        options = StepOptions(BATCH, config.attack.eps, config.attack.step_size, augment="none")
+        take_step, _ = make_train_step(stage.method, model.apply, tx, rate, info, options, mesh)
+        state = sharding.replicate(train_state.create(key, before, tx, stage.method.init(info), averaged=False), mesh)
+        data = input_pipeline.resident(train, None, key, info, BATCH, mesh).example
+        state, metrics = take_step(state, data, {})
+        after, loss = jax.device_get((state.variables, metrics["loss"]))
+    return Step(before, image, train.label[rows], np.asarray(noise), after, float(loss))
+
+
+def nchw(image: np.ndarray) -> "torch.Tensor":
+    return torch.from_numpy(np.ascontiguousarray(np.moveaxis(image, -1, 1)))
+
+
+def take(trainer: Trainer, step: Step) -> float:
+    return trainer.step_on(nchw(step.image), torch.from_numpy(step.label).long(), nchw(step.noise)).item()
+
+
+def values_per_channel(trainer: Trainer, image: np.ndarray) -> dict:
+    """Path of a running variance -> how many values of the batch it is taken over."""
+    found, handles = {}, []
+    for name, module in trainer.model.named_modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            path = (*name.split("."), "var")
+            handles.append(module.register_forward_pre_hook(lambda m, x, p=path: found.update({p: x[0][:, 0].numel()})))
+    trainer.logits(nchw(image))
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def assert_same_change(actual, expected, before, tolerance=1e-9):
+    """From `before`, relative to the largest change of each array."""
+    actual, expected, before = (flax.traverse_util.flatten_dict(tree) for tree in (actual, expected, before))
+    assert actual.keys() == expected.keys()
+    for path, ours in expected.items():
+        assert actual[path].dtype == ours.dtype == np.float64
+        change = np.abs(ours - before[path]).max()
+        assert change > 0, path
+        error = np.abs(actual[path] - ours).max() / change
+        assert error < tolerance, f"{'/'.join(path)}: {error:.1e}"
+
+
+def biased(after, before, per_channel, forwards):
+    """PyTorch's statistics after `forwards` train-mode forwards as flax has them: the batches' share of each running
+    variance, which is unbiased, made biased."""
+    after, before = (flax.traverse_util.flatten_dict(tree) for tree in (after, before))
+    for path, n in per_channel.items():
+        kept = 0.9**forwards * before[path]
+        after[path] = kept + (after[path] - kept) * (n - 1) / n
+    return flax.traverse_util.unflatten_dict(after)
+
+
+def assert_same_step(config, setting, step, forwards):
+    """`forwards`: how many move the running statistics in both, 0 if not the same ones do."""
+    trainer = make_twin(config, setting, variables=step.before)
+    assert take(trainer, step) == pytest.approx(step.loss, rel=1e-9)
+    after = trainer.variables()
+    assert_same_change(after["params"], step.after["params"], step.before["params"])
+    if forwards:
+        per_channel = values_per_channel(trainer, step.image)
+        statistics = biased(after["batch_stats"], step.before["batch_stats"], per_channel, forwards)
+        assert_same_change(statistics, step.after["batch_stats"], step.before["batch_stats"])
+
+
+@pytest.mark.parametrize(
+    ("name", "network"),
+    # Compiling lt_adv's step of a ResNet-18 takes ten seconds: one method with each number of forwards, and each head.
+    [("at", "wrn_10_1"), ("at_bsl", "wrn_10_1"), ("trades", "wrn_10_1"), ("robal_n", "wrn_10_1")]
+    + [("at_bsl", "resnet18"), ("robal_n", "resnet18")],
+)
+def test_one_step_is_the_same_step(name, network):
+    config = make_config(name, network)
+    step, forwards = our_step(config), {"at": 1, "at_bsl": 1}.get(name, 2)
+    assert_same_step(config, "tuned", step, forwards)
+    assert_same_step(config, "released", step, forwards if forwards == 1 else 0)
+
+
+@pytest.mark.parametrize(("name", "forwards"), [("robal_r", 4), ("trades", 3)])
+def test_statistics_as_released_move_with_every_forward(name, forwards):
+    """With the start, the KL term and the forwards of the released code."""
+    config = make_config(name, fidelity="released_code")
+    step = our_step(config)
+    for setting in ("tuned", "released"):
+        assert_same_step(config, setting, step, forwards)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_both_settings_have_the_same_loss(name):
+    """With batch, augmentation and start drawn by the twin itself."""
+    config = make_config(name, **{"data.augment": "crop_flip", "data.pad": 1})
+    losses = [make_twin(config, setting, seed=2).step().item() for setting in ("released", "tuned")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-12)
+    other = make_twin(config, seed=3).step().item()
+    assert abs(other - losses[0]) > 1e-3  # the seed counts

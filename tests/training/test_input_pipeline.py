@@ -1,0 +1,94 @@
+"""What the step is given of a set that lives on the devices: its batch, at a cost that does not grow with the set."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lt_adv import methods
+from lt_adv.data import Split, device_dataset
+from lt_adv.methods import Info
+from lt_adv.training import input_pipeline, sharding
+from tests.training.helpers import make
+
+TYPES = ("pvary", "pcast")  # operations of shard_map's type check, of which nothing is left when it is compiled
+KEY, MESH = jax.random.key(3), sharding.make_mesh(jax.devices()[:2])
+
+
+def given(examples, batch_size, class_aware=False, key=KEY):
+    """(split, its class table, steps in an epoch, feed) of images 3 x 2."""
+    label = np.arange(examples, dtype=np.int32) % 3
+    image = np.random.RandomState(0).randint(0, 256, (examples, 3, 2, 1)).astype(np.uint8)
+    split = Split(image, label, np.arange(examples) * 10)
+    info = Info(np.bincount(label), examples // batch_size, epochs=3, image_shape=(3, 2, 1), num_features=1)
+    classes = device_dataset.class_table(label, 3) if class_aware else None
+    return split, classes, info.steps_per_epoch, input_pipeline.resident(split, classes, key, info, batch_size, MESH)
+
+
+@pytest.mark.parametrize("class_aware", [False, True])
+def test_every_step_of_every_block_gets_its_batch(class_aware):
+    """Epochs of two blocks, the second not full; begun in the middle of a block, of the second epoch."""
+    examples, batch_size = 2 * (input_pipeline.BLOCK + 9), 2
+    split, classes, steps, fed = given(examples, batch_size, class_aware)
+    options = {"num_examples": examples, "batch_size": batch_size, "classes": classes}
+    for first, total in ((0, steps + 1), (steps + 5, 2 * steps + 3)):
+        with fed.batches(first, total) as batches:
+            found = list(batches)
+        assert len(found) == total - first
+        for step, data in enumerate(found, first):
+            row = np.asarray(device_dataset.drawn(KEY, step // steps, step % steps, **options))
+            mine = {
+                name: np.asarray(data[name])[step % steps % input_pipeline.BLOCK] for name in ("row", "label", "index")
+            }
+            np.testing.assert_array_equal(mine["row"], row)
+            np.testing.assert_array_equal(mine["label"], split.label[row])
+            np.testing.assert_array_equal(mine["index"], split.index[row])
+            np.testing.assert_array_equal(data["image"][row], split.image[row].reshape(batch_size, -1))
+
+
+def test_only_the_images_grow_with_the_set():
+    for examples in (64, 4096):
+        data = given(examples, 4)[-1].example
+        assert data["image"].shape == (examples, 6)
+        assert {data[name].shape for name in ("row", "label", "index")} == {(input_pipeline.BLOCK, 4)}
+
+
+def test_the_key_of_the_state_may_be_donated():
+    """It is the very key that later epochs are drawn with, and a copy on a mesh shares its buffer."""
+    key = jax.random.key(3)
+    *_, steps, fed = given(8, 4, key=key)
+    jax.block_until_ready(jax.jit(jax.random.clone, donate_argnums=0)(sharding.replicate(key, MESH)))
+    with fed.batches(steps, steps + 1) as batches:
+        assert set(np.asarray(next(batches)["row"][:steps]).ravel().tolist()) == set(range(8))
+
+
+def large(jaxpr, size):
+    """(primitive, shapes) of all operations, at any depth, with an operand or a result of `size` elements or more."""
+    found = []
+    for equation in jaxpr.eqns:
+        inner = [part for value in equation.params.values() for part in jax.tree.leaves(value, is_leaf=is_jaxpr)]
+        inner = [getattr(part, "jaxpr", part) for part in inner if is_jaxpr(part)]
+        for part in inner:
+            found += large(part, size)
+        shapes = [tuple(atom.aval.shape) for atom in (*equation.invars, *equation.outvars)]
+        if not inner and any(np.prod(shape, dtype=int) >= size for shape in shapes):
+            found.append((equation.primitive.name, shapes))
+    return found
+
+
+def is_jaxpr(part):
+    return hasattr(getattr(part, "jaxpr", part), "eqns")
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_nothing_but_the_gather_sees_the_whole_set(parallel):
+    """So a set of any size costs the same: no sort, no copy, no other layout."""
+    step, state, fed, teacher = make(methods.create({"name": "at"}, num_steps=1), 2, parallel)
+    texts = []
+    for examples in (14_009, 200_003):
+        data = {**fed.example, "image": jax.ShapeDtypeStruct((examples, 36), jnp.uint8)}
+        jaxpr = jax.make_jaxpr(step)(state, data, teacher)
+        ((name, (operand, *_)),) = [one for one in large(jaxpr.jaxpr, 14_000) if one[0] not in TYPES]
+        assert name == "gather" and operand == (examples, 36)
+        texts.append(str(jaxpr).replace(str(examples), "examples"))
+    assert texts[0] == texts[1]
