@@ -44,7 +44,7 @@ def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
     mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices), (AXIS,))
     everywhere = NamedSharding(mesh, PartitionSpec())
     steps = examples // BATCH
-    info = methods.Info(np.full(10, examples // 10), steps, epochs=1, image_shape=SHAPE, num_features=64)
+    info = methods.DataInfo(np.full(10, examples // 10), steps, epochs=1, image_shape=SHAPE, num_features=64)
     method = methods.create({"name": "at"}, num_steps=2)
     model = models.create(NETWORK, 10, axis_name=AXIS)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), jnp.zeros((1, *SHAPE)), train=False))

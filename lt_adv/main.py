@@ -45,25 +45,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         run(flags.parse(argv))
     except Exception as error:
-        if os.environ.get("LT_ADV_TRACEBACK") or not is_answered(error):
+        if os.environ.get("LT_ADV_TRACEBACK") or not is_user_error(error):
             raise
         print("Error:", one_line(error), file=sys.stderr)
-        if is_lost(error):
-            leave_alone(2)
+        if is_peer_failure(error):
+            skip_jax_shutdown_barrier(2)
         return 2
     except KeyboardInterrupt:
         print("Interrupted. The same command goes on from the last checkpoint or record.", file=sys.stderr)
         return 130
     except Terminated:
         print("SIGTERM: the same command goes on from the last checkpoint or record.")
-        leave_alone(0)
+        skip_jax_shutdown_barrier(0)
     finally:
         if handles:
             signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
     return 0
 
 
-def leave_alone(code: int) -> None:
+def skip_jax_shutdown_barrier(code: int) -> None:
     """Of several processes, end without JAX's farewell, in which each waits for all and is aborted when one is gone."""
     from lt_adv.runtime import distributed
 
@@ -95,17 +95,17 @@ def unraisable(found: "sys.UnraisableHookArgs") -> None:
         sys.__unraisablehook__(found)
 
 
-def is_answered(error: Exception) -> bool:
+def is_user_error(error: Exception) -> bool:
     """Whether it is the input's or the machine's fault; anything else is a bug of ours, and keeps its traceback."""
     known = (ValueError, OSError, ImportError, FloatingPointError)
-    return isinstance(error, known) or is_memory(error) or is_lost(error)
+    return isinstance(error, known) or is_memory(error) or is_peer_failure(error)
 
 
 def is_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "RESOURCE_EXHAUSTED" in str(error)
 
 
-def is_lost(error: Exception) -> bool:
+def is_peer_failure(error: Exception) -> bool:
     """Whether another process of the run, if there are any, is not reached any more."""
     if not isinstance(error, RuntimeError) or not re.search(r"Gloo|NCCL|closed by peer|UNAVAILABLE", str(error)):
         return False
@@ -116,7 +116,7 @@ def is_lost(error: Exception) -> bool:
 
 def one_line(error: Exception) -> str:
     text = str(error) or repr(error)
-    if is_lost(error):
+    if is_peer_failure(error):
         text = f"Another process of this run has ended, or is not reached any more ({text.strip().splitlines()[0]}): "
         text += "see what it says. The same command, given to all, goes on from the last checkpoint or record."
     if is_memory(error):  # of the machine, or of jax's devices

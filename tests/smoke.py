@@ -26,7 +26,7 @@ def main() -> None:
 
     eps, test = config.attack.eps, built.data.test
     x, y = test.image[:32].astype(np.float32) / 255, test.label[:32]
-    pgd = attacks.compile(attacks.pgd, built.apply, eps=eps, step_size=config.attack.step_size, num_steps=5)
+    pgd = attacks.jit(attacks.pgd, built.apply, eps=eps, step_size=config.attack.step_size, num_steps=5)
     moved = np.abs(np.asarray(pgd(jax.random.key(0), state.variables, x, y)) - x).max()
     assert 0.9 * eps < moved <= eps + 1e-6, moved
 

@@ -206,7 +206,7 @@ def test_what_differs_is_said_in_one_line(launch, tmp_path):
 
 
 def test_a_working_directory_that_is_taken_is_refused_by_both(launch, tmp_path):
-    with workdirs.held(tmp_path):
+    with workdirs.locked(tmp_path):
         first, second = launch(tmp_path)
     assert first.returncode == second.returncode == 2, "neither waits for the other"
     assert "Error: Another process works in" in first.stderr

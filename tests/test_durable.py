@@ -18,7 +18,7 @@ from lt_adv import main
 from lt_adv.attacks import journal
 from lt_adv.cli import run as runs
 from lt_adv.data import cache
-from lt_adv.data.dataset import Decoding, Source
+from lt_adv.data.dataset import Source, SplitReader
 from lt_adv.runtime import atomic_io
 from lt_adv.training import sharding, train_state
 from lt_adv.training.checkpoint import Checkpoints
@@ -85,7 +85,7 @@ def test_a_folder(calls, tmp_path):
 
 def test_a_cache_of_decoded_images(calls, tmp_path):
     image, label = np.zeros((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32)
-    decoding = Decoding(image.shape, label, np.arange(3), lambda: iter([image]))
+    decoding = SplitReader(image.shape, label, np.arange(3), lambda: iter([image]))
     cache.load(tmp_path, "set", Source("identity", lambda: (("a", "b", "c"), {"train": decoding, "test": decoding})))
     cache.remembered(tmp_path, "small", 1, lambda: {"a": np.arange(2)})
     folder, small = calls.published()

@@ -74,7 +74,7 @@ def own(made):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         config = config_of()
-    variables, _, split = runs.trained(config, epath.Path(made))
+    variables, _, split = runs.load_trained(config, epath.Path(made))
     return runs.stage_builder.evaluated(config, split), variables, split.test.image[:64].astype(np.float32) / 255
 
 
@@ -132,7 +132,7 @@ def test_attacks_take_it_as_any_network(made, own):
     weights, y = load_file(made / "export" / "weights.safetensors"), np.arange(8) % 10
     options = {"eps": 0.1, "step_size": 0.03, "num_steps": 5}
     there, here = (
-        attacks.compile(attacks.pgd, f, **options)(jax.random.key(0), v, x[:8], y)
+        attacks.jit(attacks.pgd, f, **options)(jax.random.key(0), v, x[:8], y)
         for f, v in ((network.call, weights), (apply, variables))
     )
     np.testing.assert_allclose(there, here, atol=1e-5)

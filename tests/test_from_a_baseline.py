@@ -114,18 +114,18 @@ def test_one_epoch_at_the_first_rate_of_the_study(config):
 @pytest.mark.parametrize("name", ["cdt", "tau_norm", "logit_adjustment"])
 def test_post_hoc_evaluates_the_baseline_again(start, baseline, name):
     before = {f: f.read_bytes() for f in sorted((baseline / "checkpoints").rglob("*")) if f.is_file()}
-    plain = (baseline / "report.json").read_text()
+    no_attack = (baseline / "report.json").read_text()
     start(f"--config=configs/posthoc.py:dataset=digits,epochs=2,adjustment={name}", "baseline", "--mode=eval")
-    assert {f: f.read_bytes() for f in before} == before and (baseline / "report.json").read_text() == plain
+    assert {f: f.read_bytes() for f in before} == before and (baseline / "report.json").read_text() == no_attack
     header = json.loads((baseline / "reports" / name / "report.json").read_text())["header"]
     tau = {"cdt": 0.3}.get(name, 1.0)
     assert header["adjustment"] == f"{name}, tau {tau}" and header["method"] == "at"
-    assert header["weights_digest"] == json.loads(plain)["header"]["weights_digest"]
+    assert header["weights_digest"] == json.loads(no_attack)["header"]["weights_digest"]
 
 
 def test_tde_keeps_a_mean_that_its_evaluation_uses(start):
     run = start("--config=configs/tde.py:dataset=digits,epochs=2", "tde", "--config.log.clean_per_class=1")
-    mean = read_variables(run)[0]["extra"]["feature_mean"]
+    mean = read_variables(run)[0]["method_state"]["feature_mean"]
     # Directions have length 1, so two steps give at most 1.9; those of features after a ReLU have a mean well above 0.
     assert mean.shape == (64,) and 0.5 < np.linalg.norm(mean) <= 1.9
     assert json.loads((run / "report.json").read_text())["header"]["adjustment"] == "alpha 0.1, tde"

@@ -20,7 +20,7 @@ EXAMPLES = re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
 
 
 def test_the_attack_example_runs():
-    (example,) = (block for block in EXAMPLES if "attacks.compile" in block)
+    (example,) = (block for block in EXAMPLES if "attacks.jit" in block)
     scope: dict = {}
     exec(example, scope)  # the README is ours
     moved = np.abs(np.asarray(scope["x_adv"] - scope["x"]))

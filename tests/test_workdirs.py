@@ -57,7 +57,7 @@ def test_evaluation_is_refused_too(holder, tmp_path, monkeypatch):
     split = runs.data.long_tailed(
         runs.data.load(at.get_config("dataset=digits").data), at.get_config("dataset=digits").data
     )
-    monkeypatch.setattr(runs, "trained", lambda *_: ({}, {}, split))
+    monkeypatch.setattr(runs, "load_trained", lambda *_: ({}, {}, split))
     with pytest.raises(ValueError, match="Another process works in"):
         runs.evaluate(at.get_config("dataset=digits"), runs.epath.Path(tmp_path / "run"))
 
@@ -67,17 +67,17 @@ def test_what_a_killed_process_was_writing_is_removed(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
     (tmp_path / "eval" / "batch.npz").write_text("whole")
-    with workdirs.held(tmp_path):
+    with workdirs.locked(tmp_path):
         found = sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file())
     assert found == [workdirs.LOCK, "eval/batch.npz", "reports/x/export/network"]  # the old one, put back
     assert (tmp_path / found[-1]).read_text() == "reports/x/.export.7.old/network"
 
 
 def test_another_process_of_the_same_run_and_a_bucket_take_no_lock(tmp_path, monkeypatch):
-    with workdirs.held("gs://bucket/run"):
+    with workdirs.locked("gs://bucket/run"):
         pass
-    monkeypatch.setattr(distributed, "first", lambda: False)
-    with workdirs.held(tmp_path), workdirs.held(tmp_path):
+    monkeypatch.setattr(distributed, "is_primary", lambda: False)
+    with workdirs.locked(tmp_path), workdirs.locked(tmp_path):
         assert not list(tmp_path.iterdir())
 
 

@@ -3,7 +3,7 @@
     python -m experiments.benchmark step    --config=configs/robal.py:dataset=cifar10 [--config.x.y=z ...]
     python -m experiments.benchmark profile --config=...    the operations a step spends its time on
     python -m experiments.benchmark data    --config=...    the input pipeline alone, and loading the images
-    python -m experiments.benchmark attack  --config=...    PGD through attacks.compile and as the twin's eager loop
+    python -m experiments.benchmark attack  --config=...    PGD through attacks.jit and as the twin's eager loop
     python -m experiments.benchmark autoattack --config=... | --golden=...    AutoAttack, beside the twin's eager one
     python -m experiments.benchmark start   --config=...    seconds from the command to the first finished step
     python -m experiments.benchmark scaling --config=...    against batch size, depth, attack steps, devices

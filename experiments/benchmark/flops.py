@@ -14,7 +14,7 @@ import jax
 from jax.extend import core
 
 from lt_adv import models
-from lt_adv.training.stage_builder import Program
+from lt_adv.training.stage_builder import StageProgram
 
 # Primitives that run one inner jaxpr once, on their own operands.
 CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_vjp_call", "remat2", "checkpoint")
@@ -94,7 +94,7 @@ def forward(model_config: Mapping[str, Any], image_shape: Sequence[int], num_cla
     return count(jax.make_jaxpr(model.apply)(variables, image))
 
 
-def step(built: Program) -> float:
+def step(built: StageProgram) -> float:
     """FLOPs of one training step, attack and update, per image of the batch: counted in the program that trains."""
     state = jax.eval_shape(built.first_state)
     jaxpr = jax.make_jaxpr(built.step)(state, built.feed.example, built.teacher)

@@ -59,7 +59,7 @@ def profile(record: Record, config: Sequence[str], options: Namespace, save: Sav
 
 
 def attack(record: Record, config: Sequence[str], options: Namespace, save: Save) -> None:
-    """PGD through `attacks.compile` and as the twin's eager loop, in turn, for each number of steps."""
+    """PGD through `attacks.jit` and as the twin's eager loop, in turn, for each number of steps."""
     works = {}
     for number in options.num_steps:
         setting = {"num_steps": number, "seconds": options.seconds}

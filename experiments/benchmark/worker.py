@@ -188,7 +188,7 @@ def attack_setting(config: Any, num_steps: int) -> dict[str, Any]:
 
 
 def jax_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, Any]:
-    """PGD as the evaluation runs it: `attacks.compile` on a batch of test images, shared among the devices."""
+    """PGD as the evaluation runs it: `attacks.jit` on a batch of test images, shared among the devices."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
@@ -200,7 +200,7 @@ def jax_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, Any]
     variables, test = built.first_state().variables, built.data.test.take(np.arange(images))
     shared = NamedSharding(built.mesh, PartitionSpec("data"))
     x, y = jax.device_put((test.image.astype(np.float32) / 255, test.label), shared)
-    pgd = attacks.compile(attacks.pgd, built.apply, **attack_setting(config, num_steps))
+    pgd = attacks.jit(attacks.pgd, built.apply, **attack_setting(config, num_steps))
     key = jax.random.key(config.eval.seed)
     found = measure(lambda: pgd(key, variables, x, y), jax.block_until_ready, seconds)
     return found | {"images": images, "devices": built.mesh.size, "memory": memory()}

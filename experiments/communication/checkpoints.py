@@ -69,7 +69,7 @@ def save(folder: str, config: Any) -> None:
 
     state = built.first_state()
     filled = jax.jit(lambda tree: jax.tree.map(draw, tree), out_shardings=jax.tree.map(lambda a: a.sharding, state))
-    checkpoints.save(1, sharding.of_all(filled(state), mesh, config.parallel), {})
+    checkpoints.save(1, sharding.to_global(filled(state), mesh, config.parallel), {})
     checkpoints.close()
 
 

@@ -84,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
     with contextlib.ExitStack() as stack:
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(workdirs.held(folder))  # against a second campaign
+            stack.enter_context(workdirs.locked(folder))  # against a second campaign
             can = possible(stack.enter_context(disk.mounted(folder / "disk")))
             if missing := [point for point in options.points or can if point not in can]:
                 raise ValueError(f"{', '.join(missing)}: this process may not mount a file system.")
@@ -132,7 +132,7 @@ def go_on(made: dict[str, Any], folder: Path, options: argparse.Namespace, write
         kind = Pair if POINTS[names[0]].processes == 2 else Run
         if kind not in references:
             whole = kind(folder / "disk", "unbroken", data)
-            references[kind] = campaign.unbroken(whole)
+            references[kind] = campaign.reference_run(whole)
             whole.remove()
         run = kind(folder / "disk", f"run-{number}", data, digest=made["digest"])
 
@@ -140,7 +140,9 @@ def go_on(made: dict[str, Any], folder: Path, options: argparse.Namespace, write
             verdict = "; ".join(row["problems"]) or "as it must"
             print(f"run {number + 1}/{len(made['drawn'])}  {row['point']:22}{row['done']}: {verdict}", flush=True)
 
-        rows, end = campaign.hurt(run, names, np.random.default_rng([made["seed"], number]), references[kind], tell)
+        rows, end = campaign.inject_faults(
+            run, names, np.random.default_rng([made["seed"], number]), references[kind], tell
+        )
         run.remove()
         made["runs"].append({"end": end, "faults": rows})
         made["points"] = campaign.summary([row for done in made["runs"] for row in done["faults"]])

@@ -32,7 +32,7 @@ def draw(points: Sequence[str], faults: int, seed: int) -> list[list[str]]:
     return [sorted(names[i : i + PER_RUN], key=order) for names in alike for i in range(0, len(names), PER_RUN)]
 
 
-def unbroken(run: Run) -> Reference:
+def reference_run(run: Run) -> Reference:
     """The reference; RuntimeError where there is none, or nothing to go by."""
     trained = run.start()
     exported = run.start(mode="export")
@@ -42,7 +42,7 @@ def unbroken(run: Run) -> Reference:
     return Reference(compare.end(run), trained.steps)
 
 
-def hurt(
+def inject_faults(
     run: Run, names: Iterable[str], rng: np.random.Generator, reference: Reference, tell: Callable
 ) -> tuple[list[dict[str, Any]], str]:
     """(a row for each fault, "the same" or what the run ended with instead), `tell` is called with each row.
@@ -75,7 +75,7 @@ def one(run: Run, name: str, rng: np.random.Generator, reference: Reference, row
     with fault.around():
         found = run.start(fault.mode, fault.injections, fault.slow, fault.beside)
     after = run.checkpoints()
-    row["problems"] += [*answered(fault, found), *went_on(fault, found, before), *strayed(found, reference)]
+    row["problems"] += [*answered(fault, found), *went_on(fault, found, before), *state_mismatches(found, reference)]
     if fault.code == KILLED and found.steps:
         row["lost"] = max(0, max(found.steps) - max([0, *after]))
         row["problems"] += kept(found, before, after)
@@ -108,7 +108,7 @@ def went_on(fault: Fault, found: Outcome, before: list[int]) -> list[str]:
     return [f"went on from step {found.resumed} instead of {newest}"]
 
 
-def strayed(found: Outcome, reference: Reference) -> list[str]:
+def state_mismatches(found: Outcome, reference: Reference) -> list[str]:
     """Whether each state was that of the reference, bit for bit."""
     other = [step for step, digest in sorted(found.steps.items()) if reference.steps.get(step) != digest]
     return [f"the state before step {other[0]} is another than that of the unbroken run"] if other else []
@@ -129,7 +129,7 @@ def ending(run: Run, reference: Reference) -> list[str]:
         found = run.start(mode)
         if found.code != TERMINATED:
             return [*problems, f"the run cannot be ended, exit code {found.code}: {last(found.err)}"]
-        problems += strayed(found, reference)
+        problems += state_mismatches(found, reference)
     if other := compare.differing(compare.end(run), reference.end):
         problems.append(f"ended otherwise in {len(other)} respects, such as {other[0]}")
     return problems

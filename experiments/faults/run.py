@@ -178,7 +178,7 @@ class Pair(Run):
         mine, other = both[hurt], both[1 - hurt]
         found = dataclasses.replace(mine, out=both[0].out, err=other.err + mine.err, saves=both[0].saves)
         if mine.code == KILLED:
-            return found if (wrong := bereft(other)) == "" else dataclasses.replace(found, code=None, err=wrong)
+            return found if (wrong := peer_died(other)) == "" else dataclasses.replace(found, code=None, err=wrong)
         return dataclasses.replace(found, code=mine.code or other.code)
 
 
@@ -191,7 +191,7 @@ def last(text: str) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def bereft(found: Outcome) -> str:
+def peer_died(found: Outcome) -> str:
     """ "" if a process whose partner died has ended by itself and says so, in a line of ours or of JAX's; which of the
     two notices it first is chance."""
     if found.code == ABORTED and "another task died" in found.err:

@@ -91,7 +91,7 @@ def train(given: flags.Arguments, setting: str, device: str) -> None:
     split = data.long_tailed(data.load(config.data), config.data)
     schema.fits(config, split, 1)
     trainer = Trainer(config, split, setting=setting, device=device, seed=config.seed)
-    with workdirs.claimed(config, workdir):
+    with workdirs.claim(config, workdir):
         lines = metric_logging.Lines(workdir / "metrics.jsonl")
         epochs, per_epoch = config.optim.epochs, trainer.steps_per_epoch
         meta: dict[str, Any] = {

@@ -1,46 +1,46 @@
 """Adversarial attacks as pure functions of a key. Needs jax alone.
 
 `attack(key, logits_fn, x, y, *, eps, ...) -> x_adv` works on any JAX function from images to logits, under jit, vmap,
-pmap and shard_map; `compile` is the jitted form. Objectives are maximised: (logits, y) -> [batch].
+pmap and shard_map; `jit` is the jitted form. Objectives are maximised: (logits, y) -> [batch].
 """
 
 from lt_adv.attacks._apgd import apgd, apgd_targeted
 from lt_adv.attacks._autoattack import autoattack
 from lt_adv.attacks._fab import fab, fab_targeted
-from lt_adv.attacks._jit import compile
+from lt_adv.attacks._jit import jit
 from lt_adv.attacks._square import square
 from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
 from lt_adv.attacks.objectives import (
     cross_entropy,
-    cross_entropy_of_differences,
-    difference,
+    cw_margin,
     dlr,
     kl_divergence,
-    margin,
+    logit_margin,
     prediction,
-    targeted_difference,
+    stable_cross_entropy,
     targeted_dlr,
+    targeted_logit_margin,
 )
 
 __all__ = [
     "apgd",
     "apgd_targeted",
     "autoattack",
-    "compile",
+    "jit",
     "cross_entropy",
-    "cross_entropy_of_differences",
+    "stable_cross_entropy",
     "cw",
-    "difference",
+    "logit_margin",
     "dlr",
     "fab",
     "fab_targeted",
     "fgsm",
     "kl_divergence",
-    "margin",
+    "cw_margin",
     "mim",
     "pgd",
     "prediction",
     "square",
-    "targeted_difference",
+    "targeted_logit_margin",
     "targeted_dlr",
 ]

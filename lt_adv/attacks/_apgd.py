@@ -19,7 +19,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, inputs, norms
-from lt_adv.attacks._base import Bounds, Iterated, Network, choose, rows
+from lt_adv.attacks._base import Bounds, Iterated, Network, expand_mask, where_rows
 from lt_adv.attacks.objectives import cross_entropy, targeted_dlr
 
 Objective = Callable[..., Array]
@@ -49,7 +49,7 @@ class State(NamedTuple):
 
     @property
     def x_adv(self) -> Array:
-        return choose(self.broken, self.wrong, self.best)
+        return where_rows(self.broken, self.wrong, self.best)
 
 
 def apgd(
@@ -111,7 +111,7 @@ def apgd_targeted(
     """Auto-PGD towards one class after the other, from the likeliest wrong one on; at most classes - 1 of them count.
 
     Arguments are described at the top of the module; `objective` is (logits, y, target) -> [batch]. The targeted ratio
-    needs four classes; for fewer take `targeted_difference`.
+    needs four classes; for fewer take `targeted_logit_margin`.
 
     Returns:
       x_adv, an array like x: the last wrongly classified point of the first target that gave one; if none did, the
@@ -175,10 +175,10 @@ def _attack(
     since = np.array([checks.get(step, 0) for step in range(num_steps + 1)], np.int32)
 
     def project(point: Array, x: Array, eps: Array) -> Array:
-        return jnp.clip(ball.project(point, x, rows(eps, x)), low, high)
+        return jnp.clip(ball.project(point, x, expand_mask(eps, x)), low, high)
 
     def begin(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
-        start = jnp.clip(x + rows(eps, x) * _base.on_boundary(keys, x, ball), low, high)
+        start = jnp.clip(x + expand_mask(eps, x) * _base.on_boundary(keys, x, ball), low, high)
         return starting_state(keys, x, y, target, eps, start)
 
     def step(network: Network, state: State) -> State:
@@ -200,13 +200,13 @@ def _attack(
 
             value, logits, gradient = lax.fori_loop(1, eot, add, (value, logits, gradient))
             value, gradient = value / eot, norms.finite(gradient / eot)
-        return _advance(state, _base.comparable(value, state.x), _base.wrong(logits, state.y), gradient)
+        return _advance(state, _base.comparable(value, state.x), _base.is_wrong(logits, state.y), gradient)
 
     def _advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
         """What follows from the objective, the prediction and the gradient at `state.point`."""
         first = state.steps_taken == 0
         better = first | (value > state.best_value)
-        best, best_value, best_gradient = choose(
+        best, best_value, best_gradient = where_rows(
             better, (state.point, value, gradient), (state.best, state.best_value, state.best_gradient)
         )
         # The value before the first step counts as zero and that of the start is not looked at, as in the released
@@ -218,15 +218,15 @@ def _attack(
         stalls = ~state.halved & (checked_value >= best_value)
         halve = check & ((rises.astype(value.dtype) <= rho * window.astype(value.dtype)) | stalls)
         step_size = jnp.where(halve, state.step_size / 2, state.step_size)
-        here, gradient = choose(halve, (best, best_gradient), (state.point, gradient))
-        x, share = state.x, rows(jnp.where(first, 1.0, 0.75).astype(here.dtype), here)
+        here, gradient = where_rows(halve, (best, best_gradient), (state.point, gradient))
+        x, share = state.x, expand_mask(jnp.where(first, 1.0, 0.75).astype(here.dtype), here)
         # As released; it matters where the softmax is saturated, for a gradient of 1e-12 then makes half a step.
         if norm == "linf":
             direction = jnp.sign(gradient)
         else:
             gradient = norms.representable(gradient)
             direction = gradient / (ball.length(gradient) + 1e-12)
-        z = project(here + rows(step_size, here) * direction, x, state.eps)
+        z = project(here + expand_mask(step_size, here) * direction, x, state.eps)
         point = project(here + (z - here) * share + (here - state.last) * (1 - share), x, state.eps)
         new = state._replace(
             point=point,
@@ -241,9 +241,9 @@ def _attack(
             halved=jnp.where(check, halve, state.halved),
             steps_taken=state.steps_taken + 1,
             broken=state.broken | wrong,
-            wrong=choose(wrong | first, state.point, state.wrong),
+            wrong=where_rows(wrong | first, state.point, state.wrong),
         )
-        return choose(state.steps_taken <= num_steps, new, state)
+        return where_rows(state.steps_taken <= num_steps, new, state)
 
     evaluations = eot or 1
     return Iterated(begin, step, num_steps + 1, rounds, eot is not None, evaluations, evaluations)

@@ -17,7 +17,7 @@ from lt_adv.attacks._base import Bounds, Iterated
 from lt_adv.attacks._fab import fab_program, fab_targeted_program
 from lt_adv.attacks._square import square_program, unsupported
 from lt_adv.attacks.initialization import example_keys
-from lt_adv.attacks.objectives import cross_entropy_of_differences, difference, dlr, targeted_difference, targeted_dlr
+from lt_adv.attacks.objectives import dlr, logit_margin, stable_cross_entropy, targeted_dlr, targeted_logit_margin
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -232,18 +232,18 @@ def _programs(
     eot, targets, notes = DRAWS if random else None, min(9, classes - 1), []
     ratio, targeted_ratio = dlr, targeted_dlr
     if classes < 3 and "apgd-dlr" in names:
-        ratio = difference
+        ratio = logit_margin
         notes.append("apgd-dlr: the ratio needs three classes; the difference of logits takes its place.")
     if classes < 4 and "apgd-t" in names:
-        targeted_ratio = targeted_difference
+        targeted_ratio = targeted_logit_margin
         notes.append("apgd-t: the targeted ratio needs four classes; the difference of logits takes its place.")
     build = {
-        "apgd-ce": lambda: apgd_program(cross_entropy_of_differences, norm, 100, restarts, 0.75, eot, bounds),
+        "apgd-ce": lambda: apgd_program(stable_cross_entropy, norm, 100, restarts, 0.75, eot, bounds),
         "apgd-dlr": lambda: apgd_program(ratio, norm, 100, restarts, 0.75, eot, bounds),
         "apgd-t": lambda: apgd_targeted_program(targeted_ratio, norm, 100, targets, 0.75, eot, bounds),
         "fab": lambda: fab_program(classes, norm, 100, restarts, 0.1, 1.05, 0.9, bounds),
         "fab-t": lambda: fab_targeted_program(norm, 100, targets, 0.1, 1.05, 0.9, bounds),
-        "square": lambda: square_program(difference, norm, num_queries, 0.8, bounds),
+        "square": lambda: square_program(logit_margin, norm, num_queries, 0.8, bounds),
     }
     return {name: build[name]() for name in names}, tuple(notes)
 

@@ -14,7 +14,7 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import inputs, norms
-from lt_adv.attacks.cpu_convolutions import canonical
+from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import example_keys
 from lt_adv.attacks.inputs import Bounds
 from lt_adv.attacks.objectives import prediction
@@ -71,7 +71,7 @@ def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) 
         inputs.check_values(values, x)
         return jnp.sum(values), (values, logits)  # a sum: each example's gradient is its own
 
-    (_, (values, logits)), gradient = canonical(jax.value_and_grad(total, has_aux=True))(x)
+    (_, (values, logits)), gradient = with_fast_cpu_convolutions(jax.value_and_grad(total, has_aux=True))(x)
     return lax.stop_gradient((values, logits, norms.finite(gradient)))
 
 
@@ -81,21 +81,21 @@ def comparable(values: Array, x: Array) -> Array:
     return jnp.nan_to_num(values.astype(x.dtype), nan=-limit, posinf=limit, neginf=-limit)
 
 
-def wrong(logits: Array, y: Array) -> Array:
+def is_wrong(logits: Array, y: Array) -> Array:
     """bool [b]: whether the prediction is not y, which it never is where logits are not finite."""
     return prediction(logits) != y
 
 
-def rows(mask: Array, like: Array) -> Array:
+def expand_mask(mask: Array, like: Array) -> Array:
     """A mask [b], shaped to broadcast against `like` [b, ...]."""
     return mask.reshape(mask.shape + (1,) * (like.ndim - mask.ndim))
 
 
-def choose(mask: Array, new: Any, old: Any) -> Any:
+def where_rows(mask: Array, new: Any, old: Any) -> Any:
     """The rows of `new` where `mask` [b] holds, those of `old` elsewhere, of whole trees."""
 
     def pick(new: Array, old: Array) -> Array:
-        return jnp.where(rows(mask, new), new, old)
+        return jnp.where(expand_mask(mask, new), new, old)
 
     return jax.tree.map(pick, new, old)
 
@@ -144,9 +144,9 @@ def attack_batch(
             target += varies.astype(target.dtype)
             state = attack.begin(round_keys, x, y, target, radius, jnp.full_like(y, r))
             state = lax.fori_loop(0, attack.num_steps, lambda _, state: attack.step(network, state), state)
-            return choose(broken, x_adv, state.x_adv), broken | state.broken
+            return where_rows(broken, x_adv, state.x_adv), broken | state.broken
 
-        carry = lax.stop_gradient((x, wrong(logits, y)))
+        carry = lax.stop_gradient((x, is_wrong(logits, y)))
         return lax.fori_loop(0, attack.rounds, one_round, carry)[0]
 
     return inputs.run(batch, key, x, y, eps)

@@ -18,9 +18,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, inputs, norms
-from lt_adv.attacks._base import Bounds, Iterated, Network, choose, rows
-from lt_adv.attacks.cpu_convolutions import canonical
-from lt_adv.attacks.objectives import targeted_difference
+from lt_adv.attacks._base import Bounds, Iterated, Network, expand_mask, where_rows
+from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
+from lt_adv.attacks.objectives import targeted_logit_margin
 
 
 class State(NamedTuple):
@@ -42,7 +42,7 @@ class State(NamedTuple):
 
     @property
     def x_adv(self) -> Array:
-        return choose(self.broken, self.nearest, self.x)
+        return where_rows(self.broken, self.nearest, self.x)
 
 
 def fab(
@@ -158,7 +158,7 @@ def _plane_of_target(network: Network, state: State) -> tuple[Array, Array]:
 
     def value(x: Array) -> tuple[Array, Array]:
         logits = _base.logits_of(network, x, state.key)
-        return targeted_difference(logits, state.y, state.target), logits
+        return targeted_logit_margin(logits, state.y, state.target), logits
 
     value_, _, gradient = _base.value_and_gradient(value, state.point)
     return _representable(value_, gradient)
@@ -167,7 +167,7 @@ def _plane_of_target(network: Network, state: State) -> tuple[Array, Array]:
 def _representable(value: Array, gradient: Array) -> tuple[Array, Array]:
     """A plane in numbers whose squares and sums do not overflow; none (zeros) where the value is not finite."""
     usable = jnp.isfinite(value)
-    gradient = jnp.where(rows(usable, gradient), norms.finite(gradient), 0)
+    gradient = jnp.where(expand_mask(usable, gradient), norms.finite(gradient), 0)
     scale = norms.representable_scale(gradient)
     return jnp.where(usable, value, 0).astype(gradient.dtype) / scale.reshape(-1), gradient / scale
 
@@ -180,9 +180,9 @@ def _nearest_plane(network: Network, state: State, classes: int, ball: norms.Nor
     def nearer(s: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         difference = jax.nn.one_hot(s, classes, dtype=logits.dtype)[None, :] - at_y
         value = jnp.sum(difference * logits, axis=-1)
-        value, gradient = _representable(value, canonical(lambda: pull(difference)[0])())
+        value, gradient = _representable(value, with_fast_cpu_convolutions(lambda: pull(difference)[0])())
         away = jnp.abs(value) / (1e-12 + ball.dual(gradient).reshape(-1))
-        return choose((away < carry[0]) & (state.y != s), (away, value, gradient), carry)
+        return where_rows((away < carry[0]) & (state.y != s), (away, value, gradient), carry)
 
     none = (jnp.full_like(state.eps, jnp.inf), jnp.zeros_like(state.eps), jnp.zeros_like(state.x))
     return lax.stop_gradient(lax.fori_loop(0, classes, nearer, none)[1:])
@@ -207,8 +207,10 @@ def _attack(
         start = x
         if random_starts:
             width = jnp.asarray(min(high - low, jnp.finfo(x.dtype).max), x.dtype)  # eps may be infinite
-            noise = jnp.clip(x + rows(jnp.minimum(eps, width) / 2, x) * _base.on_boundary(keys, x, ball), low, high)
-            start = choose(r == 0, x, noise)
+            noise = jnp.clip(
+                x + expand_mask(jnp.minimum(eps, width) / 2, x) * _base.on_boundary(keys, x, ball), low, high
+            )
+            start = where_rows(r == 0, x, noise)
         none = jnp.full_like(eps, jnp.finfo(eps.dtype).max)
         return State(x, y, target, keys, eps, start, x, none, jnp.zeros_like(eps, jnp.int32))
 
@@ -222,13 +224,13 @@ def _attack(
         alpha = jnp.minimum(here_length / (here_length + home_length), alpha_max)
         point = jnp.clip((point + eta * here) * (1 - alpha) + (x + eta * home) * alpha, low, high)
         logits = _base.logits_of(network, point, state.key)
-        wrong, distance = _base.wrong(logits, state.y), ball.length(point - x).reshape(-1)
-        nearest, distance = choose(
+        wrong, distance = _base.is_wrong(logits, state.y), ball.length(point - x).reshape(-1)
+        nearest, distance = where_rows(
             wrong & (distance < state.distance), (point, distance), (state.nearest, state.distance)
         )
-        point = choose(wrong, x + (point - x) * beta, point)
+        point = where_rows(wrong, x + (point - x) * beta, point)
         new = state._replace(point=point, nearest=nearest, distance=distance, steps_taken=state.steps_taken + 1)
-        return choose(state.steps_taken < num_steps, new, state)
+        return where_rows(state.steps_taken < num_steps, new, state)
 
     return Iterated(begin, step, num_steps, rounds, forwards=2, gradients=gradients)
 

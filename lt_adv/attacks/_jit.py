@@ -1,4 +1,4 @@
-"""`attacks.compile`: the jitted form of an attack, with the network's variables as an argument."""
+"""`attacks.jit`: the jitted form of an attack, with the network's variables as an argument."""
 
 import functools
 import inspect
@@ -14,7 +14,7 @@ from lt_adv.attacks import inputs
 from lt_adv.attacks._autoattack import autoattack
 
 
-def compile(
+def jit(
     attack: Callable[..., Array], apply: Callable[[Any, Array], Array], **options: Any
 ) -> Callable[[Array, Any, Array, Array], Array]:
     """Jits an attack once for all variables of the same shapes.

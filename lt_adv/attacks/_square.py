@@ -10,8 +10,8 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, inputs, norms
-from lt_adv.attacks._base import Bounds, Iterated, Network, choose
-from lt_adv.attacks.objectives import difference
+from lt_adv.attacks._base import Bounds, Iterated, Network, where_rows
+from lt_adv.attacks.objectives import logit_margin
 
 # From which proposal on the share of a window's pixels is halved once more.
 HALVINGS = (11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)
@@ -40,7 +40,7 @@ def square(
     eps: ArrayLike,
     num_queries: int = 5000,
     p_init: float = 0.8,
-    objective: Callable[[Array, Array], Array] = difference,
+    objective: Callable[[Array, Array], Array] = logit_margin,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
@@ -123,13 +123,13 @@ def square_program(objective: Callable, norm: str, num_queries: int, p_init: flo
     def step(network: Network, state: State) -> State:
         first = state.steps_taken == 0
         point = jax.vmap(proposal)(state.key, state.steps_taken - 1, state.x, state.x_adv, state.eps)
-        point = choose(first, state.x_adv, point)
+        point = where_rows(first, state.x_adv, point)
         logits = _base.logits_of(network, point, state.key)
         value = _base.comparable(inputs.check_values(objective(logits, state.y), state.x), state.x)
-        broken = _base.wrong(logits, state.y)
-        x_adv, value = choose(first | broken | (value > state.value), (point, value), (state.x_adv, state.value))
+        broken = _base.is_wrong(logits, state.y)
+        x_adv, value = where_rows(first | broken | (value > state.value), (point, value), (state.x_adv, state.value))
         new = state._replace(x_adv=x_adv, value=value, steps_taken=state.steps_taken + 1, broken=broken)
-        return choose(~state.broken & (state.steps_taken <= num_queries), new, state)
+        return where_rows(~state.broken & (state.steps_taken <= num_queries), new, state)
 
     return Iterated(begin, step, num_queries + 1, 1, gradients=0, carries=("x_adv", "value", "steps_taken"))
 

@@ -17,7 +17,7 @@ from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv.attacks import inputs
-from lt_adv.attacks._base import Iterated, choose, logits_of
+from lt_adv.attacks._base import Iterated, logits_of, where_rows
 from lt_adv.attacks.initialization import IMPL
 
 CHUNK = {1: range(8, 26), 0: range(40, 91)}  # steps between two looks at the slots, with gradients and without
@@ -97,7 +97,7 @@ def compile_for(mesh: Mesh) -> Programs:
 
     def refill(attack: Iterated, where: Array, state: Any, back: Array, kept: dict[str, Array], *new: Array) -> Any:
         begun = attack.begin(*new)
-        return choose(where, choose(back, begun._replace(**kept), begun), state)
+        return where_rows(where, where_rows(back, begun._replace(**kept), begun), state)
 
     def advance(attack: Iterated, steps: int, call: Any, state: Any) -> Any:
         state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(call, state), state)

@@ -17,12 +17,12 @@ from jax.extend import core
 CALLS = ("jit", "pjit", "closed_call")
 
 
-def canonical(gradient: Callable[..., Any]) -> Callable[..., Any]:
+def with_fast_cpu_convolutions(gradient: Callable[..., Any]) -> Callable[..., Any]:
     """`rewritten(gradient)` on CPU; elsewhere `gradient` itself."""
-    return rewritten(gradient) if jax.default_backend() == "cpu" else gradient
+    return rewrite_convolutions(gradient) if jax.default_backend() == "cpu" else gradient
 
 
-def rewritten(gradient: Callable[..., Any]) -> Callable[..., Any]:
+def rewrite_convolutions(gradient: Callable[..., Any]) -> Callable[..., Any]:
     """`gradient` with every convolution over images in the layouts NHWC and HWIO.
 
     `gradient` is the result of jax.grad or jax.value_and_grad: its result cannot be differentiated again. It may be

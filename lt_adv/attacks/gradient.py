@@ -13,7 +13,7 @@ Common arguments, of every attack here:
   num_steps: number of gradients taken; 0 gives the start, brought into the ball and the box.
   objective: (logits, y) -> [batch], maximised for each example by itself.
   norm: "linf" (steps along the sign) or "l2" (steps along the normalised gradient).
-  start: "zero", "uniform", "one_sided" or "gaussian", see `starts.starting_point`.
+  start: "zero", "uniform", "one_sided" or "gaussian", see `initialization.starting_point`.
   x_init: the starting point itself, shaped as x; replaces `start`.
   bounds: the box of valid pixels.
 Neither a random start nor x_init is clipped before the first step. After each step x_adv is brought into the ball, then
@@ -33,9 +33,9 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import inputs, norms
-from lt_adv.attacks.cpu_convolutions import canonical
+from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import starting_point
-from lt_adv.attacks.objectives import cross_entropy, margin
+from lt_adv.attacks.objectives import cross_entropy, cw_margin
 
 LogitsFn = Callable[[Array], Array]
 Objective = Callable[[Array, Array], Array]
@@ -158,7 +158,7 @@ def cw(
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps,
-        objective=partial(margin, confidence=inputs.traceable_number("confidence", confidence)),
+        objective=partial(cw_margin, confidence=inputs.traceable_number("confidence", confidence)),
         norm=norm, start=start, x_init=x_init, bounds=bounds,
     )  # fmt: skip
 
@@ -204,7 +204,7 @@ def _ascend(
 
         def step(_: int, carry: tuple[Array, Any]) -> tuple[Array, Any]:
             x_adv, momentum = carry
-            gradient = norms.finite(canonical(jax.grad(total))(x_adv))
+            gradient = norms.finite(with_fast_cpu_convolutions(jax.grad(total))(x_adv))
             if decay is not None:
                 gradient = momentum = decay * momentum + norms.unit_mean(gradient)
             # Stopped at each step, not at the end: an outer gradient then has no loop to differentiate.

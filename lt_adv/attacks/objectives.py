@@ -35,7 +35,7 @@ def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array
 
 
 @inputs.constants_allowed
-def cross_entropy_of_differences(logits: Array, y: Array) -> Array:
+def stable_cross_entropy(logits: Array, y: Array) -> Array:
     """Cross-entropy as log(1 + sum_{j != y} exp(z_j - z_y)): the value of `cross_entropy`, without a cancellation.
 
     Where the softmax is saturated, its gradient is zero to the last bit, in every compiled program; that of
@@ -58,7 +58,7 @@ def cross_entropy_of_differences(logits: Array, y: Array) -> Array:
 
 
 @inputs.constants_allowed
-def margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
+def cw_margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
     """The Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0).
 
     Args:
@@ -77,7 +77,7 @@ def margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
 
 
 @inputs.constants_allowed
-def difference(logits: Array, y: Array) -> Array:
+def logit_margin(logits: Array, y: Array) -> Array:
     """max_{j != y} z_j - z_y: how far another class leads, in units of logits; above zero for a wrong prediction.
 
     Args:
@@ -115,7 +115,7 @@ def dlr(logits: Array, y: Array) -> Array:
 
 
 @inputs.constants_allowed
-def targeted_difference(logits: Array, y: Array, target: Array) -> Array:
+def targeted_logit_margin(logits: Array, y: Array, target: Array) -> Array:
     """z_t - z_y, in units of logits, for labels y and targets t, integers [batch]; returns [batch]."""
     logits = _floats(logits, y, target)
     return _at_label(logits, target) - _at_label(logits, y)
@@ -136,7 +136,7 @@ def targeted_dlr(logits: Array, y: Array, target: Array) -> Array:
     """
     logits = _floats(logits, y, target)
     top = _largest(logits, 4, "targeted_dlr")
-    return targeted_difference(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
+    return targeted_logit_margin(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
 @inputs.constants_allowed

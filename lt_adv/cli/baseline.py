@@ -49,9 +49,9 @@ def judge(
 ) -> dict[str, Any] | None:
     """{"verdict": ..., "network": figures, "baseline": figures, "protocol": ...}; None where no baseline is named.
 
-    `network` is (apply, variables), evaluated on `images` of `split` under the attacks `specs`; `trained` loads the
-    baseline. Facts of either network are kept in its working directory, and found again where the same code, images,
-    weights and protocol would make them. Errors: ValueError for a baseline of other classes or other images.
+    `network` is (apply, variables), evaluated on `images` of `split` under the attacks `specs`; `load_trained` loads
+    the baseline. The facts of a network are stored in its working directory and reused for the same code, images,
+    weights and protocol. Raises ValueError for a baseline with other classes or images.
     """
     if not config.eval.baseline:
         return None

@@ -108,7 +108,7 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
         raise ValueError(
             "config.init_from names others' weights: --mode=export is for networks that were trained here."
         )
-    variables, meta, split = run.trained(config, workdir)
+    variables, meta, split = run.load_trained(config, workdir)
     if jax.process_count() > 1:
         raise ValueError("--mode=export is done by one process: start a single one.")
     facts = run.header(config, split, meta, subset="")
@@ -126,7 +126,7 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
         "config.json": (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode(),
         "README.md": card(facts, command, split, *measured(directory, wanted)).encode(),
     }
-    with workdirs.held(workdir):
+    with workdirs.locked(workdir):
         atomic_io.replace_folder(directory / "export", contents)
     size = sum(map(len, contents.values())) / 1e6
     metric_logging.console.print(
@@ -155,7 +155,7 @@ def serialised(apply: Callable[..., jax.Array], weights: Mapping[str, np.ndarray
 
     def backward(inputs: Any, cotangent: Any) -> Any:
         # Nobody can rewrite an exported program, and attacks are loops: see convolutions.py.
-        on_cpu = cpu_convolutions.rewritten(gradient)
+        on_cpu = cpu_convolutions.rewrite_convolutions(gradient)
         return jax.lax.platform_dependent(*inputs, cotangent, cpu=on_cpu, default=gradient)
 
     shipped = jax.custom_vjp(network)

@@ -21,19 +21,19 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     """Train (or go on), then evaluate. ValueError before anything is written for a config that cannot be, or does not
     fit the data, the devices or what is in the working directory."""
     prepare(config)
-    together(config)
+    require_same_config(config)
     workdirs.compare(config, workdir, training=True)
-    origin(config)
+    check_init_from(config)
     dataset, mesh = data.load(config.data), sharding.make_mesh()
     split = data.long_tailed(dataset, config.data)
     for stage in stage_builder.stages(config):
         own = stage_builder.configured(config, stage)
         schema.stage_fits(own, stage, data.long_tailed(dataset, own.data) if stage.overrides else split, mesh.size)
     _images(config.eval, split)
-    with workdirs.claimed(config, workdir):
+    with workdirs.claim(config, workdir):
         describe(config, split, workdir, mesh)
         loop.train(config, workdir, dataset, mesh)
-        _evaluate(config, workdir, *trained(config, workdir, dataset))
+        _evaluate(config, workdir, *load_trained(config, workdir, dataset))
 
 
 def prepare(config: ml_collections.ConfigDict) -> None:
@@ -41,26 +41,32 @@ def prepare(config: ml_collections.ConfigDict) -> None:
     schema.values(config)
     environment.prepare(config.optim.batch_size, config.cpu_devices)
     if config.eval.baseline:
-        _ended(config.eval.baseline, f"The baseline is the run in {config.eval.baseline!r} (config.eval.baseline)")
+        require_finished_run(
+            config.eval.baseline, f"The baseline is the run in {config.eval.baseline!r} (config.eval.baseline)"
+        )
 
 
-def together(config: ml_collections.ConfigDict) -> None:
+def require_same_config(config: ml_collections.ConfigDict) -> None:
     """ValueError unless all processes have this config; from here on the first one speaks for all."""
-    metric_logging.console.quiet = not distributed.first()
-    distributed.same("The config", json.dumps(workdirs.comparable(config.to_dict()), sort_keys=True))
+    metric_logging.console.quiet = not distributed.is_primary()
+    distributed.assert_same_everywhere(
+        "The config", json.dumps(workdirs.immutable_entries(config.to_dict()), sort_keys=True)
+    )
 
 
-def origin(config: ml_collections.ConfigDict) -> None:
+def check_init_from(config: ml_collections.ConfigDict) -> None:
     """ValueError unless the run that training is to begin with, if there is one, is there and finished."""
     if schema.imports(config):
         raise ValueError(f"config.init_from: training begins with a run, {config.init_from!r} is only for --mode=eval.")
     for stage in stage_builder.stages(config):
         if stage.init in ("fresh", "previous"):
             continue
-        _ended(stage.init, f"Stage {stage.name!r} begins with the run in {stage.init!r} (config.init_from)")
+        require_finished_run(
+            stage.init, f"Stage {stage.name!r} begins with the run in {stage.init!r} (config.init_from)"
+        )
 
 
-def _ended(run: str, words: str) -> None:
+def require_finished_run(run: str, words: str) -> None:
     """ValueError, which begins with `words`, unless the run in this directory is there and finished."""
     try:
         _, meta = checkpoint.look(run)
@@ -90,7 +96,7 @@ def _short(counts) -> str:
     return " ".join(shown if len(shown) <= 20 else [*shown[:6], "...", *shown[-6:]])
 
 
-def trained(
+def load_trained(
     config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
     """(variables, meta, split) of the network that `config.eval` asks for; ValueError unless the config is its own."""
@@ -109,10 +115,10 @@ def trained(
     return variables, meta, split
 
 
-def imported(
+def load_external(
     config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
-    """What `trained` gives, of the file of weights in `config.init_from`; how it was trained, meta does not know."""
+    """As `load_trained`, from the file of weights in `config.init_from`; meta does not know how it was trained."""
     prepare(config)
     workdirs.compare(config, workdir)
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
@@ -129,11 +135,11 @@ def evaluate(
     processes the first one gets the report.
     """
     prepare(config)
-    together(config)
+    require_same_config(config)
     imports = schema.imports(config)
-    found = (imported if imports else trained)(config, workdir, dataset)
+    found = (load_external if imports else load_trained)(config, workdir, dataset)
     _images(config.eval, found[2])
-    with workdirs.claimed(config, workdir) if imports else workdirs.held(workdir):
+    with workdirs.claim(config, workdir) if imports else workdirs.locked(workdir):
         return _evaluate(config, workdir, *found)
 
 
@@ -171,7 +177,7 @@ def _evaluate(
         console=metric_logging.console,
     )
     summary = {}
-    if distributed.first():  # on its own devices
+    if distributed.is_primary():  # on its own devices
         network, own = (apply, variables), distributed.local(mesh)
         shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.takes_all(spec)])
         context = {
@@ -181,7 +187,7 @@ def _evaluate(
             "training_seconds": meta.get("seconds"),
             "commit": environment.commit(),
             "metrics": workdir / "metrics.jsonl",
-            "reliability": baseline.judge(config, workdir, network, split, images, specs, trained),
+            "reliability": baseline.judge(config, workdir, network, split, images, specs, load_trained),
         }
         if shown:
             context["examples"] = evaluation.examples(
@@ -191,7 +197,7 @@ def _evaluate(
         summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
         evaluation.show(summary, metric_logging.console)
         metric_logging.console.print(f"Report: {directory / 'report.md'}", soft_wrap=True)
-    distributed.wait("the report is written")
+    distributed.barrier("the report is written")
     return summary
 
 
@@ -235,7 +241,9 @@ def header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) ->
         "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
         **(_training(config, meta) if "step" in meta else meta),  # of weights of others, nothing is known
         "evaluation_seed": config.eval.seed,
-        "config_digest": hashlib.sha256(json.dumps(workdirs.comparable(config.to_dict())).encode()).hexdigest()[:16],
+        "config_digest": hashlib.sha256(json.dumps(workdirs.immutable_entries(config.to_dict())).encode()).hexdigest()[
+            :16
+        ],
         "lt_adv_version": lt_adv.__version__,
         "code_digest": environment.code_digest(),
         "python_version": sys.version.partition(" ")[0],

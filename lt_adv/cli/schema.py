@@ -287,7 +287,7 @@ def _flat(tree: Any) -> dict[str, Any]:
 def network(config: ml_collections.ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
     """ValueError unless `variables`, which come from `origin`, are those of the configured network."""
     wanted, _ = stage_builder.shapes(config, split)
-    there = {name: tree for name, tree in variables.items() if name != "extra"}
+    there = {name: tree for name, tree in variables.items() if name != "method_state"}
     here, there = ({name: tuple(leaf.shape) for name, leaf in _flat(tree).items()} for tree in (wanted, there))
     for name in sorted({*here, *there}):
         if here.get(name) != there.get(name):

@@ -21,7 +21,7 @@ WATCHED = ("eval.adjustment.", "eval.dtype")
 
 
 @contextlib.contextmanager
-def held(workdir: epath.PathLike) -> Iterator[None]:
+def locked(workdir: epath.PathLike) -> Iterator[None]:
     """The working directory, which must be there, for this process alone; ValueError at once if another one has it.
 
     The lock is the kernel's, on the file `.lock`, and goes with the process: a kill leaves none behind. It holds among
@@ -32,7 +32,7 @@ def held(workdir: epath.PathLike) -> Iterator[None]:
     Errors: OSError where the file cannot be written.
     """
     with contextlib.ExitStack() as stack:
-        distributed.by_first(lambda: _lock(epath.Path(workdir), stack))
+        distributed.on_primary(lambda: _lock(epath.Path(workdir), stack))
         yield
 
 
@@ -54,11 +54,11 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
     if not path.exists():
         return
     try:
-        theirs = comparable(json.loads(path.read_text()), training=training)
+        theirs = immutable_entries(json.loads(path.read_text()), training=training)
     except (ValueError, AssertionError, RecursionError) as error:  # no JSON, or no dict
         why = atomic_io.reason(path, error, atomic_io.JSON)
         raise ValueError(f"{path} is damaged ({why}): put it back as it was, or use another --workdir.") from error
-    mine = comparable(config.to_dict(), training=training)
+    mine = immutable_entries(config.to_dict(), training=training)
     changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
     if changed:
         shown = "; ".join(f"{name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}" for name in changed)
@@ -66,7 +66,7 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
 
 
 @contextlib.contextmanager
-def claimed(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[None]:
+def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[None]:
     """The working directory with the config stored in it, for this run alone.
 
     ValueError if another process has it, and if it cannot be written; then nothing is left behind.
@@ -92,11 +92,11 @@ def claimed(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[
                 reason = f"{workdir} cannot be written ({error.strerror or error})"
                 raise ValueError(f"{reason}: change that, or use another --workdir.") from error
 
-        distributed.by_first(begin)
+        distributed.on_primary(begin)
         yield
 
 
-def comparable(config: Mapping[str, Any], *, training: bool = False) -> dict[str, str]:
+def immutable_entries(config: Mapping[str, Any], *, training: bool = False) -> dict[str, str]:
     """{"optim.epochs": "80", ...}, of the entries that must not change."""
     fixed = {
         k: v for k, v in schema.flat(config).items() if not k.startswith(FREE) or training and k.startswith(WATCHED)

@@ -62,7 +62,7 @@ TINY_IMAGENET = Archive(
 )
 
 
-def obtain(archive: Archive, folder: Path, download: bool) -> Path:
+def ensure_downloaded(archive: Archive, folder: Path, download: bool) -> Path:
     """The archive's path in `folder`, downloaded first where it is missing and `download` allows it.
 
     FileNotFoundError that says what to put where, or why the download failed.

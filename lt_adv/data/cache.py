@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lt_adv.data.dataset import ARRAYS, Dataset, Decoding, Source, Split, digest_of, sha256, whole
+from lt_adv.data.dataset import ARRAYS, Dataset, Source, Split, SplitReader, digest_of, make_dataset, sha256
 from lt_adv.runtime import atomic_io
 
 VERSION = 1
@@ -52,7 +52,7 @@ def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> 
     if odd := [name for name in class_names if name != name.encode(errors="replace").decode()]:
         raise ValueError(f"The class name {odd[0]!r} is no UTF-8, as reports are written: rename the class.")
     if math.prod(decodings["train"].shape) > limit and all(d.image is not None for d in decodings.values()):
-        return whole(name, class_names, {k: Split(d.image, d.label, d.index) for k, d in decodings.items()})
+        return make_dataset(name, class_names, {k: Split(d.image, d.label, d.index) for k, d in decodings.items()})
     try:
         _write(folder, class_names, decodings)
     except OSError as error:
@@ -110,7 +110,7 @@ def _open(folder: Path, name: str) -> Dataset:
     return Dataset(name, train, test, class_names, meta["digest"])
 
 
-def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, Decoding]) -> None:
+def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, SplitReader]) -> None:
     atomic_io.make_folder(folder.parent)
     _remove_stale(folder)
     needed = sum(math.prod(d.shape) for d in decodings.values())

@@ -33,7 +33,7 @@ def cycled_indices(
       key: the same in all steps of a run.
       epoch: from 0.
       step_in_epoch: from 0, less than classes * max(counts) // batch_size.
-      order: int32 [examples], as in `resident.class_table`, like the next two.
+      order: int32 [examples], as in `device_dataset.class_table`, like the next two.
       starts: int32 [classes].
       counts: int32 [classes], positive.
       batch_size: a Python number.

@@ -15,7 +15,7 @@ ARRAYS = ("image", "label", "index")
 class Split:
     """`image` uint8 [n, h, w, c], `label` int32 [n], `index` int64 [n]: the position in the original data.
 
-    Of a set that is too large to be kept decoded, `image` is an `images.Undecoded` in place of an array.
+    Of a set that is too large to be kept decoded, `image` is an `images.LazyImages` in place of an array.
     """
 
     image: np.ndarray
@@ -64,10 +64,10 @@ class LongTailed:
 
 
 @dataclasses.dataclass(frozen=True)
-class Decoding:
+class SplitReader:
     """A split about to be decoded: `blocks()` yields its images in order, uint8 [k, h, w, c], of `shape` in all.
 
-    `image`: an `images.Undecoded` of the same, where they can be decoded one by one.
+    `image`: an `images.LazyImages` of the same, where they can be decoded one by one.
     """
 
     shape: tuple[int, int, int, int]
@@ -81,11 +81,11 @@ class Decoding:
 class Source:
     """Where a set comes from: `identity` is cheap and changes with the data, `read()` does the work.
 
-    `identity`: anything JSON can write. `read() -> (class names, {"train": Decoding, "test": Decoding})`.
+    `identity`: anything JSON can write. `read() -> (class names, {"train": SplitReader, "test": SplitReader})`.
     """
 
     identity: object
-    read: Callable[[], tuple[tuple[str, ...], dict[str, Decoding]]]
+    read: Callable[[], tuple[tuple[str, ...], dict[str, SplitReader]]]
 
 
 def labels(label: Any, images: int, classes: float, where: str, advice: str = "") -> np.ndarray:
@@ -122,9 +122,9 @@ def listed(classes: Sequence[int], names: Sequence[str], most: int = 5) -> str:
     return ", ".join(f"class {c} ({names[c]!r})" for c in classes[:most]) + more
 
 
-def decoding(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> Decoding:
+def decoding(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> SplitReader:
     """A split whose images are in memory already."""
-    return Decoding(image.shape, label.astype(np.int32), index.astype(np.int64), lambda: iter([image]))
+    return SplitReader(image.shape, label.astype(np.int32), index.astype(np.int64), lambda: iter([image]))
 
 
 def sha256(array: Any) -> str:
@@ -144,10 +144,10 @@ def in_memory(name: str, source: Source) -> Dataset:
     """A `Dataset` without a cache, for sets small enough to be read at every start."""
     class_names, decodings = source.read()
     splits = {k: Split(np.concatenate(list(d.blocks())), d.label, d.index) for k, d in decodings.items()}
-    return whole(name, class_names, splits)
+    return make_dataset(name, class_names, splits)
 
 
-def whole(name: str, class_names: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
+def make_dataset(name: str, class_names: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
     """The `Dataset` of these splits."""
     arrays = {}
     for split_name, split in splits.items():

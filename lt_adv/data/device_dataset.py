@@ -62,7 +62,7 @@ def class_table(label: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
     return {k: v.astype(np.int32) for k, v in {"order": order, "starts": starts, "counts": counts}.items()}
 
 
-def drawn(
+def batch_rows(
     key: jax.Array,
     epoch: jax.Array | int,
     step_in_epoch: jax.Array | int,
@@ -94,11 +94,13 @@ def epoch_indices(
     batch_size: int,
     cycles: bool = False,
 ) -> jax.Array:
-    """Examples of all batches of an epoch, int32 [steps_per_epoch, batch_size]: `drawn` for each of its steps.
+    """Examples of all batches of an epoch, int32 [steps_per_epoch, batch_size]: `batch_rows` for each of its steps.
 
     One program for an epoch, so that no step has to sort the whole set to find its own batch.
     """
-    one = functools.partial(drawn, num_examples=num_examples, batch_size=batch_size, classes=classes, cycles=cycles)
+    one = functools.partial(
+        batch_rows, num_examples=num_examples, batch_size=batch_size, classes=classes, cycles=cycles
+    )
     return jax.vmap(one, (None, None, 0))(key, epoch, jnp.arange(steps_per_epoch))
 
 

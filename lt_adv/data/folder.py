@@ -13,7 +13,7 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 
 from lt_adv.data import images
-from lt_adv.data.dataset import Decoding, Source
+from lt_adv.data.dataset import Source, SplitReader
 
 SPLITS = ("train", "test")
 HIDDEN = (".", "__MACOSX")  # the second is what macOS puts into zip archives
@@ -39,7 +39,7 @@ def image_folder(path: Path, size: int | None = None) -> Source:
 
     files = {s: [(c, *f) for c in classes[s] for f in listing[s][c]] for s in SPLITS}
 
-    def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
+    def read() -> tuple[tuple[str, ...], dict[str, SplitReader]]:
         ids = {c: i for i, c in enumerate(classes["train"])}
         encoded = {}
         for split in SPLITS:

@@ -12,7 +12,7 @@ from functools import partial
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from lt_adv.data.dataset import Decoding
+from lt_adv.data.dataset import SplitReader
 from lt_adv.runtime import atomic_io
 
 MAX_PIXELS = 1 << 26  # below Pillow's own limit: a small file that claims more is a decompression bomb
@@ -43,7 +43,7 @@ class Encoded:
     identity: str
 
 
-class Undecoded:
+class LazyImages:
     """Images that are decoded each time they are asked for: `images[rows]`, by a slice or by positions, is the array
     uint8 [k, h, w, c] that the decoded images would give. A bad image is a ValueError then, not before.
     """
@@ -75,9 +75,9 @@ class Undecoded:
         """What `images[rows]` gives, in the caller's thread."""
         return self._decode(self._rows[rows])
 
-    def at(self, rows: np.ndarray) -> "Undecoded":
+    def at(self, rows: np.ndarray) -> "LazyImages":
         """The images at these positions, decoded no more than before."""
-        return Undecoded(self._encoded, self.shape[1:], self._size, self._rows[rows])
+        return LazyImages(self._encoded, self.shape[1:], self._size, self._rows[rows])
 
     @property
     def digest(self) -> str:
@@ -192,19 +192,19 @@ def _chunks(encoded: Encoded, work: Callable[[bytes, str], object]) -> Iterator[
 
 def decodings(
     splits: dict[str, Encoded], size: int | None, shape: tuple[int, int, int] | None = None
-) -> dict[str, Decoding]:
+) -> dict[str, SplitReader]:
     """The splits, about to be decoded to one (h, w, c): `shape`, or as all headers say; c is 1 if every image is grey.
 
     ValueError naming two images of different sizes, unless `size` makes them equal.
     """
     shape = shape or _common_shape(splits, size)
     return {
-        k: Decoding(
+        k: SplitReader(
             shape=(len(e.names), *shape),
             label=e.label.astype(np.int32),
             index=e.index.astype(np.int64),
             blocks=partial(_decode, e, shape, size),
-            image=Undecoded(e, shape, size),
+            image=LazyImages(e, shape, size),
         )
         for k, e in splits.items()
     }

@@ -27,7 +27,7 @@ def batches(
     classes: Mapping[str, np.ndarray] | None = None,
     cycles: bool = False,
 ) -> Iterator[Iterator[dict[str, np.ndarray]]]:
-    """The batches of the steps `first` to `total` - 1: of those that `resident.drawn` draws, the rows at `own`.
+    """The batches of the steps `first` to `total` - 1: the rows at `own` of those `device_dataset.batch_rows` draws.
 
     {"image" uint8 [k, h, w, c], "label" int32 [k], "index" int32 [k]} each, k = len(own). A batch is a function of
     (key, step) alone, whatever was read before. While the context is entered, threads read ahead.

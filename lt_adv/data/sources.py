@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lt_adv.data import cache, images
-from lt_adv.data.dataset import Dataset, Decoding, Source, decoding, in_memory, labels, listed
+from lt_adv.data.dataset import Dataset, Source, SplitReader, decoding, in_memory, labels, listed
 from lt_adv.data.folder import SPLITS, image_folder
 from lt_adv.runtime import atomic_io
 
@@ -70,7 +70,7 @@ def digits(size: int | None = None) -> Source:
     training.
     """
 
-    def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
+    def read() -> tuple[tuple[str, ...], dict[str, SplitReader]]:
         from sklearn.datasets import load_digits
 
         raw = load_digits()
@@ -95,7 +95,7 @@ def npz(path: Path, size: int | None = None) -> Source:
         raise FileNotFoundError(f"There is no file {path}: --config.data.path must name an .npz.")
     about = path.stat()
 
-    def read() -> tuple[tuple[str, ...], dict[str, Decoding]]:
+    def read() -> tuple[tuple[str, ...], dict[str, SplitReader]]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 there = sorted(file.files)

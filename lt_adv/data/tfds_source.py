@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lt_adv.data import archives, cache, images
-from lt_adv.data.dataset import Decoding, Source, labels
+from lt_adv.data.dataset import Source, SplitReader, labels
 from lt_adv.runtime import atomic_io, registry
 
 EMBEDDED = ("digits", "image_folder", "npz")
@@ -62,7 +62,7 @@ def _read_own(name: str, data_dir: Path, size: int | None, download: bool):
     archive, manual = archives.ARCHIVES[name], data_dir / "downloads" / "manual"
     prepared = (data_dir / f"lt_adv_{name}" / archives.VERSION / "dataset_info.json").is_file()
     if not prepared:  # once it is, the archive is not needed any more
-        archives.obtain(archive, manual, download)
+        archives.ensure_downloaded(archive, manual, download)
     from lt_adv.data import builders  # slow, hence after the answer to a missing archive
 
     builder = builders.BUILDERS[name](data_dir=data_dir)
@@ -127,7 +127,7 @@ def _is_array_record(builder: Any) -> bool:
 
 def _read(
     builder: Any, size: int | None, data_dir: Path, test_split: str | None = None
-) -> tuple[tuple[str, ...], dict[str, Decoding]]:
+) -> tuple[tuple[str, ...], dict[str, SplitReader]]:
     there = list(builder.info.splits)
     held_out = test_split or ("test" if "test" in there else "validation")
     if missing := {"train", held_out} - set(there):

@@ -175,7 +175,7 @@ def evaluate(
                     raise ValueError(f"clean: the logits of {len(label)} images are not finite; check the weights.")
                 columns[CLEAN if name == CLEAN else f"attack/{name}"] = prediction
                 meter.count(name, int((prediction == label).sum()), len(label), work[name])
-            if where is not None and distributed.first():
+            if where is not None and distributed.is_primary():
                 records.write_batch(where, number, columns)
             found[number] = columns
     columns, notes = {}, {}
@@ -199,7 +199,7 @@ def _column(
     options = attack_specs.resolve(spec)[1]
     parts = [slice(i, i + batch_size) for i in range(0, len(split.label), batch_size)]
     x = np.concatenate([np.asarray(_pixels(np.asarray(split.image[rows]))) for rows in parts])
-    mine = distributed.share(len(x))  # each process drives its own devices
+    mine = distributed.local_rows(len(x))  # each process drives its own devices
     here = _Runner(*runner.given, distributed.local(runner.mesh))
     journal = f"{jax.process_index()} of {jax.process_count()}" if jax.process_count() > 1 else ""
     result = autoattack(
@@ -221,7 +221,7 @@ def _column(
         x_adv = runner.put(x_adv_all[rows], -(-batch_size // runner.mesh.size) * runner.mesh.size)
         images = len(split.label[rows])
         runner.judge(name, options, runner.put(x[rows], len(x_adv)), x_adv, images)
-    if where is not None and distributed.first():
+    if where is not None and distributed.is_primary():
         records.write_column(where, name, prediction, notes)
         (where / name).rmtree()
     return prediction, notes
@@ -275,7 +275,7 @@ def _resume(
         known = None
     if known not in (None, header):
         raise ValueError(f"{where} holds records under another header (edited by hand?); move it away.")
-    if known is None and distributed.first():
+    if known is None and distributed.is_primary():
         records.write_header(where, header)
     found = {}
     for number, rows in enumerate(parts):

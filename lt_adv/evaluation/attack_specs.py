@@ -73,7 +73,7 @@ def _compile(apply: Callable, name: str, options: tuple[tuple[str, Any], ...]) -
     scale = keywords.pop("logit_scale", 1.0)
     if scale != 1.0:
         keywords["objective"] = functools.partial(attacks.cross_entropy, logit_scale=scale)
-    return attacks.compile(getattr(attacks, name), apply, **keywords)
+    return attacks.jit(getattr(attacks, name), apply, **keywords)
 
 
 def compiled(apply: Callable, spec: Mapping[str, Any]) -> Callable:

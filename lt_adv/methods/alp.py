@@ -27,7 +27,7 @@ class ALP(at.AT):
 
     beta: float = 6.0
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         logits, _ = net.train(x_adv)
         clean, _ = net.train(batch.image)
         if self.fidelity == "released_code":  # the same two forwards again, which only move the running statistics
@@ -38,5 +38,5 @@ class ALP(at.AT):
         total = jnp.sum(squares)
         apart = total > 0  # where x_adv = x the root has no derivative
         pairing = jnp.where(apart, jnp.sqrt(jnp.where(apart, total, 1)), 0) / len(squares)
-        metrics = {"accuracy": base.correct(logits, batch.label), "loss_pairing": pairing}
-        return adversarial + self.beta * pairing, (extra, metrics)
+        metrics = {"accuracy": base.is_correct(logits, batch.label), "loss_pairing": pairing}
+        return adversarial + self.beta * pairing, (method_state, metrics)

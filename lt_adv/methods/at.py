@@ -15,19 +15,19 @@ class AT(base.Method):
     Inner: PGD on cross-entropy, network in evaluation mode. Outer: cross-entropy on x_adv, in training mode.
 
     Differs from the released code of RoBal's study (Wu et al., CVPR 2021), which `fidelity="released_code"` restores:
-    there the start is one-sided, x + eps U[0, 1), and the drops of the learning rate compound (see `training.optim`);
-    the rows of it with class-aware draws make these in cycles (see `data.class_aware`), and not each for itself.
-    Rows of that study that differ in the outer loss alone are subclasses, most of which override only `values`.
+    there the start is one-sided, x + eps U[0, 1), the drops of the learning rate compound (see `training.optimizer`),
+    and class-aware draws are made in cycles (see `data.class_aware`) instead of independently.
+    Rows of that study that differ in the outer loss alone are subclasses; most override only `per_example_loss`.
     """
 
     compounding_schedule = True
     released_start = "one_sided"
 
-    def values(self, logits, label, info, clock):
+    def per_example_loss(self, logits, label, info, progress):
         """The outer loss of each example, [b]."""
         return losses.cross_entropy(logits, label)
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         logits, _ = net.train(x_adv)
-        value = jnp.mean(self.values(logits, batch.label, net.info, clock))
-        return value, (extra, {"accuracy": base.correct(logits, batch.label)})
+        value = jnp.mean(self.per_example_loss(logits, batch.label, net.info, progress))
+        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})

@@ -18,7 +18,7 @@ class ATBSL(base.Method):
 
     start: str = "gaussian"
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         logits, _ = net.train(x_adv)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
-        return value, (extra, {"accuracy": base.correct(logits, batch.label)})
+        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})

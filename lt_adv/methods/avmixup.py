@@ -30,7 +30,7 @@ class AVMixup(at.AT):
             if not 0 <= getattr(self, name) <= 1:
                 raise ValueError(f"config.method.{name} must be a number in [0, 1], not {getattr(self, name)}.")
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         m = jax.vmap(lambda k: jax.random.uniform(k, dtype=x_adv.dtype))(key)
         share = m[:, None, None, None]
         vertex = batch.image + self.gamma * (x_adv - batch.image)
@@ -40,4 +40,4 @@ class AVMixup(at.AT):
         target = jnp.where(batch.label[:, None] == classes, confidence, (1 - confidence) / (len(classes) - 1))
         logits, _ = net.train(mixture)
         value = jnp.mean(losses.soft_cross_entropy(logits, target))
-        return value, (extra, {"accuracy": base.correct(logits, batch.label)})
+        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})

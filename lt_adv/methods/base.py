@@ -17,7 +17,7 @@ FIDELITIES = ("published", "released_code")
 
 
 @dataclasses.dataclass(frozen=True)
-class Info:
+class DataInfo:
     """What is known of the training set before the first step. Static: numpy, never traced."""
 
     class_counts: np.ndarray  # int [classes], after a validation cut
@@ -46,7 +46,7 @@ class Batch:
 
 
 @struct.dataclass
-class Clock:
+class TrainProgress:
     """Where training stands: traced scalars, counted from 0 within the stage."""
 
     step: Array
@@ -59,7 +59,7 @@ class Net(Protocol):
     """All of the network that a method may touch."""
 
     params: Any
-    info: Info
+    info: DataInfo
     teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None
 
     def eval(self, x: Array) -> tuple[Array, dict[str, Array]]:
@@ -121,7 +121,7 @@ class Method:
     """
 
     compounding_schedule: ClassVar[bool] = False  # whether the released code's learning rate compounds (training.optim)
-    plain: ClassVar[bool] = False  # whether `perturb` is without an attack
+    no_attack: ClassVar[bool] = False  # whether `perturb` is without an attack
     released_start: ClassVar[str | None] = None  # of the attack in the released code, where it is another
 
     num_steps: int = 10
@@ -142,12 +142,12 @@ class Method:
         """Where the inner attack starts: `start`, unless the released code is followed and has another."""
         return (self.fidelity == "released_code" and self.released_start) or self.start
 
-    def init(self, info: Info) -> Extra:
+    def init(self, info: DataInfo) -> Extra:
         """Arrays that live in the train state, saved and resumed. None of them by default."""
         del info
         return {}
 
-    def init_params(self, params: Any, info: Info) -> Any:
+    def init_params(self, params: Any, info: DataInfo) -> Any:
         """Fresh parameters {"backbone", "head"} as training begins with them: for starts that depend on `info`.
 
         They come before anything of another run or stage is merged in. As the network has them by default.
@@ -155,12 +155,12 @@ class Method:
         del info
         return params
 
-    def perturb(self, key: Array, net: Net, batch: Batch, extra: Extra, clock: Clock) -> Array:
+    def perturb(self, key: Array, net: Net, batch: Batch, method_state: Extra, progress: TrainProgress) -> Array:
         """Training examples, [b, h, w, c]: PGD on the cross-entropy of the evaluation-mode network by default.
 
         `key` is one key per example [b], so that nothing depends on the number of devices.
         """
-        del extra, clock
+        del method_state, progress
         return self.pgd(key, net, batch, batch.label)
 
     def pgd(self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Any = attacks.cross_entropy) -> Array:
@@ -179,21 +179,21 @@ class Method:
         )
 
     def loss(
-        self, key: Array, net: Net, batch: Batch, x_adv: Array, extra: Extra, clock: Clock
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: Extra, progress: TrainProgress
     ) -> tuple[Array, tuple[Extra, dict[str, Array]]]:
         """(scalar, (extra, metrics)). Metrics: per-example [b] or scalar means over this device's share."""
         raise NotImplementedError
 
-    def epoch_end(self, extra: Extra, clock: Clock) -> Extra:
-        """`extra` after the last step of an epoch."""
-        del clock
-        return extra
+    def epoch_end(self, method_state: Extra, progress: TrainProgress) -> Extra:
+        """`method_state` after the last step of an epoch."""
+        del progress
+        return method_state
 
     def stages(self, config: Any) -> tuple[Stage, ...]:
         """What is trained, in order: one stage by default, from `config.init_from` where that names a finished run."""
         return (Stage(method=self, epochs=config.optim.epochs, init=config.init_from or "fresh"),)
 
 
-def correct(logits: Array, label: Array) -> Array:
+def is_correct(logits: Array, label: Array) -> Array:
     """1 where the prediction is right, [b]: the metric "accuracy" of every method's loss."""
     return (attacks.prediction(logits) == label).astype(jnp.float32)

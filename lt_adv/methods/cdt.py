@@ -17,6 +17,6 @@ class CDT(at.AT):
 
     tau: float = 0.3
 
-    def values(self, logits, label, info, clock):
+    def per_example_loss(self, logits, label, info, progress):
         counts = info.class_counts
         return losses.class_dependent_temperature(logits, label, class_counts=counts, tau=self.tau)

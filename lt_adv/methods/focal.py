@@ -46,6 +46,6 @@ class Focal(at.AT):
         bias = jnp.asarray(-np.log((1 - pi) / pi), params["head"]["bias"].dtype)
         return {**params, "head": {**params["head"], "bias": bias}}
 
-    def values(self, logits, label, info, clock):
+    def per_example_loss(self, logits, label, info, progress):
         weights = losses.class_balanced_weights(info.class_counts, self.beta)
         return weights[label] * losses.focal(logits, label, gamma=self.gamma, activation="sigmoid")

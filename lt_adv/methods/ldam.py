@@ -20,7 +20,7 @@ class LDAM(at.AT):
     scale: float = 1.0
     from_epoch: int = 1
 
-    def values(self, logits, label, info, clock):
-        margin = jnp.where(clock.epoch + 1 >= self.from_epoch, self.max_margin, 0.0)
+    def per_example_loss(self, logits, label, info, progress):
+        margin = jnp.where(progress.epoch + 1 >= self.from_epoch, self.max_margin, 0.0)
         counts = info.class_counts
         return losses.ldam(logits, label, class_counts=counts, max_margin=margin, scale=self.scale)

@@ -17,5 +17,5 @@ class LogitAdjustment(at.AT):
 
     tau: float = 1.0
 
-    def values(self, logits, label, info, clock):
+    def per_example_loss(self, logits, label, info, progress):
         return losses.logit_adjustment(logits, label, class_counts=info.class_counts, tau=self.tau)

@@ -17,6 +17,6 @@ class Margin(at.AT):
     margin: float = 0.2
     scale: float = 10.0
 
-    def values(self, logits, label, info, clock):
+    def per_example_loss(self, logits, label, info, progress):
         options = {"margin": self.margin, "scale": self.scale, "tau_b": 0.0, "tau_m": 0.0}
         return losses.robal_margin(logits, label, class_counts=info.class_counts, **options)

@@ -25,8 +25,8 @@ class Mart(base.Method):
     start: str = "gaussian"
     beta: float = 5.0
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         clean, _ = net.train(batch.image)
         logits, _ = net.train(x_adv)
         value = jnp.mean(losses.mart(clean, logits, batch.label, beta=self.beta))
-        return value, (extra, {"accuracy": base.correct(logits, batch.label)})
+        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})

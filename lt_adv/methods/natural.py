@@ -16,12 +16,12 @@ class Natural(base.Method):
     """
 
     compounding_schedule = True
-    plain = True
+    no_attack = True
 
-    def perturb(self, key, net, batch, extra, clock):
+    def perturb(self, key, net, batch, method_state, progress):
         return batch.image
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         logits, _ = net.train(batch.image)
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
-        return value, (extra, {"accuracy": base.correct(logits, batch.label)})
+        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})

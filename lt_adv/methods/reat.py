@@ -43,11 +43,11 @@ class REAT(base.Method):
         n = jnp.asarray(info.class_counts)
         return {"predicted": n, "running": jnp.zeros_like(n)}
 
-    def perturb(self, key, net, batch, extra, clock):
-        weight = losses.rebalanced_weights(net.info.class_counts, extra["predicted"])[batch.label]
+    def perturb(self, key, net, batch, method_state, progress):
+        weight = losses.rebalanced_weights(net.info.class_counts, method_state["predicted"])[batch.label]
         return self.pgd(key, net, batch, batch.label, objective=lambda z, y: weight * attacks.cross_entropy(z, y))
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         n, num_classes = net.info.class_counts, net.info.num_classes
         logits, out = net.train(x_adv)
         balanced = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=n))
@@ -60,10 +60,10 @@ class REAT(base.Method):
             values = losses.tail_alignment(features, label, class_counts=n, tail=tail, margin=self.tail_margin)
         alignment = jnp.sum(values) / jnp.maximum(jnp.sum(jnp.asarray(tail)[label]), 1)
 
-        turned = jnp.sum(predicted[:, None] == jnp.arange(num_classes), axis=0, dtype=extra["running"].dtype)
-        extra = {**extra, "running": extra["running"] + turned}
-        metrics = {"accuracy": base.correct(logits, batch.label), "loss_balanced": balanced, "loss_tail": alignment}
-        return balanced + self.tail_weight * alignment, (extra, metrics)
+        turned = jnp.sum(predicted[:, None] == jnp.arange(num_classes), axis=0, dtype=method_state["running"].dtype)
+        method_state = {**method_state, "running": method_state["running"] + turned}
+        metrics = {"accuracy": base.is_correct(logits, batch.label), "loss_balanced": balanced, "loss_tail": alignment}
+        return balanced + self.tail_weight * alignment, (method_state, metrics)
 
-    def epoch_end(self, extra, clock):
-        return {"predicted": extra["running"], "running": jnp.zeros_like(extra["running"])}
+    def epoch_end(self, method_state, progress):
+        return {"predicted": method_state["running"], "running": jnp.zeros_like(method_state["running"])}

@@ -19,7 +19,7 @@ class RoBal(base.Method):
 
     Differs from the released code, which `fidelity="released_code"` restores: there the start is one-sided,
     x + eps U[0, 1); the KL takes log(q + 1e-12); and the running statistics of batch norm move four times a step
-    (x_adv, x, x, x_adv) where ours move twice; and the drops of the learning rate compound (see `training.optim`).
+    (x_adv, x, x, x_adv) where ours move twice; and the drops of the learning rate compound (see `training.optimizer`).
     """
 
     compounding_schedule = True
@@ -32,7 +32,7 @@ class RoBal(base.Method):
     tau_m: float = 0.0
     beta: float = 6.0
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         released = self.fidelity == "released_code"
         logits, _ = net.train(x_adv)
         clean, _ = net.train(batch.image)
@@ -51,5 +51,9 @@ class RoBal(base.Method):
             )
         )
         divergence = jnp.mean(losses.kl_divergence(clean, logits, epsilon=1e-12 if released else 0.0))
-        metrics = {"accuracy": base.correct(logits, batch.label), "loss_margin": margin, "loss_divergence": divergence}
-        return margin + self.beta * divergence, (extra, metrics)
+        metrics = {
+            "accuracy": base.is_correct(logits, batch.label),
+            "loss_margin": margin,
+            "loss_divergence": divergence,
+        }
+        return margin + self.beta * divergence, (method_state, metrics)

@@ -52,12 +52,12 @@ class SelfDistillation(base.Method):
         if not self.temperature > 0:
             raise ValueError(f"config.method.temperature must be positive, not {self.temperature}.")
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         logits, _ = net.train(x_adv)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
-        metrics = {"accuracy": base.correct(logits, batch.label)}
+        metrics = {"accuracy": base.is_correct(logits, batch.label)}
         if net.teacher is None:
-            return value, (extra, metrics)
+            return value, (method_state, metrics)
         metrics["loss_balanced"] = value
         taught, _ = net.teacher(x_adv if self.teacher_input == "adversarial" else batch.image)
         metrics["loss_distillation"] = jnp.mean(losses.distillation(logits, taught, temperature=self.temperature))
@@ -68,7 +68,7 @@ class SelfDistillation(base.Method):
             target = facing - net.teacher(opposite)[0]
             metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net.train(opposite)[0], target))
             value += self.matching * metrics["loss_matching"]
-        return value, (extra, metrics)
+        return value, (method_state, metrics)
 
     def stages(self, config):
         optim = config.optim

@@ -32,10 +32,10 @@ class TDE(at.AT):
     def init(self, info):
         return {"feature_mean": jnp.zeros(info.num_features, float)}
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         logits, out = net.train(x_adv)
         lengths = jnp.linalg.norm(out["features"], axis=-1, keepdims=True)
         directions = out["features"] / jnp.where(lengths > 0, lengths, 1)
-        mean = self.mu * extra["feature_mean"] + net.mean(jnp.mean(directions, axis=0))
+        mean = self.mu * method_state["feature_mean"] + net.mean(jnp.mean(directions, axis=0))
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
-        return value, ({"feature_mean": mean}, {"accuracy": base.correct(logits, batch.label)})
+        return value, ({"feature_mean": mean}, {"accuracy": base.is_correct(logits, batch.label)})

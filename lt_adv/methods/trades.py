@@ -18,7 +18,7 @@ class Trades(base.Method):
 
     Differs from the released codes, which `fidelity="released_code"` restores: there the running statistics of batch
     norm move three times a step (x, x_adv, x), ours twice; and in RoBal's study the drops of the learning rate compound
-    (see `training.optim`). The KL is that of log_softmax in all of them: the 1e-12 of RoBal's own regulariser
+    (see `training.optimizer`). The KL is that of log_softmax in all of them: the 1e-12 of RoBal's own regulariser
     (`methods.robal`) is not part of TRADES.
     """
 
@@ -27,11 +27,11 @@ class Trades(base.Method):
     start: str = "gaussian"
     beta: float = 6.0
 
-    def perturb(self, key, net, batch, extra, clock):
+    def perturb(self, key, net, batch, method_state, progress):
         clean = jax.nn.softmax(net.eval(batch.image)[0])
         return self.pgd(key, net, batch, clean, objective=attacks.kl_divergence)
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         clean, _ = net.train(batch.image)
         logits, _ = net.train(x_adv)
         if self.fidelity == "released_code":  # the first forward again, which only moves the running statistics
@@ -39,8 +39,8 @@ class Trades(base.Method):
         natural = jnp.mean(losses.cross_entropy(clean, batch.label))
         divergence = jnp.mean(losses.kl_divergence(clean, logits))
         metrics = {
-            "accuracy": base.correct(logits, batch.label),
+            "accuracy": base.is_correct(logits, batch.label),
             "loss_natural": natural,
             "loss_divergence": divergence,
         }
-        return natural + self.beta * divergence, (extra, metrics)
+        return natural + self.beta * divergence, (method_state, metrics)

@@ -2,7 +2,7 @@
 
 Each is `adjustment(variables, features, head, class_counts, *, options...) -> logits`, differentiable in `features`, so
 an evaluation attack goes through it. `variables` are the network's {"params", "batch_stats"} and, for adjustments that
-need what a method kept, its "extra"; `features` are [batch, d]; `head(features) -> logits` is the trained head;
+need what a method kept, its "method_state"; `features` are [batch, d]; `head(features) -> logits` is the trained head;
 `class_counts` [classes], concrete and positive, are those of the training set.
 """
 
@@ -64,7 +64,7 @@ def tde(variables: Any, features: Array, head: Head, class_counts: Any, *, alpha
     With the head s (f / |f|) . p_c that is s (f / |f| - alpha cos(f, m) m) . p_c, for z(m) |m| = s m . p_c. m [d] is
     the running mean of feature directions that method `tde` keeps, as it is, not normalised.
     """
-    mean = variables["extra"]["feature_mean"]
+    mean = variables["method_state"]["feature_mean"]
     along = jnp.dot(features / length(features, axis=-1), mean, precision="highest")
     return head(features) - alpha * along[:, None] * head(mean[None])
 
@@ -81,15 +81,15 @@ def _counts(class_counts: Any, logits: Array) -> np.ndarray:
 
 
 def needed(adjustment: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
-    """What `adjusted` reads of `variables`: the network's, and of "extra" what the adjustment asks for, if anything.
+    """What `adjusted` reads of `variables`: the network's, and what the adjustment needs of "method_state".
 
     ValueError where that is not there.
     """
-    names, kept = EXTRA.get(adjustment["name"], ()), variables.get("extra", {})
+    names, kept = METHOD_STATE.get(adjustment["name"], ()), variables.get("method_state", {})
     if missing := [name for name in names if name not in kept]:
         raise ValueError(f"The adjustment {adjustment['name']!r} needs {missing[0]!r}, which was not kept in training.")
     network = {name: variables[name] for name in NETWORK if name in variables}
-    return network | ({"extra": {name: kept[name] for name in names}} if names else {})
+    return network | ({"method_state": {name: kept[name] for name in names}} if names else {})
 
 
 def adjusted(model: Any, adjustment: Mapping[str, Any], class_counts: Any) -> Callable[[Any, Array], Array]:
@@ -113,7 +113,7 @@ ADJUSTMENTS: Mapping[str, Adjustment] = {
     "tau_norm": tau_norm,
     "tde": tde,
 }
-EXTRA = {"tde": ("feature_mean",)}  # what an adjustment reads of what a method kept
+METHOD_STATE = {"tde": ("feature_mean",)}  # what an adjustment reads of what a method kept
 HEADS = {"tau_norm": LINEAR, "tde": COSINE}  # which heads an adjustment is of, where it is not of any
 
 

@@ -80,7 +80,7 @@ def heed_sigterm() -> None:
         signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # which never heard that it was taken away
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this process is the one that writes logs and reports."""
     return jax.process_index() == 0
 
@@ -97,10 +97,10 @@ def agree(holds: bool) -> bool:
     return bool(in_all(np.array(holds)))
 
 
-def by_first(act: Callable[[], None]) -> None:
+def on_primary(act: Callable[[], None]) -> None:
     """Done by the first process, while the others wait; where it fails, its error there, ValueError in the others."""
     failure: Exception | None = None
-    if first():
+    if is_primary():
         try:
             act()
         except Exception as error:  # whatever it is, the others must not wait for ever
@@ -112,7 +112,7 @@ def by_first(act: Callable[[], None]) -> None:
         raise ValueError("The first process has failed: it says why.")
 
 
-def same(what: str, text: str) -> None:
+def assert_same_everywhere(what: str, text: str) -> None:
     """ValueError unless `text` is the same in all processes; `what` says what it stands for."""
     if jax.process_count() == 1:
         return
@@ -122,7 +122,7 @@ def same(what: str, text: str) -> None:
         raise ValueError(f"{what} is not the same in all processes: start them with the same command on the same data.")
 
 
-def wait(what: str) -> None:
+def barrier(what: str) -> None:
     """Until all processes have come here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(what)
@@ -142,13 +142,13 @@ def put(tree: Any, sharding: NamedSharding) -> Any:
     return jax.tree.map(one, tree)
 
 
-def share(rows: int) -> slice:
+def local_rows(rows: int) -> slice:
     """This process's part of so many rows: of n processes every n-th row, from its own number on."""
     return slice(jax.process_index(), rows, jax.process_count())
 
 
 def gather(columns: Any, rows: int) -> Any:
-    """Of `rows` rows all, from arrays of those of `share(rows)`."""
+    """Of `rows` rows all, from arrays of those of `local_rows(rows)`."""
     if jax.process_count() == 1:
         return columns
     most = -(-rows // jax.process_count())
@@ -162,7 +162,7 @@ def gather(columns: Any, rows: int) -> Any:
     return jax.tree.map(whole, columns)
 
 
-def everywhere(tree: Any, sharding: NamedSharding) -> Any:
+def replicate(tree: Any, sharding: NamedSharding) -> Any:
     """Whole copies of `tree` on every device of a replicated `sharding`, from shards or from other devices' copies.
 
     The copies that a process has on its own devices (pmap's) are used as they are. All others are made by one program:

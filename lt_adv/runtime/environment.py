@@ -17,7 +17,7 @@ SMALLEST_SHARE = 16  # images of a batch on one CPU device: ours, smaller shares
 
 def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
     """Call before anything is computed. `cpu_devices`: of `config.cpu_devices`, None for one per core. Joins the other
-    processes where the environment names them (`processes.join`).
+    processes where the environment names them (`distributed.join`).
 
     XLA's CPU backend runs convolutions of up to 64 channels on one thread, and much else between them. As many devices
     as cores, each with its share of the batch, keep all cores busy (measured in the README, Speed). On a machine with

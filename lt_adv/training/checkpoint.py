@@ -149,9 +149,9 @@ class Checkpoints:
                 errors.append(str(error))
                 continue
             if errors:
-                if distributed.first():
+                if distributed.is_primary():
                     self._put_aside(list(zip(reversed(self.steps()), errors, strict=False)), step)
-                distributed.wait("damaged checkpoints are moved")
+                distributed.barrier("damaged checkpoints are moved")
                 self._manager.reload()
             return restored
         if errors:
@@ -181,7 +181,7 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[str, Any], dict[str, Any]]:
-    """({"params", "batch_stats", "extra"} as numpy arrays, meta) of a run: what its evaluation uses.
+    """({"params", "batch_stats", "method_state"} as numpy arrays, meta) of a run: what its evaluation uses.
 
     Any run's, whatever its method, optimiser and number of devices: nothing else of the state is read. Averaged weights
     where the run kept an average. `which`: "last", or "best" on the validation split. A damaged checkpoint is passed
@@ -244,12 +244,12 @@ def _wanted(stage: epath.Path, step: int) -> dict[str, Any]:
     # A Checkpointer would warn of metadata that no manager writes.
     tree = ocp.PyTreeCheckpointHandler().metadata(stage / str(step) / "state").tree
     names = ("average",) if tree.get("average") else VARIABLES
-    return {name: tree[name] for name in (*names, "extra") if name in tree}
+    return {name: tree[name] for name in (*names, "method_state") if name in tree}
 
 
 def _variables(item: dict[str, Any]) -> dict[str, Any]:
-    extra = item.pop("extra", {})
-    return {**item.get("average", item), "extra": extra}
+    method_state = item.pop("method_state", {})
+    return {**item.get("average", item), "method_state": method_state}
 
 
 def _meta(stage: epath.Path, step: int) -> dict[str, Any]:

@@ -66,8 +66,8 @@ def sealed(state: Any, meta: dict[str, Any]) -> dict[str, Any]:
 
 
 def _seal(meta: dict[str, Any]) -> str:
-    plain = {name: value for name, value in meta.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:16]
+    no_attack = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(no_attack, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differing(tree: Any, meta: dict[str, Any]) -> list[str]:

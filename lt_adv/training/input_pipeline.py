@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv.data import Split, device_dataset, prefetch
-from lt_adv.methods import Info
+from lt_adv.methods import DataInfo
 from lt_adv.runtime import distributed
 from lt_adv.training import sharding
 from lt_adv.training.net import AXIS
@@ -35,7 +35,7 @@ def resident(
     split: Split,
     classes: Mapping[str, np.ndarray] | None,
     key: jax.Array,
-    info: Info,
+    info: DataInfo,
     batch_size: int,
     home: Mesh,
     cycles: bool = False,
@@ -75,7 +75,7 @@ def streamed(
     split: Split,
     classes: Mapping[str, np.ndarray] | None,
     key: jax.Array,
-    info: Info,
+    info: DataInfo,
     batch_size: int,
     mesh: Mesh,
     parallel: str,
@@ -87,7 +87,7 @@ def streamed(
     share = batch_size // mesh.size
     places = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
     own = np.concatenate([np.arange(share) + i * share for i in places])
-    batch_sharding = NamedSharding(sharding.home(mesh, parallel), PartitionSpec(AXIS))
+    batch_sharding = NamedSharding(sharding.state_mesh(mesh, parallel), PartitionSpec(AXIS))
     # pmap wants an axis of devices, and has a mesh for each process.
     shape = (len(places), share) if parallel == "pmap" else (batch_size,)
 

@@ -70,14 +70,14 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
         for number, stage in enumerate(stage_builder.stages(config)):
             built = stage_builder.build(number, stage, config, dataset, mesh, previous)
             state, seconds = _run(built, workdir, lines, speed, names, stop, seconds)
-            previous = jax.device_get(distributed.everywhere(state.variables, distributed.replicated(mesh)))
+            previous = jax.device_get(distributed.replicate(state.variables, distributed.replicated(mesh)))
             names.append(built.name)
         lines.write()  # whole again, whatever became of the file
         if stop.is_set():  # after the last step, whose checkpoint is there
             raise Preempted("SIGTERM: training is finished and saved. The same command goes on with the evaluation.")
 
 
-def _monitors(built: stage_builder.Program) -> dict[str, Monitor]:
+def _monitors(built: stage_builder.StageProgram) -> dict[str, Monitor]:
     """By name: "train", clean, on a fixed sample of the training images; "valid", clean and PGD-20, on that split."""
     config, split = built.config, built.data
     key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 99)
@@ -108,7 +108,7 @@ def _watch(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict
 
 
 def _run(
-    built: stage_builder.Program,
+    built: stage_builder.StageProgram,
     workdir: epath.Path,
     lines,
     speed,
@@ -121,11 +121,11 @@ def _run(
     best = BEST if built.data.validation is not None else None
     checkpoints = Checkpoints(workdir / "checkpoints" / built.name, keep=config.checkpoint.keep, best_metric=best)
     state = built.first_state()
-    distributed.same("The training set", built.data.digest)
+    distributed.assert_same_everywhere("The training set", built.data.digest)
     restored = checkpoints.restore_latest(state, built.mesh)
     if restored is not None:
         state, meta = restored
-        state = sharding.at_home(state, built.mesh, config.parallel)
+        state = sharding.to_local(state, built.mesh, config.parallel)
         seconds = meta.get("seconds", 0.0)
         lines.put_back(meta.get("lines", lines.rows))  # older checkpoints have none
         _same_run(built, meta, workdir)
@@ -138,10 +138,10 @@ def _run(
     for log in (lines, speed):
         log.keep(first, built.name, earlier)
     monitors = _monitors(built)
-    boards = [metric_logging.TensorBoard(workdir)] if config.log.tensorboard and distributed.first() else []
+    boards = [metric_logging.TensorBoard(workdir)] if config.log.tensorboard and distributed.is_primary() else []
     saved = first if restored is not None else None
     best_so_far = max((row[best] for row in lines.rows if row["stage"] == built.name and best in row), default=-1.0)
-    clock, mark = time.perf_counter(), first
+    started, mark = time.perf_counter(), first
     metrics: Any = None
     behind: Any = None
 
@@ -149,7 +149,7 @@ def _run(
         nonlocal saved
         meta = {"step": step, "seconds": seconds, "lines": list(lines.rows), **_identity(built)}
         metrics = {best: row[best]} if best and best in row else None
-        checkpoints.save(step, sharding.of_all(state, built.mesh, config.parallel), meta, metrics)
+        checkpoints.save(step, sharding.to_global(state, built.mesh, config.parallel), meta, metrics)
         saved = step
 
     with (
@@ -168,9 +168,9 @@ def _run(
             _check_finite(row, done, saved, checkpoints)
             epoch, epoch_ended = step // per_epoch + 1, done % per_epoch == 0
             now = time.perf_counter()
-            rate, seconds = (done - mark) * config.optim.batch_size / (now - clock), seconds + now - clock
+            rate, seconds = (done - mark) * config.optim.batch_size / (now - started), seconds + now - started
             if epoch_ended:
-                watched = distributed.everywhere(state.evaluated, distributed.replicated(built.mesh))
+                watched = distributed.replicate(state.evaluated, distributed.replicated(built.mesh))
                 row |= _watch(monitors, watched, epoch % config.log.validate_every_epochs == 0 or done == total)
             if ends_window(step, per_epoch, config.log.every_steps):
                 for log in (lines, *boards):
@@ -184,12 +184,12 @@ def _run(
             if stopping:
                 checkpoints.close()
                 raise Preempted(f"SIGTERM: saved at step {done} of {total}. The same command goes on from there.")
-            clock, mark = time.perf_counter(), done
+            started, mark = time.perf_counter(), done
     checkpoints.close()
     return state, seconds
 
 
-def _identity(built: stage_builder.Program) -> dict[str, Any]:
+def _identity(built: stage_builder.StageProgram) -> dict[str, Any]:
     """What a checkpoint says of the run that it belongs to."""
     return {
         "stage": built.name,
@@ -202,7 +202,7 @@ def _identity(built: stage_builder.Program) -> dict[str, Any]:
     }
 
 
-def _same_run(built: stage_builder.Program, meta: dict[str, Any], workdir: epath.Path) -> None:
+def _same_run(built: stage_builder.StageProgram, meta: dict[str, Any], workdir: epath.Path) -> None:
     """ValueError if the images are others than those of the checkpoint; a word if the bits may differ."""
     now = _identity(built)
     if meta.get("data_digest") != now["data_digest"]:

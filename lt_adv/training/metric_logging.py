@@ -39,7 +39,7 @@ class Lines:
         self.rows = [dict(row) for row in rows]
 
     def write(self) -> None:
-        if distributed.first():
+        if distributed.is_primary():
             atomic_io.write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
     def keep(self, last_step: int, stage: str, earlier: Iterable[str] = ()) -> None:

@@ -20,7 +20,7 @@ def make_mesh(devices: Sequence[jax.Device] | None = None) -> Mesh:
     return Mesh(np.array(devices if devices is not None else jax.devices()), (AXIS,))
 
 
-def home(mesh: Mesh, parallel: str) -> Mesh:
+def state_mesh(mesh: Mesh, parallel: str) -> Mesh:
     """Where state and data live: pmap wants them on each process's own devices, shard_map on those of all."""
     return distributed.local(mesh) if parallel == "pmap" else mesh
 
@@ -48,24 +48,24 @@ def shardings(state: Any, mesh: Mesh, sharded: Collection[str]) -> Any:
     )
 
 
-def place(state: Any, mesh: Mesh, sharded: Collection[str]) -> Any:
+def shard_state(state: Any, mesh: Mesh, sharded: Collection[str]) -> Any:
     """A replicated state, as `shardings` says."""
     if not sharded:
         return state
     return jax.jit(lambda state: state, out_shardings=shardings(state, mesh, sharded))(state)
 
 
-def of_all(state: Any, mesh: Mesh, parallel: str) -> Any:
+def to_global(state: Any, mesh: Mesh, parallel: str) -> Any:
     """A state at home as arrays of all processes, as orbax wants them; no byte is copied."""
-    if home(mesh, parallel) is mesh:
+    if state_mesh(mesh, parallel) is mesh:
         return state
-    return distributed.everywhere(state, distributed.replicated(mesh))
+    return distributed.replicate(state, distributed.replicated(mesh))
 
 
-def at_home(state: Any, mesh: Mesh, parallel: str) -> Any:
+def to_local(state: Any, mesh: Mesh, parallel: str) -> Any:
     """The other way round."""
-    own = home(mesh, parallel)
-    return state if own is mesh else distributed.everywhere(state, distributed.replicated(own))
+    own = state_mesh(mesh, parallel)
+    return state if own is mesh else distributed.replicate(state, distributed.replicated(own))
 
 
 def parallelise(

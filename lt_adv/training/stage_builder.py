@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from lt_adv import data, methods, models
 from lt_adv.data import device_dataset, longtail
-from lt_adv.methods import Info, Method, Stage, addons
+from lt_adv.methods import DataInfo, Method, Stage, addons
 from lt_adv.models import posthoc, torch_import, weight_files
 from lt_adv.training import checkpoint, input_pipeline, optimizer, sharding, train_state, train_step
 from lt_adv.training.input_pipeline import Feed
@@ -25,13 +25,13 @@ from lt_adv.training.train_state import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class StageProgram:
     """What one stage needs; `step(state, data, teacher) -> (state, metrics)` is its one compiled program."""
 
     name: str
     config: ml_collections.ConfigDict
     data: data.LongTailed
-    info: Info
+    info: DataInfo
     apply: Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits as they are evaluated
     step: Callable[..., Any]
     feed: Feed  # of the step's `data`
@@ -99,13 +99,13 @@ def build(
     dataset: data.Dataset,
     mesh: Mesh,
     previous: Mapping[str, Any] | None = None,
-) -> Program:
+) -> StageProgram:
     """Stage `number` of a run; `previous` are the variables that the stage before ended with."""
     config = configured(config, stage)
     split = data.long_tailed(dataset, config.data)
     counts = np.asarray(split.class_counts)
     variables, num_features = shapes(config, split)
-    info = Info(
+    info = DataInfo(
         class_counts=counts,
         steps_per_epoch=steps_per_epoch(config, split, mesh.size),
         epochs=stage.epochs,
@@ -135,7 +135,7 @@ def build(
     step, init_window = train_step.make_train_step(
         stage.method, model.apply, tx, rate, info, options, mesh, config.parallel, attacked.apply, config.sharded
     )
-    home = sharding.home(mesh, config.parallel)
+    home = sharding.state_mesh(mesh, config.parallel)
     teacher = sharding.replicate(previous, home) if stage.teacher == "previous" else {}
     classes = (
         device_dataset.class_table(split.train.label, len(counts)) if config.data.sampler == "class_aware" else None
@@ -157,9 +157,9 @@ def build(
         state = train_state.create(key, start, tx, stage.method.init(info), averaged=options.average["name"] != "none")
         state = sharding.replicate(state, home)
         state = sharding.replicate(state.replace(window=init_window(state, feed.example, teacher)), home)
-        return sharding.place(state, home, config.sharded)
+        return sharding.shard_state(state, home, config.sharded)
 
-    return Program(
+    return StageProgram(
         name=f"{number}_{stage.name}",
         config=config,
         data=split,

@@ -20,7 +20,7 @@ class TrainState:
     batch_stats: Any
     opt_state: optax.OptState
     average: Any
-    extra: Any
+    method_state: Any
     window: Any
     key: jax.Array
 
@@ -31,14 +31,14 @@ class TrainState:
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """What the evaluator uses: the network, and `extra` for an adjustment that needs it."""
-        return {**self.variables, "extra": self.extra}
+        """What the evaluator uses: the network, and `method_state` for an adjustment that needs it."""
+        return {**self.variables, "method_state": self.method_state}
 
 
-def create(key, variables, tx, extra, *, averaged: bool) -> TrainState:
+def create(key, variables, tx, method_state, *, averaged: bool) -> TrainState:
     """The state before the first step of a stage; `window` is filled in by the step's `init_window`.
 
-    Keys of other implementations are replaced by a key of threefry: see `attacks.starts.threefry`.
+    Keys of other implementations are replaced by a key of threefry: see `attacks.initialization.threefry`.
     """
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
@@ -48,7 +48,7 @@ def create(key, variables, tx, extra, *, averaged: bool) -> TrainState:
         opt_state=tx.init(params),
         # Copies: an array that stood in the state twice would be donated twice.
         average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if averaged else {},
-        extra=extra,
+        method_state=method_state,
         window={},
         key=threefry(key),
     )

@@ -13,9 +13,9 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
-from lt_adv.attacks.cpu_convolutions import canonical
+from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.data import augment
-from lt_adv.methods import Batch, Clock, Info, Method
+from lt_adv.methods import Batch, DataInfo, Method, TrainProgress
 from lt_adv.runtime import registry
 from lt_adv.training import sharding
 from lt_adv.training.net import AXIS, Net
@@ -48,7 +48,7 @@ def ends_window(step: int, steps_per_epoch: int, log_every: int) -> bool:
     return done % log_every == 0 or done == steps_per_epoch
 
 
-def _own(data, step, options: StepOptions, info: Info):
+def _own(data, step, options: StepOptions, info: DataInfo):
     """This device's part of the batch, {"image", "label", "index"}, and the positions of it in the whole batch."""
     share = options.batch_size // lax.axis_size(AXIS)
     position = lax.axis_index(AXIS) * share + jnp.arange(share)
@@ -64,7 +64,7 @@ def make_train_step(
     apply: Callable[..., Any],
     tx: optax.GradientTransformation,
     rate: optax.Schedule,
-    info: Info,
+    info: DataInfo,
     options: StepOptions,
     mesh: Mesh,
     parallel: str = "pmap",
@@ -76,7 +76,7 @@ def make_train_step(
 
     `data` is what the stage's `feed` gives, `teacher` the frozen variables of another network or {}. `metrics` are the
     means over the current window (see `ends_window`), on the device: fetch them at log steps only. `attack_apply`, if
-    given, is the same network in another dtype, which `method.perturb` sees instead. `sharded`: see `mesh.shardings`.
+    given, is the same network in another dtype, which `method.perturb` sees instead. `sharded`: `sharding.shardings`.
 
     Everything random is a function of (key, step, position in the whole batch): neither the number of devices nor a
     restart changes it. (Dropout, where a network has it, is drawn by device.) Per-replica code over the axis "data":
@@ -90,7 +90,7 @@ def make_train_step(
     membership = _membership(options.groups, info.num_classes)
 
     def replica(state: TrainState, data, teacher, *, attack=True):
-        clock = Clock(
+        progress = TrainProgress(
             step=state.step,
             epoch=state.step // info.steps_per_epoch,
             steps_per_epoch=info.steps_per_epoch,
@@ -123,18 +123,24 @@ def make_train_step(
 
         x_adv = batch.image
         if attack:
-            x_adv = method.perturb(attack_keys, network(params, attack_apply or apply), batch, state.extra, clock)
+            x_adv = method.perturb(
+                attack_keys, network(params, attack_apply or apply), batch, state.method_state, progress
+            )
 
         def objective(p):
             net = network(p)
-            value, (extra, metrics) = method.loss(loss_keys, net, batch, lax.stop_gradient(x_adv), state.extra, clock)
-            return value, (extra, metrics, net.batch_stats)
+            value, (method_state, metrics) = method.loss(
+                loss_keys, net, batch, lax.stop_gradient(x_adv), state.method_state, progress
+            )
+            return value, (method_state, metrics, net.batch_stats)
 
-        value_and_gradient = canonical(jax.value_and_grad(objective, has_aux=True))
-        (value, (extra, metrics, batch_stats)), gradient = value_and_gradient(params)
+        value_and_gradient = with_fast_cpu_convolutions(jax.value_and_grad(objective, has_aux=True))
+        (value, (method_state, metrics, batch_stats)), gradient = value_and_gradient(params)
         gradient = lax.pmean(gradient, AXIS)
         ends_epoch = (state.step + 1) % info.steps_per_epoch == 0
-        extra = jax.tree.map(lambda new, old: jnp.where(ends_epoch, new, old), method.epoch_end(extra, clock), extra)
+        method_state = jax.tree.map(
+            lambda new, old: jnp.where(ends_epoch, new, old), method.epoch_end(method_state, progress), method_state
+        )
 
         sums = _sums({"loss": value, **metrics}, label, membership)
         norm = optax.tree.norm(gradient)
@@ -145,11 +151,11 @@ def make_train_step(
         window = sums
         if state.window:
             window = jax.tree.map(lambda old, new: jnp.where(starts_window, 0, old) + new, state.window, sums)
-        found = (gradient, batch_stats, jax.tree.map(_same_everywhere, extra), window)
+        found = (gradient, batch_stats, jax.tree.map(_same_everywhere, method_state), window)
         return found, {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in window.items()}
 
     def finish(state: TrainState, found) -> TrainState:
-        gradient, batch_stats, extra, window = found
+        gradient, batch_stats, method_state, window = found
         updates, opt_state = tx.update(gradient, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = {}
@@ -163,7 +169,7 @@ def make_train_step(
             batch_stats=batch_stats,
             opt_state=opt_state,
             average=average,
-            extra=extra,
+            method_state=method_state,
             window=window,
             key=state.key,
         )

@@ -41,7 +41,7 @@ class Monitor:
         spread = NamedSharding(mesh, PartitionSpec(None, AXIS))
         rows = np.concatenate([np.arange(len(label)), np.zeros(padding, np.int64)]).reshape(-1, size)
         image = np.asarray(image)
-        shape, image = image.shape[1:], image[rows].reshape(*rows.shape, -1)  # rows, as `resident.put` has them
+        shape, image = image.shape[1:], image[rows].reshape(*rows.shape, -1)  # rows, as `device_dataset.put` has them
         label = self._label[rows]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(threefry(key), jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
         self._batches = distributed.put((image, label, keys), spread)
@@ -52,7 +52,7 @@ class Monitor:
         self._predict = jax.jit(lambda variables, x: attacks.prediction(apply(variables, x)), out_shardings=shard)
         self._attacks: dict[str, Any] = {"clean": None}
         if attack is not None:
-            self._attacks[f"pgd{attack['num_steps']}"] = attacks.compile(attacks.pgd, apply, **attack)
+            self._attacks[f"pgd{attack['num_steps']}"] = attacks.jit(attacks.pgd, apply, **attack)
 
         @jax.jit
         def take(batches: Any, i: int) -> Any:
@@ -68,7 +68,7 @@ class Monitor:
             for i in range(self._batches[1].shape[0]):
                 x, y, keys = self._take(self._batches, i)
                 predictions.append(self._predict(variables, x if attack is None else attack(keys, variables, x, y)))
-            whole = [np.asarray(distributed.everywhere(p, self._everywhere)) for p in predictions]
+            whole = [np.asarray(distributed.replicate(p, self._everywhere)) for p in predictions]
             right = np.concatenate(whole)[: len(self._label)] == self._label
             result[f"{name}/accuracy"] = float(right.mean())
             classes = np.unique(self._label)

@@ -25,7 +25,7 @@ VARIANTS = {
 
 
 def watched(taken):
-    """`slots.run`, which notes in `taken` how many steps each image took."""
+    """`continuous_batching.run`, which notes in `taken` how many steps each image took."""
     plain = continuous_batching.run
 
     def run(*args, **options):

@@ -100,7 +100,7 @@ def test_same_under_every_transformation(name):
     mesh = Mesh(np.array(jax.devices()), ("data",))
     sharded = jax.shard_map(attack, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
     compare(jax.jit(sharded)(keys, x, y, eps))
-    compiled = attacks.compile(FEW[name].func, lambda _, x: network(x), **FEW[name].keywords, eps=0.1)
+    compiled = attacks.jit(FEW[name].func, lambda _, x: network(x), **FEW[name].keywords, eps=0.1)
     assert compiled(KEY, None, x, y).shape == x.shape
 
 

@@ -12,11 +12,11 @@ from lt_adv.attacks import continuous_batching
 from lt_adv.attacks._apgd import apgd_targeted_program
 from lt_adv.attacks._autoattack import ATTACKS
 from lt_adv.attacks._square import square_program
-from lt_adv.attacks.objectives import difference, targeted_difference
+from lt_adv.attacks.objectives import logit_margin, targeted_logit_margin
 from tests.attacks.test_autoattack import images, labels, network
 
-APGD = apgd_targeted_program(targeted_difference, "linf", 16, 3, 0.75, None, (0.0, 1.0))
-SQUARE = square_program(difference, "linf", 180, 0.8, (0.0, 1.0))
+APGD = apgd_targeted_program(targeted_logit_margin, "linf", 16, 3, 0.75, None, (0.0, 1.0))
+SQUARE = square_program(logit_margin, "linf", 180, 0.8, (0.0, 1.0))
 
 
 def run(attack, x, y, eps, batch_size):

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 BOX = (0.0, 1.0)
 FAST = {"xla_backend_optimization_level": 3}  # these run for longer than they compile
 APGD = {
-    "apgd_ce": apgd_program(attacks.cross_entropy_of_differences, "linf", 100, 1, 0.75, None, BOX),
+    "apgd_ce": apgd_program(attacks.stable_cross_entropy, "linf", 100, 1, 0.75, None, BOX),
     "apgd_dlr": apgd_program(attacks.dlr, "linf", 100, 1, 0.75, None, BOX),
     "apgd_t": apgd_targeted_program(attacks.targeted_dlr, "linf", 100, 1, 0.75, None, BOX),
     # On one image the softmax is saturated in float64, and its gradient is what rounding leaves of p_y - 1: the golden

@@ -70,7 +70,7 @@ def test_inside_ball_and_box(norm, start, num_steps, seed, eps, step_size):
 def test_the_objective_grows_and_the_radius_is_used(name, norm):
     x, y = 0.25 + images(8) / 2, labels(8)
     x_adv = run(KEY, x, y, 0.1, 0.04, name=name, norm=norm, start="zero", num_steps=6)
-    objective = attacks.margin if name == "cw" else attacks.cross_entropy
+    objective = attacks.cw_margin if name == "cw" else attacks.cross_entropy
     assert np.all(objective(network(x_adv), y) > objective(network(x), y))
     np.testing.assert_allclose(distance(x_adv, x, norm), 0.1, rtol=1e-2)
 

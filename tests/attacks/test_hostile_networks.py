@@ -69,7 +69,7 @@ def test_the_derivative_of_a_norm_at_zero(name):
 def test_gradients_whose_squares_overflow_or_underflow(name, scale, norm):
     attack = strength(name, norm)
     if name in ("pgd", "mim", "apgd"):  # a cross-entropy would be saturated
-        attack = partial(attack, objective=attacks.difference)
+        attack = partial(attack, objective=attacks.logit_margin)
     x_adv = attack(KEY, lambda x: scale * network(x), X, Y)
     assert np.isfinite(x_adv).all() and wrong(x_adv).sum() > 20
 
@@ -96,7 +96,7 @@ def test_objectives_that_are_not_finite(value):
     """Nothing is lost: the search goes on by what is finite."""
 
     def objective(z, y):
-        return jnp.where(attacks.difference(z, y) > -0.5, value, attacks.difference(z, y))
+        return jnp.where(attacks.logit_margin(z, y) > -0.5, value, attacks.logit_margin(z, y))
 
     for name in ("apgd", "square"):
         x_adv = ATTACKS[name](KEY, network, X, Y, eps=0.2, objective=objective)
@@ -141,7 +141,7 @@ def test_objectives_of_low_precision_logits_are_computed_in_float32(name, dtype)
 
     def objective(z, *y):
         seen.append(z.dtype)
-        return (attacks.targeted_difference if len(y) > 1 else attacks.cross_entropy)(z, *y)
+        return (attacks.targeted_logit_margin if len(y) > 1 else attacks.cross_entropy)(z, *y)
 
     attack = ATTACKS[name]
     if name != "cw":
@@ -158,7 +158,7 @@ def test_objectives_and_losses_of_low_precision_logits(dtype):
     probs = jax.nn.softmax(z.astype(jnp.float32))
     counts = {"class_counts": [8, 4, 2, 1]}
     calls = [
-        *(partial(getattr(attacks, name), y=Y) for name in ("cross_entropy", "margin", "difference", "dlr")),
+        *(partial(getattr(attacks, name), y=Y) for name in ("cross_entropy", "cw_margin", "logit_margin", "dlr")),
         partial(attacks.kl_divergence, probs=probs),
         *(partial(getattr(losses, name), labels=Y, **counts) for name in ("cross_entropy", "ldam", "focal")),
         *(partial(getattr(losses, name), labels=Y, **counts) for name in ("robal_margin", "balanced_softmax")),

@@ -48,10 +48,10 @@ LOSSES = {
         losses.tail_alignment_released, class_counts=[4, 3, 2, 1], tail=np.arange(4) > 1
     ),
     "hierarchical_equalisation": lambda z, y: losses.hierarchical_equalisation(z[:, 0], y, num_classes=4),
-    **{f"attacks.{name}": getattr(attacks, name) for name in ("cross_entropy", "margin", "difference", "dlr")},
-    "attacks.cross_entropy_of_differences": attacks.cross_entropy_of_differences,
+    **{f"attacks.{name}": getattr(attacks, name) for name in ("cross_entropy", "cw_margin", "logit_margin", "dlr")},
+    "attacks.stable_cross_entropy": attacks.stable_cross_entropy,
     "attacks.targeted_dlr": lambda z, y: attacks.targeted_dlr(z, Y, y),
-    "attacks.targeted_difference": lambda z, y: attacks.targeted_difference(z, y, Y),
+    "attacks.targeted_logit_margin": lambda z, y: attacks.targeted_logit_margin(z, y, Y),
 }
 
 
@@ -203,7 +203,7 @@ def test_autoattack_says_at_once_what_it_leaves_out(shape, norm, attacked):
 
 def test_a_compiled_attack_checks_every_call():
     options = {"eps": 0.1, "step_size": 0.05, "num_steps": 2}
-    attack = attacks.compile(attacks.pgd, lambda _, x: network(x), **options)
+    attack = attacks.jit(attacks.pgd, lambda _, x: network(x), **options)
     jax.eval_shape(lambda x: attack(KEY, None, x, Y), X)
     for _ in range(2):
         with pytest.raises(ValueError, match="x must lie inside bounds"):
@@ -211,10 +211,10 @@ def test_a_compiled_attack_checks_every_call():
         with pytest.raises(ValueError, match="labels of 4 classes, got 5 to 8"):
             attack(KEY, None, X, Y + 5)
         attack(KEY, None, X, Y)
-    kl = attacks.compile(attacks.pgd, lambda _, x: network(x), objective=attacks.kl_divergence, **options)
+    kl = attacks.jit(attacks.pgd, lambda _, x: network(x), objective=attacks.kl_divergence, **options)
     assert np.isfinite(kl(KEY, None, X, jax.nn.softmax(network(X)))).all()
     with pytest.raises(ValueError, match="autoattack drives compiled attacks from the host"):
-        attacks.compile(attacks.autoattack, lambda _, x: network(x), eps=0.1)
+        attacks.jit(attacks.autoattack, lambda _, x: network(x), eps=0.1)
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
@@ -222,7 +222,7 @@ def test_objectives_give_one_value_for_each_example(name):
     for objective in (
         lambda z, y: z.sum(),
         lambda z, y: z,
-        lambda z, y: attacks.difference(z, y)[:, None],
+        lambda z, y: attacks.logit_margin(z, y)[:, None],
         lambda *_: 0.0,
     ):
         with pytest.raises(ValueError, match=r"objective must return \[batch\] = \(32,\)"):

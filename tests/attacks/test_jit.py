@@ -1,4 +1,4 @@
-"""`attacks.compile`: how often it compiles, counted by XLA itself, and what it makes of a loop."""
+"""`attacks.jit`: how often it compiles, counted by XLA itself, and what it makes of a loop."""
 
 from functools import partial
 
@@ -65,7 +65,7 @@ PLACES = {
 @pytest.mark.parametrize("num_steps", [3, 25])
 def test_one_compilation_for_all_weights(compilations, num_steps, place):
     inputs = [PLACES[place](weights(seed)) for seed in (1, 2)]
-    attack = attacks.compile(attacks.mim, apply, num_steps=num_steps, **OPTIONS)
+    attack = attacks.jit(attacks.mim, apply, num_steps=num_steps, **OPTIONS)
     compilations.clear()
     first, second = (np.asarray(attack(*args)) for args in inputs)
     assert len(compilations) == 1
@@ -74,7 +74,7 @@ def test_one_compilation_for_all_weights(compilations, num_steps, place):
 
 @pytest.mark.parametrize("num_steps", [3, 20])
 def test_sharded_over_devices(num_steps):
-    attack = attacks.compile(attacks.mim, apply, num_steps=num_steps, **OPTIONS)
+    attack = attacks.jit(attacks.mim, apply, num_steps=num_steps, **OPTIONS)
     sharded = attack(*PLACES["x sharded"](weights(1)))
     assert sharded.sharding.is_equivalent_to(NamedSharding(mesh(), P("data")), sharded.ndim)
     np.testing.assert_allclose(sharded, attack(KEY, weights(1), X, Y), atol=1e-6)
@@ -87,26 +87,26 @@ def whiles(compiled):
 
 @pytest.mark.parametrize("num_steps", [2, 100])
 def test_a_loop_is_one_loop(num_steps):
-    assert whiles(attacks.compile(attacks.pgd, apply, num_steps=num_steps, start="zero", **OPTIONS)) == 1
+    assert whiles(attacks.jit(attacks.pgd, apply, num_steps=num_steps, start="zero", **OPTIONS)) == 1
 
 
 def test_inside_another_jit():
-    attack = attacks.compile(attacks.pgd, apply, num_steps=20, **OPTIONS)
+    attack = attacks.jit(attacks.pgd, apply, num_steps=20, **OPTIONS)
     np.testing.assert_allclose(jax.jit(attack)(KEY, weights(1), X, Y), attack(KEY, weights(1), X, Y), atol=1e-6)
 
 
 def test_fgsm_and_attacks_of_ones_own():
-    fgsm = attacks.compile(attacks.fgsm, apply, eps=0.1)(KEY, weights(1), X, Y)
+    fgsm = attacks.jit(attacks.fgsm, apply, eps=0.1)(KEY, weights(1), X, Y)
     np.testing.assert_allclose(fgsm, attacks.fgsm(KEY, partial(apply, weights(1)), X, Y, eps=0.1), atol=1e-6)
 
     def brighten(key, logits_fn, x, y, *, eps, num_steps=50):
         return x + eps * np.sign(num_steps)
 
-    np.testing.assert_allclose(attacks.compile(brighten, apply, eps=0.25)(KEY, weights(1), X, Y), X + 0.25)
+    np.testing.assert_allclose(attacks.jit(brighten, apply, eps=0.25)(KEY, weights(1), X, Y), X + 0.25)
 
 
 def test_an_unknown_option_is_refused_at_once():
     with pytest.raises(ValueError, match="pgd cannot take these options.*stepsize"):
-        attacks.compile(attacks.pgd, apply, eps=0.1, stepsize=0.1, num_steps=2)
+        attacks.jit(attacks.pgd, apply, eps=0.1, stepsize=0.1, num_steps=2)
     with pytest.raises(ValueError, match="Unknown norm"):
-        attacks.compile(attacks.pgd, apply, num_steps=20, norm="l3", **OPTIONS)(KEY, weights(1), X, Y)
+        attacks.jit(attacks.pgd, apply, num_steps=20, norm="l3", **OPTIONS)(KEY, weights(1), X, Y)

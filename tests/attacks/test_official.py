@@ -60,7 +60,7 @@ def test_official(head, variant, tmp_path):
     assert abs(ours / theirs - 1) <= 0.02, (ours, theirs)
 
 
-@pytest.mark.parametrize("objective", [attacks.cross_entropy, attacks.margin])
+@pytest.mark.parametrize("objective", [attacks.cross_entropy, attacks.cw_margin])
 def test_pgd_20_in_the_place_of_any_attack_fails(objective):
     missed = {name: [] for name in STANDARD}
     for head in HEADS:

@@ -46,10 +46,13 @@ ATTACKS = {
 }
 PROBS = jax.nn.softmax(Z)
 FUNCTIONS = {
-    **{f"attacks.{name}": partial(getattr(attacks, name), Z, Y) for name in ("cross_entropy", "margin", "difference")},
-    "attacks.cross_entropy_of_differences": partial(attacks.cross_entropy_of_differences, Z, Y),
+    **{
+        f"attacks.{name}": partial(getattr(attacks, name), Z, Y)
+        for name in ("cross_entropy", "cw_margin", "logit_margin")
+    },
+    "attacks.stable_cross_entropy": partial(attacks.stable_cross_entropy, Z, Y),
     "attacks.dlr": partial(attacks.dlr, Z, Y),
-    "attacks.targeted_difference": partial(attacks.targeted_difference, Z, Y, OTHER),
+    "attacks.targeted_logit_margin": partial(attacks.targeted_logit_margin, Z, Y, OTHER),
     "attacks.targeted_dlr": partial(attacks.targeted_dlr, Z, Y, OTHER),
     "attacks.kl_divergence": partial(attacks.kl_divergence, Z, PROBS),
     "attacks.prediction": partial(attacks.prediction, Z),
@@ -112,7 +115,7 @@ def test_autoattack(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_compiled(mode):
-    compiled = attacks.compile(attacks.pgd, lambda _, x: network(x), **LENGTHS)
+    compiled = attacks.jit(attacks.pgd, lambda _, x: network(x), **LENGTHS)
     with MODES[mode]():
         assert np.isfinite(compiled(KEY, None, X, Y)).all()
 

@@ -245,7 +245,7 @@ def test_what_the_machine_does(answer, monkeypatch, tmp_path, error, words):
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(loop, "train", train)
     monkeypatch.setattr("lt_adv.runtime.distributed.joined", lambda: words == LOST)
-    monkeypatch.setattr(main, "leave_alone", lambda _: None)
+    monkeypatch.setattr(main, "skip_jax_shutdown_barrier", lambda _: None)
     printed = answer(DIGITS)
     assert re.search(words, printed) and "Trace" not in printed
 

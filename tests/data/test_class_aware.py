@@ -20,7 +20,7 @@ def drawn(label=LABEL, batch_size=64, cycles=True):
     """(epoch, steps) -> rows [steps, batch] of a run."""
     classes = {k: jnp.asarray(v) for k, v in device_dataset.class_table(label, int(label.max()) + 1).items()}
     options = {"num_examples": len(label), "batch_size": batch_size, "classes": classes, "cycles": cycles}
-    rows = jax.jit(jax.vmap(partial(device_dataset.drawn, KEY, **options), (None, 0)))
+    rows = jax.jit(jax.vmap(partial(device_dataset.batch_rows, KEY, **options), (None, 0)))
     return lambda epoch, steps: np.asarray(rows(epoch, jnp.asarray(steps, jnp.int32)))
 
 
@@ -76,8 +76,8 @@ def test_a_batch_is_a_function_of_its_number_and_the_key(epochs):
         "classes": device_dataset.class_table(LABEL, 10),
         "cycles": True,
     }
-    np.testing.assert_array_equal(device_dataset.drawn(KEY, 1, 700, **options), epochs[1, 700])
-    assert not np.array_equal(device_dataset.drawn(jax.random.key(6), 1, 700, **options), epochs[1, 700])
+    np.testing.assert_array_equal(device_dataset.batch_rows(KEY, 1, 700, **options), epochs[1, 700])
+    assert not np.array_equal(device_dataset.batch_rows(jax.random.key(6), 1, 700, **options), epochs[1, 700])
 
 
 def test_cost_does_not_depend_on_the_number_of_images():

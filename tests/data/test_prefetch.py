@@ -37,7 +37,7 @@ def test_the_batches_of_the_steps(class_aware, cycles):
     assert len(found) == 7
     for step, batch in enumerate(found):
         options = {"num_examples": 14, "batch_size": 4, "classes": classes, "cycles": cycles}
-        rows = device_dataset.drawn(KEY, step // 3, step % 3, **options)
+        rows = device_dataset.batch_rows(KEY, step // 3, step % 3, **options)
         for name, dtype in (("image", np.uint8), ("label", np.int32), ("index", np.int32)):
             assert batch[name].dtype == dtype
             np.testing.assert_array_equal(batch[name], getattr(data, name)[rows])
@@ -109,7 +109,7 @@ def sizes(tmp_path):
 def test_a_set_that_is_too_large_is_not_decoded(sizes):
     """Chosen by its size; and what is read of it is what would have been decoded."""
     large = load({**sizes, "resident_gib": 0})
-    assert isinstance(large.train.image, images.Undecoded) and isinstance(large.test.image, images.Undecoded)
+    assert isinstance(large.train.image, images.LazyImages) and isinstance(large.test.image, images.LazyImages)
     assert large.train.image.shape == (14, 6, 6, 3) and large.train.image.nbytes == 14 * 108
     small = load({**sizes, "resident_gib": 1})
     assert isinstance(small.train.image, np.ndarray)
@@ -124,7 +124,7 @@ def test_the_tail_of_a_set_that_is_not_decoded(sizes, monkeypatch):
     monkeypatch.setattr(images, "CHUNK", 2)  # several threads
     dataset = load({**sizes, "resident_gib": 0})
     cut = long_tailed(dataset, {"class_counts": (4, 3, 1), "validation_per_class": 0})
-    assert isinstance(cut.train.image, images.Undecoded) and cut.class_counts == (4, 3, 1)
+    assert isinstance(cut.train.image, images.LazyImages) and cut.class_counts == (4, 3, 1)
     rows = np.array([7, 0, 3])
     np.testing.assert_array_equal(cut.train.image[rows], np.asarray(dataset.train.image)[cut.train.index[rows]])
     assert len(cut.train.image[:0]) == 0 and cut.train.image[2:5].shape == (3, 6, 6, 3)

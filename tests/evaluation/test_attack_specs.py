@@ -52,7 +52,7 @@ def test_description_is_exact():
 
 def test_the_logit_scale_reaches_the_objective(monkeypatch):
     seen = {}
-    monkeypatch.setattr(attacks, "compile", lambda attack, apply, **options: seen.update(options, attack=attack))
+    monkeypatch.setattr(attacks, "jit", lambda attack, apply, **options: seen.update(options, attack=attack))
     attack_specs._compile.cache_clear()
     attack_specs.compiled(len, {**PGD, "logit_scale": 10.0})
     logits, y = jnp.array([[1.0, 2.0, 0.5]]), jnp.array([0])

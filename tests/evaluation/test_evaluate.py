@@ -189,7 +189,7 @@ def test_header_says_what_was_run(toy, run):
     ],
 )
 def test_an_attack_that_leaves_ball_or_box_is_found(toy, run, monkeypatch, attack, message):
-    monkeypatch.setattr(attacks, "compile", lambda *_, **__: lambda key, variables, x, y: attack(x))
+    monkeypatch.setattr(attacks, "jit", lambda *_, **__: lambda key, variables, x, y: attack(x))
     with pytest.raises(ValueError, match=message):
         run(directory=None, attacks={"pgd": toy.pgd}, apply=lambda variables, x: x.reshape(len(x), -1)[:, :3])
 
@@ -199,7 +199,7 @@ def test_the_l2_radius_is_the_norm_of_the_whole_image(toy, run, monkeypatch):
     network = lambda variables, x: x.reshape(len(x), -1)[:, :3]  # noqa: E731
     for shift, fine in ((0.2499, True), (0.2501, False)):  # sixteen pixels: norm 4 shift
         inwards = lambda key, variables, x, y, shift=shift: jnp.where(x < 0.5, x + shift, x - shift)  # noqa: E731
-        monkeypatch.setattr(attacks, "compile", lambda *_, f=inwards, **__: f)
+        monkeypatch.setattr(attacks, "jit", lambda *_, f=inwards, **__: f)
         fresh = types.FunctionType(network.__code__, network.__globals__)  # compiled programs are kept per function
         if fine:
             run(directory=None, attacks={"l2": spec}, apply=fresh)

@@ -78,7 +78,7 @@ def test_weights_of_a_run_in_both_frameworks(monkeypatch):
     config = flags.parse(["", DIGITS, "--config.data.split_seed=1"]).config
     first = attacked.case(config, **WHAT)
     assert first.label is None, "the labels of a network that was not trained are its own"
-    stored = {**jax.tree.map(np.asarray, first.variables), "extra": {}}
+    stored = {**jax.tree.map(np.asarray, first.variables), "method_state": {}}
     monkeypatch.setattr(checkpoint, "read_variables", lambda workdir: (stored, {}))
     case = attacked.case(config, **WHAT | {"workdir": "run", "images": 20})
     test = data.long_tailed(data.load(config.data), config.data).test

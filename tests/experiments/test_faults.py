@@ -62,7 +62,7 @@ def test_a_refusal_is_one_line_and_exit_code_2(outcome, problem):
     ],
 )
 def test_one_that_is_left_alone_ends_by_itself_and_says_why(outcome, ok):
-    assert (running.bereft(found(**outcome)) == "") == ok
+    assert (running.peer_died(found(**outcome)) == "") == ok
 
 
 def test_another_ending_is_a_failure():
@@ -91,8 +91,8 @@ def test_nothing_may_be_lost_but_the_save_that_was_under_way():
 
 def test_a_state_that_differs_is_noticed():
     reference = campaign.Reference({}, {1: "a", 2: "b"})
-    assert not campaign.strayed(found(steps={2: "b"}), reference)
-    assert "before step 2" in campaign.strayed(found(steps={1: "a", 2: "c"}), reference)[0]
+    assert not campaign.state_mismatches(found(steps={2: "b"}), reference)
+    assert "before step 2" in campaign.state_mismatches(found(steps={1: "a", 2: "c"}), reference)[0]
 
 
 RECORD = {
@@ -132,7 +132,7 @@ def test_the_door(tmp_path, monkeypatch, capsys):
         return rows, "the same"
 
     monkeypatch.setattr(campaign, "unbroken", lambda run: campaign.Reference({}, {}))
-    monkeypatch.setattr(campaign, "hurt", hurt)
+    monkeypatch.setattr(campaign, "inject_faults", hurt)
     monkeypatch.setattr(door.disk, "_mount", lambda *_: False)
     assert door.main(given) == 130 and len(json.loads((tmp_path / "digest-on.json").read_text())["runs"]) == 1
     assert door.main(given) == 1
@@ -160,11 +160,11 @@ def real(tmp_path_factory):
     patch.setattr(running, "CONFIG", tuple(text.replace("epochs=14", "epochs=5") for text in running.CONFIG))
     data = folder / "digits.npz"
     campaign.write_digits(data)
-    reference = campaign.unbroken(Run(folder / "disk", "unbroken", data))
+    reference = campaign.reference_run(Run(folder / "disk", "unbroken", data))
 
     def hurt(names, digest=True):
         run = Run(folder / "disk", f"digest-{digest}", data, digest=digest)
-        return campaign.hurt(run, names, np.random.default_rng(0), reference, lambda _: None)
+        return campaign.inject_faults(run, names, np.random.default_rng(0), reference, lambda _: None)
 
     hurt.reference = reference
     yield hurt

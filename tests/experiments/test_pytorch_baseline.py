@@ -18,7 +18,7 @@ from configs import at, at_bsl, robal, trades
 from experiments.pytorch_baseline.step import Trainer
 from lt_adv.attacks import initialization, norms
 from lt_adv.data import Dataset, Split, device_dataset, long_tailed
-from lt_adv.methods import Info
+from lt_adv.methods import DataInfo
 from lt_adv.models import create
 from lt_adv.training import input_pipeline, optimizer, sharding, stage_builder, train_state
 from lt_adv.training.net import AXIS
@@ -107,7 +107,7 @@ def our_step(config: ml_collections.ConfigDict) -> Step:
     split, mesh, key = images_of(config), sharding.make_mesh(jax.devices()[:1]), jax.random.key(5)
     train, (stage,), before = split.train, stage_builder.stages(config), first_variables(config)
     counts = np.array(split.class_counts)
-    info = Info(
+    info = DataInfo(
         class_counts=counts,
         steps_per_epoch=len(train) // BATCH,
         epochs=1,

@@ -117,8 +117,8 @@ def test_awp_of_gamma_0_is_the_inner_method():
 class Quartic(base.Method):
     """A loss of the weights alone, whose gradient (w - 1)^3 depends on where it is taken."""
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        return sum(jnp.sum((w - 1) ** 4) / 4 for w in jax.tree.leaves(net.params)), (extra, {})
+    def loss(self, key, net, batch, x_adv, method_state, progress):
+        return sum(jnp.sum((w - 1) ** 4) / 4 for w in jax.tree.leaves(net.params)), (method_state, {})
 
 
 def test_awp_is_the_gradient_at_weights_moved_along_the_gradient():
@@ -182,9 +182,9 @@ def perturb(method, epoch=0, epochs=10, low=0.3, high=0.7):
     image = jnp.asarray(np.random.default_rng(5).uniform(low, high, (16, 3, 3, 1)))
     ones = jnp.ones(16)
     batch = base.Batch(image, LABEL, jnp.arange(16), eps=EPS * ones, step_size=STEP * ones)
-    clock = base.Clock(step=jnp.asarray(0), epoch=jnp.asarray(epoch), steps_per_epoch=1, epochs=epochs)
+    progress = base.TrainProgress(step=jnp.asarray(0), epoch=jnp.asarray(epoch), steps_per_epoch=1, epochs=epochs)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(6)))(jnp.arange(16))
-    return np.asarray(image), np.asarray(method.perturb(keys, Plain(), batch, {}, clock))
+    return np.asarray(image), np.asarray(method.perturb(keys, Plain(), batch, {}, progress))
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.8])
@@ -199,7 +199,7 @@ def test_robustlt_of_alpha_0_finds_the_inner_methods_examples(warmup):
 class ByBatch(AT):
     """AT whose attack starts clipped and sees batch statistics: all of RobustLT but the radii."""
 
-    def perturb(self, key, net, batch, extra, clock):
+    def perturb(self, key, net, batch, method_state, progress):
         def noise(k):
             return jax.random.uniform(k, batch.image.shape[1:], batch.image.dtype, -1, 1)
 
@@ -229,7 +229,7 @@ def test_step_scales_as_the_radius_does():
 
     @dataclasses.dataclass(frozen=True)
     class Sizes(AT):
-        def perturb(self, key, net, batch, extra, clock):
+        def perturb(self, key, net, batch, method_state, progress):
             return jnp.stack([batch.eps, batch.step_size])
 
     eps, step = perturb(RobustLT(Sizes(), alpha=0.3, warmup=0.8), epoch=4)[1]
@@ -241,7 +241,7 @@ def test_step_scales_as_the_radius_does():
 def test_the_start_has_the_radius_of_all_and_is_clipped():
     @dataclasses.dataclass(frozen=True)
     class Start(AT):
-        def perturb(self, key, net, batch, extra, clock):
+        def perturb(self, key, net, batch, method_state, progress):
             return batch.x_init
 
     x, start = perturb(RobustLT(Start(), alpha=0.3), epoch=0, low=0.0, high=1.0)

@@ -129,7 +129,7 @@ def test_what_a_run_says_of_them(tmp_path):
         config.addons = ("awp",)
         assert runs._method(config) == f"reat (tail_margin 1, tail_weight {weight}) + awp (gamma 0.005)"
         workdir = tmp_path / fidelity
-        with workdirs.claimed(config, runs.epath.Path(workdir)):
+        with workdirs.claim(config, runs.epath.Path(workdir)):
             saved = json.loads((workdir / "config.json").read_text())
         assert saved["method"]["tail_weight"] is None and saved["fidelity"] == fidelity
 

@@ -25,22 +25,22 @@ class Spy(REAT):
     def init(self, info):
         return {**super().init(info), "seen": jnp.zeros(16, int)}
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         seen = net.gather(jnp.argmax(net.train(x_adv)[0], -1))
-        value, (extra, metrics) = super().loss(key, net, batch, x_adv, extra, clock)
-        return value, ({**extra, "seen": seen}, metrics)
+        value, (method_state, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
+        return value, ({**method_state, "seen": seen}, metrics)
 
-    def epoch_end(self, extra, clock):
-        return {**extra, **super().epoch_end(extra, clock)}
+    def epoch_end(self, method_state, progress):
+        return {**method_state, **super().epoch_end(method_state, progress)}
 
 
 def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
     step, state, feed, teacher = make(Spy(num_steps=1), 2)  # two steps are an epoch
-    extras = [jax.device_get(state.extra)]
+    extras = [jax.device_get(state.method_state)]
     with feed.batches(0, 4) as batches:
         for data in batches:
             state, _ = step(state, data, teacher)
-            extras.append(jax.device_get(state.extra))
+            extras.append(jax.device_get(state.method_state))
     np.testing.assert_array_equal(extras[0]["predicted"], COUNTS)
     for first in (1, 3):
         once, twice = (np.bincount(extras[first + n]["seen"], minlength=4) for n in (0, 1))
@@ -48,7 +48,7 @@ def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
         np.testing.assert_array_equal(extras[first]["predicted"], extras[first - 1]["predicted"])
         np.testing.assert_array_equal(extras[first + 1]["predicted"], once + twice)
         assert (once + twice).sum() == 32 and not extras[first + 1]["running"].any()
-    assert len({tuple(extra["predicted"].tolist()) for extra in extras}) == 3
+    assert len({tuple(method_state["predicted"].tolist()) for method_state in extras}) == 3
 
 
 def test_without_tail_alignment_it_is_at_bsl_from_a_uniform_start():
@@ -56,7 +56,7 @@ def test_without_tail_alignment_it_is_at_bsl_from_a_uniform_start():
     (state, rows), (expected, others) = (
         run(method, 1, steps=4) for method in (REAT(num_steps=2, tail_weight=0.0), ATBSL(num_steps=2, start="uniform"))
     )
-    assert np.ptp(state.extra["predicted"]) > 0
+    assert np.ptp(state.method_state["predicted"]) > 0
     for name in ("params", "batch_stats"):
         assert_same(getattr(state, name), getattr(expected, name), 1e-12)
     np.testing.assert_allclose([row["loss"] for row in rows], [row["loss"] for row in others], rtol=1e-12)

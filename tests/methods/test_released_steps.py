@@ -40,7 +40,7 @@ def fixed(method):
 
     @dataclasses.dataclass(frozen=True)
     class Fixed(type(method)):
-        def perturb(self, key, net, batch, extra, clock):
+        def perturb(self, key, net, batch, method_state, progress):
             return adversarial(batch.image)
 
     return Fixed(**{f.name: getattr(method, f.name) for f in dataclasses.fields(method) if f.init})
@@ -135,7 +135,7 @@ def reference(case, params, running, steps):
     data, found = split(), []
     velocity = jax.tree.map(jnp.zeros_like, params)
     for step in range(steps):
-        rows = device_dataset.drawn(jax.random.key(3), step // 2, step % 2, num_examples=len(data), batch_size=16)
+        rows = device_dataset.batch_rows(jax.random.key(3), step // 2, step % 2, num_examples=len(data), batch_size=16)
         x, y = jnp.asarray(data.image)[rows] / 255.0, jnp.asarray(data.label)[rows]
         inputs = {"i": x, "a": adversarial(x)}
 

@@ -51,8 +51,8 @@ def value_and_gradient(method, arrays, source="logits", epoch=1):
         train=lambda x: (x, {}), gather=lambda tree: tree, info=SimpleNamespace(class_counts=arrays["class_counts"])
     )
     batch = SimpleNamespace(label=jnp.asarray(arrays["labels"]))
-    clock = methods.Clock(step=epoch - 1, epoch=jnp.asarray(epoch - 1), steps_per_epoch=1, epochs=80)
-    return jax.value_and_grad(lambda z: method.loss(None, net, batch, z, {}, clock)[0])(jnp.asarray(arrays[source]))
+    progress = methods.TrainProgress(step=epoch - 1, epoch=jnp.asarray(epoch - 1), steps_per_epoch=1, epochs=80)
+    return jax.value_and_grad(lambda z: method.loss(None, net, batch, z, {}, progress)[0])(jnp.asarray(arrays[source]))
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -93,8 +93,8 @@ def test_what_is_deferred_begins_with_its_epoch():
     """Two steps are an epoch: the first two are those of plain adversarial training, the third is not."""
     with jax.enable_x64(True):
         _, rows = run(LDAM(from_epoch=2, max_margin=3.0, num_steps=0), 1, steps=3)
-        _, plain = run(AT(num_steps=0), 1, steps=3)
-    losses = [(float(a["loss"]), float(b["loss"])) for a, b in zip(rows, plain, strict=True)]
+        _, no_attack = run(AT(num_steps=0), 1, steps=3)
+    losses = [(float(a["loss"]), float(b["loss"])) for a, b in zip(rows, no_attack, strict=True)]
     assert all(a == pytest.approx(b, rel=1e-12) for a, b in losses[:2]) and abs(losses[2][0] - losses[2][1]) > 1e-3
 
 

@@ -32,8 +32,8 @@ def test_terms_of_the_loss(float64):
         def init(self, info):
             return {"x": jnp.zeros((16, 6, 6, 1), float), "x_adv": jnp.zeros((16, 6, 6, 1), float)}
 
-        def loss(self, key, net, batch, x_adv, extra, clock):
-            value, (_, metrics) = super().loss(key, net, batch, x_adv, extra, clock)
+        def loss(self, key, net, batch, x_adv, method_state, progress):
+            value, (_, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
             return value, (net.gather({"x": batch.image, "x_adv": x_adv}), metrics)
 
     options = {"distillation": 2.0, "temperature": 3.0, "matching": 0.7}
@@ -41,7 +41,7 @@ def test_terms_of_the_loss(float64):
     for teacher_input in ("adversarial", "clean"):
         method = Spy(num_steps=1, teacher_input=teacher_input, **options)
         state, (rows[teacher_input],) = run(method, 4, steps=1, teacher=frozen_teacher())
-        images[teacher_input] = state.extra
+        images[teacher_input] = state.method_state
     x, x_adv = images["clean"]["x"], images["clean"]["x_adv"]
     first = jax.device_get(run(method, 1, steps=0, teacher=frozen_teacher())[0])
     model = Small(axis_name=None)

@@ -68,13 +68,13 @@ def test_only_the_level_is_a_mean_of_class_means():
             def init(self, info):
                 return {"values": jnp.zeros(16, float), "label": jnp.zeros(16, int)}
 
-            def loss(self, key, net, batch, x_adv, extra, clock):
+            def loss(self, key, net, batch, x_adv, method_state, progress):
                 log_p = jax.nn.log_softmax(net.train(x_adv)[0])
                 values = -jnp.take_along_axis(log_p, batch.label[:, None], 1)[:, 0]
-                value, (_, metrics) = super().loss(key, net, batch, x_adv, extra, clock)
+                value, (_, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
                 return value, ({"values": net.gather(values), "label": net.gather(batch.label).astype(int)}, metrics)
 
         state, rows = run(Spy(num_steps=1, a=1.0, b=0.0, g=0.0), 4, steps=1)
-        seen = state.extra
+        seen = state.method_state
         means = [np.mean(v) if len(v := seen["values"][seen["label"] == c]) else 0.0 for c in range(4)]
         assert rows[0]["loss"] == pytest.approx(np.mean(means), rel=1e-9)

@@ -15,10 +15,10 @@ def step(features, mean, **options):
     logits, label = jnp.eye(3)[: len(features)], jnp.arange(len(features))
     net = SimpleNamespace(train=lambda x: (logits, {"features": features}), mean=lambda tree: tree)
     batch = SimpleNamespace(label=label)
-    value, (extra, metrics) = TDE(**options).loss(None, net, batch, None, {"feature_mean": mean}, None)
+    value, (method_state, metrics) = TDE(**options).loss(None, net, batch, None, {"feature_mean": mean}, None)
     assert float(value) == pytest.approx(float(losses.cross_entropy(logits, label).mean()))
     assert metrics["accuracy"].tolist() == [1] * len(features)
-    return extra["feature_mean"]
+    return method_state["feature_mean"]
 
 
 def test_mean_has_no_factor_one_minus_mu():

@@ -21,7 +21,7 @@ def adjust(reference, head, **config):
     params = {"kernel": jnp.asarray(reference["head.weight"].T)}
     if isinstance(head, heads.Linear):
         params["bias"] = jnp.asarray(reference["head.bias"])
-    variables = {"params": {"head": params}, "extra": {"feature_mean": reference["head.moving_average"][0]}}
+    variables = {"params": {"head": params}, "method_state": {"feature_mean": reference["head.moving_average"][0]}}
     features = jnp.asarray(reference["head.features"])
     adjustment = posthoc.create(config)
     return adjustment(variables, features, lambda f: head.apply({"params": params}, f), reference["class_counts"])
@@ -91,7 +91,7 @@ def test_of_a_whole_network(name):
         kernel = np.asarray(variables["params"]["head"]["kernel"])
         logits = out["features"] @ (kernel / np.linalg.norm(kernel, axis=0))
     apply = jax.jit(posthoc.adjusted(model, {"name": name}, [4, 2, 1]))
-    np.testing.assert_allclose(apply({**variables, "extra": {}}, x), logits, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(apply({**variables, "method_state": {}}, x), logits, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -119,9 +119,9 @@ def test_counts_must_be_positive_and_one_per_class(name, counts):
 
 def test_what_an_adjustment_needs():
     """Of what a method kept, only what is read: the rest is of no use to whom the network is given."""
-    variables = {"params": {"head": {}}, "batch_stats": {}, "extra": {"feature_mean": 1, "predicted": 2}}
+    variables = {"params": {"head": {}}, "batch_stats": {}, "method_state": {"feature_mean": 1, "predicted": 2}}
     network = {"params": {"head": {}}, "batch_stats": {}}
     assert posthoc.needed({"name": "boundary", "scale": 10.0}, variables) == network
-    assert posthoc.needed({"name": "tde"}, variables) == {**network, "extra": {"feature_mean": 1}}
+    assert posthoc.needed({"name": "tde"}, variables) == {**network, "method_state": {"feature_mean": 1}}
     with pytest.raises(ValueError, match="'tde' needs 'feature_mean', which was not kept in training"):
         posthoc.needed({"name": "tde"}, network)

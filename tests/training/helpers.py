@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_adv.data import Split, device_dataset
-from lt_adv.methods import Info
+from lt_adv.methods import DataInfo
 from lt_adv.training import input_pipeline, optimizer, sharding, train_state
 from lt_adv.training.net import AXIS
 from lt_adv.training.train_step import StepOptions, make_train_step
@@ -71,7 +71,7 @@ def make(
     batch_size = 16
     classes = device_dataset.class_table(split().label, 4) if sampler == "class_aware" else None
     per_epoch = (len(split()) if classes is None else 4 * COUNTS.max()) // batch_size
-    info = Info(class_counts=COUNTS, steps_per_epoch=per_epoch, epochs=3, image_shape=(6, 6, 1), num_features=6)
+    info = DataInfo(class_counts=COUNTS, steps_per_epoch=per_epoch, epochs=3, image_shape=(6, 6, 1), num_features=6)
     model = Small()
     variables = model.init(jax.random.key(3), jnp.zeros((1, 6, 6, 1), float), train=False)
     variables = jax.tree.map(lambda a: a.astype(float), variables)  # linen starts statistics in float32 whatever comes
@@ -91,7 +91,7 @@ def make(
         fed = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
     state = sharding.replicate(train_state.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
     state = sharding.replicate(state.replace(window=init_window(state, fed.example, teacher)), mesh)
-    return step, sharding.place(state, mesh, sharded), fed, teacher
+    return step, sharding.shard_state(state, mesh, sharded), fed, teacher
 
 
 def run(method, devices, parallel="pmap", steps=4, **options):

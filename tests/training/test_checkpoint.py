@@ -155,7 +155,7 @@ def test_keeps_the_latest_and_the_best(tmp_path, state):
 def test_reads_variables_alone_and_averages_where_kept(tmp_path, saved, state):
     variables, _ = read_variables(saved.parent.parent)
     expected = jax.device_get(later(state, 2).evaluated)
-    assert expected["extra"]["counts"].tolist() == [0, 1, 2, 3]
+    assert expected["method_state"]["counts"].tolist() == [0, 1, 2, 3]
     chex.assert_trees_all_equal(variables, expected)
     shapes, meta = look(saved.parent.parent)
     assert jax.tree.map(lambda a: tuple(a.shape), shapes) == jax.tree.map(np.shape, variables) and meta["step"] == 2
@@ -163,7 +163,7 @@ def test_reads_variables_alone_and_averages_where_kept(tmp_path, saved, state):
     checkpoints = Checkpoints(tmp_path / "averaged" / "checkpoints" / "0_train")
     checkpoints.save(1, averaged, {**META, "step": 1})
     checkpoints.close()
-    expected = jax.device_get(averaged.average) | {"extra": {"counts": np.arange(4)}}
+    expected = jax.device_get(averaged.average) | {"method_state": {"counts": np.arange(4)}}
     chex.assert_trees_all_equal(read_variables(tmp_path / "averaged")[0], expected)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from lt_adv import methods
 from lt_adv.data import Split, device_dataset
-from lt_adv.methods import Info
+from lt_adv.methods import DataInfo
 from lt_adv.training import input_pipeline, sharding
 from tests.training.helpers import make
 
@@ -20,7 +20,7 @@ def given(examples, batch_size, class_aware=False, key=KEY):
     label = np.arange(examples, dtype=np.int32) % 3
     image = np.random.RandomState(0).randint(0, 256, (examples, 3, 2, 1)).astype(np.uint8)
     split = Split(image, label, np.arange(examples) * 10)
-    info = Info(np.bincount(label), examples // batch_size, epochs=3, image_shape=(3, 2, 1), num_features=1)
+    info = DataInfo(np.bincount(label), examples // batch_size, epochs=3, image_shape=(3, 2, 1), num_features=1)
     classes = device_dataset.class_table(label, 3) if class_aware else None
     return split, classes, info.steps_per_epoch, input_pipeline.resident(split, classes, key, info, batch_size, MESH)
 
@@ -36,7 +36,7 @@ def test_every_step_of_every_block_gets_its_batch(class_aware):
             found = list(batches)
         assert len(found) == total - first
         for step, data in enumerate(found, first):
-            row = np.asarray(device_dataset.drawn(KEY, step // steps, step % steps, **options))
+            row = np.asarray(device_dataset.batch_rows(KEY, step // steps, step % steps, **options))
             mine = {
                 name: np.asarray(data[name])[step % steps % input_pipeline.BLOCK] for name in ("row", "label", "index")
             }

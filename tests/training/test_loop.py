@@ -23,14 +23,14 @@ from lt_adv.training.checkpoint import read_variables
 class Distil(base.Method):
     num_steps: int = 0
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         logits, _ = net.train(x_adv)
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
-        metrics = {"accuracy": base.correct(logits, batch.label)}
+        metrics = {"accuracy": base.is_correct(logits, batch.label)}
         if net.teacher is not None:
             metrics["divergence"] = losses.kl_divergence(net.teacher(batch.image)[0], logits)
             value += jnp.mean(metrics["divergence"])
-        return value, (extra, metrics)
+        return value, (method_state, metrics)
 
 
 @pytest.fixture(scope="module")

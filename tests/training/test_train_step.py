@@ -109,7 +109,7 @@ def test_no_image_twice_in_an_epoch_and_another_order_in_the_next():
     with feed.batches(0, 4) as batches:
         for data in batches:
             state, _ = step(state, data, teacher)
-            seen.append(np.asarray(state.extra["index"]))
+            seen.append(np.asarray(state.method_state["index"]))
     epochs = [np.concatenate(seen[:2]), np.concatenate(seen[2:])]
     assert all(len(set(e.tolist())) == 32 for e in epochs) and not np.array_equal(*epochs)
 
@@ -121,8 +121,8 @@ class Draws(AT):
     def init(self, info):
         return {"index": jnp.zeros(16, int)}
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        value, (_, metrics) = AT.loss(self, key, net, batch, x_adv, extra, clock)
+    def loss(self, key, net, batch, x_adv, method_state, progress):
+        value, (_, metrics) = AT.loss(self, key, net, batch, x_adv, method_state, progress)
         return value, ({"index": net.gather(batch.index)}, metrics)
 
 
@@ -138,8 +138,8 @@ def test_class_aware_draws_in_cycles_on_any_number_of_devices(parallel, devices)
             state = sharding.replicate(jax.device_get(state), sharding.make_mesh(jax.devices()[:devices]))
         with feed.batches(n, n + 1) as batches:
             state, _ = step(state, next(batches), teacher)
-        seen.append(np.asarray(state.extra["index"]))
-        expected = device_dataset.drawn(
+        seen.append(np.asarray(state.method_state["index"]))
+        expected = device_dataset.batch_rows(
             key, n // 5, n % 5, num_examples=40, batch_size=16, classes=classes, cycles=True
         )
         np.testing.assert_array_equal(seen[-1], expected)
@@ -210,9 +210,9 @@ def test_the_attack_can_see_the_network_in_another_dtype():
     def first_loss(**options):
         return run(AT(num_steps=3, start="zero"), 2, steps=1, **options)[1][0]["loss"]
 
-    plain = first_loss()
-    assert first_loss(attack_apply=model.apply) == plain
-    assert first_loss(attack_apply=upside_down) < plain - 0.05
+    no_attack = first_loss()
+    assert first_loss(attack_apply=model.apply) == no_attack
+    assert first_loss(attack_apply=upside_down) < no_attack - 0.05
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])

@@ -1,4 +1,4 @@
-"""Whether a network's gain over the baseline is real: arithmetic on what `reliability.probe` found of both.
+"""Whether a network's gain over the baseline is real: arithmetic on what `diagnose.probe` found of both.
 
 No threshold is a number of ours. Every figure is held against the baseline's own, image by image, and counts where the
 mean of the paired differences is more than three standard errors above zero.

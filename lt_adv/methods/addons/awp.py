@@ -18,7 +18,7 @@ class AWP(base.AddOn):
 
     Running statistics move as often as the inner method moves them, by its forwards at theta + v: those that look for v
     normalise by the batch and write nothing, as the copy of the network does in the released code. The metrics, and
-    what the method keeps in `extra`, are those at theta + v.
+    what the method keeps in `method_state`, are those at theta + v.
 
     Differs from the released codes, under either fidelity: they take the whole optimiser step at theta + v and then
     subtract v, so that weight decay pulls at theta + v, where ours pulls at theta; and they can wait for some epochs
@@ -27,9 +27,9 @@ class AWP(base.AddOn):
 
     gamma: float = 0.005
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
+    def loss(self, key, net, batch, x_adv, method_state, progress):
         def inner(net):
-            return self.inner.loss(key, net, batch, x_adv, extra, clock)
+            return self.inner.loss(key, net, batch, x_adv, method_state, progress)
 
         theta = jax.lax.stop_gradient(net.params)
         ascent = net.mean(jax.grad(lambda params: inner(net.without_updates().at(params))[0])(theta))

@@ -29,14 +29,14 @@ class AddOn(Method):
     def init_params(self, params, info):
         return self.inner.init_params(params, info)
 
-    def perturb(self, key, net, batch, extra, clock):
-        return self.inner.perturb(key, net, batch, extra, clock)
+    def perturb(self, key, net, batch, method_state, progress):
+        return self.inner.perturb(key, net, batch, method_state, progress)
 
-    def loss(self, key, net, batch, x_adv, extra, clock):
-        return self.inner.loss(key, net, batch, x_adv, extra, clock)
+    def loss(self, key, net, batch, x_adv, method_state, progress):
+        return self.inner.loss(key, net, batch, x_adv, method_state, progress)
 
-    def epoch_end(self, extra, clock):
-        return self.inner.epoch_end(extra, clock)
+    def epoch_end(self, method_state, progress):
+        return self.inner.epoch_end(method_state, progress)
 
     def stages(self, config):
         return tuple(

@@ -47,19 +47,19 @@ class RobustLT(base.AddOn):
 
     def __post_init__(self):
         super().__post_init__()
-        if self.plain:
+        if self.no_attack:
             raise ValueError("config.addons: 'robustlt' scales the training attack, and config.method has none.")
         object.__setattr__(self, "start", "uniform")
         object.__setattr__(self, "released_start", None)
 
-    def perturb(self, key, net, batch, extra, clock):
+    def perturb(self, key, net, batch, method_state, progress):
         eps = norms.per_example(batch.eps, batch.image)
         start = initialization.starting_point(key, batch.image, eps, "uniform", norms.get("linf"))
-        batch = self._scaled(batch, net.info, clock).replace(x_init=jnp.clip(start, 0, 1))
-        return self.inner.perturb(key, net.with_batch_statistics(), batch, extra, clock)
+        batch = self._scaled(batch, net.info, progress).replace(x_init=jnp.clip(start, 0, 1))
+        return self.inner.perturb(key, net.with_batch_statistics(), batch, method_state, progress)
 
-    def _scaled(self, batch, info, clock):
-        progress = clock.epoch / (self.warmup * clock.epochs) if self.warmup else 1.0
+    def _scaled(self, batch, info, progress):
+        ramp = progress.epoch / (self.warmup * progress.epochs) if self.warmup else 1.0
         radii = jnp.asarray(class_radii(info.class_counts, self.alpha), batch.eps.dtype)
-        factor = jnp.minimum(progress, 1.0).astype(batch.eps.dtype) * radii[batch.label]
+        factor = jnp.minimum(ramp, 1.0).astype(batch.eps.dtype) * radii[batch.label]
         return batch.replace(eps=batch.eps * factor, step_size=batch.step_size * factor)
