@@ -202,14 +202,14 @@ def test_what_differs_is_said_in_one_line(launch, tmp_path):
     for result in results:
         assert result.returncode == 2
         (line,) = (line for line in result.stderr.splitlines() if line.startswith("Error:"))
-        assert "config.sharded: pmap keeps a whole copy" in line
+        assert "config.sharded: pmap replicates the state" in line
 
 
 def test_a_working_directory_that_is_taken_is_refused_by_both(launch, tmp_path):
     with workdirs.locked(tmp_path):
         first, second = launch(tmp_path)
     assert first.returncode == second.returncode == 2, "neither waits for the other"
-    assert "Error: Another process works in" in first.stderr
+    assert "Error: Another process uses" in first.stderr
     assert "Error: The first process has failed: it says why." in second.stderr
     assert [path.name for path in tmp_path.iterdir()] == [workdirs.LOCK]
 

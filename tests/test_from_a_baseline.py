@@ -139,7 +139,7 @@ LWS = "--config=configs/lws.py:dataset=digits"
     [
         ([LWS, "--config.init_from=nowhere"], r"begins with the run in 'nowhere' .*where there is none: train it"),
         ([LWS, "--config.init_from="], "config.init_from is missing: method finetune begins with the network of"),
-        ([LWS, "--config.method.freeze=(backbone"], r"'\(backbone' is no regular expression"),
+        ([LWS, "--config.method.freeze=(backbone"], r"'\(backbone' is not a valid regular expression"),
         ([LWS, "--config.method.freeze=bakbone"], r"No parameter matches the frozen pattern 'bakbone'\. There are: "),
         (
             [LWS, "--config.model.width=2"],
@@ -148,7 +148,7 @@ LWS = "--config=configs/lws.py:dataset=digits"
         ([AT_TWO, "--config.eval.adjustment.name=tde"], "The adjustment 'tde' is for the heads cosine, cosine_plus"),
         (
             ["--config=configs/cosine.py:dataset=digits", "--config.eval.adjustment.name=tde"],
-            "The adjustment 'tde' needs what method tde keeps, and method at does not",
+            "The adjustment 'tde' needs the state of method tde, and the method is at",
         ),
     ],
 )
@@ -182,4 +182,4 @@ def test_what_a_stage_overrides_is_looked_at(start, answer, no_training, monkeyp
 def test_a_method_that_does_not_begin_with_another_run(answer, baseline, monkeypatch):  # noqa: F811
     monkeypatch.setattr(stage_builder, "stages", lambda _: (Stage(method=AT(), epochs=1),))
     printed = answer(AT_TWO, *TINY, f"--config.init_from={baseline}")
-    assert "config.init_from: method at does not begin with another run" in printed
+    assert "config.init_from: method at does not start from another run" in printed

@@ -94,7 +94,7 @@ def test_weights_are_evaluated_with_their_statistics_and_the_configs_adjustment(
     assert main.main(command) == 0  # goes on from its records
     other = save_npz(tmp_path / "other.npz", {})
     assert main.main([*command, f"--config.init_from={other}"]) == 2
-    assert "began with another config (init_from: " in capsys.readouterr().err
+    assert "was started with another config (init_from: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -111,7 +111,7 @@ def test_weights_are_evaluated_with_their_statistics_and_the_configs_adjustment(
         ),
         (
             ["--config.init_from={path}", "--config=configs/tde.py:dataset=digits"],
-            "The adjustment 'tde' needs what method tde keeps, and {path} has weights alone.",
+            "The adjustment 'tde' needs the state of method tde, and {path} holds only weights.",
         ),
     ],
 )

@@ -42,10 +42,7 @@ def test_a_second_run_is_refused_until_the_first_is_killed(holder, tmp_path, mon
     given = ["main", DIGITS, f"--workdir={tmp_path / 'run'}"]
     assert main.main(given) == 2
     printed = capsys.readouterr().err
-    assert (
-        printed
-        == f"Error: Another process works in {tmp_path / 'run'}: wait until it ends, or use another --workdir.\n"
-    )
+    assert printed == f"Error: Another process uses {tmp_path / 'run'}: wait until it ends, or use another --workdir.\n"
     assert [path.name for path in (tmp_path / "run").iterdir()] == [workdirs.LOCK]
     holder.kill()
     holder.wait()
@@ -58,7 +55,7 @@ def test_evaluation_is_refused_too(holder, tmp_path, monkeypatch):
         runs.data.load(at.get_config("dataset=digits").data), at.get_config("dataset=digits").data
     )
     monkeypatch.setattr(runs, "load_trained", lambda *_: ({}, {}, split))
-    with pytest.raises(ValueError, match="Another process works in"):
+    with pytest.raises(ValueError, match="Another process uses"):
         runs.evaluate(at.get_config("dataset=digits"), runs.epath.Path(tmp_path / "run"))
 
 

@@ -1,4 +1,4 @@
-"""The command line: a config file, other values for its entries, a working directory and a mode."""
+"""Command line: a config file, overrides of its entries, a working directory and a mode."""
 
 import glob
 import os
@@ -22,12 +22,12 @@ class Arguments(NamedTuple):
     config: ConfigDict
     workdir: epath.Path
     mode: str
-    command: str  # as it was given, but for where and in which mode
+    command: str  # the command line without --workdir and --mode
 
 
 def parse(argv: list[str]) -> Arguments:
-    """What the command line `argv` asks for, the program's name first; ValueError, of one line, if it is not clear."""
-    known = flags.FlagValues()  # of this call: the global one has the flags of every library
+    """Parses `argv`, whose first item is the name of the program; raises ValueError with one line."""
+    known = flags.FlagValues()  # not the global one, which has the flags of every library
     known.set_gnu_getopt()
     for name in FLAGS:
         flags.DEFINE_string(name, None, "", flag_values=known)
@@ -50,7 +50,7 @@ def parse(argv: list[str]) -> Arguments:
         overridden.set_gnu_getopt()
         config_flags.DEFINE_config_dict("config", config, flag_values=overridden, sys_argv=rest)
         if stray := overridden([program, *rest])[1:]:
-            raise ValueError(f"Unexpected argument {stray[0]!r}: another value for an entry is written --config.x.y=z.")
+            raise ValueError(f"Unexpected argument {stray[0]!r}: write overrides of config entries as --config.x.y=z.")
     except flags.Error as error:
         raise ValueError(str(error)) from error
     workdir = atomic_io.place(known.workdir or _workdir(known.config), "--workdir")
@@ -61,11 +61,11 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def load(name: str) -> ConfigDict:
-    """What get_config of the file returns for what is after the colon: "configs/robal.py:dataset=digits"."""
+    """Returns the ConfigDict of "configs/robal.py:dataset=digits": get_config of the file, with the part after the colon."""
     path, colon, arguments = name.partition(":")
     if not os.path.isfile(path):
-        there = set(glob.glob("configs/*.py")) - {"configs/__init__.py", "configs/common.py"}
-        raise registry.unknown("config file", path, there)
+        known = set(glob.glob("configs/*.py")) - {"configs/__init__.py", "configs/common.py"}
+        raise registry.unknown("config file", path, known)
     try:
         get_config = runpy.run_path(path).get("get_config")
         config = get_config(*([arguments] if colon else [])) if get_config else None
@@ -78,7 +78,7 @@ def load(name: str) -> ConfigDict:
 
 
 def _find(path: str, config: ConfigDict) -> None:
-    """ValueError, with the nearest entry, if `config` has none at `path`."""
+    """Raises ValueError, with the nearest entry, unless `config` has an entry at `path`."""
     entry, where = config, "config"
     for name in path.split("."):
         if not isinstance(entry, ConfigDict):
@@ -89,7 +89,7 @@ def _find(path: str, config: ConfigDict) -> None:
 
 
 def _workdir(config: str) -> str:
-    """workdirs/robal-dataset=digits for configs/robal.py:dataset=digits; one folder, also for an argument with "/"."""
+    """Returns workdirs/robal-dataset=digits for configs/robal.py:dataset=digits; "/" in an argument becomes "_"."""
     path, colon, arguments = config.partition(":")
     name = os.path.splitext(os.path.basename(path))[0]
     return os.path.join("workdirs", name + f"{colon and '-'}{arguments.replace(',', '-').replace('/', '_')}")

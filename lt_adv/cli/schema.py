@@ -1,4 +1,4 @@
-"""A config, looked at whole before anything is loaded, compiled or written: one line for what cannot be."""
+"""Validation of a config before anything is loaded, compiled or written. Every error is one line."""
 
 import re
 from collections.abc import Callable, Collection, Mapping
@@ -21,7 +21,7 @@ Rule = Callable[[str, Any], None]  # (path of an entry, its value); raises Value
 
 
 def number(interval: str, hint: str = "", kind: type = float) -> Rule:
-    """A number in an interval such as "(0, 1]". NaN is in none of them."""
+    """Rule: a number in an interval such as "(0, 1]". NaN is in no interval."""
     low, high = (float(end) for end in interval[1:-1].split(","))
 
     def rule(path: str, value: Any) -> None:
@@ -83,10 +83,10 @@ def optional(rule: Rule) -> Rule:
 PIXELS = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137"
 RATIO = "it is max count / min count, so the literature's 0.02 is ratio 50"
 LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS), number("(0, inf)"), number("[0, inf)")
-MOST = 1000000  # of anything that is counted: far more than one can mean, and no overflow in 32 bits
+MOST = 1000000  # upper bound of every count: no sum of counts overflows 32 bits
 ONE_OR_MORE, ZERO_OR_MORE, SEED = whole(f"[1, {MOST}]"), whole(f"[0, {MOST}]"), whole("[0, 4294967295]")
 
-# Every entry that all configs have. The options of a model, head, method, adjustment or attack are looked at by these.
+# Entries of every config. A model, head, method, adjustment or attack validates its own options.
 ENTRIES: Mapping[str, Rule] = {
     "seed": SEED,
     "init_from": path_of,
@@ -118,7 +118,7 @@ ENTRIES: Mapping[str, Rule] = {
     "method.name": a(str),
     "addons": each(a(str)),
     "robustlt.alpha": number("[0, 1]"),
-    "robustlt.warmup": number("[0, 1]", "it is a share of the epochs"),
+    "robustlt.warmup": number("[0, 1]", "it is a fraction of the epochs"),
     "awp.gamma": NOT_NEGATIVE,
     "attack.eps": LENGTH,
     "attack.step_size": LENGTH,
@@ -157,7 +157,7 @@ ENTRIES: Mapping[str, Rule] = {
     "eval.seed": SEED,
     "eval.adjustment.name": a(str),
 }
-OPTIONS = ("model.", "method.", "eval.adjustment.", "eval.attacks.")  # sections with entries of their own
+OPTIONS = ("model.", "method.", "eval.adjustment.", "eval.attacks.")  # sections whose entries depend on a name
 ATTACK_OPTIONS: Mapping[str, Rule] = {
     "eps": LENGTH,
     "step_size": LENGTH,
@@ -168,35 +168,41 @@ ATTACK_OPTIONS: Mapping[str, Rule] = {
     "confidence": NOT_NEGATIVE,
     "decay": NOT_NEGATIVE,
 }
-L2 = {"eps": POSITIVE, "step_size": POSITIVE}  # a distance over many pixels may be more than 1
+L2 = {"eps": POSITIVE, "step_size": POSITIVE}  # an L2 distance over many pixels may exceed 1
 
 
 def flat(config: Mapping[str, Any]) -> dict[str, Any]:
-    """{"optim": {"epochs": 80}} -> {"optim.epochs": 80}, of plain dicts."""
+    """Flattens nested dicts: {"optim": {"epochs": 80}} -> {"optim.epochs": 80}."""
     return flax.traverse_util.flatten_dict(config, sep=".")
 
 
 def values(config: ml_collections.ConfigDict) -> None:
-    """ValueError unless every entry is there, known, and of some use, whatever the data; so in every stage."""
+    """Validates every entry of the config and of each stage, without the data.
+
+    Raises:
+      ValueError: an entry is missing, unknown, out of range, or has no effect.
+    """
     _entries(config)
-    stages = stage_builder.stages(config)  # knows the methods and their options
+    stages = stage_builder.stages(config)  # raises for unknown methods and options
     for stage in stages:
         _stage(config, stage)
-    given, used = config.attack.start, stages[-1].method.attack_start
-    if given not in (None, used):
+    start, used = config.attack.start, stages[-1].method.attack_start
+    if start not in (None, used):
         raise ValueError(
-            f"config.attack.start is {given!r}, but config.fidelity or config.addons sets {used!r}: leave it out."
+            f"config.attack.start is {start!r}, but config.fidelity or config.addons sets {used!r}: leave it out."
         )
-    begins = config.init_from and not imports(config)
-    if begins and config.init_from not in {stage.init for stage in stages}:
-        raise ValueError(f"config.init_from: method {config.method.name} does not begin with another run.")
+    starts_from_run = config.init_from and not imports(config)
+    if starts_from_run and config.init_from not in {stage.init for stage in stages}:
+        raise ValueError(f"config.init_from: method {config.method.name} does not start from another run.")
     models.create(config.model, num_classes=2)
     adjustment = config.eval.adjustment
     posthoc.create(adjustment, config.model.head.name)
     if adjustment.name == "tde" and config.method.name != "tde":
-        raise ValueError(f"The adjustment 'tde' needs what method tde keeps, and method {config.method.name} does not.")
+        raise ValueError(f"The adjustment 'tde' needs the state of method tde, and the method is {config.method.name}.")
     if adjustment.name == "tde" and imports(config):
-        raise ValueError(f"The adjustment 'tde' needs what method tde keeps, and {config.init_from} has weights alone.")
+        raise ValueError(
+            f"The adjustment 'tde' needs the state of method tde, and {config.init_from} holds only weights."
+        )
     for name, spec in config.eval.attacks.items():
         _attack(name, spec, f"config.eval.attacks.{name}")
     for name in config.eval.only:
@@ -206,15 +212,15 @@ def values(config: ml_collections.ConfigDict) -> None:
             raise ValueError(f"config.eval.{name} is {value!r}, which needs config.data.validation_per_class above 0.")
     optional(whole(f"[1, {config.optim.batch_size}]"))("config.cpu_devices", config.cpu_devices)
     if config.sharded and config.parallel == "pmap":
-        raise ValueError("config.sharded: pmap keeps a whole copy of the state on each device, take shard_map.")
+        raise ValueError("config.sharded: pmap replicates the state on every device, use config.parallel=shard_map.")
     if config.average.name == "ema" and config.average.start_epoch:
-        raise ValueError("config.average.start_epoch is of 'swa': an 'ema' begins with the first step, leave it at 0.")
+        raise ValueError("config.average.start_epoch applies to 'swa' only: leave it at 0 for 'ema'.")
     if config.average.name == "swa":
         whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
 
 
 def imports(config: ml_collections.ConfigDict) -> bool:
-    """Whether `config.init_from` is a file of others' weights, to be evaluated, and not a run to begin with."""
+    """Returns whether `config.init_from` names a file of external weights instead of a run."""
     return weight_files.is_file(str(config.get("init_from") or ""))
 
 
@@ -232,7 +238,7 @@ def _entries(config: ml_collections.ConfigDict) -> None:
         elif value is not None:
             a(str, int, tuple, list)(f"config.{path}", value)
     if missing := [path for path in ENTRIES if path not in entries]:
-        raise ValueError(f"config.{missing[0]} is missing: configs begin with common.get, which sets every entry.")
+        raise ValueError(f"config.{missing[0]} is missing: build configs with common.get, which sets every entry.")
 
 
 def _stage(config: ml_collections.ConfigDict, stage: base.Stage) -> None:
@@ -241,7 +247,9 @@ def _stage(config: ml_collections.ConfigDict, stage: base.Stage) -> None:
             _entries(stage_builder.configured(config, stage))
         re.compile(stage.freeze or "")
     except re.error as error:
-        raise ValueError(f"Stage {stage.name!r}: {stage.freeze!r} is no regular expression ({error}).") from error
+        raise ValueError(
+            f"Stage {stage.name!r}: {stage.freeze!r} is not a valid regular expression ({error})."
+        ) from error
     except ValueError as error:
         raise ValueError(f"Stage {stage.name!r}: {error}") from error
 
@@ -250,7 +258,7 @@ def _attack(name: str, spec: Any, path: str) -> None:
     a(ml_collections.ConfigDict)(path, spec)
     file_name("each key of config.eval.attacks", name)
     if name in (CLEAN, WORST):
-        raise ValueError(f"{path}: the report itself uses the name {name!r}, choose another.")
+        raise ValueError(f"{path}: the name {name!r} is reserved for the report, choose another.")
     rules = {**ATTACK_OPTIONS, **(L2 if spec.get("norm") == "l2" else {})}
     for option, value in spec.items():
         optional(rules.get(option, a(object)))(f"{path}.{option}", value)
@@ -261,35 +269,37 @@ def _attack(name: str, spec: Any, path: str) -> None:
 
 
 def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
-    """ValueError unless the config can be trained on these images with this many devices."""
+    """Raises ValueError unless the config can be trained on this split with this number of devices."""
     longtail.supplied(split.class_counts, split.class_names, config.data.name)
-    if config.data.augment != "none":  # a larger one would give crops with nothing of the image
+    if config.data.augment != "none":  # a larger padding would give crops without any pixel of the image
         whole(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
     models.create(config.model, len(split.class_names))
     stage_builder.steps_per_epoch(config, split, devices)
 
 
-def stage_fits(own: ml_collections.ConfigDict, stage: base.Stage, split: data.LongTailed, devices: int) -> None:
-    """ValueError unless the stage, whose own config and images these are, can be trained."""
-    fits(own, split, devices)
-    variables, _ = stage_builder.shapes(own, split)
+def stage_fits(config: ml_collections.ConfigDict, stage: base.Stage, split: data.LongTailed, devices: int) -> None:
+    """Raises ValueError unless the stage, with its resolved config and split, can be trained."""
+    fits(config, split, devices)
+    variables, _ = stage_builder.shapes(config, split)
     optimizer.frozen_mask(variables["params"], stage.freeze)
     if stage.init not in ("fresh", "previous"):
-        there = {name: tree for name, tree in checkpoint.look(stage.init)[0].items() if name in variables}
-        stage_builder.mergeable(_flat(variables), _flat(there), stage.init)
+        stored = {name: tree for name, tree in checkpoint.look(stage.init)[0].items() if name in variables}
+        stage_builder.mergeable(_flat(variables), _flat(stored), stage.init)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
-    """{"params/head/kernel": array or its description, ...}"""
+    """Flattens a tree: {"params/head/kernel": array or shape, ...}."""
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
 def network(config: ml_collections.ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
-    """ValueError unless `variables`, which come from `origin`, are those of the configured network."""
-    wanted, _ = stage_builder.shapes(config, split)
-    there = {name: tree for name, tree in variables.items() if name != "method_state"}
-    here, there = ({name: tuple(leaf.shape) for name, leaf in _flat(tree).items()} for tree in (wanted, there))
-    for name in sorted({*here, *there}):
-        if here.get(name) != there.get(name):
-            shapes = f"{name} is {there.get(name, 'absent')} there, {here.get(name, 'absent')} by config.model"
+    """Raises ValueError unless `variables`, read from `origin`, have the shapes of the configured network."""
+    configured, _ = stage_builder.shapes(config, split)
+    stored = {name: tree for name, tree in variables.items() if name != "method_state"}
+    configured, stored = (
+        {name: tuple(leaf.shape) for name, leaf in _flat(tree).items()} for tree in (configured, stored)
+    )
+    for name in sorted({*configured, *stored}):
+        if configured.get(name) != stored.get(name):
+            shapes = f"{name} is {stored.get(name, 'absent')} there, {configured.get(name, 'absent')} in config.model"
             raise ValueError(f"{origin} holds another network: {shapes}.")

@@ -1,4 +1,4 @@
-"""Whose a working directory is: the config it was begun with, and the one process that writes in it."""
+"""Working directories: the config that a run was started with, and a lock for the process that writes."""
 
 import contextlib
 import fcntl
@@ -15,21 +15,23 @@ from lt_adv.cli import schema
 from lt_adv.runtime import atomic_io, distributed
 
 LOCK = ".lock"
-# What may change between two starts in a working directory. Training watches itself through the adjustment.
+# Entries that may change between two starts in a working directory; validation during training uses WATCHED.
 FREE = ("eval.", "data.data_dir", "data.download", "data.test_split", "data.resident_gib", "cpu_devices", "sharded")
 WATCHED = ("eval.adjustment.", "eval.dtype")
 
 
 @contextlib.contextmanager
 def locked(workdir: epath.PathLike) -> Iterator[None]:
-    """The working directory, which must be there, for this process alone; ValueError at once if another one has it.
+    """Locks an existing working directory for this process.
 
-    The lock is the kernel's, on the file `.lock`, and goes with the process: a kill leaves none behind. It holds among
-    processes that share a file system (on a network file system, as far as that keeps `flock`). A bucket ("://") has no
-    such lock: there nothing is held, and starting two runs in one place is up to the user. Of the processes of one run
-    the first holds it for all. What a killed process left half written is removed: nobody writes it any more.
+    The lock is `flock` on the file `.lock`: it ends with the process, also after a kill. It works between processes
+    that share a file system (on network file systems, if they support `flock`). Buckets ("://") have no such lock and
+    are not locked. Of the processes of one run, the primary process holds the lock for all. Files that a killed
+    process left half written are removed.
 
-    Errors: OSError where the file cannot be written.
+    Raises:
+      ValueError: another process holds the lock.
+      OSError: the file cannot be written.
     """
     with contextlib.ExitStack() as stack:
         distributed.on_primary(lambda: _lock(epath.Path(workdir), stack))
@@ -37,56 +39,61 @@ def locked(workdir: epath.PathLike) -> Iterator[None]:
 
 
 def _lock(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
-    """Held until `stack` ends."""
+    """Takes the lock; closing `stack` releases it."""
     if "://" in os.fspath(workdir):
         return
     file = stack.enter_context((workdir / LOCK).open("a"))
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise ValueError(f"Another process works in {workdir}: wait until it ends, or use another --workdir.") from None
+        raise ValueError(f"Another process uses {workdir}: wait until it ends, or use another --workdir.") from None
     atomic_io.clear(workdir)
 
 
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
-    """ValueError, with the difference, if the working directory was started with another config."""
+    """Raises ValueError, with the difference, if the working directory was started with another config."""
     path = workdir / "config.json"
     if not path.exists():
         return
     try:
-        theirs = immutable_entries(json.loads(path.read_text()), training=training)
-    except (ValueError, AssertionError, RecursionError) as error:  # no JSON, or no dict
+        stored = immutable_entries(json.loads(path.read_text()), training=training)
+    except (ValueError, AssertionError, RecursionError) as error:  # not JSON, or not a dict
         why = atomic_io.reason(path, error, atomic_io.JSON)
-        raise ValueError(f"{path} is damaged ({why}): put it back as it was, or use another --workdir.") from error
-    mine = immutable_entries(config.to_dict(), training=training)
-    changed = [name for name in sorted({*theirs, *mine}) if theirs.get(name) != mine.get(name)]
+        raise ValueError(f"{path} is damaged ({why}): restore it, or use another --workdir.") from error
+    current = immutable_entries(config.to_dict(), training=training)
+    changed = [name for name in sorted({*stored, *current}) if stored.get(name) != current.get(name)]
     if changed:
-        shown = "; ".join(f"{name}: {theirs.get(name, 'absent')} -> {mine.get(name, 'absent')}" for name in changed)
-        raise ValueError(f"{workdir} began with another config ({shown}): use another --workdir, or the old values.")
+        shown = "; ".join(f"{name}: {stored.get(name, 'absent')} -> {current.get(name, 'absent')}" for name in changed)
+        raise ValueError(
+            f"{workdir} was started with another config ({shown}): use another --workdir, or the old values."
+        )
 
 
 @contextlib.contextmanager
 def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[None]:
-    """The working directory with the config stored in it, for this run alone.
+    """Creates the working directory if it is missing, locks it, and stores the config in it.
 
-    ValueError if another process has it, and if it cannot be written; then nothing is left behind.
+    Raises:
+      ValueError: another process holds it, or it cannot be written; nothing is left behind then.
     """
     new = list(itertools.takewhile(lambda folder: not folder.exists(), (workdir, *workdir.parents)))
     if (workdir / "checkpoints").exists() and not (workdir / "config.json").exists():
-        raise ValueError(f"{workdir} has checkpoints and no config.json that says of what: use another --workdir.")
+        raise ValueError(f"{workdir} has checkpoints but no config.json: use another --workdir.")
     with contextlib.ExitStack() as stack:
 
         def begin() -> None:
             try:
                 atomic_io.make_folder(workdir)
                 _lock(workdir, stack)
-                compare(config, workdir, training=not schema.imports(config))  # it may be another's by now
+                compare(
+                    config, workdir, training=not schema.imports(config)
+                )  # another process may have created it meanwhile
                 content = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
                 atomic_io.write_atomically(workdir / "config.json", content)
             except OSError as error:
                 if workdir in new and workdir.exists():
                     workdir.rmtree()
-                with contextlib.suppress(OSError):  # not there either, or no longer empty
+                with contextlib.suppress(OSError):  # missing, or not empty any more
                     for folder in new[1:]:
                         folder.rmdir()
                 reason = f"{workdir} cannot be written ({error.strerror or error})"
@@ -97,7 +104,7 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[No
 
 
 def immutable_entries(config: Mapping[str, Any], *, training: bool = False) -> dict[str, str]:
-    """{"optim.epochs": "80", ...}, of the entries that must not change."""
+    """Returns {"optim.epochs": "80", ...} for the entries that must not change between two starts."""
     fixed = {
         k: v for k, v in schema.flat(config).items() if not k.startswith(FREE) or training and k.startswith(WATCHED)
     }

@@ -142,7 +142,7 @@ VALUES = [
     ("eval.attacks.pgd20.start=zeros", r"Unknown config\.eval\.attacks\.pgd20\.start 'zeros'\. Did you mean 'zero'\?"),
     ("eval.attacks.pgd20.attack=pdg", r"config\.eval\.attacks\.pgd20: Unknown attack 'pdg'\. Did you mean 'pgd'\?"),
     ("eval.attacks.pgd20={'attack':'pgd','stepsize':1}", r"attacks\.pgd20: Unknown option of pgd 'stepsize'"),
-    ("eval.attacks={'clean':{'attack':'fgsm','eps':0.1}}", r"the report itself uses the name 'clean'"),
+    ("eval.attacks={'clean':{'attack':'fgsm','eps':0.1}}", r"the name 'clean' is reserved for the report"),
     ("eval.attacks={'new':{'attack':'pgd','eps':0.1}}", r"config\.eval\.attacks\.new: .* needs step_size, num_steps"),
     ("eval.attacks={'new':{'attack':'fgsm','eps':0.1,'norm':'l3'}}", r"Unknown norm 'l3'"),
 ]
