@@ -61,7 +61,7 @@ def parse(argv: list[str]) -> Arguments:
 
 
 def load(name: str) -> ConfigDict:
-    """Returns the ConfigDict of "configs/robal.py:dataset=digits": get_config of the file, with the part after the colon."""
+    """Returns the ConfigDict of "configs/robal.py:dataset=digits": get_config of the file, given what follows ":"."""
     path, colon, arguments = name.partition(":")
     if not os.path.isfile(path):
         known = set(glob.glob("configs/*.py")) - {"configs/__init__.py", "configs/common.py"}
