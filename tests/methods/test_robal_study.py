@@ -110,7 +110,7 @@ def test_focal_starts_from_the_frequencies():
 
 def test_a_run_begins_with_the_start_of_its_method(monkeypatch):
     """And the parameters of an earlier stage go before it."""
-    monkeypatch.setattr(stage_builder.steps, "make_train_step", lambda *_, **__: (None, lambda *_: {}))  # takes no step
+    monkeypatch.setattr(stage_builder.train_step, "make_train_step", lambda *_, **__: (None, lambda *_: {}))  # takes no step
     config = get("focal", "dataset=digits")
     (stage,), mesh = stage_builder.stages(config), sharding.make_mesh(jax.devices()[:1])
     dataset = data.load(config.data)

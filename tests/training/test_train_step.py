@@ -37,7 +37,7 @@ def trained():
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, data, teacher)
             kinds.append(len(compiled))
-            train_state.append(jax.device_get(state))
+            states.append(jax.device_get(state))
             rows.append(jax.device_get(metrics))
     return states, rows, kinds, (step, feed, teacher)
 
