@@ -1,14 +1,17 @@
-"""The tables of the README, from the docstrings of configs/ and the reports under experiments/results/.
+"""The tables of README.md and docs/, made from configs/ and the records under experiments/results/.
 
-    python -m experiments.tables            write them between their markers
-    python -m experiments.tables --check    exit 1 if they are out of date
+    python -m experiments.tables            write every table between its markers
+    python -m experiments.tables --check    exit with 1 if a page is out of date
+
+`PAGES` lists the tables of each page. A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`; the rest of
+a page is written by hand.
 
 A result is one file experiments/results/<study>/<row or config>-seed<n>-<part>.json with the entries `report` (a
-report.json), `command`, `machine`, `commit`, and `row` where it is of a row of `experiments.study`. The part "full" is
-the whole split, "scales" a sweep, any other a fixed class-balanced subset; the split is that of the report's header
-("test" where it has none). What `experiments.study` makes of its results is table.json beside them. Those of speed are
-experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them; those of faults likewise; tallies of
-bad input are experiments/results/fuzz/<surface>.json, of `experiments.fuzz`.
+report.json), `command`, `machine`, `commit`, and `row` if it belongs to a row of `experiments.study`. The part "full"
+is the full split, "scales" a sweep of logit scales, any other part a fixed class-balanced subset; the split is that of
+the report's header ("test" if it has none). `experiments.study` summarises its results in table.json beside them.
+Speed is recorded in benchmark/<name>.json by `experiments.benchmark`, fault injection in faults/, invalid input in
+fuzz/<surface>.json.
 """
 
 import argparse
@@ -21,6 +24,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from configs import common
 from experiments.benchmark import tables as speed
 from experiments.communication import checkpoints, paper
 from experiments.faults import tables as faults_tables
@@ -30,14 +34,16 @@ from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
 from experiments.study.summary import network, spread
 from experiments.study.tables import GROUPS
+from lt_adv.cli import schema
 from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import WORST
 from lt_adv.evaluation.report import table
 
 ROOT = Path(__file__).parents[1]
-README, CONFIGS, RESULTS = ROOT / "README.md", ROOT / "configs", ROOT / "experiments" / "results"
+CONFIGS, RESULTS = ROOT / "configs", ROOT / "experiments" / "results"
 FULL, SUBSET, ABLATION, NOT_YET = "full", "subset", "ablation", "not measured yet"
 JPEG_ROWS = {"robal": "RoBal-N", "at_bsl": "AT-BSL", "at": "AT"}
+HEADLINE = ("at", "at_bsl", "reat", "robal", "self_distillation", "lt_adv")  # rows of the study in README.md
 
 Runs = Sequence[Mapping[str, Any]]  # a result per seed
 Results = Mapping[tuple[str, str], Runs]  # by (row or config, part)
@@ -174,6 +180,49 @@ def study(results: Path = RESULTS) -> str:
     return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
 
 
+def headline(results: Path = RESULTS) -> str:
+    """The rows `HEADLINE` of the study `cpu`: all images, and the tail in the worst case."""
+    path = results / "cpu" / "table.json"
+    if not path.exists():
+        return _unmeasured("Study", "cpu")
+    rows = {name: row for name, row in json.loads(path.read_text())["rows"].items() if name in HEADLINE}
+    columns = {title(c): f"eval/{c}/accuracy" for c in ("clean", "pgd20", "autoattack", WORST)}
+    columns |= {f"{title(WORST)}, {group}": f"eval/{WORST}/accuracy_{group}" for group in ("head", "tail")}
+    body = [
+        [rows[name]["title"], *(study_tables.percent(rows[name]["figures"].get(m)) for m in columns.values())]
+        for name in HEADLINE
+        if name in rows
+    ]
+    return table(["", *columns], body)
+
+
+def configuration() -> str:
+    """Every entry that all configs have: its default for CIFAR-10, and the comment beside it in configs/common.py."""
+    comments = entry_comments((CONFIGS / "common.py").read_text())
+    rows = []
+    for name, value in schema.flat(common.get("cifar10", epochs=80, drop_epochs=(60, 75), of=80).to_dict()).items():
+        if not name.startswith("eval.attacks."):  # documented in docs/evaluation.md
+            rows.append([f"`{name}`", f"`{_literal(value)}`", comments.get(name, "")])
+    return table(["Entry", "Default", "Meaning"], rows, left=3)
+
+
+def _literal(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+
+def entry_comments(source: str) -> dict[str, str]:
+    """{"data.pad": comment} for each line `c.section = {`, `"entry": ...,  # comment` or `c.entry = ...  # comment`."""
+    comments, section = {}, ""
+    for line in source.splitlines():
+        if start := re.match(r"    c\.(\w+) = ", line):
+            section = start[1]
+        entry = re.match(r'        "(\w+)": ', line)
+        _, hash_sign, comment = line.partition("  # ")
+        if section and hash_sign and (start or entry):
+            comments[section + (f".{entry[1]}" if entry else "")] = comment
+    return comments
+
+
 def ablation(results: Path = RESULTS) -> str:
     """Choices of ours on validation images: every folder ablation*, as a row became what it is in several rounds."""
     blocks = []
@@ -224,7 +273,9 @@ def fuzz(results: Path = RESULTS) -> str:
 
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
+    "headline": headline,
     "index": index,
+    "configuration": configuration,
     "jpeg_rows": jpeg_rows,
     "study": study,
     "ablation": ablation,
@@ -234,32 +285,54 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "fuzz": fuzz,
     **SPEED,
 }
+PAGES: Mapping[str, tuple[str, ...]] = {
+    "README.md": ("headline",),
+    "docs/methods.md": ("index",),
+    "docs/configuration.md": ("configuration",),
+    "docs/results.md": ("jpeg_rows", "study", "ablation"),
+    "docs/performance.md": (*SPEED, "precision"),
+    "docs/distributed.md": ("communication",),
+    "docs/reliability.md": ("faults", "fuzz"),
+}
 
 
-def rendered(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
-    """`text` with the tables between <!-- table NAME --> and <!-- end NAME -->; ValueError without these markers."""
+def rendered(text: str, tables: Mapping[str, Callable[[], str]], prefix: str = "") -> str:
+    """`text` with each of `tables` between its markers, and `prefix` before the relative links of these tables.
+
+    Raises:
+      ValueError: the markers of a table are missing.
+    """
     for name, make in tables.items():
         start, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
         before, opened, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not (opened and closed):
-            raise ValueError(f"The README has no {start} ... {end}.")
-        text = f"{before}{start}\n{make()}\n{end}{after}"
+            raise ValueError(f"The markers {start} ... {end} are missing.")
+        content = re.sub(r"\]\((?!https?:|#)", f"]({prefix}", make())
+        text = f"{before}{start}\n{content}\n{end}{after}"
     return text
+
+
+def page(root: Path, name: str) -> tuple[str, str]:
+    """The text of a page as it is and as it should be."""
+    text = (root / name).read_text()
+    return text, rendered(text, {table: TABLES[table] for table in PAGES[name]}, "../" * name.count("/"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the README is out of date")
-    check = parser.parse_args().check
-    old = README.read_text()
-    new = rendered(old)
-    if check and old != new:
-        print("The tables of README.md are out of date: python -m experiments.tables", file=sys.stderr)
-        return 1
-    if not check:
-        README.write_text(new)
-    return 0
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a page is out of date")
+    check, status = parser.parse_args().check, 0
+    for name in PAGES:
+        old, new = page(ROOT, name)
+        if old == new:
+            continue
+        if check:
+            print(f"The tables of {name} are out of date: run python -m experiments.tables", file=sys.stderr)
+            status = 1
+        else:
+            (ROOT / name).write_text(new)
+    return status
 
 
 if __name__ == "__main__":
