@@ -16,6 +16,7 @@ fuzz/<surface>.json.
 
 import argparse
 import ast
+import itertools
 import json
 import re
 import sys
@@ -27,6 +28,7 @@ from typing import Any
 from configs import common
 from experiments.benchmark import tables as speed
 from experiments.communication import checkpoints, paper
+from experiments.config_entries import MEANING
 from experiments.faults import tables as faults_tables
 from experiments.fuzz import tables as tallies
 from experiments.study import findings
@@ -197,30 +199,17 @@ def headline(results: Path = RESULTS) -> str:
 
 
 def configuration() -> str:
-    """Every entry that all configs have: its default for CIFAR-10, and the comment beside it in configs/common.py."""
-    comments = entry_comments((CONFIGS / "common.py").read_text())
-    rows = []
-    for name, value in schema.flat(common.get("cifar10", epochs=80, drop_epochs=(60, 75), of=80).to_dict()).items():
-        if not name.startswith("eval.attacks."):  # documented in docs/evaluation.md
-            rows.append([f"`{name}`", f"`{_literal(value)}`", comments.get(name, "")])
-    return table(["Entry", "Default", "Meaning"], rows, left=3)
+    """Every entry that all configs have, by section: its default for CIFAR-10 and its meaning."""
+    defaults = schema.flat(common.get("cifar10", epochs=80, drop_epochs=(60, 75), of=80).to_dict())
+    blocks = []
+    for section, names in itertools.groupby(MEANING, key=lambda name: name.partition(".")[0] if "." in name else ""):
+        rows = [[f"`{name}`", f"`{_literal(defaults[name])}`", MEANING[name]] for name in names]
+        blocks += [f"### {section}"] * bool(section) + [table(["Entry", "Default", "Meaning"], rows, left=3)]
+    return "\n\n".join(blocks)
 
 
 def _literal(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
-
-
-def entry_comments(source: str) -> dict[str, str]:
-    """{"data.pad": comment} for each line `c.section = {`, `"entry": ...,  # comment` or `c.entry = ...  # comment`."""
-    comments, section = {}, ""
-    for line in source.splitlines():
-        if start := re.match(r"    c\.(\w+) = ", line):
-            section = start[1]
-        entry = re.match(r'        "(\w+)": ', line)
-        _, hash_sign, comment = line.partition("  # ")
-        if section and hash_sign and (start or entry):
-            comments[section + (f".{entry[1]}" if entry else "")] = comment
-    return comments
 
 
 def ablation(results: Path = RESULTS) -> str:

@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments import front_figure, tables
+from experiments import front_figure
+from experiments.config_entries import MEANING
 from lt_adv.cli import flags, schema
 from lt_adv.evaluation import records
 
@@ -107,18 +108,10 @@ def test_extras_exist():
             assert re.search(rf"^{extra} =", setup, re.MULTILINE), (page, extra)
 
 
-def test_config_entries_exist():
-    (table,) = re.findall(r"^\| entry \|.*?\n\n", TEXT["docs/configuration.md"], re.DOTALL | re.MULTILINE)
-    rows = [line.split("|")[1] for line in table.splitlines()[2:] if line]
-    paths = [path for row in rows for path in re.findall(r"`([\w.]+)`", row)]
-    assert len(paths) >= len(rows)
-    entries = schema.flat(flags.load("configs/robal.py:dataset=digits").to_dict())
-    assert set(paths) <= set(entries)
-
-
-def test_configuration_table_reads_the_comments_of_the_source():
-    lines = ("    c.seed = 0  # of all draws", "    c.data = {", '        "size": 1,', '        "pad": 4,  # pixels')
-    assert tables.entry_comments("\n".join(lines)) == {"seed": "of all draws", "data.pad": "pixels"}
+def test_every_config_entry_has_a_meaning():
+    entries = schema.flat(flags.load("configs/at.py:dataset=cifar10").to_dict())
+    assert set(MEANING) == {name for name in entries if not name.startswith("eval.attacks.")}
+    assert set(MEANING) >= set(schema.ENTRIES)
 
 
 def test_all_methods_have_an_api_entry():
