@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import lt_adv
 from experiments import tables
 from experiments.study.rows import ROWS
 from lt_adv import losses
@@ -165,3 +166,10 @@ def test_relative_links_of_tables_are_relative_to_the_page():
     text = "<!-- table a -->\n<!-- end a -->"
     made = tables.rendered(text, {"a": lambda: "[x](configs/x.py) [y](https://y.org) [z](#z)"}, "../")
     assert made == "<!-- table a -->\n[x](../configs/x.py) [y](https://y.org) [z](#z)\n<!-- end a -->"
+
+
+def test_versions_agree():
+    changelog, citation = (ROOT / "CHANGELOG.md").read_text(), (ROOT / "CITATION.cff").read_text()
+    assert re.search(r"^## (\S+)", changelog, re.MULTILINE)[1] == lt_adv.__version__
+    assert re.search(r"^version: (\S+)", citation, re.MULTILINE)[1] == lt_adv.__version__
+    assert f"version = {{{lt_adv.__version__}}}" in TEXT
