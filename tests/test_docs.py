@@ -1,5 +1,6 @@
 """The documentation is true: code blocks run, commands parse, links and anchors exist, tables equal the records."""
 
+import json
 import re
 import shlex
 from pathlib import Path
@@ -10,7 +11,6 @@ import pytest
 from experiments import front_figure
 from experiments.config_entries import MEANING
 from lt_adv.cli import flags, schema
-from lt_adv.evaluation import records
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
@@ -67,12 +67,11 @@ def test_records_page_runs_on_saved_records(tmp_path, monkeypatch):
     pgd20[0] = 1
     options = {"attack": "pgd", "eps": 0.1}
     header = {"class_names": ["a", "b", "c"], "images": 12, "batch_size": 12, "attacks": {"pgd20": options}}
-    directory = tmp_path / "workdirs" / "at-dataset=digits" / "eval"
-    folder = records.folder(directory, header)
+    folder = tmp_path / "workdirs" / "at-dataset=digits" / "eval" / "records" / "0123456789ab"
     folder.mkdir(parents=True)
-    records.write_header(folder, header)
+    (folder / "header.json").write_text(json.dumps(header))
     columns = {"index": np.arange(12), "label": label, "clean": label, "attack/pgd20": pgd20}
-    records.write_batch(folder, 0, columns)
+    np.savez(folder / "batch-00000.npz", **columns)
     monkeypatch.chdir(tmp_path)
     scope = run("docs/records.md")
     assert scope["geometric_mean_accuracy"]("clean") == pytest.approx(1)
