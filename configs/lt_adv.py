@@ -4,7 +4,7 @@ Paper      none: this project's, made of Cho et al. and Lee et al. (gradient mat
 Command    python -m lt_adv.main --config=configs/lt_adv.py:dataset=cifar10
 Arguments  dataset, epochs (the student's, as in configs/self_distillation.py)
 Expected   no published number. Chosen on a validation split of a JPEG copy of CIFAR-10-LT with a small network and ten
-           epochs (README, Ablations), and fixed before its first test image was seen
+           epochs (docs/results.md, Ablations), and fixed before its first test image was seen
 """
 
 from configs import self_distillation

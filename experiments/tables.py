@@ -1,18 +1,22 @@
-"""The tables of the README, from the docstrings of configs/ and the reports under experiments/results/.
+"""The tables of README.md and docs/, made from configs/ and the records under experiments/results/.
 
-    python -m experiments.tables            write them between their markers
-    python -m experiments.tables --check    exit 1 if they are out of date
+    python -m experiments.tables            write every table between its markers
+    python -m experiments.tables --check    exit with 1 if a page is out of date
+
+`PAGES` lists the tables of each page. A table stands between `<!-- table NAME -->` and `<!-- end NAME -->`; the rest of
+a page is written by hand.
 
 A result is one file experiments/results/<study>/<row or config>-seed<n>-<part>.json with the entries `report` (a
-report.json), `command`, `machine`, `commit`, and `row` where it is of a row of `experiments.study`. The part "full" is
-the whole split, "scales" a sweep, any other a fixed class-balanced subset; the split is that of the report's header
-("test" where it has none). What `experiments.study` makes of its results is table.json beside them. Those of speed are
-experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them; those of faults likewise; tallies of
-bad input are experiments/results/fuzz/<surface>.json, of `experiments.fuzz`.
+report.json), `command`, `machine`, `commit`, and `row` if it belongs to a row of `experiments.study`. The part "full"
+is the full split, "scales" a sweep of logit scales, any other part a fixed class-balanced subset; the split is that of
+the report's header ("test" if it has none). `experiments.study` summarises its results in table.json beside them.
+Speed is recorded in benchmark/<name>.json by `experiments.benchmark`, fault injection in faults/, invalid input in
+fuzz/<surface>.json.
 """
 
 import argparse
 import ast
+import itertools
 import json
 import re
 import sys
@@ -21,8 +25,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from configs import common
 from experiments.benchmark import tables as speed
 from experiments.communication import checkpoints, paper
+from experiments.config_entries import MEANING
 from experiments.faults import tables as faults_tables
 from experiments.fuzz import tables as tallies
 from experiments.study import findings
@@ -30,96 +36,106 @@ from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
 from experiments.study.summary import network, spread
 from experiments.study.tables import GROUPS
+from lt_adv.cli import schema
 from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import WORST
 from lt_adv.evaluation.report import table
 
 ROOT = Path(__file__).parents[1]
-README, CONFIGS, RESULTS = ROOT / "README.md", ROOT / "configs", ROOT / "experiments" / "results"
+CONFIGS, RESULTS = ROOT / "configs", ROOT / "experiments" / "results"
 FULL, SUBSET, ABLATION, NOT_YET = "full", "subset", "ablation", "not measured yet"
+NO_NUMBER = "no published number under this protocol that we could read"
 JPEG_ROWS = {"robal": "RoBal-N", "at_bsl": "AT-BSL", "at": "AT"}
+HEADLINE = ("at", "at_bsl", "reat", "robal", "self_distillation", "lt_adv")  # rows of the study in README.md
 
 Runs = Sequence[Mapping[str, Any]]  # a result per seed
 Results = Mapping[tuple[str, str], Runs]  # by (row or config, part)
 
 
 def fields(path: Path) -> dict[str, str]:
-    """The claim of a config: {"title", "Paper", "Command", "Expected", ...} of its docstring, each on one line."""
+    """The docstring of a config: {"title", "Paper", "Command", "Expected", ...}, each on one line."""
     title, _, rest = (ast.get_docstring(ast.parse(path.read_text())) or "").partition("\n")
-    found, name = {"title": title.rstrip(".")}, "title"
+    entries, name = {"title": title.rstrip(".")}, "title"
     for line in rest.splitlines():
         if start := re.match(r"(\w+) {2,}(.*)", line):
             name, line = start[1], start[2]
-        found[name] = f"{found.get(name, '')} {line.strip()}".strip()
-    return found
+        entries[name] = f"{entries.get(name, '')} {line.strip()}".strip()
+    return entries
 
 
 def read(folder: Path) -> Results:
-    """The results of one study; of many seeds in the order of the seeds."""
-    found: dict[tuple[str, str], list] = {}
+    """The results of one study, in the order of the seeds."""
+    results: dict[tuple[str, str], list] = {}
     for path in sorted(folder.glob("*-seed*-*.json")):
         config, _, part = re.fullmatch(r"(.+)-seed(\d+)-(.+)", path.stem).groups()  # type: ignore[union-attr]
-        found.setdefault((config, part), []).append(json.loads(path.read_text()))
-    return found
+        results.setdefault((config, part), []).append(json.loads(path.read_text()))
+    return results
 
 
 def figure(results: Sequence[Mapping[str, Any]], metric: str) -> str:
-    """Per cent: mean over the seeds, and their standard deviation where there are several; "" for an absent metric."""
-    found = [result["report"]["metrics"].get(metric) for result in results]
-    values = [value for value in found if value is not None]
+    """Per cent: mean over the seeds, and their standard deviation if there are several; "" for an absent metric."""
+    values = [result["report"]["metrics"].get(metric) for result in results]
+    values = [value for value in values if value is not None]
     return study_tables.percent(spread(values) if values else None)
 
 
-def index(configs: Path = CONFIGS, results: Path = RESULTS) -> str:
-    """A row per config: what it claims, what was measured, at which commit."""
-    measured, rows = on_test_images(results), []
-    for path in sorted(configs.glob("*.py")):
-        if path.stem in ("__init__", "common"):
-            continue
-        claim, known = fields(path), measured.get(path.stem, [])
-        lines = [claim["Measured"]] if "Measured" in claim else []
-        lines += [measurement(name, runs) for name, runs in known]
-        commits = {run["commit"][:9] for _, runs in known for run in runs if run.get("commit")}
-        row = [f"[`{path.stem}`](configs/{path.name})", f"{claim['title']}. {claim['Paper']}", claim["Expected"]]
-        rows.append([*row, "<br>".join(lines) or NOT_YET, " ".join(sorted(commits)) or "–"])
-    return table(["Config", "Paper and row", "Expected (published)", "Measured", "Commit"], rows, left=5)
+def index(configs: Path = CONFIGS) -> str:
+    """A row per config: the method, the paper and the published numbers."""
+    rows = []
+    for path in config_files(configs):
+        claim = fields(path)
+        expected = "–" if claim["Expected"] == NO_NUMBER else claim["Expected"]
+        rows.append([f"[`{path.stem}`](configs/{path.name})", claim["title"], claim["Paper"], expected])
+    return table(["Config", "Method", "Paper", "Published or re-run"], rows, left=4)
+
+
+def config_files(configs: Path = CONFIGS) -> list[Path]:
+    return [path for path in sorted(configs.glob("*.py")) if path.stem not in ("__init__", "common")]
+
+
+def measured(configs: Path = CONFIGS, results: Path = RESULTS) -> str:
+    """A row per measurement on test images, in the order of the configs."""
+    measurements, rows = on_test_images(results), []
+    for path in config_files(configs):
+        if path.stem not in measurements:
+            rows.append([f"`{path.stem}`", "", NOT_YET, *[""] * 5])
+        for name, runs in measurements.get(path.stem, []):
+            header, commits = runs[0]["report"]["header"], {run["commit"][:9] for run in runs if run.get("commit")}
+            setting = f"{header['dataset']}; {network(header)}, {header['epochs']} epochs"
+            numbers = [f"{header['images']:,}", str(len(runs))]
+            numbers += [figure(runs, f"eval/{condition}/accuracy") for condition in ("clean", "pgd20")]
+            rows.append([f"`{path.stem}`", name, setting, *numbers, " ".join(sorted(commits)) or "–"])
+    head = ["Config", "Row", "Setting", "Test images", "Seeds", "Clean", "PGD-20", "Commit"]
+    return table(head, rows, left=3)
 
 
 def on_test_images(results: Path) -> dict[str, list[tuple[str, Runs]]]:
-    """Config -> (title, runs) of each of its rows: of all test images where there is that, else of the subset.
+    """Config -> (title, runs) of each of its rows: on all test images if there is that result, else on the subset.
 
-    Ablations are no claim of a config. Results older than the rows of the study are named by their config alone.
+    Ablations and results on validation images are left out. Results older than the rows of the study are named by their
+    config alone.
     """
-    found: dict[str, list[tuple[str, Runs]]] = {}
+    measurements: dict[str, list[tuple[str, Runs]]] = {}
     for folder in sorted(path for path in results.glob("*/") if not path.name.startswith(ABLATION)):
-        measured = read(folder)
-        for name in dict.fromkeys(name for name, _ in measured):
-            runs = measured.get((name, FULL)) or measured.get((name, SUBSET))
+        by_part = read(folder)
+        for name in dict.fromkeys(name for name, _ in by_part):
+            runs = by_part.get((name, FULL)) or by_part.get((name, SUBSET))
             if not runs or runs[0]["report"]["header"].get("split", "test") != "test":
                 continue
             row = ROWS[runs[0]["row"]] if "row" in runs[0] else None
             if not (row and row.varies):
-                found.setdefault(row.config if row else name, []).append((row.title if row else "", runs))
-    return found
-
-
-def measurement(name: str, runs: Runs) -> str:
-    """One line about the runs of a row, which says where it is of a part of the test set."""
-    header = runs[0]["report"]["header"]
-    number = f"{len(runs)} seed{'s' * (len(runs) > 1)}"
-    if "subset" in header["subset"]:
-        number += f", {header['images']} test images"
-    text = f"{name}: " * bool(name) + f"{header['dataset']}, {network(header)}, {header['epochs']} epochs, {number}: "
-    return text + f"clean {figure(runs, 'eval/clean/accuracy')}, PGD-20 {figure(runs, 'eval/pgd20/accuracy')}"
+                title = row.title if row else JPEG_ROWS.get(name, name)
+                measurements.setdefault(row.config if row else name, []).append((title, runs))
+    return measurements
 
 
 def jpeg_rows(results: Path = RESULTS) -> str:
     """RoBal-N, AT-BSL and AT at the same budget: the whole test set, then the subset with all attacks."""
-    found = read(results / "jpeg_rows")
-    if not found:
+    runs = read(results / "jpeg_rows")
+    if not runs:
         return f"CIFAR-10 (JPEG copy): {NOT_YET}."
-    parts = sorted({part for _, part in found}, key=lambda part: part != FULL)
-    blocks = [text for part in parts for text in _part(found, part)]
+    parts = sorted({part for _, part in runs}, key=lambda part: part != FULL)
+    blocks = [text for part in parts for text in _part(runs, part)]
     pictures = {name: f"jpeg_rows/plots-{c}-{FULL}/accuracy_by_class.png" for c, name in JPEG_ROWS.items()}
     pictures = {name: path for name, path in pictures.items() if (results / path).exists()}
     if pictures:
@@ -128,10 +144,10 @@ def jpeg_rows(results: Path = RESULTS) -> str:
     return "\n\n".join(blocks)
 
 
-def _part(found: Results, part: str) -> list[str]:
+def _part(runs: Results, part: str) -> list[str]:
     """What was measured, in words, and the table."""
-    titles = JPEG_ROWS | {config: config for config, _ in found if config not in JPEG_ROWS}
-    rows = {name: found[config, part] for config, name in titles.items() if (config, part) in found}
+    titles = JPEG_ROWS | {config: config for config, _ in runs if config not in JPEG_ROWS}
+    rows = {name: runs[config, part] for config, name in titles.items() if (config, part) in runs}
     report = next(iter(rows.values()))[0]["report"]
     header, conditions = report["header"], study_tables.ordered(report["conditions"])
     if part == FULL:
@@ -174,6 +190,36 @@ def study(results: Path = RESULTS) -> str:
     return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
 
 
+def headline(results: Path = RESULTS) -> str:
+    """The rows `HEADLINE` of the study `cpu`: all images, and the tail in the worst case."""
+    path = results / "cpu" / "table.json"
+    if not path.exists():
+        return _unmeasured("Study", "cpu")
+    rows = {name: row for name, row in json.loads(path.read_text())["rows"].items() if name in HEADLINE}
+    columns = {title(c): f"eval/{c}/accuracy" for c in ("clean", "pgd20", "autoattack", WORST)}
+    columns |= {f"{title(WORST)}, {group}": f"eval/{WORST}/accuracy_{group}" for group in ("head", "tail")}
+    body = [
+        [rows[name]["title"], *(study_tables.percent(rows[name]["figures"].get(m)) for m in columns.values())]
+        for name in HEADLINE
+        if name in rows
+    ]
+    return table(["", *columns], body)
+
+
+def configuration() -> str:
+    """Every entry that all configs have, by section: its default for CIFAR-10 and its meaning."""
+    defaults = schema.flat(common.get("cifar10", epochs=80, drop_epochs=(60, 75), of=80).to_dict())
+    blocks = []
+    for section, names in itertools.groupby(MEANING, key=lambda name: name.partition(".")[0] if "." in name else ""):
+        rows = [[f"`{name}`", f"`{_literal(defaults[name])}`", MEANING[name]] for name in names]
+        blocks += [f"### {section}"] * bool(section) + [table(["Entry", "Default", "Meaning"], rows, left=3)]
+    return "\n\n".join(blocks)
+
+
+def _literal(value: Any) -> str:
+    return f"{value:.6g}" if isinstance(value, float) else repr(value)
+
+
 def ablation(results: Path = RESULTS) -> str:
     """Choices of ours on validation images: every folder ablation*, as a row became what it is in several rounds."""
     blocks = []
@@ -195,10 +241,10 @@ def faults(results: Path = RESULTS) -> str:
 
 def benchmark(kind: str, results: Path = RESULTS) -> str:
     """What `experiments.benchmark <kind>` measured, a row or more per file."""
-    found = speed.read(results / "benchmark").get(kind)
-    if not found:
+    records = speed.read(results / "benchmark").get(kind)
+    if not records:
         return f"`{kind}`: {NOT_YET}; `python -m experiments.benchmark {speed.COMMANDS[kind]}` measures it."
-    head, rows = speed.TABLES[kind](found)
+    head, rows = speed.TABLES[kind](records)
     return table(head, rows, left=3)
 
 
@@ -216,15 +262,18 @@ def communication(results: Path = RESULTS) -> str:
 
 def fuzz(results: Path = RESULTS) -> str:
     """The tallies of `experiments.fuzz`, a row for each kind of input."""
-    found = [json.loads(path.read_text()) for path in sorted((results / "fuzz").glob("*.json"))]
-    if not found:
+    counts = [json.loads(path.read_text()) for path in sorted((results / "fuzz").glob("*.json"))]
+    if not counts:
         return f"Fuzz: {NOT_YET}; `python -m experiments.fuzz` measures it."
-    return table(*tallies.fuzz(found), left=2)
+    return table(*tallies.fuzz(counts), left=2)
 
 
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
+    "headline": headline,
     "index": index,
+    "measured": measured,
+    "configuration": configuration,
     "jpeg_rows": jpeg_rows,
     "study": study,
     "ablation": ablation,
@@ -234,32 +283,54 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "fuzz": fuzz,
     **SPEED,
 }
+PAGES: Mapping[str, tuple[str, ...]] = {
+    "README.md": ("headline",),
+    "docs/methods.md": ("index", "measured"),
+    "docs/configuration.md": ("configuration",),
+    "docs/results.md": ("jpeg_rows", "study", "ablation"),
+    "docs/performance.md": (*SPEED, "precision"),
+    "docs/distributed.md": ("communication",),
+    "docs/reliability.md": ("faults", "fuzz"),
+}
 
 
-def rendered(text: str, tables: Mapping[str, Callable[[], str]] = TABLES) -> str:
-    """`text` with the tables between <!-- table NAME --> and <!-- end NAME -->; ValueError without these markers."""
+def rendered(text: str, tables: Mapping[str, Callable[[], str]], prefix: str = "") -> str:
+    """`text` with each of `tables` between its markers, and `prefix` before the relative links of these tables.
+
+    Raises:
+      ValueError: the markers of a table are missing.
+    """
     for name, make in tables.items():
         start, end = f"<!-- table {name} -->", f"<!-- end {name} -->"
         before, opened, rest = text.partition(start)
         _, closed, after = rest.partition(end)
         if not (opened and closed):
-            raise ValueError(f"The README has no {start} ... {end}.")
-        text = f"{before}{start}\n{make()}\n{end}{after}"
+            raise ValueError(f"The markers {start} ... {end} are missing.")
+        content = re.sub(r"\]\((?!https?:|#)", f"]({prefix}", make())
+        text = f"{before}{start}\n{content}\n{end}{after}"
     return text
+
+
+def page(root: Path, name: str) -> tuple[str, str]:
+    """The text of a page as it is and as it should be."""
+    text = (root / name).read_text()
+    return text, rendered(text, {table: TABLES[table] for table in PAGES[name]}, "../" * name.count("/"))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing, exit 1 if the README is out of date")
-    check = parser.parse_args().check
-    old = README.read_text()
-    new = rendered(old)
-    if check and old != new:
-        print("The tables of README.md are out of date: python -m experiments.tables", file=sys.stderr)
-        return 1
-    if not check:
-        README.write_text(new)
-    return 0
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if a page is out of date")
+    check, status = parser.parse_args().check, 0
+    for name in PAGES:
+        old, new = page(ROOT, name)
+        if old == new:
+            continue
+        if check:
+            print(f"The tables of {name} are out of date: run python -m experiments.tables", file=sys.stderr)
+            status = 1
+        else:
+            (ROOT / name).write_text(new)
+    return status
 
 
 if __name__ == "__main__":

@@ -174,7 +174,7 @@ def test_the_card_says_what_it_is_of(made):
 
 def test_the_readme_shows_the_same_lines(made):
     example, _ = blocks((made / "export" / "README.md").read_text())
-    assert example in blocks((ROOT / "README.md").read_text())
+    assert example in blocks((ROOT / "docs" / "export.md").read_text())
 
 
 def test_again_gives_the_same_bytes(run):

@@ -132,7 +132,7 @@ def test_any_methods_config_will_do(weights, config):
 
 
 def test_the_readmes_example_runs(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text()
+    text = (ROOT / "docs" / "pytorch_weights.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     (example,) = (block for block in blocks if "torch_import" in block)
     (name,) = re.findall(r'"([\w-]+\.pth)"', example)

@@ -254,7 +254,7 @@ def test_a_start_that_fails_says_why(monkeypatch, tmp_path):
     assert answer["error"].startswith("Unknown config file 'configs/nothing.py'")
 
 
-@pytest.mark.parametrize("file", ["README.md", "experiments/gpu_queue.md"])
+@pytest.mark.parametrize("file", ["docs/performance.md", "experiments/gpu_queue.md"])
 def test_commands_parse(file, monkeypatch):
     monkeypatch.chdir(ROOT)
     pattern = rf"python -m experiments\.benchmark ((?:{'|'.join(kinds.KINDS)}) [^`\n]*)"

@@ -1,0 +1,132 @@
+"""The documentation is true: code blocks run, commands parse, links and anchors exist, tables equal the records."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from experiments import front_figure
+from experiments.config_entries import MEANING
+from lt_adv.cli import flags, schema
+
+ROOT = Path(__file__).parents[1]
+PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
+WITH_COMMANDS = (*PAGES, "experiments/gpu_queue.md")
+TEXT = {name: (ROOT / name).read_text() for name in WITH_COMMANDS}
+PYTHON = re.compile(r"(<!-- not run: [^\n]+ -->\n)?^```python\n(.*?)^```", re.DOTALL | re.MULTILINE)
+BASH = re.compile(r"^```bash\n(.*?)^```", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s]+)\)")
+
+
+def code(page):
+    """The python blocks of a page that run here."""
+    return [block for not_run, block in PYTHON.findall(TEXT[page]) if not not_run]
+
+
+def run(page, scope=None):
+    """Executes the blocks of a page in order, in one scope, and returns the scope."""
+    scope = {} if scope is None else scope
+    for block in code(page):
+        exec(compile(block, page, "exec"), scope)
+    return scope
+
+
+def anchors(text):
+    """The anchors that GitHub and MkDocs give the headings of a page."""
+    without_code = re.sub(r"^```.*?^```", "", text, flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", without_code, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_page_with_code_is_run_by_a_test():
+    here = {"README.md", "docs/quickstart.md", "docs/attacks.md", "docs/robustness_curve.md", "docs/records.md"}
+    assert {page for page in PAGES if code(page)} == here
+
+
+def test_quickstart_runs():
+    scope = run("docs/quickstart.md")
+    assert scope["x_adv"].shape == (4, 8, 8, 1)
+
+
+def test_robustness_curve_falls_from_clean_accuracy_to_zero(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("MPLBACKEND", "agg")
+    scope = run("docs/robustness_curve.md")
+    curve = scope["robust_accuracy"]
+    assert curve[0] > 0.85 and curve[-1] < 0.1 and np.all(np.diff(curve) <= 0.01)
+    assert (tmp_path / "robust_accuracy.png").stat().st_size > 1000
+
+
+def test_records_page_runs_on_saved_records(tmp_path, monkeypatch):
+    """On records of three classes: class 2 is lost under PGD-20, where its images are classified as class 0."""
+    label = np.repeat(np.arange(3, dtype=np.int32), 4)
+    pgd20 = np.where(label == 2, 0, label).astype(np.int32)
+    pgd20[0] = 1
+    options = {"attack": "pgd", "eps": 0.1}
+    header = {"class_names": ["a", "b", "c"], "images": 12, "batch_size": 12, "attacks": {"pgd20": options}}
+    folder = tmp_path / "workdirs" / "at-dataset=digits" / "eval" / "records" / "0123456789ab"
+    folder.mkdir(parents=True)
+    (folder / "header.json").write_text(json.dumps(header))
+    columns = {"index": np.arange(12), "label": label, "clean": label, "attack/pgd20": pgd20}
+    np.savez(folder / "batch-00000.npz", **columns)
+    monkeypatch.chdir(tmp_path)
+    scope = run("docs/records.md")
+    assert scope["geometric_mean_accuracy"]("clean") == pytest.approx(1)
+    assert scope["geometric_mean_accuracy"]("pgd20") == pytest.approx((0.75 * 1 * 1e-12) ** (1 / 3))
+    assert scope["share_attracted_by"]([0], "pgd20") == pytest.approx(4 / 5)
+    assert len(scope["table"]) == 12 and scope["records"].correct("worst").sum() == 7
+
+
+@pytest.mark.parametrize("page", [page for page in WITH_COMMANDS if "lt_adv.main --config" in TEXT[page]])
+def test_commands_parse(page):
+    parts = [part for block in BASH.findall(TEXT[page]) for line in block.splitlines() for part in line.split(" && ")]
+    for command in (shlex.split(part) for part in parts if "lt_adv.main --" in part):
+        schema.values(flags.parse(command[command.index("lt_adv.main") :]).config)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_anchors_exist(page):
+    here = (ROOT / page).parent
+    for link in LINK.findall(TEXT[page]):
+        if "://" in link:
+            continue
+        path, _, anchor = link.partition("#")
+        target = here / path if path else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            assert anchor in anchors(target.read_text()), link
+
+
+def test_extras_exist():
+    setup = (ROOT / "setup.cfg").read_text()
+    for page, text in TEXT.items():
+        for extra in {name for names in re.findall(r"\.\[([\w,-]+)\]", text) for name in names.split(",")}:
+            assert re.search(rf"^{extra} =", setup, re.MULTILINE), (page, extra)
+
+
+def test_every_config_entry_has_a_meaning():
+    entries = schema.flat(flags.load("configs/at.py:dataset=cifar10").to_dict())
+    assert set(MEANING) == {name for name in entries if not name.startswith("eval.attacks.")}
+    assert set(MEANING) >= set(schema.ENTRIES)
+
+
+def test_all_methods_have_an_api_entry():
+    modules = {path.stem for path in (ROOT / "lt_adv" / "methods").glob("*.py")} - {"__init__"}
+    assert modules <= set(re.findall(r"^::: lt_adv\.methods\.(\w+)$", TEXT["docs/api/methods.md"], re.MULTILINE))
+
+
+def test_every_page_is_in_the_navigation():
+    listed = set(re.findall(r": ([\w/]+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE))
+    assert {f"docs/{page}" for page in listed} == {page for page in PAGES if page.startswith("docs/")}
+
+
+def test_front_figure_shows_the_records():
+    classes = front_figure.read()
+    assert set(classes) == {"at", "robal"} and all(len(rows) == 10 for rows in classes.values())
+    bars = front_figure.figure(classes).axes[0].patches
+    expected = [100 * row["accuracy"]["pgd20"] for rows in classes.values() for row in rows]
+    np.testing.assert_allclose([bar.get_height() for bar in bars], expected)
+    assert front_figure.OUT.exists()
