@@ -64,7 +64,7 @@ def file_name(path: str, value: Any) -> None:
 
 def path_of(path: str, value: Any) -> None:
     a(str)(path, value)
-    atomic_io.place(value, path)
+    atomic_io.parse_path(value, path)
 
 
 def each(rule: Rule) -> Rule:

@@ -29,7 +29,7 @@ def put(split: Split, mesh: Mesh) -> dict[str, jax.Array]:
         raise ValueError("Original indices above 2^31 - 1 do not fit the int32 they have on the devices.")
     image = np.asarray(split.image).reshape(len(split), -1)
     arrays = {"image": image, "label": np.asarray(split.label), "index": split.index.astype(np.int32)}
-    return distributed.put(arrays, distributed.replicated(mesh))
+    return distributed.device_put(arrays, distributed.replicated(mesh))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:

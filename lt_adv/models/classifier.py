@@ -78,5 +78,5 @@ def _build(
         choice: {name: p.default for name, p in inspect.signature(module).parameters.items() if name not in reserved}
         for choice, module in choices.items()
     }
-    name, options = registry.options(kind, config, takes)
+    name, options = registry.select_options(kind, config, takes)
     return choices[name](**options, **given)

@@ -124,7 +124,7 @@ def create(config: Mapping[str, Any], head: str | None = None) -> Adjustment:
     does an adjustment that is none of the head of that name.
     """
     takes = {choice: inspect.getfullargspec(function).kwonlydefaults or {} for choice, function in ADJUSTMENTS.items()}
-    name, options = registry.options("adjustment", config, takes)
+    name, options = registry.select_options("adjustment", config, takes)
     if head and head not in HEADS.get(name, (head,)):
         raise ValueError(f"The adjustment {name!r} is for the heads {', '.join(HEADS[name])}, not for {head!r}.")
     return partial(ADJUSTMENTS[name], **options)

@@ -24,9 +24,9 @@ from tests.bad_input.test_runs import TINY
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("a\0b", r"'a\\x00b' is no path: there is a byte 0 in it"),
-        ("a\udcff", r"'a\\udcff' is no path: it is no UTF-8"),
-        ("http://x/y", r"'http://x/y' is no path: nothing is known of http://, where a bucket is gs://"),
+        ("a\0b", r"'a\\x00b' is not a valid path: it contains a NUL byte"),
+        ("a\udcff", r"'a\\udcff' is not a valid path: it is not UTF-8"),
+        ("http://x/y", r"'http://x/y' is not a valid path: http:// is not supported; buckets are gs://"),
     ],
 )
 def test_what_is_no_path(answer, entry, path, line):

@@ -192,7 +192,7 @@ def test_npz(tmp_path, read):
         ({"train_label": np.array([0, 1, 1])}, "must be 2 whole numbers"),
         ({"train_label": np.array([0, -1])}, "whole numbers from 0"),
         ({"train_label": np.array([0.0, 1.0])}, "whole numbers from 0"),
-        ({"train_label": np.array([0, {}], dtype=object)}, "without pickled objects"),
+        ({"train_label": np.array([0, {}], dtype=object)}, "pickled objects are not read"),
         ({"test_image": np.zeros((2, 5, 4, 3), np.uint8)}, r"train images are \(4, 4, 3\) and test images"),
         ({"train_label": np.array([0, 10**12])}, "the labels go up to 1000000000000, and each class needs"),
         ({"class_names": np.array(["x"])}, "class_names has 1"),
@@ -251,7 +251,7 @@ def test_digits_import_neither_tensorflow_nor_its_datasets():
         (b"\x1f\x8b\x08\x00", "a gzip archive"),
         (b"\x80\x04N.", "a pickle"),
         (b"Access denied", "a text that begins with 'Access denied'"),
-        (b"\x00\x01\x02", "without pickled objects"),
+        (b"\x00\x01\x02", "pickled objects are not read"),
     ],
 )
 def test_an_npz_that_is_something_else(tmp_path, read, content, what):
