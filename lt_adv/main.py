@@ -74,9 +74,12 @@ def load_command(arguments: flags.Arguments) -> Callable[[Any, Any], Any]:
     from lt_adv.cli import export  # these import jax: after the flags are parsed, so that invalid ones fail at once
     from lt_adv.cli import run as runs
 
-    if arguments.mode == "export":
-        return functools.partial(export.export, command=arguments.command)
-    return {"train": runs.train, "eval": runs.evaluate}[arguments.mode]
+    commands: dict[str, Callable[[Any, Any], Any]] = {
+        "train": runs.train,
+        "eval": runs.evaluate,
+        "export": functools.partial(export.export, command=arguments.command),
+    }
+    return commands[arguments.mode]
 
 
 def skip_jax_shutdown_barrier(code: int) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 HOLDER = """
 import sys, time
 from lt_adv.cli import workdirs
-with workdirs.held(sys.argv[1]):
+with workdirs.locked(sys.argv[1]):
     print(flush=True)
     time.sleep(60)
 """
