@@ -89,7 +89,7 @@ def test_image_cache(calls, tmp_path):
     image, label = np.zeros((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32)
     reader = SplitReader(image.shape, label, np.arange(3), lambda: iter([image]))
     cache.load(tmp_path, "set", Source("identity", lambda: (("a", "b", "c"), {"train": reader, "test": reader})))
-    cache.remembered(tmp_path, "small", 1, lambda: {"a": np.arange(2)})
+    cache.cached_arrays(tmp_path, "small", 1, lambda: {"a": np.arange(2)})
     folder, small = calls.published()
     assert folder.startswith("lt_adv_cache/set-") and small.startswith("lt_adv_cache/small-")
 

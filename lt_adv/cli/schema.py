@@ -262,7 +262,7 @@ def _attack(name: str, spec: Any, path: str) -> None:
 
 def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
     """ValueError unless the config can be trained on these images with this many devices."""
-    longtail.supplied(split.class_counts, split.class_names, config.data.name)
+    longtail.check_no_empty_class(split.class_counts, split.class_names, config.data.name)
     if config.data.augment != "none":  # a larger one would give crops with nothing of the image
         whole(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
     models.create(config.model, len(split.class_names))

@@ -86,14 +86,14 @@ def read(folder):
 
 def test_a_pipe_is_not_waited_for(folder):
     os.mkfifo(folder / "train" / "cat" / "1.png")
-    with pytest.raises(ValueError, match=r"cat/1\.png is no file"):
+    with pytest.raises(ValueError, match=r"cat/1\.png is not a regular file"):
         read(folder)
 
 
 def test_a_class_whose_name_is_no_text(folder):
     for split in ("train", "test"):
         (folder / split / "cat").rename(os.fsdecode(os.fsencode(folder / split) + b"/\xff"))
-    with pytest.raises(ValueError, match=r"class name '\\udcff' is no UTF-8"):
+    with pytest.raises(ValueError, match=r"class name '\\udcff' is not UTF-8"):
         read(folder)
 
 
@@ -108,7 +108,7 @@ def test_a_member_that_is_no_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
         for name in ("train_image", "train_label", "test_image", "test_label"):
             file.writestr(f"{name}.npy", b"no array")
-    with pytest.raises(ValueError, match=r"a\.npz: train_image is no array"):
+    with pytest.raises(ValueError, match=r"a\.npz: train_image is not an array"):
         load({"name": "npz", "path": str(tmp_path / "a.npz"), "data_dir": str(tmp_path)})
 
 

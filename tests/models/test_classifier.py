@@ -91,7 +91,9 @@ def test_batch_statistics_are_global_over_the_device_axis(images, parallel):
             replicated, split = PartitionSpec(), PartitionSpec("data")
             # check_vma proves that the new statistics are the same on every device
             logits, statistics = jax.jit(
-                jax.shard_map(run, mesh=mesh, in_specs=(replicated, split), out_specs=(split, replicated), check_vma=True)
+                jax.shard_map(
+                    run, mesh=mesh, in_specs=(replicated, split), out_specs=(split, replicated), check_vma=True
+                )
             )(variables, x)
         np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-12)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), statistics, expected)
