@@ -1,8 +1,8 @@
-"""What every config starts from: the data sets' settings and the evaluation protocol. Plain data only."""
+"""The base of every config: settings of the data sets and the evaluation protocol, as plain data."""
 
 from ml_collections import ConfigDict, config_dict
 
-# Per data set: the long tail, the network, and what the pictures allow.
+# Data set -> title for reports, imbalance ratio and network.
 DATASETS = {
     "cifar10": {"title": "CIFAR-10-LT", "ratio": 50.0, "model": {"name": "wide_resnet", "depth": 34, "width": 10}},
     "cifar100": {"title": "CIFAR-100-LT", "ratio": 10.0, "model": {"name": "wide_resnet", "depth": 34, "width": 10}},
@@ -14,7 +14,7 @@ DATASETS = {
 
 
 def parse(arg: str | None, **defaults) -> dict:
-    """ "dataset=cifar100,epochs=10" -> a dict with the types of `defaults`; ValueError for what does not fit them."""
+    """Parses "dataset=cifar100,epochs=10" to a dict with the keys and types of `defaults`; ValueError for others."""
     values = {}
     for part in filter(None, (arg or "").split(",")):
         key, equals, value = (word.strip() for word in part.partition("="))
@@ -27,13 +27,13 @@ def parse(arg: str | None, **defaults) -> dict:
             values[key] = kind(value)
         except ValueError:
             raise ValueError(f"config argument {part!r}: {key} must be of type {kind.__name__}.") from None
-        if kind is int and values[key] < 1:  # 0 is how a default says "as published"
+        if kind is int and values[key] < 1:  # only a default may be 0, which means "as published"
             raise ValueError(f"config argument {part!r}: {key} must be at least 1.")
     return {**defaults, **values}
 
 
 def attacks(eps: float, step_size: float) -> dict:
-    """The evaluation attacks of the field's tables at one radius. LSA is PGD on CE(10 z)."""
+    """Returns the evaluation attacks of the literature's tables at one radius. LSA is PGD on CE(10 z)."""
     pgd = {"attack": "pgd", "eps": eps, "step_size": step_size, "start": "uniform"}
     return {
         "fgsm": {"attack": "fgsm", "eps": eps, "start": "zero"},
@@ -47,7 +47,7 @@ def attacks(eps: float, step_size: float) -> dict:
 
 
 def scaled(epoch: int, epochs: int, of: int, least: int = 2) -> int:
-    """Epoch `epoch` of a run of `of`, in a run of `epochs`: at the same fraction, to the nearest epoch."""
+    """Scales `epoch` of a run of `of` epochs to a run of `epochs`, rounded to the nearest epoch."""
     return max(least, int(epoch * epochs / of + 0.5))
 
 
@@ -60,9 +60,15 @@ def get(
     eps: float = 8 / 255,
     step_size: float = 2 / 255,
 ) -> ConfigDict:
-    """The config of plain adversarial training on `dataset`; `drop_epochs` are those of a run of `of` epochs.
+    """Returns the config of plain adversarial training on a data set.
 
-    A shorter or longer run drops at the same fractions, to the nearest epoch. Any name of TensorFlow-Datasets will do.
+    Args:
+      dataset: a key of DATASETS or any name of TensorFlow-Datasets.
+      epochs: of the run.
+      drop_epochs: epochs of a run of `of` epochs at which the rate drops; scaled to `epochs`.
+      of: epochs of the published run.
+      eps: radius of the attacks.
+      step_size: of the attacks.
     """
     known = DATASETS.get(dataset, {"title": f"{dataset}-LT", "ratio": 50.0, "model": {"name": "resnet18"}})
     digits = dataset == "digits"
@@ -71,44 +77,44 @@ def get(
     c = ConfigDict()
     c.seed = 0
     c.parallel = "pmap"  # or "shard_map"
-    c.sharded = ()  # of "opt_state", "average", "params": cut up among the devices, with shard_map
-    c.cpu_devices = config_dict.placeholder(int)  # one per core, as far as the batch can be shared
-    c.init_from = ""  # finished run, whose parameters training starts from; or a file of weights to evaluate
+    c.sharded = ()  # of "opt_state", "average", "params": sharded over the devices, with shard_map
+    c.cpu_devices = config_dict.placeholder(int)  # None: one per core, as far as the batch divides
+    c.init_from = ""  # finished run whose parameters training starts from, or a file of weights to evaluate
     c.fidelity = "published"  # or "released_code": the quirks of the authors' code
     c.data = {
         "name": dataset,
         "title": known["title"],  # for reports
         "data_dir": "",  # $TFDS_DATA_DIR or ~/tensorflow_datasets
         "path": "",  # image_folder and npz
-        "image_size": config_dict.placeholder(int),  # as it is
+        "image_size": config_dict.placeholder(int),  # None: unchanged
         "download": False,
-        "test_split": "",  # of a set of TensorFlow-Datasets; test, or validation where there is none
-        "resident_gib": 8.0,  # images that take more do not live on the devices: they are streamed
+        "test_split": "",  # of a set of TensorFlow-Datasets; default test, or validation if there is no test split
+        "resident_gib": 8.0,  # larger training sets are streamed from the host instead of kept on the devices
         "imbalance": "exponential",  # "step", "balanced", "none"
         "imbalance_ratio": known["ratio"],
-        "balanced_fraction": 0.1,  # of "balanced"
-        "class_counts": (),  # explicit
+        "balanced_fraction": 0.1,  # for "balanced"
+        "class_counts": (),  # explicit counts instead of a profile
         "validation_per_class": 0,
-        "validation_from": "train",  # "unused": first from what the long tail leaves out
-        "equalise": 0.0,  # > 0: so much of the largest class's count for every class, tail repeated and head cut
+        "validation_from": "train",  # "unused": images outside the long-tailed subset first
+        "equalise": 0.0,  # > 0: every class gets this share of the largest class's count, by repeating or subsampling
         "split_seed": 0,
-        "sampler": "uniform",  # "class_aware": all classes alike, by chance, or as released in cycles
+        "sampler": "uniform",  # "class_aware": uniform over classes; in cycles with released_code
         "augment": "none" if digits else "crop_flip",
         "pad": 4,
     }
     c.model = {**known["model"], "dtype": "float32", "head": {"name": "linear"}}
     c.method = {"name": "at"}
-    c.addons = ()  # "robustlt", "awp": around any method, the outermost last; each has a section of its name
-    many = dataset in ("cifar100", "tiny_imagenet")  # RobustLT's values for these; CIFAR-10's for all others are ours
-    c.robustlt = {"alpha": 0.4, "warmup": 0.6} if many else {"alpha": 0.3, "warmup": 0.8}
+    c.addons = ()  # "robustlt", "awp": wrappers of any method, the outermost last; each has a section of its name
+    many_classes = dataset in ("cifar100", "tiny_imagenet")  # RobustLT's values; CIFAR-10's for other sets are ours
+    c.robustlt = {"alpha": 0.4, "warmup": 0.6} if many_classes else {"alpha": 0.3, "warmup": 0.8}
     c.awp = {"gamma": 0.005}
-    # The start is the method's own where none is given.
+    # None for the start: that of the method.
     c.attack = {
         "eps": eps,
         "step_size": step_size,
         "num_steps": 10,
         "start": config_dict.placeholder(str),
-        "dtype": config_dict.placeholder(str),  # of the network inside the training attack; that of the model
+        "dtype": config_dict.placeholder(str),  # of the network in the training attack; None: that of the model
     }
     c.optim = {
         "epochs": epochs,
@@ -120,7 +126,7 @@ def get(
         "schedule": "step",  # "cosine", "constant"
         "drop_epochs": tuple(scaled(drop, epochs, of) for drop in drop_epochs),
         "drop_factor": 0.1,
-        "first_epoch": 1,  # "drop at 60" leaves 59 epochs at the old rate
+        "first_epoch": 1,  # epochs count from 1, so a drop at 60 leaves 59 epochs at the old rate
         "warmup_epochs": 0,
     }
     c.average = {"name": "none", "decay": 0.999, "start_epoch": 0}  # "ema", "swa"
@@ -128,12 +134,12 @@ def get(
     c.checkpoint = {"every_epochs": 1, "keep": 2}
     c.eval = {
         "batch_size": 256,
-        "dtype": "float32",  # of the evaluated network, whatever it was trained in
-        "split": "test",  # "validation", for whatever is chosen
-        "subset_per_class": 0,  # 0: the whole split
-        "only": (),  # names of attacks; all but AutoAttack, which takes as long as hundreds of PGD-20
-        "baseline": "",  # working directory of a run to hold the network against: is its gain real?
-        "report": "",  # a name: reports/<name>/report.json; none: report.json
+        "dtype": "float32",  # of the evaluated network, independent of the dtype in training
+        "split": "test",  # "validation" to choose hyper-parameters
+        "subset_per_class": 0,  # 0: all images
+        "only": (),  # names of attacks; default all but AutoAttack, which takes as long as hundreds of PGD-20
+        "baseline": "",  # working directory of a run to compare with, to detect gradient masking
+        "report": "",  # a name writes reports/<name>/report.json, "" writes report.json
         "groups": "thirds",
         "checkpoint": "last",  # or "best", on the validation split
         "seed": 0,
@@ -144,16 +150,17 @@ def get(
 
 
 def small(c: ConfigDict) -> None:
-    """Digits: 8 x 8 pixels, some 500 training images. Ours: no paper has this set."""
+    """Settings for digits, with 8 x 8 pixels and about 500 training images; our choice, no paper uses this set."""
     c.optim.batch_size = 64
     c.log.every_steps = 8
     c.checkpoint.every_epochs = 10
 
 
 def resnet18(dataset: str, epochs: int = 0, *, drop_epochs: tuple[int, ...], of: int, **lengths: float) -> ConfigDict:
-    """Plain adversarial training of a ResNet-18, `get` with `eps` and `step_size` as `lengths`; `epochs` 0 is as
-    published, `of`. Where WideResNet is the network of a data set, its depth and width wait for
-    --config.model.name=wide_resnet. Digits keep theirs, and ours is 30 epochs.
+    """Returns the config of plain adversarial training of a ResNet-18; `lengths` are `eps` and `step_size` of `get`.
+
+    `epochs` 0 is the published number, `of`, or 30 for digits, whose network is unchanged. For data sets with a
+    WideResNet, its depth and width remain in the config for --config.model.name=wide_resnet.
     """
     digits = dataset == "digits"
     c = get(dataset, epochs=epochs or (30 if digits else of), drop_epochs=drop_epochs, of=of, **lengths)
@@ -165,9 +172,9 @@ def resnet18(dataset: str, epochs: int = 0, *, drop_epochs: tuple[int, ...], of:
 
 
 def robal_study(dataset: str, epochs: int = 0, *, drop_epochs: tuple[int, ...] = (60, 75), of: int = 80) -> ConfigDict:
-    """Plain adversarial training as RoBal's study has it (Wu et al., CVPR 2021), which its rows then change.
+    """Returns the config of plain adversarial training in RoBal's study (Wu et al., CVPR 2021), the base of its rows.
 
-    `epochs` 0 is as published, `of`; for digits, where ours is 30 of 80, as much less.
+    `epochs` 0 is the published number, `of`, or 30/80 of it for digits.
     """
     digits = dataset == "digits"
     epochs = epochs or (30 * of // 80 if digits else of)
@@ -181,9 +188,9 @@ def robal_study(dataset: str, epochs: int = 0, *, drop_epochs: tuple[int, ...] =
 
 
 def finetuning(dataset: str, baseline: str, epochs: int = 1) -> ConfigDict:
-    """A row of RoBal's study that goes on from the end of a run, at the first learning rate.
+    """Returns the config of a row of RoBal's study that starts from a finished run, at the initial learning rate.
 
-    `baseline` is its working directory; by default that of configs/at.py with the same `dataset` alone.
+    `baseline` is the working directory of that run; by default that of configs/at.py with only `dataset` set.
     """
     c = robal_study(dataset, epochs, drop_epochs=())
     c.init_from = baseline or f"workdirs/at-dataset={dataset}"

@@ -1,7 +1,7 @@
-"""Eight virtual CPU devices for every test, set before jax starts.
+"""Sets eight virtual CPU devices for every test before jax starts, and defines shared fixtures.
 
-Programs are compiled without LLVM's optimisation: compiling is what the tests spend their time on, and it halves that.
-Runs that are tested as a user would start them (tests/test_end_to_end.py) are processes without these flags.
+LLVM's optimisation is off: the tests spend most of their time compiling, which takes half as long without it.
+End-to-end runs (tests/test_end_to_end.py) are processes without these flags.
 """
 
 import atexit
@@ -26,7 +26,7 @@ from lt_adv.attacks import _autoattack
 
 @pytest.fixture
 def float64():
-    """A test in double precision; of all tests of a file: `pytestmark = pytest.mark.usefixtures("float64")`."""
+    """Double precision; for all tests of a file: `pytestmark = pytest.mark.usefixtures("float64")`."""
     with jax.enable_x64(True):
         yield
 
@@ -36,12 +36,11 @@ def short(monkeypatch):
     """AutoAttack with a twentieth of the steps."""
     programs = _autoattack._programs
 
-    def shorter(*given):
-        found, notes = programs(*given)
-        fewer = {name: attack._replace(num_steps=attack.num_steps // 20) for name, attack in found.items()}
-        return fewer, notes
+    def short_programs(*args):
+        attacks, notes = programs(*args)
+        return {name: attack._replace(num_steps=attack.num_steps // 20) for name, attack in attacks.items()}, notes
 
-    monkeypatch.setattr(_autoattack, "_programs", shorter)
+    monkeypatch.setattr(_autoattack, "_programs", short_programs)
 
 
 @pytest.fixture(scope="session")
@@ -53,7 +52,7 @@ def golden():
 
 @pytest.fixture(scope="session")
 def assert_golden():
-    """Equal to 1e-9, relative to the largest magnitude of the expected array."""
+    """Asserts equality to 1e-9, relative to the largest magnitude of the expected array."""
 
     def check(actual, expected, tolerance=1e-9):
         actual, expected = np.asarray(actual), np.asarray(expected)

@@ -1,4 +1,4 @@
-"""A file is there whole or not at all."""
+"""Atomic writes of files and folders, and detection of file formats."""
 
 import errno
 import gzip
@@ -16,7 +16,7 @@ from etils import epath
 from lt_adv.runtime import atomic_io
 
 
-def test_text_and_bytes_in_a_new_folder(tmp_path):
+def test_write_text_and_bytes_in_a_new_folder(tmp_path):
     path = tmp_path / "new" / "file"
     atomic_io.write_atomically(path, "ä\n")
     assert path.read_bytes() == "ä\n".encode()
@@ -25,15 +25,15 @@ def test_text_and_bytes_in_a_new_folder(tmp_path):
     assert [f.name for f in path.parent.iterdir()] == ["file"]
 
 
-def test_a_folder_in_the_place_of_a_file(tmp_path):
-    with pytest.raises(ValueError, match="is a folder, and a file is to be written there: move it"):
+def test_write_over_a_folder_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="is a folder, but a file must be written there: move the folder"):
         atomic_io.write_atomically(tmp_path, "new")
     assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(".*.tmp"))
 
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 @pytest.mark.parametrize("at", ["write_bytes", "replace"])
-def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch, at, failure):
+def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, at, failure):
     def fail(self, *_):
         self.touch()
         raise failure
@@ -46,7 +46,7 @@ def test_a_failed_write_leaves_the_old_file_alone(tmp_path, monkeypatch, at, fai
     assert [f.name for f in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
-def test_a_folder_is_replaced(tmp_path):
+def test_replace_folder(tmp_path):
     path = tmp_path / "new" / "folder"
     atomic_io.replace_folder(path, {"a": b"1", "b": b"2"})
     atomic_io.replace_folder(str(path), {"a": b"3", "b": b"", "c": b"4"})
@@ -58,7 +58,7 @@ def test_a_folder_is_replaced(tmp_path):
 
 @pytest.mark.parametrize("failure", [OSError(errno.ENOSPC, "full"), KeyboardInterrupt()])
 @pytest.mark.parametrize(("at", "call"), [("write_bytes", 1), ("write_bytes", 2), ("rename", 1), ("rename", 2)])
-def test_a_failed_folder_leaves_the_old_one_alone(tmp_path, monkeypatch, at, call, failure):
+def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch, at, call, failure):
     path = epath.Path(tmp_path) / "folder"
     atomic_io.replace_folder(path, {"a": b"1"})
     original, calls = getattr(type(path), at), []
@@ -77,8 +77,8 @@ def test_a_failed_folder_leaves_the_old_one_alone(tmp_path, monkeypatch, at, cal
 
 
 @pytest.mark.parametrize(("at", "call"), [("write_bytes", 1), ("write_bytes", 2), ("rename", 1), ("rename", 2)])
-def test_a_kill_leaves_no_folder_that_looks_whole(tmp_path, at, call):
-    """The old one, or none: never some of the new files under its name."""
+def test_kill_leaves_the_old_folder_or_none(tmp_path, at, call):
+    """The folder's name never stands for some of the new files."""
     code = """
 import os, sys
 from etils import epath
@@ -147,16 +147,16 @@ FORMATS = [
 ]
 
 
-# The names of tests must not hold what is compressed: the time is in it, and workers would collect other names.
+# Explicit ids: compressed content holds the time, so that workers would collect different test names.
 @pytest.mark.parametrize(("content", "what"), FORMATS, ids=[f"{n}-{what}" for n, (_, what) in enumerate(FORMATS)])
-def test_what_a_file_is(tmp_path, content, what):
+def test_format_of(tmp_path, content, what):
     (tmp_path / "file").write_bytes(content)
-    for given in (content, tmp_path / "file", str(tmp_path / "file")):
-        seen = atomic_io.format_of(given)
-        assert seen == what if what is None or seen is None else seen.startswith(what)
+    for file in (content, tmp_path / "file", str(tmp_path / "file")):
+        result = atomic_io.format_of(file)
+        assert result == what if what is None or result is None else result.startswith(what)
 
 
-def test_why_a_file_cannot_be_read(tmp_path):
+def test_reason_why_a_file_cannot_be_read(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(LFS)
     assert atomic_io.reason(path, ValueError("Expecting value"), atomic_io.JSON) == f"it is {atomic_io.LFS}"
@@ -174,13 +174,13 @@ def test_why_a_file_cannot_be_read(tmp_path):
         "Weights only load failed. Re-running `torch.load` with `weights_only` set to `False` will likely succeed",
     ],
 )
-def test_advice_to_load_unsafely_is_not_passed_on(advice):
+def test_advice_to_load_pickles_is_replaced(advice):
     assert atomic_io.message(ValueError(advice)) == (
-        "only files without pickled objects are read, for to load those could run any program"
+        "files with pickled objects are not read, because loading them can execute code"
     )
 
 
-def test_a_pointer_in_place_of_a_file_is_looked_for_in_folders(tmp_path):
+def test_pointer_files_are_detected_in_nested_folders(tmp_path):
     (tmp_path / "a" / "b").mkdir(parents=True)
     (tmp_path / "a" / "file").write_bytes(b"\x00")
     assert atomic_io.placeholder(tmp_path) is None and atomic_io.placeholder(tmp_path / "nowhere") is None

@@ -1,4 +1,4 @@
-"""Every file of configs/: plain data that builds for every data set, and the papers' values where papers have them."""
+"""Every file of configs/ is plain data, builds for every data set, and has the papers' values."""
 
 import importlib
 import inspect
@@ -15,7 +15,7 @@ from lt_adv.training import optimizer, stage_builder
 
 FILES = (Path(__file__).parents[1] / "configs").glob("*.py")
 NAMES = sorted(path.stem for path in FILES if path.stem not in ("__init__", "common"))
-DATASETS = [*common.DATASETS, "svhn_cropped"]  # the last: any name of TensorFlow-Datasets
+DATASETS = [*common.DATASETS, "svhn_cropped"]  # svhn_cropped stands for any name of TensorFlow-Datasets
 FIELDS = ("Paper", "Command", "Arguments", "Expected")
 
 
@@ -30,25 +30,25 @@ def get(name, **arguments):
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("name", NAMES)
 def test_builds(name, dataset):
-    """Accepted as a run would accept it, in either fidelity, with the epochs that it says."""
+    """The config is valid in both fidelities, and its stages have optim.epochs epochs in all."""
     config = get(name, dataset=dataset).lock()
     assert config.data.name == dataset and config.data.imbalance_ratio >= 1
     for fidelity in ("published", "released_code"):
         config.fidelity = fidelity
         schema.values(config)
-        stages = stage_builder.stages(config)  # a teacher's epochs are its own
+        stages = stage_builder.stages(config)  # a teacher has other epochs
         assert sum(stage.epochs for stage in stages if stage.name != "teacher") == config.optim.epochs
         optimizer.schedule(config.optim, 10, config.optim.epochs, fidelity == "released_code")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_is_plain_data(name):
-    """Nothing that JSON would not bring back, tuples as lists: no function, no object."""
+    """The config survives JSON, with tuples as lists: it has no functions or objects."""
     config = get(name, dataset="cifar10")
     assert isinstance(config, ml_collections.ConfigDict)
     values = config.to_dict()
     assert json.loads(json.dumps(values)) == as_lists(values)
-    assert get(name, dataset="cifar10").to_dict() == values, "the same arguments, another config"
+    assert get(name, dataset="cifar10").to_dict() == values, "two calls with the same arguments differ"
     with pytest.raises(AttributeError, match="Did you mean"):
         config.lock().optim.epoch = 3
 
@@ -60,10 +60,10 @@ def as_lists(value):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_docstring_is_the_claim(name, monkeypatch):
+def test_docstring_has_the_fields(name, monkeypatch):
     doc = inspect.getdoc(module(name))
-    found = re.findall(r"^(\w+) {2,}\S", doc, re.MULTILINE)
-    assert [field for field in found if field in FIELDS] == list(FIELDS)
+    fields = re.findall(r"^(\w+) {2,}\S", doc, re.MULTILINE)
+    assert [field for field in fields if field in FIELDS] == list(FIELDS)
     command = re.search(r"^Command +python -m lt_adv\.main --config=configs/(\w+)\.py:(\S+)$", doc, re.MULTILINE)
     assert command[1] == name
     module(name).get_config(command[2])
@@ -77,7 +77,7 @@ def test_docstring_is_the_claim(name, monkeypatch):
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("argument", ["epochs=ten", "cifar10", "no_such_key=1", "variant=Q"])
-def test_bad_arguments_are_named_in_one_line(name, argument):
+def test_invalid_arguments_are_named_in_one_line(name, argument):
     with pytest.raises(ValueError) as caught:
         module(name).get_config(argument)
     assert argument.partition("=")[0] in str(caught.value) and "\n" not in str(caught.value)
@@ -93,7 +93,7 @@ ROBAL = {
 
 
 @pytest.mark.parametrize("row", ROBAL, ids=lambda row: "-".join(map(str, row)))
-def test_robal_has_the_papers_values(row):
+def test_robal_has_the_values_of_the_paper(row):
     dataset, ratio, variant = row
     config = get("robal", dataset=dataset, variant=variant)
     method, head = config.method, config.model.head
@@ -127,7 +127,7 @@ def test_protocol_of_at_bsl(dataset, model):
     assert (config.model.name, config.model.head.name, config.eval.adjustment.name) == (model, "linear", "none")
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (8 / 255, 2 / 255, 10)
     assert stage_builder.stages(config)[0].method.start == "gaussian"
-    config.attack.start = "zero"  # given, it goes before the method's own
+    config.attack.start = "zero"  # overrides the method's start
     assert stage_builder.stages(config)[0].method.start == "zero"
     assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (100, 128, 5e-4)
     assert sgd(config) == (0.1, 0.9, False, (75, 90, 100))
@@ -154,34 +154,34 @@ def steps(attacks):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_result_rows_take_the_last_epoch_and_the_whole_test_set(name):
+def test_results_use_the_last_epoch_and_the_complete_test_set(name):
     config = get(name, dataset="cifar10")
     assert config.data.validation_per_class == 0 and config.eval.checkpoint == "last"
     assert config.eval.subset_per_class == 0 and not config.eval.only and config.fidelity == "published"
 
 
-def test_our_recipe_leaves_the_crops_out_of_a_short_run_alone():
+def test_lt_adv_recipe_has_no_crops_in_short_runs_only():
     augments = {epochs: get("lt_adv", dataset="cifar10", epochs=epochs).data.augment for epochs in (10, 29, 30, 100)}
     assert augments == {10: "flip", 29: "flip", 30: "crop_flip", 100: "crop_flip"}
     assert get("lt_adv", dataset="digits").data.augment == "none"
 
 
 def rates(config, epochs, fidelity="published", steps_per_epoch=7):
-    """{epoch, from 1: learning rate}, the same at the first and at the last step of the epoch."""
+    """Returns {epoch, from 1: learning rate}; asserts that the rate is constant within an epoch."""
     config.fidelity = fidelity
     (stage,) = stage_builder.stages(config)
     schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, steps_per_epoch)
-    found = {}
+    rates = {}
     for epoch in epochs:
         first, last = (float(schedule(step)) for step in ((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch - 1))
         assert first == last
-        found[epoch] = pytest.approx(first, rel=1e-5, abs=0)
-    return found
+        rates[epoch] = pytest.approx(first, rel=1e-5, abs=0)
+    return rates
 
 
 @pytest.mark.parametrize(("name", "drops"), [("robal", (60, 75, 80)), ("at", (60, 75, 80)), ("at_bsl", (75, 90, 99))])
 def test_published_schedule(name, drops):
-    """Epochs count from 1, so that a drop at 60 leaves 59 epochs at the old rate."""
+    """Epochs count from 1, so a drop at 60 leaves 59 epochs at the old rate."""
     first, second, last = drops
     config = get(name, dataset="cifar10")
     expected = {1: 0.1, first - 1: 0.1, first: 0.01, second - 1: 0.01, second: 0.001, last: 0.001}
@@ -189,8 +189,8 @@ def test_published_schedule(name, drops):
 
 
 @pytest.mark.parametrize(("epochs", "rate_before"), [(100, 1e-3), (30, 1e-3), (10, 1e-3), (5, 1e-2)])
-def test_the_last_epoch_of_at_bsl_runs_at_the_last_rate(epochs, rate_before):
-    """A run of any length has the drop before its last epoch, as the authors' scripts have it in their 100."""
+def test_last_epoch_of_at_bsl_has_the_last_rate(epochs, rate_before):
+    """Runs of any length drop the rate before their last epoch, like the authors' scripts with 100 epochs."""
     for dataset in ("cifar10", "cifar100", "tiny_imagenet"):
         config = get("at_bsl", dataset=dataset, epochs=epochs)
         assert config.optim.drop_epochs[-1] == epochs
@@ -200,13 +200,13 @@ def test_the_last_epoch_of_at_bsl_runs_at_the_last_rate(epochs, rate_before):
     assert get("at_bsl", dataset="digits").optim.drop_epochs == (23, 27, 30)
 
 
-# Config -> the epochs of 100, or of those that are given, before which the rate drops, in the terms of its first epoch.
+# Config -> epochs at which the rate drops, counted from its `first_epoch`.
 DROPS = {
     **dict.fromkeys(NAMES, (60, 75)),
     **dict.fromkeys(("finetune_resampling", "finetune_reweighting", "lws"), ()),
     "resampling": (15, 20),
     "at_bsl": (75, 90, 100),
-    **dict.fromkeys(("self_distillation", "lt_adv", "taet"), (75, 90)),  # TAET counts from 0 and never gets to its 100
+    **dict.fromkeys(("self_distillation", "lt_adv", "taet"), (75, 90)),  # TAET counts from 0, so it never reaches 100
 }
 
 
@@ -218,7 +218,7 @@ def test_drops_of_every_config(name):
 
 
 def test_schedule_of_the_released_code():
-    """The rate is multiplied anew in every epoch: by 0.1 from 60 on, by 0.01 from 75 on."""
+    """The rate is multiplied again in every epoch: by 0.1 from 60 on, by 0.01 from 75 on."""
     config = get("robal", dataset="cifar10")
     expected = {59: 1e-1, 60: 1e-2, 61: 1e-3, 62: 1e-4, 74: 1e-16, 75: 1e-18, 76: 1e-20, 80: 1e-28}
     assert rates(config, expected, "released_code") == expected
@@ -228,9 +228,8 @@ def test_schedule_of_the_released_code():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_whose_released_code_compounds(name):
-    """The rows of RoBal's study; the others' codes do not, nor do ours."""
-    own = {"at_bsl", "reat", "self_distillation", "taet", "mart", "lt_adv"}
+def test_drops_compound_in_the_released_code_of_robals_study_only(name):
+    not_compounding = {"at_bsl", "reat", "self_distillation", "taet", "mart", "lt_adv"}
     config = get(name, dataset="cifar10", epochs=8)
     config.optim.drop_epochs = (2,)
     rates = {}
@@ -238,9 +237,9 @@ def test_whose_released_code_compounds(name):
         stage = stage_builder.stages(config)[-1]
         schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, 1)
         rates[config.fidelity] = float(schedule(stage.epochs - 1))
-    assert (rates["released_code"] < 0.5 * rates["published"]) == (name not in own)
+    assert (rates["released_code"] < 0.5 * rates["published"]) == (name not in not_compounding)
 
 
-def test_a_shorter_run_drops_at_the_same_fractions():
+def test_shorter_runs_drop_at_the_same_fractions():
     assert get("robal", dataset="cifar10", epochs=40).optim.drop_epochs == (30, 38)
     assert get("at_bsl", dataset="cifar10", epochs=20).optim.drop_epochs == (15, 18, 20)

@@ -1,6 +1,6 @@
-"""Runs of two real processes, each with two virtual devices: as one process with one device, killed, and resumed.
+"""Runs of two real processes with two virtual devices each, compared with one process and one device.
 
-In float64, where rounding does not grow over the steps, so that the number of devices can be seen to change nothing.
+In float64, so that rounding errors stay far below the tolerance over all steps.
 """
 
 import json
@@ -31,43 +31,43 @@ SHORT = [
 ]  # fmt: skip
 SHARDED = ["--config.parallel=shard_map", "--config.sharded=('opt_state','average','params')"]
 STREAMED = "--config.data.resident_gib=0"
-SILENCE = 10
+HEARTBEAT_TIMEOUT = 10
 
 
-def port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
+def free_port():
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]
 
 
 @pytest.fixture(scope="module")
 def launch(tmp_path_factory):
-    """`launch(workdir, *arguments, count=2, devices=2, only=..., interrupt=None, program=None)`: what each process
-    said, in order."""
+    """`launch(workdir, *arguments, count=2, devices=2, only=..., interrupt=None, program=None)` returns the completed
+    processes in order."""
     cache = tmp_path_factory.mktemp("compiled")
     common = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_"))}
     common |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache), "JAX_ENABLE_X64": "1"}
-    common |= {"XLA_FLAGS": "--xla_backend_optimization_level=1", "LT_ADV_SILENCE": str(SILENCE)}
+    common |= {"XLA_FLAGS": "--xla_backend_optimization_level=1", distributed.HEARTBEAT_TIMEOUT: str(HEARTBEAT_TIMEOUT)}
 
     def start(workdir, *arguments, count=2, devices=2, only=("pgd20",), interrupt=None, program=None):
-        door = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]
-        door = door if program is None else ["-c", program]
-        command = [sys.executable, *door, *SHORT, f"--config.eval.only={only}", f"--workdir={workdir}", *arguments]
+        entry = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]
+        entry = entry if program is None else ["-c", program]
+        command = [sys.executable, *entry, *SHORT, f"--config.eval.only={only}", f"--workdir={workdir}", *arguments]
         common["JAX_NUM_CPU_DEVICES"] = str(devices)
-        names = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port()}", "JAX_NUM_PROCESSES": str(count)} if count > 1 else {}
-        running = []
+        coordinator = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free_port()}", "JAX_NUM_PROCESSES": str(count)}
+        processes = []
         for number in range(count):
-            own = common | names | ({"JAX_PROCESS_ID": str(number)} if count > 1 else {})
-            options = {"cwd": ROOT, "env": own, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            running.append(subprocess.Popen(command, **options))
+            environment = common | (coordinator | {"JAX_PROCESS_ID": str(number)} if count > 1 else {})
+            options = {"cwd": ROOT, "text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            processes.append(subprocess.Popen(command, env=environment, **options))
         try:
-            said = [process.communicate(timeout=400) for process in running]
+            outputs = [process.communicate(timeout=400) for process in processes]
         finally:
-            for process in running:
+            for process in processes:
                 process.kill()
         return [
-            subprocess.CompletedProcess(command, process.returncode, *words)
-            for process, words in zip(running, said, strict=True)
+            subprocess.CompletedProcess(command, process.returncode, *output)
+            for process, output in zip(processes, outputs, strict=True)
         ]
 
     return start
@@ -79,18 +79,18 @@ def succeeded(results):
 
 
 @pytest.fixture(scope="module")
-def one(launch, tmp_path_factory):
+def single_device_run(launch, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("one")
     succeeded(launch(workdir, count=1, devices=1))
     return workdir
 
 
 @pytest.fixture(scope="module")
-def two(launch, tmp_path_factory):
+def two_process_run(launch, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two")
     first, second = succeeded(launch(workdir))
     assert "4 x cpu" in first.stdout and "Report:" in first.stdout
-    assert not [line for line in second.stdout.splitlines() if not line.startswith("[Gloo]")], "one process speaks"
+    assert not [line for line in second.stdout.splitlines() if not line.startswith("[Gloo]")], "only the primary prints"
     return workdir
 
 
@@ -103,15 +103,15 @@ def metrics(workdir):
 
 
 def assert_close(workdir, other, tolerance):
-    """The whole last state, the logs and the report."""
-    (step, actual), (same, expected) = final(workdir), final(other)
-    assert step == same == 14 and actual.keys() == expected.keys()
+    """Compares the last state, the logs and the report."""
+    (step, actual), (other_step, expected) = final(workdir), final(other)
+    assert step == other_step == 14 and actual.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(actual[name], array, rtol=tolerance, atol=tolerance, err_msg=name)
     assert len(rows(workdir)) == len(rows(other)) == 6
-    for mine, theirs in zip(rows(workdir), rows(other), strict=True):
-        assert mine.pop("stage") == theirs.pop("stage")
-        assert mine == pytest.approx(theirs, rel=tolerance, abs=tolerance)
+    for row, expected_row in zip(rows(workdir), rows(other), strict=True):
+        assert row.pop("stage") == expected_row.pop("stage")
+        assert row == pytest.approx(expected_row, rel=tolerance, abs=tolerance)
     assert metrics(workdir) == metrics(other)
 
 
@@ -121,43 +121,45 @@ from jax.sharding import NamedSharding, PartitionSpec
 from lt_adv.runtime import distributed
 from lt_adv.training import sharding
 
-distributed.join()
+distributed.initialize()
 mesh = sharding.make_mesh()
 shards = NamedSharding(mesh, PartitionSpec("data"))
-tree = [distributed.put(np.arange(200.0 * (i + 1)), shards) for i in range(60)]
+tree = [distributed.device_put(np.arange(200.0 * (i + 1)), shards) for i in range(60)]
 for _ in range(20):
-    for i, whole in enumerate(distributed.everywhere(tree, distributed.replicated(mesh))):
-        np.testing.assert_array_equal(whole, np.arange(200.0 * (i + 1)))
+    for i, copy in enumerate(distributed.replicate(tree, distributed.replicated(mesh))):
+        np.testing.assert_array_equal(copy, np.arange(200.0 * (i + 1)))
 """
 
 
-def test_whole_copies_of_many_shards(launch, tmp_path):
-    """One program for each of them, many in flight, had two processes wait for each other for ever."""
+def test_replicate_many_shards_without_deadlock(launch, tmp_path):
+    """With one program per array, two processes could start different ones and wait for each other for ever."""
     succeeded(launch(tmp_path, program=COPIES))
 
 
-def test_two_processes_are_as_one_device(one, two):
-    assert_close(two, one, 1e-9)
+def test_two_processes_match_one_device(single_device_run, two_process_run):
+    assert_close(two_process_run, single_device_run, 1e-9)
 
 
-def test_one_is_killed_and_both_go_on_bit_for_bit(launch, two, tmp_path):
-    """Before step 10: step 7 was saved. The other one does not wait for ever. Then each reads its part of the batches:
-    the bits are those of a set that lives on the devices."""
+def test_kill_of_one_process_and_resume_are_bit_exact(launch, two_process_run, tmp_path):
+    """One process is killed before step 10, after the checkpoint of step 7, and the other one ends as well.
+
+    The resumed run reads its batches from host memory, which gives the same bits as a set on the devices.
+    """
     survivor, killed = launch(tmp_path, interrupt=("step", 10, 9))
     assert killed.returncode == -9
     assert survivor.returncode in (2, -6)
-    words = "Error: Another process of this run has ended" if survivor.returncode == 2 else "another task died"  # JAX's
-    assert words in survivor.stderr
+    message = "Error: Another process of this run has ended" if survivor.returncode == 2 else "another task died"  # JAX
+    assert message in survivor.stderr
     first, _ = succeeded(launch(tmp_path, STREAMED))
     assert "Resumed 0_train at step 7 of 14" in first.stdout
-    (_, actual), (_, expected) = final(tmp_path), final(two)
+    (_, actual), (_, expected) = final(tmp_path), final(two_process_run)
     assert not [name for name in expected if expected[name].tobytes() != actual[name].tobytes()]
-    assert rows(tmp_path) == rows(two) and metrics(tmp_path) == metrics(two)
+    assert rows(tmp_path) == rows(two_process_run) and metrics(tmp_path) == metrics(two_process_run)
 
 
-def test_shards_survive_a_sigterm_and_a_flipped_byte(launch, one, tmp_path):
-    """SIGTERM to one of the processes: both save and end with 0. Then the newest checkpoint is damaged: both fall back
-    to the one before. In shards all the way, and what one process reads of them is whole."""
+def test_sharded_run_survives_sigterm_and_a_damaged_checkpoint(launch, single_device_run, tmp_path):
+    """After SIGTERM to one process both save and exit with 0. When the newest checkpoint is damaged, both resume from
+    the one before. A single process reads full arrays from the sharded checkpoint."""
     results = succeeded(launch(tmp_path, *SHARDED, interrupt=("step", 9, 15)))
     assert "SIGTERM: saved at step" in results[0].stdout and not (tmp_path / "report.json").exists()
     newest = max((tmp_path / "checkpoints" / "0_train").glob("[0-9]*"), key=lambda d: int(d.name))
@@ -169,35 +171,33 @@ def test_shards_survive_a_sigterm_and_a_flipped_byte(launch, one, tmp_path):
     first, second = succeeded(launch(tmp_path, *SHARDED, STREAMED))
     assert "Resumed 0_train at step 7 of 14" in first.stdout
     assert (tmp_path / "damaged" / f"0_train-{newest.name}").exists()
-    assert_close(tmp_path, one, 1e-9)
+    assert_close(tmp_path, single_device_run, 1e-9)
     with jax.enable_x64(True):
-        whole, _ = checkpoint.read_variables(tmp_path)
-        expected, _ = checkpoint.read_variables(one)
-    for mine, theirs in zip(jax.tree.leaves(whole), jax.tree.leaves(expected), strict=True):
-        assert isinstance(mine, np.ndarray)
-        np.testing.assert_allclose(mine, theirs, rtol=1e-9, atol=1e-9)
+        variables, _ = checkpoint.read_variables(tmp_path)
+        expected, _ = checkpoint.read_variables(single_device_run)
+    for array, expected_array in zip(jax.tree.leaves(variables), jax.tree.leaves(expected), strict=True):
+        assert isinstance(array, np.ndarray)
+        np.testing.assert_allclose(array, expected_array, rtol=1e-9, atol=1e-9)
 
 
-def test_an_evaluation_of_two_processes(launch, two, tmp_path):
-    """It resumes where a batch of the records is lost, shares AutoAttack, and says what one process says of the same
-    network."""
-    again = tmp_path / "again"
-    shutil.copytree(two, again)
-    (lost,) = again.glob("eval/records/*/batch-00001.npz")
-    lost.unlink()
-    (again / "report.json").unlink()
-    succeeded(launch(again, "--mode=eval"))
-    assert metrics(again) == metrics(two) and lost.exists()
-    both = ("pgd20", "autoattack")
-    succeeded(launch(again, "--mode=eval", only=both))
-    shared = metrics(again)
-    assert shared["eval/autoattack/accuracy"] < shared["eval/pgd20/accuracy"]
-    succeeded(launch(again, "--mode=eval", count=1, devices=1, only=both))
-    assert metrics(again) == shared
+def test_evaluation_with_two_processes_matches_one(launch, two_process_run, tmp_path):
+    """The evaluation resumes where a batch of records is missing, and splits AutoAttack over the processes."""
+    copy = tmp_path / "copy"
+    shutil.copytree(two_process_run, copy)
+    (batch,) = copy.glob("eval/records/*/batch-00001.npz")
+    batch.unlink()
+    (copy / "report.json").unlink()
+    succeeded(launch(copy, "--mode=eval"))
+    assert metrics(copy) == metrics(two_process_run) and batch.exists()
+    attacks = ("pgd20", "autoattack")
+    succeeded(launch(copy, "--mode=eval", only=attacks))
+    two_process_metrics = metrics(copy)
+    assert two_process_metrics["eval/autoattack/accuracy"] < two_process_metrics["eval/pgd20/accuracy"]
+    succeeded(launch(copy, "--mode=eval", count=1, devices=1, only=attacks))
+    assert metrics(copy) == two_process_metrics
 
 
-def test_what_differs_is_said_in_one_line(launch, tmp_path):
-    """Processes of different commands, and what several processes cannot do."""
+def test_invalid_config_is_refused_by_all_processes(launch, tmp_path):
     results = launch(tmp_path / "pmap", *SHARDED[1:])
     for result in results:
         assert result.returncode == 2
@@ -205,45 +205,49 @@ def test_what_differs_is_said_in_one_line(launch, tmp_path):
         assert "config.sharded: pmap replicates the state" in line
 
 
-def test_a_working_directory_that_is_taken_is_refused_by_both(launch, tmp_path):
+def test_locked_working_directory_is_refused_by_both_processes(launch, tmp_path):
     with workdirs.locked(tmp_path):
         first, second = launch(tmp_path)
-    assert first.returncode == second.returncode == 2, "neither waits for the other"
+    assert first.returncode == second.returncode == 2
     assert "Error: Another process uses" in first.stderr
-    assert "Error: The first process has failed: it says why." in second.stderr
+    assert "Error: The primary process has failed: see its error message." in second.stderr
     assert [path.name for path in tmp_path.iterdir()] == [workdirs.LOCK]
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"JAX_NUM_PROCESSES": "2"}, "has JAX_NUM_PROCESSES and no .*JAX_PROCESS_ID"),
-        ({"JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "h:1"}, "and no JAX_NUM_PROCESSES"),
-        ({"JAX_PROCESS_ID": "2", "JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "h:1"}, "is none of the 2"),
+        ({"JAX_NUM_PROCESSES": "2"}, "sets JAX_NUM_PROCESSES but not .*JAX_PROCESS_ID"),
+        ({"JAX_PROCESS_ID": "0", "JAX_COORDINATOR_ADDRESS": "h:1"}, "but not JAX_NUM_PROCESSES: set all three"),
+        (
+            {"JAX_PROCESS_ID": "2", "JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "h:1"},
+            "is out of range for 2 processes",
+        ),
         ({"JAX_PROCESS_ID": "x", "JAX_NUM_PROCESSES": "2", "JAX_COORDINATOR_ADDRESS": "h:1"}, "not 'x'"),
-        ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "0", "JAX_COORDINATOR_ADDRESS": "h:1"}, "1 or more"),
-        ({"LT_ADV_SILENCE": "soon"}, "LT_ADV_SILENCE must be a whole number"),
+        ({"JAX_PROCESS_ID": "0", "JAX_NUM_PROCESSES": "0", "JAX_COORDINATOR_ADDRESS": "h:1"}, "at least 1"),
+        ({"LT_ADV_HEARTBEAT_TIMEOUT": "soon"}, "LT_ADV_HEARTBEAT_TIMEOUT must be an integer"),
     ],
 )
-def test_an_environment_that_cannot_be_meant(environment, message):
+def test_invalid_environment_is_refused(environment, message):
     with pytest.raises(ValueError, match=message):
-        distributed.join(environment)
+        distributed.initialize(environment)
 
 
-def test_who_is_asked_to_join(monkeypatch):
-    asked = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: asked.append(options))
-    distributed.join({})
-    distributed.join({"SLURM_NTASKS": "1"})
-    assert not asked, "one process alone"
+def test_initialize_with_launchers_and_variables(monkeypatch):
+    calls = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
+    distributed.initialize({})
+    distributed.initialize({"SLURM_NTASKS": "1"})
+    assert not calls, "a single process does not initialize"
     for launcher in ({"SLURM_NTASKS": "4"}, {"OMPI_COMM_WORLD_SIZE": "2"}, {"TPU_WORKER_HOSTNAMES": "a,b"}):
-        distributed.join(launcher)
-        assert asked.pop() == {"heartbeat_timeout_seconds": 100}, "JAX asks the launcher"
-    given = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1", "LT_ADV_SILENCE": "7"}
-    distributed.join(given)
-    assert asked == [
+        distributed.initialize(launcher)
+        assert calls.pop() == {"heartbeat_timeout_seconds": 100}, "JAX detects the rest"
+    environment = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+    environment |= {"LT_ADV_HEARTBEAT_TIMEOUT": "7"}
+    distributed.initialize(environment)
+    assert calls == [
         {"coordinator_address": "h:1", "num_processes": 2, "process_id": 1, "heartbeat_timeout_seconds": 7}
     ]
-    assert (
-        distributed.count(given) == 2 and distributed.count({"SLURM_NTASKS": "4"}) == 4 and distributed.count({}) == 1
-    )
+    assert distributed.process_count(environment) == 2
+    assert distributed.process_count({"SLURM_NTASKS": "4"}) == 4
+    assert distributed.process_count({}) == 1

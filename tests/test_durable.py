@@ -1,6 +1,6 @@
-"""After a power cut a file is there as it was or as it became: on the disk before it gets its name, and then the name.
+"""Durable writes: content is synced to the disk before it is renamed, and its folder is synced afterwards.
 
-The order of the calls is what a program can see to, and what is tested; no machine loses its power here.
+After a power cut a file then has its old or its new content. The tests check the order of the calls.
 """
 
 import errno
@@ -26,7 +26,7 @@ from tests.bad_input.test_runs import TINY
 
 
 class Calls:
-    """Of a folder: what was synced and renamed below it, in order, and the files a renamed one held."""
+    """Records, in order, the syncs and renames below a folder, and the files in each renamed folder."""
 
     def __init__(self, root: Path, monkeypatch):
         self.root, self.log = root, []
@@ -49,20 +49,22 @@ class Calls:
         monkeypatch.setattr(os, "replace", renamed(replace))
 
     def published(self) -> list[str]:
-        """What got its name, relative to the folder; AssertionError where it was not synced before, or its folder not
-        after it. Names inside a folder that is itself unfinished do not count."""
-        found = []
-        for place, (kind, *what) in enumerate(self.log):
-            if kind != "rename" or any(part.endswith(".old") or "-tmp" in part for part in what[1].parts):
+        """Returns the rename targets relative to the folder, without those inside temporary folders.
+
+        AssertionError if the content was not synced before the rename, or the parent folder not after it.
+        """
+        targets = []
+        for position, (kind, *arguments) in enumerate(self.log):
+            if kind != "rename" or any(part.endswith(".old") or "-tmp" in part for part in arguments[1].parts):
                 continue
-            old, new, held = what
+            _, new, files = arguments
             if self.root not in new.parents:
                 continue
-            before = {call[1] for call in self.log[:place] if call[0] == "sync"}
-            assert not set(held) - before, f"{new} got its name before {set(held) - before} were on the disk"
-            assert ("sync", new.parent) in self.log[place:], f"{new} has its name, which may not be on the disk"
-            found.append(str(new.relative_to(self.root)))
-        return found
+            synced = {call[1] for call in self.log[:position] if call[0] == "sync"}
+            assert not set(files) - synced, f"{new} was renamed before {set(files) - synced} were synced"
+            assert ("sync", new.parent) in self.log[position:], f"the folder of {new} was not synced after the rename"
+            targets.append(str(new.relative_to(self.root)))
+        return targets
 
 
 @pytest.fixture
@@ -70,38 +72,38 @@ def calls(tmp_path, monkeypatch):
     return Calls(tmp_path, monkeypatch)
 
 
-def test_a_file_and_the_folders_that_were_missing(calls, tmp_path):
+def test_file_and_its_missing_folders(calls, tmp_path):
     atomic_io.write_atomically(tmp_path / "a" / "b" / "file", "text")
     assert calls.published() == ["a/b/file"]
     synced = [call[1] for call in calls.log if call[0] == "sync"]
-    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced), "each new folder has a name, too"
+    assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)
 
 
-def test_a_folder(calls, tmp_path):
+def test_replace_folder(calls, tmp_path):
     for content in (b"1", b"2"):
         atomic_io.replace_folder(tmp_path / "new" / "folder", {"x": content, "y": b""})
     assert calls.published() == ["new/folder"] * 2
 
 
-def test_a_cache_of_decoded_images(calls, tmp_path):
+def test_image_cache(calls, tmp_path):
     image, label = np.zeros((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32)
-    decoding = SplitReader(image.shape, label, np.arange(3), lambda: iter([image]))
-    cache.load(tmp_path, "set", Source("identity", lambda: (("a", "b", "c"), {"train": decoding, "test": decoding})))
-    cache.remembered(tmp_path, "small", 1, lambda: {"a": np.arange(2)})
+    reader = SplitReader(image.shape, label, np.arange(3), lambda: iter([image]))
+    cache.load(tmp_path, "set", Source("identity", lambda: (("a", "b", "c"), {"train": reader, "test": reader})))
+    cache.cached_arrays(tmp_path, "small", 1, lambda: {"a": np.arange(2)})
     folder, small = calls.published()
     assert folder.startswith("lt_adv_cache/set-") and small.startswith("lt_adv_cache/small-")
 
 
-def test_the_journal_of_an_attack(calls, tmp_path):
-    made = journal.open_(tmp_path / "new" / "journal", "digest", np.zeros((2, 3)))
-    made.waiting.append(journal.Done(*(np.zeros(2) for _ in journal.FIELDS)))
-    made.flush(0)
+def test_attack_journal(calls, tmp_path):
+    attack_journal = journal.open_(tmp_path / "new" / "journal", "digest", np.zeros((2, 3)))
+    attack_journal.waiting.append(journal.Done(*(np.zeros(2) for _ in journal.FIELDS)))
+    attack_journal.flush(0)
     assert calls.published() == [f"new/journal/{name}" for name in ("logits.npy", "call.txt", "0-000000.npz")]
     assert ("sync", tmp_path) in calls.log and ("sync", tmp_path / "new") in calls.log
 
 
 def test_checkpoints(calls, tmp_path):
-    """Those before a new one are removed when it is on the disk, not sooner."""
+    """Old checkpoints are removed only after a new one is on the disk."""
     variables = {"params": {"w": np.arange(4.0)}}
     state = train_state.create(jax.random.key(0), variables, optax.sgd(0.1), {}, averaged=False)
     state = sharding.replicate(state, Mesh(np.array(jax.devices()[:1]), ("data",)))
@@ -116,8 +118,8 @@ def test_checkpoints(calls, tmp_path):
     assert [path.name for path in stage.iterdir()] == ["2"]
 
 
-def test_a_checkpoint_without_its_name_is_none(tmp_path, monkeypatch):
-    """Passed over where orbax had renamed it and the disk failed, and cleared away by the next save."""
+def test_checkpoint_whose_sync_failed_is_ignored(tmp_path, monkeypatch):
+    """The next save removes it."""
     state = train_state.create(jax.random.key(0), {"params": {"w": np.arange(4.0)}}, optax.sgd(0.1), {}, averaged=False)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     state = sharding.replicate(state, mesh)
@@ -144,21 +146,21 @@ def test_a_checkpoint_without_its_name_is_none(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
 
-def test_all_that_a_run_leaves_behind(calls, tmp_path, monkeypatch):
-    """Trained, evaluated with AutoAttack and exported."""
+def test_all_files_of_a_run(calls, tmp_path, monkeypatch):
+    """The run trains, evaluates with AutoAttack and exports."""
     monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
     workdir = f"--workdir={tmp_path / 'run'}"
     assert main.main(["main", *TINY, workdir]) == 0
     assert main.main(["main", *TINY, workdir, "--mode=export"]) == 0
-    found = calls.published()
-    assert {"run/config.json", "run/metrics.jsonl", "run/timing.jsonl", "run/export"} <= set(found)
-    assert {"run/checkpoints/0_train/1", "run/checkpoints/0_train/2"} <= set(found)
-    assert {"run/report.md", "run/report.json"} <= set(found), sorted(found)
+    published = set(calls.published())
+    assert {"run/config.json", "run/metrics.jsonl", "run/timing.jsonl", "run/export"} <= published
+    assert {"run/checkpoints/0_train/1", "run/checkpoints/0_train/2"} <= published
+    assert {"run/report.md", "run/report.json"} <= published, sorted(published)
 
 
-@pytest.mark.parametrize("module", [atomic_io.sync, journal._sync])
-def test_a_file_system_without_such_a_call_for_folders(module, tmp_path, monkeypatch):
-    """It is no reason to stop; that a file did not reach the disk is."""
+@pytest.mark.parametrize("sync", [atomic_io.sync, journal._sync])
+def test_file_system_that_cannot_sync_folders(sync, tmp_path, monkeypatch):
+    """A folder that cannot be synced is tolerated, a file that cannot be synced is an error."""
     (tmp_path / "file").write_text("")
 
     def fail(number):
@@ -166,15 +168,15 @@ def test_a_file_system_without_such_a_call_for_folders(module, tmp_path, monkeyp
 
     monkeypatch.setattr(os, "fsync", fail)
     error = errno.EINVAL
-    module(tmp_path)
+    sync(tmp_path)
     with pytest.raises(OSError):
-        module(tmp_path / "file")
+        sync(tmp_path / "file")
     error = errno.EIO
     with pytest.raises(OSError):
-        module(tmp_path)
+        sync(tmp_path)
 
 
-def test_a_bucket_needs_nothing(monkeypatch):
+def test_buckets_are_not_synced(monkeypatch):
     monkeypatch.setattr(os, "open", lambda *_: pytest.fail("opened"))
     atomic_io.sync("gs://bucket/file")
     journal._sync(epath.Path("gs://bucket/file"))

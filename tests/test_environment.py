@@ -1,4 +1,4 @@
-"""What a fresh process is told before jax starts."""
+"""JAX's settings in a fresh process, the commit and the hash of the code."""
 
 import json
 import os
@@ -21,24 +21,24 @@ print(json.dumps([jax.device_count(), jax.config.jax_compilation_cache_dir]))
 
 
 def ask(tmp_path, *arguments, **variables):
-    """(devices, cache directory) of a process with nothing of these tests in its environment."""
+    """Returns (number of devices, cache directory) of a process without the XLA and JAX variables of these tests."""
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("XLA", "JAX"))}
     variables = {**inherited, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path), **variables}
     command = [sys.executable, "-c", ASK, *map(str, arguments)]
-    done = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
-    assert not done.stderr, done.stderr
-    return json.loads(done.stdout)
+    result = subprocess.run(command, env=variables, capture_output=True, text=True, check=True)
+    assert not result.stderr, result.stderr
+    return json.loads(result.stdout)
 
 
 @pytest.mark.parametrize(
     "batch_size, cores, devices",
     [(64, 1, 1), (64, 2, 2), (64, 3, 2), (64, 8, 4), (128, 8, 8), (30, 8, 1), (48, 4, 3), (7, 8, 1), (4096, 256, 256)],
 )
-def test_share(batch_size, cores, devices):
-    assert environment.share(batch_size, cores) == devices
+def test_devices_for_batch(batch_size, cores, devices):
+    assert environment.devices_for_batch(batch_size, cores) == devices
 
 
-def test_a_device_for_each_core_and_programs_are_kept(tmp_path):
+def test_one_device_per_core_and_a_compilation_cache(tmp_path):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices, directory = ask(tmp_path, 16 * cores)
     assert devices == cores
@@ -46,35 +46,35 @@ def test_a_device_for_each_core_and_programs_are_kept(tmp_path):
     assert any(Path(directory).iterdir())
 
 
-def test_asked_for(tmp_path):
+def test_cpu_devices_can_be_set(tmp_path):
     assert ask(tmp_path, 64, 3)[0] == 3
 
 
 @pytest.mark.parametrize(
     "variables", [{"JAX_NUM_CPU_DEVICES": "5"}, {"XLA_FLAGS": "--xla_force_host_platform_device_count=5"}]
 )
-def test_the_environment_comes_first(tmp_path, variables):
+def test_environment_variables_take_precedence(tmp_path, variables):
     assert ask(tmp_path, 64, 3, **variables)[0] == 5
 
 
-def test_a_cache_of_ones_own(tmp_path):
-    mine = tmp_path / "mine"
-    assert ask(tmp_path, 64, 1, JAX_COMPILATION_CACHE_DIR=str(mine))[1] == str(mine)
+def test_cache_directory_can_be_set(tmp_path):
+    directory = tmp_path / "cache"
+    assert ask(tmp_path, 64, 1, JAX_COMPILATION_CACHE_DIR=str(directory))[1] == str(directory)
     assert not (tmp_path / "lt_adv").exists()
 
 
-def test_a_cache_that_cannot_be_written_stops_nobody(tmp_path):
-    """A file where the directory should be: what root, too, cannot write."""
+def test_unwritable_cache_directory_is_tolerated(tmp_path):
+    """A file stands in place of the directory, so that root cannot write there either."""
     (tmp_path / "lt_adv").write_text("")
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("XLA", "JAX"))}
     variables = {**inherited, "JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run(
+    result = subprocess.run(
         [sys.executable, "-c", ASK, "64", "1"], env=variables, capture_output=True, text=True, check=True
     )
-    assert json.loads(done.stdout)[0] == 1
+    assert json.loads(result.stdout)[0] == 1
 
 
-def test_a_process_that_computes_already_keeps_its_devices():
+def test_initialized_process_keeps_its_devices():
     import jax
 
     before, directory = jax.device_count(), jax.config.jax_compilation_cache_dir
@@ -85,13 +85,13 @@ def test_a_process_that_computes_already_keeps_its_devices():
         jax.config.update("jax_compilation_cache_dir", directory)
 
 
-def test_jax_stays_out_until_it_is_prepared():
+def test_import_does_not_load_jax():
     command = "import sys; from lt_adv.runtime import environment; print(environment.cores(), 'jax' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == [str(environment.cores()), "False"]
+    result = subprocess.run([sys.executable, "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout.split() == [str(environment.cores()), "False"]
 
 
-def test_commit_of_a_clone_of_a_copy_and_without_git(tmp_path, monkeypatch):
+def test_commit_in_a_clone_in_a_copy_and_without_git(tmp_path, monkeypatch):
     monkeypatch.delenv("LT_ADV_COMMIT", raising=False)
     inside = tmp_path / "copy" / "lt_adv" / "runtime" / "environment.py"
     inside.parent.mkdir(parents=True)
@@ -106,7 +106,7 @@ def test_commit_of_a_clone_of_a_copy_and_without_git(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("two")
     assert environment.commit().endswith("-dirty")
     monkeypatch.setattr(environment, "__file__", str(inside))
-    assert environment.commit() is None  # that repository is not this code's
+    assert environment.commit() is None  # the copy lies in another repository
     monkeypatch.setenv("LT_ADV_COMMIT", "0123456")
     assert environment.commit() == "0123456"
     monkeypatch.setattr(environment, "__file__", str(tmp_path / "lt_adv" / "runtime" / "environment.py"))
@@ -114,7 +114,7 @@ def test_commit_of_a_clone_of_a_copy_and_without_git(tmp_path, monkeypatch):
     assert environment.commit() == "0123456"
 
 
-def test_the_code_digest_covers_the_whole_package(tmp_path, monkeypatch):
+def test_code_digest_covers_the_package(tmp_path, monkeypatch):
     package = tmp_path / "lt_adv"
     for path in ("main.py", "runtime/environment.py", "attacks/norms.py"):
         (package / path).parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""Imports go down only: every import of lt_adv/, read with `ast`, against the plan of the house."""
+"""Layering: each package of lt_adv/ imports only what `ROOMS` and `PACKAGES` allow, checked with `ast`."""
 
 import ast
 import sys
@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = ("lt_adv", "configs", "experiments", "tests")
 
-# Room -> what it may import of the project, beside itself. What is not named here has no place in the house.
+# Package or module of lt_adv (a "room") -> the other rooms it may import. Every room must be listed.
 ROOMS: dict[str, set[str]] = {
     "__init__": set(),
     "runtime": set(),
@@ -25,7 +25,7 @@ ROOMS: dict[str, set[str]] = {
     "main": {"runtime", "training", "cli"},
 }
 NUMERIC = {"jax", "numpy", "optax"}
-# Room -> what it may import of other packages, beside the standard library.
+# Room -> the third-party packages it may import.
 PACKAGES: dict[str, set[str]] = {
     "__init__": set(),
     "runtime": {"etils", "jax", "numpy"},
@@ -39,24 +39,24 @@ PACKAGES: dict[str, set[str]] = {
     "cli": NUMERIC | {"absl", "etils", "flax", "ml_collections", "safetensors"},
     "main": set(),
 }
-# Modules of a room that may import less than the room: bad arguments are answered before jax is imported.
+# Modules that may import less than their room, so that invalid flags are refused before jax is imported.
 LIGHT = {"lt_adv.cli.flags": {"absl", "etils", "ml_collections"}, "lt_adv.runtime.registry": set()}
 FILES = sorted((ROOT / "lt_adv").rglob("*.py"))
 
 
 def room_of(module: str) -> str:
-    """lt_adv.attacks.norms -> attacks; lt_adv itself -> __init__."""
+    """Returns the room of a module: lt_adv.attacks.norms -> attacks; lt_adv itself -> __init__."""
     return (module.split(".") + ["__init__"])[1]
 
 
 def imported(module: str, is_package: bool, source: str) -> Iterator[tuple[int, str]]:
-    """(line, absolute name) of all that a module imports, anywhere in it; `from a import b` counts as a.b."""
+    """Yields (line, absolute name) of all imports of a module, at any depth; `from a import b` counts as a.b."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            above = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
-            base = ".".join([*above, *filter(None, [node.module])])
+            parents = module.split(".")[: len(module.split(".")) - node.level + is_package] if node.level else []
+            base = ".".join([*parents, *filter(None, [node.module])])
             yield from ((node.lineno, f"{base}.{alias.name}") for alias in node.names)
         elif isinstance(node, ast.Call) and node.args and isinstance(node.args[0], ast.Constant):
             name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
@@ -65,38 +65,38 @@ def imported(module: str, is_package: bool, source: str) -> Iterator[tuple[int, 
 
 
 def target_room(name: str) -> str:
-    """The room that an imported lt_adv.* name lies in; a name that is no room (lt_adv.__version__) is lt_adv's own."""
+    """Returns the room of an imported lt_adv.* name; __init__ for a name of lt_adv itself (lt_adv.__version__)."""
     room = room_of(name)
     return room if room in ROOMS or (ROOT / "lt_adv" / room).is_dir() else "__init__"
 
 
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:
-    """What a module imports that its room may not, one line each."""
-    room, found = room_of(module), []
+    """Returns one line for each import that the module's room may not have."""
+    room, lines = room_of(module), []
     packages = LIGHT.get(module, PACKAGES.get(room))
     if room not in ROOMS:
-        return [f"{module}: {room} is not a room of the house"]
+        return [f"{module}: {room} is not listed in ROOMS"]
     for line, name in imported(module, is_package, source):
         package = name.split(".")[0]
         if package == "lt_adv":
             target = target_room(name)
-            # Any import loads lt_adv/__init__.py, which imports nothing: only names taken from it count.
+            # Every import loads lt_adv/__init__.py, which imports nothing: only names imported from it count.
             if target != room and target not in ROOMS[room]:
-                found.append(f"{module}:{line}: {room} may not import {name}")
+                lines.append(f"{module}:{line}: {room} may not import {name}")
         elif package in PROJECT or (package not in sys.stdlib_module_names and package not in packages):
-            found.append(f"{module}:{line}: {room} may not import {package}")
-    return found
+            lines.append(f"{module}:{line}: {room} may not import {package}")
+    return lines
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_down(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
     is_package = parts[-1] == "__init__"
-    found = violations(".".join(parts[:-1] if is_package else parts), path.read_text(), is_package)
-    assert not found, "\n".join(found)
+    lines = violations(".".join(parts[:-1] if is_package else parts), path.read_text(), is_package)
+    assert not lines, "\n".join(lines)
 
 
-def test_every_room_is_planned():
+def test_every_room_is_listed():
     rooms = {path.relative_to(ROOT / "lt_adv").parts[0].removesuffix(".py") for path in FILES}
     assert rooms == set(ROOMS) == set(PACKAGES)
 
@@ -105,7 +105,10 @@ def test_every_room_is_planned():
     ("module", "source"),
     [
         ("lt_adv.attacks.gradient", "from lt_adv import losses"),  # sideways
-        ("lt_adv.attacks.gradient", "import lt_adv.runtime.registry"),  # down, and yet not for them
+        (
+            "lt_adv.attacks.gradient",
+            "import lt_adv.runtime.registry",
+        ),  # down, but attacks import nothing of the project
         ("lt_adv.attacks.gradient", "from ..methods import base"),  # up, relative
         ("lt_adv.losses.consistency", "def f():\n    from lt_adv.attacks import pgd"),  # inside a function
         ("lt_adv.losses.consistency", "import flax.linen as nn"),
@@ -123,13 +126,13 @@ def test_every_room_is_planned():
         ("lt_adv.training.loop", "from lt_adv import evaluation"),
         ("lt_adv.training.loop", "from lt_adv.cli import run"),
         ("lt_adv.cli.run", "from lt_adv import main"),
-        ("lt_adv.cli.flags", "import jax"),  # so that bad arguments are answered at once
+        ("lt_adv.cli.flags", "import jax"),  # listed in LIGHT
         ("lt_adv.training.loop", "from configs import common"),
         ("lt_adv.runtime.registry", "import numpy"),
         ("lt_adv.helpers.strings", "import os"),
     ],
 )
-def test_a_planted_violation_is_found(module, source):
+def test_forbidden_imports_are_reported(module, source):
     assert len(violations(module, source)) == 1
 
 
@@ -142,18 +145,17 @@ def test_permitted_imports_are_not_reported():
     assert list(imported("lt_adv.a", True, "from .b import c")) == [(1, "lt_adv.a.b.c")]
 
 
-def test_nothing_left_lying_about():
-    """No notes to self, and no path that exists on one machine alone."""
+def test_no_open_notes_and_no_machine_paths():
     unwanted = ["TO" + "DO", "FIX" + "ME", "XX" + "X"]
     unwanted += [f"/{folder}/" for folder in ("root", "home", "work", "tmp", "Users")]
     files = [path for folder in PROJECT for path in (ROOT / folder).rglob("*.py")]
     for pattern in ("*.md", "*.cfg", "*.toml", ".ci/*", "experiments/**/*.md", "experiments/**/*.json"):
         files += ROOT.glob(pattern)
-    found = [
+    lines = [
         f"{path.relative_to(ROOT)}:{number}: {word}"
         for path in files
         for number, line in enumerate(path.read_text().splitlines(), 1)
         for word in unwanted
         if word in line
     ]
-    assert not found, "\n".join(found)
+    assert not lines, "\n".join(lines)

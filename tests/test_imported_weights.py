@@ -1,4 +1,4 @@
-"""Other people's weights, evaluated from the command line, and in the README's words."""
+"""Evaluation of imported PyTorch weights from the command line, and the README's example."""
 
 import hashlib
 import json
@@ -15,7 +15,7 @@ from lt_adv.cli import flags
 from lt_adv.cli import run as runs
 from lt_adv.evaluation import records
 from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (fixture)
-from tests.models.test_classifier import made_up
+from tests.models.test_classifier import random_variables
 from tests.models.torch_files import golden_state, save_npz, save_torch, wide_resnet_state
 
 ROBAL = "--config=configs/robal.py:dataset=digits"
@@ -35,23 +35,23 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    """(file, variables) of a network that tells digits apart, by their mean features; named as RoBal names it."""
+    """(file, variables) of a network that classifies digits by their mean features, with RoBal's tensor names."""
     config = flags.load("configs/robal.py:dataset=digits")
     train = data.load(config.data).train
     images, label = train.image[:500] / np.float32(255), train.label[:500]
     model = models.create(config.model, 10)
-    variables = made_up(model, images)
+    variables = random_variables(model, images)
 
     @jax.jit
-    def learnt(params, before):
-        """Statistics of the images, of which 0.1 comes into an average, and the mean features of each class."""
-        first = {"params": params, "batch_stats": before}
-        (_, out), after = model.apply(first, images, train=True, mutable=["batch_stats"])
+    def fit(params, before):
+        """Returns the batch statistics of the images, of which 0.1 enters the running average, and a kernel."""
+        initial = {"params": params, "batch_stats": before}
+        (_, out), after = model.apply(initial, images, train=True, mutable=["batch_stats"])
         statistics = jax.tree.map(lambda new, old: 10 * new - 9 * old, after["batch_stats"], before)
         means = np.eye(10)[label].T @ out["features"] / np.bincount(label)[:, None]
         return statistics, (means - means.mean(0)).T
 
-    statistics, kernel = jax.device_get(learnt(variables["params"], variables["batch_stats"]))
+    statistics, kernel = jax.device_get(fit(variables["params"], variables["batch_stats"]))
     params = {**variables["params"], "head": {"kernel": np.float32(kernel)}}
     variables = {"params": params, "batch_stats": statistics}
     state = {f"backbone.{name}": a for name, a in wide_resnet_state(variables).items() if not name.startswith("fc.")}
@@ -60,7 +60,7 @@ def weights(tmp_path_factory):
     return save_npz(tmp_path_factory.mktemp("weights") / "robal.npz", state), variables
 
 
-def test_weights_are_evaluated_with_their_statistics_and_the_configs_adjustment(weights, tmp_path, capsys):
+def test_imported_weights_are_evaluated_with_their_statistics_and_the_adjustment(weights, tmp_path, capsys):
     path, variables = weights
     command = [
         "main",
@@ -87,18 +87,18 @@ def test_weights_are_evaluated_with_their_statistics_and_the_configs_adjustment(
     header = json.loads((tmp_path / "run" / "report.json").read_text())["header"]
     assert header["weights"] == f"{path}, SHA-256 {hashlib.sha256(path.read_bytes()).hexdigest()}"
     assert header["method"] == "not known" and "epochs" not in header and "seed" not in header
-    assert re.fullmatch(r"1: RoBal's running mean .*; 1: a bias of zeros, .*", header["unused_tensors"])
+    assert re.fullmatch(r"1: RoBal's running mean .*; 1: a bias of zeros; .*", header["unused_tensors"])
     report = (tmp_path / "run" / "report.md").read_text()
     assert header["weights"] in report and "adjustment:** name boundary" not in report and "boundary" in report
 
-    assert main.main(command) == 0  # goes on from its records
+    assert main.main(command) == 0  # resumes from its records
     other = save_npz(tmp_path / "other.npz", {})
     assert main.main([*command, f"--config.init_from={other}"]) == 2
     assert "was started with another config (init_from: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
+    ("arguments", "line"),
     [
         (
             ["--config.init_from={path}", "--config.model.depth=16"],
@@ -115,14 +115,14 @@ def test_weights_are_evaluated_with_their_statistics_and_the_configs_adjustment(
         ),
     ],
 )
-def test_weights_that_cannot_be_evaluated(weights, answer, given, line):  # noqa: F811
+def test_weights_that_cannot_be_evaluated(weights, answer, arguments, line):  # noqa: F811
     path, _ = weights
-    assert line.format(path=path) in answer(ROBAL, *TINY, "--mode=eval", *(arg.format(path=path) for arg in given))
+    assert line.format(path=path) in answer(ROBAL, *TINY, "--mode=eval", *(arg.format(path=path) for arg in arguments))
 
 
 @pytest.mark.parametrize("config", ["self_distillation", "taet", "finetune_resampling"])
-def test_any_methods_config_will_do(weights, config):
-    """Also one whose training would not begin with a run: of the method, an evaluation knows nothing."""
+def test_evaluation_accepts_the_config_of_any_method(weights, config):
+    """Also of methods whose training cannot start from a finished run."""
     from lt_adv.cli import schema
 
     path, _ = weights
@@ -131,7 +131,7 @@ def test_any_methods_config_will_do(weights, config):
     )
 
 
-def test_the_readmes_example_runs(tmp_path, monkeypatch):
+def test_docs_example(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "pytorch_weights.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     (example,) = (block for block in blocks if "torch_import" in block)
@@ -140,6 +140,6 @@ def test_the_readmes_example_runs(tmp_path, monkeypatch):
     save_torch(tmp_path / name, state)
     monkeypatch.chdir(tmp_path)
     scope: dict = {"x": np.zeros((2, 32, 32, 3), np.float32)}
-    exec(example, scope)  # the README is ours
+    exec(example, scope)
     assert scope["logits"].shape == (2, 10) and all("num_batches" in name for name in scope["unused"])
     assert Path(name).exists()

@@ -94,4 +94,4 @@ def test_sigterm_outside_of_training_is_no_failure():
         process.send_signal(signal.SIGTERM)
         printed, _ = process.communicate()
     assert process.returncode == 0 and time.monotonic() - began < 30
-    assert printed == "SIGTERM: the same command goes on from the last checkpoint or record.\n"
+    assert printed == "SIGTERM: the same command resumes from the last checkpoint or record.\n"

@@ -163,7 +163,7 @@ class Pair(Run):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-        common["LT_ADV_SILENCE"] = str(SILENCE)
+        common["LT_ADV_HEARTBEAT_TIMEOUT"] = str(SILENCE)
         files = [self._files.with_name(f"process-{number}") for number in (0, 1)]
         begun = []
         try:

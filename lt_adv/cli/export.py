@@ -115,7 +115,7 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
     if facts["training"] != "finished":
         where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
         raise ValueError(f"{workdir} is at {where}, not at the end of training: let it finish, then export it.")
-    weights = flat(posthoc.needed(config.eval.adjustment, variables))
+    weights = flat(posthoc.select_variables(config.eval.adjustment, variables))
     shape = tuple(split.train.image.shape[1:])
     wanted = {"weights_digest": evaluation.weights_digest(variables)}
     wanted |= {name: facts[name] for name in ("model", "adjustment", "split", "dataset_digest")}

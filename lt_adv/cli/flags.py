@@ -53,7 +53,7 @@ def parse(argv: list[str]) -> Arguments:
             raise ValueError(f"Unexpected argument {stray[0]!r}: write overrides of config entries as --config.x.y=z.")
     except flags.Error as error:
         raise ValueError(str(error)) from error
-    workdir = atomic_io.place(known.workdir or _workdir(known.config), "--workdir")
+    workdir = atomic_io.parse_path(known.workdir or _workdir(known.config), "--workdir")
     if "://" not in str(workdir):
         workdir = workdir.expanduser().absolute()  # orbax wants it absolute
     command = shlex.join(["python", "-m", "lt_adv.main", f"--config={known.config}", *rest])

@@ -151,7 +151,7 @@ def _evaluate(
     split: data.LongTailed,
 ) -> dict[str, Any]:
     """`evaluate`, in a working directory that this process holds."""
-    distributed.heed_sigterm()
+    distributed.restore_sigterm_handler()
     options, counts = config.eval, split.class_counts
     if not schema.imports(config) and not _finished(meta, options.checkpoint):
         metric_logging.console.print(

@@ -64,7 +64,7 @@ def file_name(path: str, value: Any) -> None:
 
 def path_of(path: str, value: Any) -> None:
     a(str)(path, value)
-    atomic_io.place(value, path)
+    atomic_io.parse_path(value, path)
 
 
 def each(rule: Rule) -> Rule:
@@ -270,7 +270,7 @@ def _attack(name: str, spec: Any, path: str) -> None:
 
 def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
     """Raises ValueError unless the config can be trained on this split with this number of devices."""
-    longtail.supplied(split.class_counts, split.class_names, config.data.name)
+    longtail.check_no_empty_class(split.class_counts, split.class_names, config.data.name)
     if config.data.augment != "none":  # a larger padding would give crops without any pixel of the image
         whole(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
     models.create(config.model, len(split.class_names))

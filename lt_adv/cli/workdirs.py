@@ -47,7 +47,7 @@ def _lock(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         raise ValueError(f"Another process uses {workdir}: wait until it ends, or use another --workdir.") from None
-    atomic_io.clear(workdir)
+    atomic_io.remove_partial_writes(workdir)
 
 
 def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:

@@ -1,4 +1,4 @@
-"""Data sets as uint8 arrays, their long-tailed subsets, and the draws and augmentation of the train step."""
+"""Data sets as uint8 arrays, long-tailed subsets, batch sampling and augmentation."""
 
 from lt_adv.data.dataset import Dataset, LongTailed, Split
 from lt_adv.data.longtail import long_tailed

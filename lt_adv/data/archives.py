@@ -1,6 +1,6 @@
-"""The official archives of CIFAR-10, CIFAR-100 and Tiny-ImageNet: found, checked and read.
+"""Downloads, checks and reads the official archives of CIFAR-10, CIFAR-100 and Tiny-ImageNet.
 
-Members are read in memory, nothing is ever extracted to disk.
+Members are read in memory; nothing is extracted to disk.
 """
 
 import dataclasses
@@ -24,17 +24,17 @@ from PIL import Image
 from lt_adv.runtime import atomic_io
 
 Examples = Iterator[tuple[int, dict[str, Any]]]
-"""(original index, the fields image (an encoded stream), label and index) of each image."""
+"""Yields (original index, {"image": encoded stream, "label": ..., "index": ...}) of each image."""
 VERSION = "1.0.0"  # of our TensorFlow-Datasets builders
-LARGEST = 200 << 20  # bytes of a member: the largest official one has 154 million
-NUMBERED = re.compile(r".*_([0-9]{1,9})\.JPEG")  # the name of an image of Tiny-ImageNet
+LARGEST = 200 << 20  # maximum bytes of a member; the largest official one has 154 million
+NUMBERED = re.compile(r".*_([0-9]{1,9})\.JPEG")  # file name of an image of Tiny-ImageNet
 ARCHIVE_FORMATS = (atomic_io.GZIP, atomic_io.ZIP, atomic_io.DAMAGED_ZIP)
 OFFLINE = "python -m lt_adv.main --config=configs/robal.py:dataset=digits"
 
 
 @dataclasses.dataclass(frozen=True)
 class Archive:
-    """An archive as its authors publish it; `size` in bytes."""
+    """A published archive; `size` is in bytes."""
 
     file: str
     url: str
@@ -63,9 +63,10 @@ TINY_IMAGENET = Archive(
 
 
 def ensure_downloaded(archive: Archive, folder: Path, download: bool) -> Path:
-    """The archive's path in `folder`, downloaded first where it is missing and `download` allows it.
+    """Returns the archive's path in `folder`; downloads it if it is missing and `download` is true.
 
-    FileNotFoundError that says what to put where, or why the download failed.
+    Raises:
+      FileNotFoundError: the archive is missing, or the download failed; the message says what to put where.
     """
     path = folder / archive.file
     if path.is_file():
@@ -98,22 +99,24 @@ def ensure_downloaded(archive: Archive, folder: Path, download: bool) -> Path:
 
 
 def check(archive: Archive, path: Path) -> None:
-    """ValueError unless the file at `path` has the size and sha256 of the published archive."""
-    size, what = path.stat().st_size, atomic_io.format_of(path)
-    if size != archive.size and what not in (None, *ARCHIVE_FORMATS):
-        raise ValueError(f"{path} is {what}. Put the published archive there, from {archive.url}.")
+    """Raises ValueError unless the file at `path` has the size and sha256 of the published archive."""
+    size, file_format = path.stat().st_size, atomic_io.format_of(path)
+    if size != archive.size and file_format not in (None, *ARCHIVE_FORMATS):
+        raise ValueError(f"{path} is {file_format}. Put the published archive there, from {archive.url}.")
     if size != archive.size:
-        raise ValueError(f"{path} has {size} bytes, {archive.file} has {archive.size}: delete it and fetch it again.")
+        raise ValueError(
+            f"{path} has {size} bytes, {archive.file} has {archive.size}: delete it and download it again."
+        )
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != archive.sha256:
-        raise ValueError(f"{path} has sha256 {digest}, not {archive.sha256}: delete it and fetch it again.")
+        raise ValueError(f"{path} has sha256 {digest}, not {archive.sha256}: delete it and download it again.")
 
 
-def _safe(name: str) -> str:
+def _safe_path(name: str) -> str:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\\" in name:
-        raise ValueError(f"it has a member outside its own folder, {name!r}")
+        raise ValueError(f"it has a member outside its folder, {name!r}")
     return str(parts)
 
 
@@ -121,33 +124,34 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
     return ValueError(f"{path} is not a readable archive ({atomic_io.reason(path, error, *ARCHIVE_FORMATS)}).")
 
 
-def _small(name: str, size: int) -> None:
+def _check_size(name: str, size: int) -> None:
     if size > LARGEST:
-        raise ValueError(f"{name} claims {size} bytes, more than the {LARGEST} allowed")
+        raise ValueError(f"{name} declares {size} bytes, more than the maximum of {LARGEST}")
 
 
-def _tar_members(path: Path, wanted: Collection[str]) -> dict[str, bytes]:
-    """The regular files of a .tar.gz that have these names in whatever folder; ValueError unless they are all there."""
-    found = {}
+def _tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
+    """Returns {file name: content} of a .tar.gz, for `names` in any folder; raises ValueError if one is missing."""
+    members = {}
     try:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
-                name = PurePosixPath(_safe(member.name)).name
-                if name in wanted and (file := tar.extractfile(member) if member.isreg() else None):
-                    _small(name, member.size)
-                    found[name] = file.read()
-    except Exception as error:  # a damaged archive fails in many ways
+                name = PurePosixPath(_safe_path(member.name)).name
+                if name in names and (file := tar.extractfile(member) if member.isreg() else None):
+                    _check_size(name, member.size)
+                    members[name] = file.read()
+    except Exception as error:  # tarfile and gzip raise many types for a damaged archive
         raise _unreadable(path, error) from error
-    if missing := [name for name in wanted if name not in found]:
+    if missing := [name for name in names if name not in members]:
         raise ValueError(f"{path} has no {', '.join(missing)}.")
-    return found
+    return members
 
 
 def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, Examples]]:
-    """(class names, {"train": examples, "test": examples}) of a CIFAR binary archive.
+    """Returns (class names, {"train": examples, "test": examples}) of a CIFAR binary archive.
 
-    CIFAR-10: one label byte, then 3072 of pixels, red, green and blue planes [32, 32]. CIFAR-100 (`coarse`) has the
-    superclass before the label. The original index counts through the batches in order. Images become PNG streams.
+    A record of CIFAR-10 is one label byte and 3072 bytes of pixels, the red, green and blue planes [32, 32]. CIFAR-100
+    (`coarse`) has the superclass before the label. The original index counts the records of all batches in order.
+    Images are PNG streams.
     """
     header = 2 if coarse else 1
     train = ["train.bin"] if coarse else [f"data_batch_{i}.bin" for i in range(1, 6)]
@@ -158,8 +162,8 @@ def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, Examples]
         labels = np.frombuffer(members[file], np.uint8)[header - 1 :: header + 3072]
         if not members[file] or len(members[file]) % (header + 3072) or labels.max() >= len(classes):
             raise ValueError(
-                f"{path}: {file} is not of images of {len(classes)} classes, {header + 3072} bytes each "
-                f"({len(members[file])} bytes, labels up to {max(labels, default=0)})."
+                f"{path}: {file} must hold images of {len(classes)} classes with {header + 3072} bytes each "
+                f"(it has {len(members[file])} bytes, labels up to {max(labels, default=0)})."
             )
 
     def examples(files: list[str]) -> Examples:
@@ -175,7 +179,7 @@ def _text(content: bytes, path: Path, name: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {name} is no text ({error}).") from error
+        raise ValueError(f"{path}: {name} is not a text ({error}).") from error
 
 
 def _png(pixels: np.ndarray) -> io.BytesIO:
@@ -186,23 +190,23 @@ def _png(pixels: np.ndarray) -> io.BytesIO:
 
 
 def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
-    """(class names, {"train": examples, "test": examples}) of tiny-imagenet-200.zip.
+    """Returns (class names, {"train": examples, "test": examples}) of tiny-imagenet-200.zip.
 
-    Labels are the positions of the WordNet ids in sorted order, names the first word of each. "test" is the published
-    validation set, since the published test set has no labels. The original index of training image `<wnid>_<k>.JPEG`
-    is (label x images per class) + k, that of `val_<k>.JPEG` is k. JPEG streams pass through unchanged.
+    Labels are the positions of the WordNet ids in sorted order; class names are the first words. "test" is the
+    published validation set, because the published test set has no labels. The original index of the training image
+    `<wnid>_<k>.JPEG` is (label x images per class) + k, that of `val_<k>.JPEG` is k. JPEG streams are unchanged.
     """
     try:
         zipped = zipfile.ZipFile(path)
-        members = {PurePosixPath(_safe(name)).parts[1:]: name for name in zipped.namelist()}
-    except Exception as error:  # a damaged archive fails in many ways
+        members = {PurePosixPath(_safe_path(name)).parts[1:]: name for name in zipped.namelist()}
+    except Exception as error:  # zipfile raises many types for a damaged archive
         raise _unreadable(path, error) from error
 
     def content(*parts: str) -> bytes:
         if parts not in members:
             raise ValueError(f"{path} has no {'/'.join(parts)}.")
         try:
-            _small(parts[-1], zipped.getinfo(members[parts]).file_size)
+            _check_size(parts[-1], zipped.getinfo(members[parts]).file_size)
             return zipped.read(members[parts])
         except Exception as error:
             raise _unreadable(path, error) from error
@@ -214,28 +218,28 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
     label = {wnid: i for i, wnid in enumerate(wnids)}
     words = {wnid: text for wnid, _, text in (line.partition("\t") for line in lines("words.txt"))}
     names = [(words.get(wnid) or wnid).split("\t")[0].split(",")[0].strip() for wnid in wnids]
-    twice = {name for name, count in Counter(names).items() if count > 1}
-    names = [f"{name} ({wnid})" if name in twice else name for name, wnid in zip(names, wnids, strict=True)]
+    repeated = {name for name, count in Counter(names).items() if count > 1}
+    names = [f"{name} ({wnid})" if name in repeated else name for name, wnid in zip(names, wnids, strict=True)]
 
     numbers: dict[str, list[tuple[int, tuple[str, ...]]]] = {wnid: [] for wnid in wnids}
     for parts in members:
-        if len(parts) == 4 and parts[0] == "train" and parts[1] in label and (found := NUMBERED.fullmatch(parts[3])):
-            numbers[parts[1]].append((int(found[1]), parts))
-    tested = [line.split("\t")[:2] for line in lines("val", "val_annotations.txt")]
-    if odd := [row for row in tested if len(row) < 2 or row[1] not in label or not NUMBERED.fullmatch(row[0])]:
-        raise ValueError(f"{path}: val_annotations.txt says {odd[0]}, which is no image and its class.")
-    if not tested or not any(numbers.values()):
+        if len(parts) == 4 and parts[0] == "train" and parts[1] in label and (match := NUMBERED.fullmatch(parts[3])):
+            numbers[parts[1]].append((int(match[1]), parts))
+    annotations = [line.split("\t")[:2] for line in lines("val", "val_annotations.txt")]
+    if invalid := [row for row in annotations if len(row) < 2 or row[1] not in label or not NUMBERED.fullmatch(row[0])]:
+        raise ValueError(f"{path}: the row {invalid[0]} of val_annotations.txt is not an image and its class.")
+    if not annotations or not any(numbers.values()):
         raise ValueError(f"{path} has no images of its classes.")
-    per_class = max(number for found in numbers.values() for number, _ in found) + 1
+    per_class = max(number for members_of_class in numbers.values() for number, _ in members_of_class) + 1
 
     def train() -> Examples:
-        for wnid, found in numbers.items():
-            for number, parts in sorted(found):
+        for wnid, members_of_class in numbers.items():
+            for number, parts in sorted(members_of_class):
                 index = label[wnid] * per_class + number
                 yield index, {"image": io.BytesIO(content(*parts)), "label": label[wnid], "index": index}
 
     def test() -> Examples:
-        for file, wnid in tested:
+        for file, wnid in annotations:
             index = int(NUMBERED.fullmatch(file)[1])
             image = io.BytesIO(content("val", "images", file))
             yield index, {"image": image, "label": label[wnid], "index": index}

@@ -1,8 +1,8 @@
-"""TensorFlow-Datasets builders of our own for CIFAR-10, CIFAR-100 and Tiny-ImageNet, which need no TensorFlow.
+"""TensorFlow-Datasets builders for CIFAR-10, CIFAR-100 and Tiny-ImageNet that do not need TensorFlow.
 
-The registered builders of CIFAR need TensorFlow to be prepared, there is none of Tiny-ImageNet, and the order is lost
-by shuffling: these keep the original index of each image. Importing this module registers them, as lt_adv_cifar10,
-lt_adv_cifar100 and lt_adv_tiny_imagenet; after that `tfds.data_source` reads them like any other set.
+The builders of TensorFlow-Datasets need TensorFlow to prepare CIFAR, lose the original order by shuffling, and do not
+include Tiny-ImageNet; these keep the original index of each image. Importing this module registers lt_adv_cifar10,
+lt_adv_cifar100 and lt_adv_tiny_imagenet, which `tfds.data_source` can then read.
 """
 
 from collections.abc import Iterator
@@ -18,10 +18,10 @@ _CIFAR_CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Im
 
 
 class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-    """Reads one official archive from the manual folder, after checking its sha256."""
+    """Checks the sha256 of an official archive in the manual folder and reads it."""
 
     VERSION = tfds.core.Version(archives.VERSION)
-    MANUAL_DOWNLOAD_INSTRUCTIONS = "The official archive, which `lt_adv.data.archives` names, as it was downloaded."
+    MANUAL_DOWNLOAD_INSTRUCTIONS = "The official archive as downloaded; `lt_adv.data.archives` lists its URL."
     DATASET: ClassVar[str]
     SIDE: ClassVar[int] = 32
     ENCODING: ClassVar[str] = "png"
@@ -55,12 +55,12 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         archives.check(self._archive, path)
         names, examples = self._read(path)
         if len(names) != self.CLASSES:
-            raise ValueError(f"{path} names {len(names)} classes, and there are {self.CLASSES}.")
+            raise ValueError(f"{path} names {len(names)} classes, but {self.DATASET} has {self.CLASSES}.")
         self.info.features["label"].names = names
         return examples
 
     def _generate_examples(self) -> Iterator:
-        raise AssertionError("_split_generators hands over the examples of each split itself.")
+        raise AssertionError("_split_generators returns the examples of each split.")
 
     def _read(self, path: Path) -> tuple[list[str], dict[str, Iterator]]:
         raise NotImplementedError
@@ -77,7 +77,7 @@ class LtAdvCifar10(_ArchiveBuilder):
 
 
 class LtAdvCifar100(_ArchiveBuilder):
-    """CIFAR-100, with the 100 fine labels."""
+    """CIFAR-100 with the 100 fine labels."""
 
     DATASET = "cifar100"
     CLASSES = 100

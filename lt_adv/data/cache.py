@@ -1,8 +1,7 @@
-"""Decoded sets on disk: uint8 .npy files that are memory-mapped, and a meta.json with their digests.
+"""Cache of decoded data sets on disk: memory-mapped uint8 .npy files and a meta.json with their digests.
 
-A cache folder appears under its name only when it is complete (written beside, then renamed). At each start the sizes,
-shapes and dtypes are checked, and the sha256 of every array up to `FULL_CHECK_BYTES`; larger image arrays, whose digest
-would take seconds, are trusted beyond their size.
+A cache folder is written under a temporary name and renamed when it is complete. Every load checks sizes, shapes and
+dtypes, and the sha256 of arrays up to `FULL_CHECK_BYTES`; the digest of larger ones would take seconds.
 """
 
 import contextlib
@@ -31,62 +30,64 @@ log = logging.getLogger(__name__)
 
 
 def folder_of(data_dir: Path, name: str, source: Source) -> Path:
-    """`<data_dir>/lt_adv_cache/<name>-<fingerprint>`; the fingerprint changes with the data and with `VERSION`."""
+    """Returns `<data_dir>/lt_adv_cache/<name>-<hash>`; the hash changes with the data and with `VERSION`."""
     identity = json.dumps([VERSION, name, source.identity], sort_keys=True)
     return data_dir / "lt_adv_cache" / f"{name.replace('/', '-')}-{new_sha256(identity.encode()).hexdigest()[:16]}"
 
 
 def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> Dataset:
-    """The set from its cache; decoded first where there is none, or a damaged one (which one line of warning names).
+    """Returns the data set from its cache; decodes it into the cache first if there is none or a damaged one.
 
-    A set that is not there, and whose training images would take more than `limit` bytes, is left as it is where its
-    images can be decoded one by one.
+    If there is no cache and the training images would take more than `limit` bytes, images that can be decoded one by
+    one stay encoded (`images.LazyImages`).
     """
     folder = folder_of(data_dir, name, source)
     if folder.exists():
         try:
             return _open(folder, name)
-        except Exception as error:  # a damaged .npy fails in many ways
+        except Exception as error:  # numpy raises many types for a damaged .npy
             log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, atomic_io.message(error))
-    class_names, decodings = source.read()
-    if odd := [name for name in class_names if name != name.encode(errors="replace").decode()]:
-        raise ValueError(f"The class name {odd[0]!r} is no UTF-8, as reports are written: rename the class.")
-    if math.prod(decodings["train"].shape) > limit and all(d.image is not None for d in decodings.values()):
-        return make_dataset(name, class_names, {k: Split(d.image, d.label, d.index) for k, d in decodings.items()})
+    class_names, readers = source.read()
+    if invalid := [name for name in class_names if name != name.encode(errors="replace").decode()]:
+        raise ValueError(f"The class name {invalid[0]!r} is not UTF-8, which reports need: rename the class.")
+    if math.prod(readers["train"].shape) > limit and all(r.image is not None for r in readers.values()):
+        return make_dataset(name, class_names, {k: Split(r.image, r.label, r.index) for k, r in readers.items()})
     try:
-        _write(folder, class_names, decodings)
+        _write(folder, class_names, readers)
     except OSError as error:
-        size = sum(math.prod(d.shape) for d in decodings.values()) >> 20
+        size = sum(math.prod(r.shape) for r in readers.values()) >> 20
         raise ValueError(
-            f"Cannot write the cache {folder} ({error.strerror or error}); it needs a writable folder with "
-            f"{size + 1} MiB free, which --config.data.data_dir names."
+            f"Cannot write the cache {folder} ({error.strerror or error}): set --config.data.data_dir to a writable "
+            f"folder with {size + 1} MiB free."
         ) from error
     return _open(folder, name)
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_valid(folder: Path) -> bool:
     try:
         _open(folder, folder.name)
-    except Exception:  # as in load
+    except Exception:  # as in `load`
         return False
     return True
 
 
-def remembered(data_dir: Path, name: str, identity: object, compute: Callable[[], dict[str, np.ndarray]]) -> dict:
-    """Small arrays that take long to find: from `<data_dir>/lt_adv_cache/<name>-<fingerprint>.npz`, written first where
-    there is none or a damaged one."""
+def cached_arrays(data_dir: Path, name: str, identity: object, compute: Callable[[], dict[str, np.ndarray]]) -> dict:
+    """Returns small arrays from `<data_dir>/lt_adv_cache/<name>-<hash>.npz`.
+
+    If the file is missing or damaged, the arrays are computed and written.
+    """
     path = folder_of(data_dir, name, Source(identity, lambda: ((), {}))).with_suffix(".npz")
     try:
         with np.load(path, allow_pickle=False) as file:
             return {k: file[k] for k in file.files}
     except FileNotFoundError:
         pass
-    except Exception as error:  # a damaged zip fails in many ways
-        log.warning("%s is damaged (%s): it is made again.", path, atomic_io.reason(path, error, atomic_io.NPZ))
+    except Exception as error:  # numpy raises many types for a damaged .npz
+        log.warning("%s is damaged (%s): it is rebuilt.", path, atomic_io.reason(path, error, atomic_io.NPZ))
     arrays = compute()
     content = io.BytesIO()
     np.savez(content, **arrays)
-    with contextlib.suppress(OSError):  # where nothing can be written they are found anew next time
+    with contextlib.suppress(OSError):  # without a writable folder they are computed each time
         atomic_io.write_atomically(path, content.getvalue())
     return arrays
 
@@ -95,7 +96,9 @@ def _open(folder: Path, name: str) -> Dataset:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {}
     for file, expected in meta["arrays"].items():
-        array = np.load(folder / f"{file}.npy", mmap_mode="r", allow_pickle=False)  # refuses a file that is too short
+        array = np.load(
+            folder / f"{file}.npy", mmap_mode="r", allow_pickle=False
+        )  # raises for a file that is too short
         if array.nbytes + array.offset != os.path.getsize(folder / f"{file}.npy"):
             raise ValueError(f"{file}.npy has another size")
         if list(array.shape) != expected["shape"] or str(array.dtype) != expected["dtype"]:
@@ -110,20 +113,21 @@ def _open(folder: Path, name: str) -> Dataset:
     return Dataset(name, train, test, class_names, meta["digest"])
 
 
-def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, SplitReader]) -> None:
+def _write(folder: Path, class_names: tuple[str, ...], readers: dict[str, SplitReader]) -> None:
     atomic_io.make_folder(folder.parent)
     _remove_stale(folder)
-    needed = sum(math.prod(d.shape) for d in decodings.values())
-    if needed > shutil.disk_usage(folder.parent).free:  # rather than to fill the disk first
+    size = sum(math.prod(r.shape) for r in readers.values())
+    if size > shutil.disk_usage(folder.parent).free:  # fail before the disk is full
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
-        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's 0700 would lock out the others who share the data folder
+        os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's 0700 would exclude other users of the data folder
         arrays = {}
-        for split, d in decodings.items():
-            arrays[f"{split}_image"] = _write_array(temporary / f"{split}_image.npy", d.shape, "uint8", d.blocks())
+        for split, reader in readers.items():
+            path = temporary / f"{split}_image.npy"
+            arrays[f"{split}_image"] = _write_array(path, reader.shape, "uint8", reader.blocks())
             for field in ("label", "index"):
-                array = getattr(d, field)
+                array = getattr(reader, field)
                 path = temporary / f"{split}_{field}.npy"
                 arrays[f"{split}_{field}"] = _write_array(path, array.shape, str(array.dtype), [array])
         meta = {"class_names": class_names, "arrays": arrays, "digest": digest_of(class_names, arrays)}
@@ -135,7 +139,7 @@ def _write(folder: Path, class_names: tuple[str, ...], decodings: dict[str, Spli
 
 
 def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict:
-    # Written as a stream, not through a memory map, because a full disk kills a process that writes to a map.
+    # A stream instead of a memory map, because a full disk kills a process that writes to a map.
     digest, rows = new_sha256(), 0
     with path.open("wb") as file:
         header = {"descr": np.lib.format.dtype_to_descr(np.dtype(dtype)), "fortran_order": False, "shape": tuple(shape)}
@@ -153,10 +157,12 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict
 
 
 def _publish(temporary: Path, folder: Path) -> None:
-    """Puts the finished folder in place of a damaged one. That of a process that was faster stays: it is the same, and
-    may be open already."""
-    if folder.exists() and not _is_whole(folder):
-        # Moved aside first: deleted in place it would be half there for a while. Open memory maps stay valid.
+    """Renames the finished folder to its name and replaces a damaged one.
+
+    A valid folder of a faster process is left in place: it is equal and may be open.
+    """
+    if folder.exists() and not _is_valid(folder):
+        # Moved before it is deleted, so that no process sees it half deleted. Open memory maps stay valid.
         old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             os.replace(folder, old)
@@ -171,7 +177,7 @@ def _publish(temporary: Path, folder: Path) -> None:
 
 
 def _remove_stale(folder: Path) -> None:
-    """Removes what killed runs have left of this cache; a folder a day old has no writer any more."""
+    """Removes temporary folders of this cache that killed processes left more than a day ago."""
     for path in folder.parent.glob(f".{folder.name}.*"):
         if time.time() - path.stat().st_mtime > STALE_SECONDS:
             shutil.rmtree(path, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What a data source hands over: uint8 images, labels, original indices, class names and a digest."""
+"""Data set types: uint8 images, labels, original indices, class names and a digest."""
 
 import dataclasses
 import hashlib
@@ -13,9 +13,12 @@ ARRAYS = ("image", "label", "index")
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """`image` uint8 [n, h, w, c], `label` int32 [n], `index` int64 [n]: the position in the original data.
+    """The images of a split.
 
-    Of a set that is too large to be kept decoded, `image` is an `images.LazyImages` in place of an array.
+    Attributes:
+      image: uint8 [n, h, w, c]; an `images.LazyImages` if the set is too large to be decoded.
+      label: int32 [n].
+      index: int64 [n], positions in the original data.
     """
 
     image: np.ndarray
@@ -26,14 +29,14 @@ class Split:
         return len(self.label)
 
     def take(self, positions: np.ndarray) -> "Split":
-        """The examples at `positions`, in that order; images that are not decoded yet stay so."""
+        """Returns the examples at `positions`, in that order; encoded images stay encoded."""
         image = self.image[positions] if isinstance(self.image, np.ndarray) else self.image.at(positions)
         return Split(image, self.label[positions], self.index[positions])
 
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A whole image classification set; `digest` (sha256) identifies every pixel, label, index and class name."""
+    """An image classification set; `digest` (sha256) covers every pixel, label, index and class name."""
 
     name: str
     train: Split
@@ -43,15 +46,21 @@ class Dataset:
 
     def __post_init__(self) -> None:
         for name, split in (("train", self.train), ("test", self.test)):
-            labels(split.label, len(split.image), len(self.class_names), f"{self.name}, split {name}")
+            check_labels(split.label, len(split.image), len(self.class_names), f"{self.name}, split {name}")
 
 
 @dataclasses.dataclass(frozen=True)
 class LongTailed:
-    """A `Dataset` cut to a long tail; `class_counts` are those of `train`, after validation images were taken out
-    (and it was equalised, where that was asked for: then an image may be in it more than once).
+    """A long-tailed subset of a `Dataset`.
 
-    `digest` (sha256) identifies the data set and which of its images were chosen for training and validation.
+    Attributes:
+      train: the training images; after `resample_balanced` an image may be repeated.
+      validation: a balanced validation split, or None.
+      test: the complete test split.
+      class_names: one per class.
+      class_counts: images per class of `train`.
+      class_counts_before: images per class before the validation split and `resample_balanced`.
+      digest: sha256 of the data set's digest and the selected images.
     """
 
     train: Split
@@ -65,9 +74,14 @@ class LongTailed:
 
 @dataclasses.dataclass(frozen=True)
 class SplitReader:
-    """A split about to be decoded: `blocks()` yields its images in order, uint8 [k, h, w, c], of `shape` in all.
+    """A split that can be decoded.
 
-    `image`: an `images.LazyImages` of the same, where they can be decoded one by one.
+    Attributes:
+      shape: shape of all images, [n, h, w, c].
+      label: int32 [n].
+      index: int64 [n].
+      blocks: function that yields the images in order, in arrays uint8 [k, h, w, c].
+      image: an `images.LazyImages` of the same images if they can be decoded one by one, else None.
     """
 
     shape: tuple[int, int, int, int]
@@ -79,81 +93,85 @@ class SplitReader:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Where a set comes from: `identity` is cheap and changes with the data, `read()` does the work.
+    """Origin of a data set.
 
-    `identity`: anything JSON can write. `read() -> (class names, {"train": SplitReader, "test": SplitReader})`.
+    Attributes:
+      identity: anything JSON can write; cheap to compute, changes with the data.
+      read: function that returns (class names, {"train": SplitReader, "test": SplitReader}).
     """
 
     identity: object
     read: Callable[[], tuple[tuple[str, ...], dict[str, SplitReader]]]
 
 
-def labels(label: Any, images: int, classes: float, where: str, advice: str = "") -> np.ndarray:
-    """The labels that a source has for so many `images`, as they are, once they are known to be classes.
+def check_labels(label: Any, images: int, classes: float, where: str, advice: str = "") -> np.ndarray:
+    """Returns the labels unchanged if they are integers in [0, `classes`), one for each of `images` images.
 
-    ValueError, which begins with `where` and ends with `advice`, unless they are integers in [0, `classes`), one for
-    each image; it has the first that is not, and how many there are.
+    Raises:
+      ValueError: otherwise. The message begins with `where`, gives the number of invalid labels and the first of them,
+        and ends with `advice`.
     """
     label = np.asarray(label)
     if not images:
         raise ValueError(f"{where}: there are no images.")
-    wanted = f"{where}: the labels must be {images} whole numbers from 0"
+    rule = f"{where}: the labels must be {images} whole numbers from 0"
     if label.shape != (images,):
-        hint = ": of one-hot labels, take argmax(axis=-1)" if label.ndim == 2 and label.shape[1] > 1 else ""
-        raise ValueError(f"{wanted}, one for each image, not {label.dtype} {label.shape}{hint}.{advice}")
+        hint = ": convert one-hot labels with argmax(axis=-1)" if label.ndim == 2 and label.shape[1] > 1 else ""
+        raise ValueError(f"{rule}, one for each image, not {label.dtype} {label.shape}{hint}.{advice}")
     if label.dtype.kind not in "iu":
-        broken = label[~np.isfinite(label) | (label != np.trunc(label))] if label.dtype.kind == "f" else label
-        shown = f" ({len(broken)} of which are not integers, such as {broken[0]})" if len(broken) else ""
-        raise ValueError(f"{wanted}, of an integer type, not {label.dtype}{shown}.{advice}")
-    wrong = label[(label < 0) | (label >= classes)]
-    if len(wrong):
-        if wrong.min() < 0:
-            advice = advice or " Leave out images without a label, or choose a split that has labels."
-        to = f" to {classes - 1}" if classes < float("inf") else ""
+        fractions = label[~np.isfinite(label) | (label != np.trunc(label))] if label.dtype.kind == "f" else label
+        example = f" ({len(fractions)} of which are not integers, such as {fractions[0]})" if len(fractions) else ""
+        raise ValueError(f"{rule}, of an integer type, not {label.dtype}{example}.{advice}")
+    invalid = label[(label < 0) | (label >= classes)]
+    if len(invalid):
+        if invalid.min() < 0:
+            advice = advice or " Remove images without a label, or choose a split that has labels."
+        upper = f" to {classes - 1}" if classes < float("inf") else ""
         raise ValueError(
-            f"{where}: {len(wrong)} of {images} labels are not whole numbers from 0{to}, such as {wrong[0]}.{advice}"
+            f"{where}: {len(invalid)} of {images} labels are not whole numbers from 0{upper}, such as {invalid[0]}."
+            f"{advice}"
         )
     return label
 
 
-def listed(classes: Sequence[int], names: Sequence[str], most: int = 5) -> str:
-    """class 1 ('cat'), class 7 ('dog') and 3 more: for an error of one line."""
-    more = f" and {len(classes) - most} more" if len(classes) > most else ""
-    return ", ".join(f"class {c} ({names[c]!r})" for c in classes[:most]) + more
+def listed(classes: Sequence[int], names: Sequence[str], limit: int = 5) -> str:
+    """Returns the classes in one line for an error message: "class 1 ('cat'), class 7 ('dog') and 3 more"."""
+    more = f" and {len(classes) - limit} more" if len(classes) > limit else ""
+    return ", ".join(f"class {c} ({names[c]!r})" for c in classes[:limit]) + more
 
 
-def decoding(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> SplitReader:
-    """A split whose images are in memory already."""
+def array_reader(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> SplitReader:
+    """Returns a reader of images that are in memory."""
     return SplitReader(image.shape, label.astype(np.int32), index.astype(np.int64), lambda: iter([image]))
 
 
 def sha256(array: Any) -> str:
-    """The sha256 of an array's bytes in C order; of images that are not decoded, what identifies them."""
+    """Returns the sha256 of an array's bytes in C order, or the digest of `images.LazyImages`."""
     if not isinstance(array, np.ndarray):
         return array.digest
     return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
 
 
 def digest_of(class_names: tuple[str, ...], arrays: dict[str, dict]) -> str:
-    """The digest of a set: sha256 over its class names and each array's shape, dtype and sha256."""
+    """Returns the digest of a data set: sha256 over its class names and each array's shape, dtype and sha256."""
     text = json.dumps({"class_names": class_names, "arrays": arrays}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def in_memory(name: str, source: Source) -> Dataset:
-    """A `Dataset` without a cache, for sets small enough to be read at every start."""
-    class_names, decodings = source.read()
-    splits = {k: Split(np.concatenate(list(d.blocks())), d.label, d.index) for k, d in decodings.items()}
+    """Reads a `Dataset` without a cache, for sets that are small enough to be read at every start."""
+    class_names, readers = source.read()
+    splits = {k: Split(np.concatenate(list(r.blocks())), r.label, r.index) for k, r in readers.items()}
     return make_dataset(name, class_names, splits)
 
 
 def make_dataset(name: str, class_names: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
-    """The `Dataset` of these splits."""
+    """Returns the `Dataset` of these splits; makes their arrays read-only and computes the digest."""
     arrays = {}
     for split_name, split in splits.items():
         for field in ARRAYS:
             array = getattr(split, field)
             if isinstance(array, np.ndarray):
-                array.flags.writeable = False  # as the memory-mapped arrays of the cache
+                array.flags.writeable = False  # like the memory-mapped arrays of the cache
             arrays[f"{split_name}_{field}"] = {"shape": array.shape, "dtype": str(array.dtype), "sha256": sha256(array)}
     return Dataset(name, splits["train"], splits["test"], class_names, digest_of(class_names, arrays))

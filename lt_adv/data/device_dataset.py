@@ -1,6 +1,6 @@
-"""A split that lives on the devices, and which of its examples make up a batch.
+"""Data sets in device memory, and the sampling of batches.
 
-The draws are functions of a key, traceable, and independent of the number of devices: a resumed run repeats them.
+Sampling is a traceable function of a key and does not depend on the number of devices, so a resumed run repeats it.
 """
 
 import functools
@@ -19,30 +19,41 @@ SAMPLERS = ("uniform", "class_aware")
 
 
 def put(split: Split, mesh: Mesh) -> dict[str, jax.Array]:
-    """{"image" uint8 [n, h * w * c], "label" int32 [n], "index" int32 [n]}, a full copy on every device of `mesh`.
+    """Puts a full copy of a split on every device of `mesh`.
 
-    An image is one row, reshaped once it is in a batch: TPUs gather from rows as they lie, while a set [n, h, w, c]
-    would be copied into another layout in every step. Of several processes each fills its own devices from its own copy
-    of the split.
+    An image is one row and is reshaped in the batch: TPUs gather rows in place, but would copy a set [n, h, w, c] into
+    another layout in every step. In a multi-process run each process fills its devices from its copy of the split.
+
+    Returns:
+      {"image": uint8 [n, h * w * c], "label": int32 [n], "index": int32 [n]}.
     """
     if len(split) and int(split.index.max()) > np.iinfo(np.int32).max:
-        raise ValueError("Original indices above 2^31 - 1 do not fit the int32 they have on the devices.")
+        raise ValueError("Original indices above 2^31 - 1 do not fit int32, their type on the devices.")
     image = np.asarray(split.image).reshape(len(split), -1)
     arrays = {"image": image, "label": np.asarray(split.label), "index": split.index.astype(np.int32)}
-    return distributed.put(arrays, distributed.replicated(mesh))
+    return distributed.device_put(arrays, distributed.replicated(mesh))
 
 
 def steps_per_epoch(num_examples: int, batch_size: int) -> int:
-    """Full batches in an epoch (the last, incomplete one is dropped); ValueError if there is none."""
+    """Returns the number of full batches in an epoch (the last, incomplete one is dropped).
+
+    Raises:
+      ValueError: if there is none.
+    """
     if not 1 <= batch_size <= num_examples:
-        raise ValueError(f"batch_size {batch_size} must be from 1 to the number of training images, {num_examples}.")
+        raise ValueError(
+            f"batch_size must be from 1 to the number of training images, {num_examples}, not {batch_size}."
+        )
     return num_examples // batch_size
 
 
 def batch_indices(key: jax.Array, step_in_epoch: jax.Array | int, *, num_examples: int, batch_size: int) -> jax.Array:
-    """Examples of one batch, int32 [batch_size]: slice `step_in_epoch` of a permutation drawn from the epoch's key.
+    """Returns the examples of one batch: slice `step_in_epoch` of a permutation drawn from the epoch's key.
 
-    With the same key, steps 0 .. num_examples // batch_size - 1 never repeat an example.
+    With one key, the steps 0 .. num_examples // batch_size - 1 never repeat an example.
+
+    Returns:
+      int32 [batch_size].
     """
     steps_per_epoch(num_examples, batch_size)
     permutation = jax.random.permutation(key, num_examples)
@@ -50,9 +61,13 @@ def batch_indices(key: jax.Array, step_in_epoch: jax.Array | int, *, num_example
 
 
 def class_table(label: np.ndarray, num_classes: int) -> dict[str, np.ndarray]:
-    """Where each class's examples are: class c owns order[starts[c] : starts[c] + counts[c]]; all int32.
+    """Returns the examples of each class: those of class c are order[starts[c] : starts[c] + counts[c]].
 
-    ValueError for a class without examples, which could not be drawn.
+    Returns:
+      {"order": int32 [examples], "starts": int32 [classes], "counts": int32 [classes]}.
+
+    Raises:
+      ValueError: for a class without examples.
     """
     counts = np.bincount(label, minlength=num_classes)
     if counts.min() == 0:
@@ -72,9 +87,21 @@ def batch_rows(
     classes: Mapping[str, jax.Array] | None = None,
     cycles: bool = False,
 ) -> jax.Array:
-    """Examples of the batch of a step, int32 [batch_size], in a run with this key: those of an epoch are a permutation,
-    or class-aware where a `class_table` is given: each draw for itself, `class_aware_indices`, or with `cycles` through
-    the classes and through the examples of each in turn, `class_aware.cycled_indices`."""
+    """Returns the examples of the batch of a step.
+
+    Args:
+      key: the key of the run.
+      epoch: from 0.
+      step_in_epoch: from 0.
+      num_examples: size of the training set.
+      batch_size: examples per batch.
+      classes: None to draw a permutation in each epoch, or a `class_table` for class-aware sampling.
+      cycles: class-aware sampling in cycles (`class_aware.cycled_indices`) instead of independent draws
+        (`class_aware_indices`).
+
+    Returns:
+      int32 [batch_size].
+    """
     run_key = jax.random.fold_in(key, 0)
     if classes is not None and cycles:
         return class_aware.cycled_indices(run_key, epoch, step_in_epoch, **classes, batch_size=batch_size)
@@ -94,22 +121,23 @@ def epoch_indices(
     batch_size: int,
     cycles: bool = False,
 ) -> jax.Array:
-    """Examples of all batches of an epoch, int32 [steps_per_epoch, batch_size]: `batch_rows` for each of its steps.
+    """Returns `batch_rows` of all steps of an epoch, int32 [steps_per_epoch, batch_size].
 
-    One program for an epoch, so that no step has to sort the whole set to find its own batch.
+    One program per epoch, so that no step has to sort the whole set for its batch.
     """
-    one = functools.partial(
+    rows_of_step = functools.partial(
         batch_rows, num_examples=num_examples, batch_size=batch_size, classes=classes, cycles=cycles
     )
-    return jax.vmap(one, (None, None, 0))(key, epoch, jnp.arange(steps_per_epoch))
+    return jax.vmap(rows_of_step, (None, None, 0))(key, epoch, jnp.arange(steps_per_epoch))
 
 
 def class_aware_indices(
     key: jax.Array, order: jax.Array, starts: jax.Array, counts: jax.Array, *, batch_size: int
 ) -> jax.Array:
-    """Examples of one batch, int32 [batch_size]: each a uniform class, then a uniform example of it (`class_table`).
+    """Returns the examples of one batch, int32 [batch_size]: for each a uniform class, then a uniform example of it.
 
-    Chance decides how often a class is in a batch. Differs from the released code, which is `cycled_indices`.
+    `order`, `starts` and `counts` are those of `class_table`. The number of examples of a class in a batch is random.
+    Differs from the released code, which samples in cycles (`class_aware.cycled_indices`).
     """
     class_key, example_key = jax.random.split(key)
     classes = jax.random.randint(class_key, (batch_size,), 0, len(counts))

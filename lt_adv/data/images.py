@@ -1,4 +1,4 @@
-"""Encoded images to uint8 arrays, with a thread pool; every failure is one line that names the image."""
+"""Decodes images to uint8 arrays with a thread pool; errors are one line and name the image."""
 
 import dataclasses
 import hashlib
@@ -15,25 +15,30 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lt_adv.data.dataset import SplitReader
 from lt_adv.runtime import atomic_io
 
-MAX_PIXELS = 1 << 26  # below Pillow's own limit: a small file that claims more is a decompression bomb
-LARGEST = math.isqrt(MAX_PIXELS)  # side of a square that images are scaled to
+MAX_PIXELS = 1 << 26  # below Pillow's limit; a small file that declares more is a decompression bomb
+LARGEST = math.isqrt(MAX_PIXELS)  # maximum of config.data.image_size
 CHUNK = 256
-USUAL = ("JPEG", "PNG")
-FORMATS = (*USUAL, "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # decoded by Pillow itself
-USUAL_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
+COMMON_FORMATS = ("JPEG", "PNG")
+FORMATS = (*COMMON_FORMATS, "WEBP", "BMP", "DIB", "GIF", "TIFF", "PPM", "JPEG2000", "AVIF")  # decoded by Pillow itself
+COMMON_SUFFIXES = (".jpg", ".jpeg", ".jpe", ".jfif", ".png")
 OTHER_SUFFIXES = (".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".pnm", ".jp2", ".avif")
-SUFFIXES = (*USUAL_SUFFIXES, *OTHER_SUFFIXES)
+SUFFIXES = (*COMMON_SUFFIXES, *OTHER_SUFFIXES)
 
 
 class BadImage(ValueError):
-    """An image that cannot be used."""
+    """An image cannot be read or has another shape than the others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """The images of a split as files: `names` for messages, `read(positions)` their bytes, from any thread.
+    """The encoded images of a split.
 
-    `identity` changes with their bytes, as far as that is seen without reading them.
+    Attributes:
+      names: of the images, for error messages.
+      read: function of positions that returns the files' bytes; thread-safe.
+      label: [n].
+      index: [n], positions in the original data.
+      identity: changes with the files, as far as that can be seen without reading them.
     """
 
     names: Sequence[str]
@@ -44,8 +49,10 @@ class Encoded:
 
 
 class LazyImages:
-    """Images that are decoded each time they are asked for: `images[rows]`, by a slice or by positions, is the array
-    uint8 [k, h, w, c] that the decoded images would give. A bad image is a ValueError then, not before.
+    """Images that are decoded at each access.
+
+    `images[rows]`, with a slice or positions, returns the same array uint8 [k, h, w, c] as decoded images would. An
+    image that cannot be read raises `BadImage` at its access.
     """
 
     dtype, ndim = np.dtype(np.uint8), 4
@@ -68,29 +75,30 @@ class LazyImages:
 
     def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
         if dtype not in (None, self.dtype) or copy is False:
-            raise ValueError(f"Images are decoded to new arrays of uint8, not {dtype}.")
+            raise ValueError(f"Images can only be decoded to new uint8 arrays, not {dtype}.")
         return self[:]
 
     def read(self, rows: np.ndarray) -> np.ndarray:
-        """What `images[rows]` gives, in the caller's thread."""
+        """Returns `images[rows]`, decoded in the caller's thread."""
         return self._decode(self._rows[rows])
 
     def at(self, rows: np.ndarray) -> "LazyImages":
-        """The images at these positions, decoded no more than before."""
+        """Returns the images at these positions without decoding them."""
         return LazyImages(self._encoded, self.shape[1:], self._size, self._rows[rows])
 
     @property
     def digest(self) -> str:
-        """Changes with the files and the choice of them: pixels would all have to be decoded."""
-        said = f"{self._encoded.identity} {self.shape} {self._size} ".encode()
-        return hashlib.sha256(said + self._rows.astype("<i8").tobytes()).hexdigest()
+        """A hash of the files' identity and of the selected rows; hashing pixels would decode all images."""
+        identity = f"{self._encoded.identity} {self.shape} {self._size} ".encode()
+        return hashlib.sha256(identity + self._rows.astype("<i8").tobytes()).hexdigest()
 
     def _decode(self, positions: Sequence[int]) -> np.ndarray:
         channels = self.shape[-1]
-        decoded = _each(self._encoded, positions, lambda data, name: convert(_open(data, name), channels, self._size))
+        encoded, size = self._encoded, self._size
+        decoded = _map_images(encoded, positions, lambda data, name: convert(_open(data, name), channels, size))
         for position, image in zip(positions, decoded, strict=True):
             if image.shape != self.shape[1:]:
-                raise BadImage(f"{self._encoded.names[position]} is {image.shape}, the others are {self.shape[1:]}.")
+                raise BadImage(f"{encoded.names[position]} is {image.shape}, the others are {self.shape[1:]}.")
         return np.stack(decoded)
 
 
@@ -99,40 +107,43 @@ def _open(data: bytes, name: str) -> Image.Image:
         raise BadImage(f"{name} is empty.")
     image = Image.open(io.BytesIO(data), formats=_formats(name))
     if image.width * image.height > MAX_PIXELS:
-        raise BadImage(f"{name} claims {image.width} x {image.height} pixels, more than the {MAX_PIXELS} allowed.")
+        raise BadImage(f"{name} declares {image.width} x {image.height} pixels, more than the maximum of {MAX_PIXELS}.")
     return image
 
 
 def _formats(name: str) -> tuple[str, ...]:
-    """Those that an image may have: JPEG and PNG stand for each other, and what else is called so is a wrong file."""
-    return USUAL if name.lower().endswith(USUAL_SUFFIXES) else FORMATS
+    """Returns the formats that an image of this name may have; the suffixes of JPEG and PNG may be exchanged."""
+    return COMMON_FORMATS if name.lower().endswith(COMMON_SUFFIXES) else FORMATS
 
 
 def _reason(data: bytes, name: str, error: Exception) -> str:
-    """Why this is not an image: what it is, where that can be seen, else what Pillow says."""
+    """Returns why an image cannot be read: its format if it is another one, else Pillow's message."""
     if not isinstance(error, UnidentifiedImageError):
         return f" ({' '.join(str(error).split())})"
-    try:  # Pillow's "cannot identify" names nothing but an address in memory
+    try:  # Pillow's "cannot identify" only names an address in memory
         with Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return f": it is a {image.format} image, and its name should end so"
-    except Exception:  # as wherever Pillow reads what is not an image
-        what = atomic_io.format_of(data)
-        return f": it is {what}" if what else ""
+            return f": it is a {image.format} image, rename it accordingly"
+    except Exception:  # Pillow raises many types for other files
+        file_format = atomic_io.format_of(data)
+        return f": it is {file_format}" if file_format else ""
 
 
-def _grey(image: Image.Image) -> bool:
+def _is_grey(image: Image.Image) -> bool:
     return image.mode in ("1", "L", "LA") or image.mode.startswith("I")
 
 
 def convert(image: Image.Image, channels: int, size: int | None) -> np.ndarray:
-    """uint8 [h, w, channels]; `size` scales and centre-crops to a square (bilinear, antialiased); no transparency."""
-    if image.mode.startswith("I"):  # 16 bits a pixel, which Pillow would clip at 255
+    """Converts an image to uint8 [h, w, channels] without transparency.
+
+    `size` scales and centre-crops it to a square of that side (bilinear, antialiased).
+    """
+    if image.mode.startswith("I"):  # 16 bits per pixel, which Pillow would clip at 255
         pixels = np.asarray(image)
         if pixels.size and not 0 <= pixels.min() <= pixels.max() < 1 << 16:
-            raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}, where 16 bits hold 0 to 65535")
+            raise ValueError(f"pixels from {pixels.min()} to {pixels.max()} are outside 0 to 65535")
         image = Image.fromarray((pixels >> 8).astype(np.uint8))
     if image.mode == "F":
-        raise ValueError("its pixels are floating-point numbers, whose range is not known")
+        raise ValueError("its pixels are floating-point numbers of unknown range")
     image = image.convert("L" if channels == 1 else "RGB")
     if size is not None and image.size != (size, size):
         image = ImageOps.fit(image, (size, size), method=Image.Resampling.BILINEAR)
@@ -140,42 +151,42 @@ def convert(image: Image.Image, channels: int, size: int | None) -> np.ndarray:
 
 
 def resize(image: np.ndarray, size: int | None) -> np.ndarray:
-    """Images in memory, uint8 [n, h, w, c], scaled and centre-cropped to squares of `size` pixels (None: unchanged)."""
+    """Scales and centre-crops images uint8 [n, h, w, c] to squares of side `size` (None: unchanged)."""
     if size is None or image.shape[1:3] == (size, size):
         return image
     channels = image.shape[-1]
-    needed, there = len(image) * size * size * channels, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    if needed > there:
+    required, memory = len(image) * size * size * channels, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if required > memory:
         raise ValueError(
-            f"config.data.image_size {size} makes {needed >> 30} GiB of images, and this machine has {there >> 30} GiB "
-            "of memory: make it smaller."
+            f"config.data.image_size {size} needs {required >> 30} GiB for the images, but this machine has "
+            f"{memory >> 30} GiB of memory: reduce it."
         )
     return np.stack([convert(Image.fromarray(x[..., 0] if channels == 1 else x), channels, size) for x in image])
 
 
-def _each(encoded: Encoded, positions: Sequence[int], work: Callable[[bytes, str], object]) -> list:
-    """`work` on the images at these positions, one after the other."""
+def _map_images(encoded: Encoded, positions: Sequence[int], function: Callable[[bytes, str], object]) -> list:
+    """Returns `function(bytes, name)` of the images at these positions."""
     results = []
     for position, data in zip(positions, encoded.read(positions), strict=True):
         name = encoded.names[position]
         try:
-            results.append(work(data, name))
+            results.append(function(data, name))
         except BadImage:
             raise
         except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            kinds = "JPEG or PNG image" if _formats(name) == USUAL else "image"
+            kinds = "JPEG or PNG image" if _formats(name) == COMMON_FORMATS else "image"
             raise BadImage(f"{name} is not a readable {kinds}{_reason(data, name, error)}.") from error
     return results
 
 
-def _chunks(encoded: Encoded, work: Callable[[bytes, str], object]) -> Iterator[list]:
-    """`work` on every image, in order, a list per chunk; a few chunks ahead of the caller, never all of them."""
+def _map_chunks(encoded: Encoded, function: Callable[[bytes, str], object]) -> Iterator[list]:
+    """Yields `_map_images` of all images in order, one list per chunk, at most 32 chunks ahead of the caller."""
     names = encoded.names
 
     def run(start: int) -> list:
-        return _each(encoded, range(start, min(start + CHUNK, len(names))), work)
+        return _map_images(encoded, range(start, min(start + CHUNK, len(names))), function)
 
-    # No more threads than cores: on small images the rest would only wait for the interpreter lock.
+    # No more threads than cores: with small images the others would wait for the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts, pending = iter(range(0, len(names), CHUNK)), []
         try:
@@ -190,12 +201,18 @@ def _chunks(encoded: Encoded, work: Callable[[bytes, str], object]) -> Iterator[
                 future.cancel()
 
 
-def decodings(
+def split_readers(
     splits: dict[str, Encoded], size: int | None, shape: tuple[int, int, int] | None = None
 ) -> dict[str, SplitReader]:
-    """The splits, about to be decoded to one (h, w, c): `shape`, or as all headers say; c is 1 if every image is grey.
+    """Returns readers that decode all splits to one shape.
 
-    ValueError naming two images of different sizes, unless `size` makes them equal.
+    Args:
+      splits: the encoded images.
+      size: side of the square that images are scaled and cropped to; None leaves them unchanged.
+      shape: (h, w, c); if None, it is read from the headers of all images, and c is 1 if all images are grey.
+
+    Raises:
+      ValueError: if images differ in size and `size` is None; the message names two of them.
     """
     shape = shape or _common_shape(splits, size)
     return {
@@ -214,11 +231,11 @@ def _common_shape(splits: dict[str, Encoded], size: int | None) -> tuple[int, in
 
     def header(data: bytes, name: str) -> tuple[tuple[int, int], bool]:
         image = _open(data, name)
-        return image.size, _grey(image)
+        return image.size, _is_grey(image)
 
-    first, first_name, grey = None, "", True
+    first, first_name, all_grey = None, "", True
     for encoded in splits.values():
-        headers = (h for chunk in _chunks(encoded, header) for h in chunk)
+        headers = (h for chunk in _map_chunks(encoded, header) for h in chunk)
         for name, (wh, is_grey) in zip(encoded.names, headers, strict=True):
             if first is None:
                 first, first_name = wh, name
@@ -227,11 +244,11 @@ def _common_shape(splits: dict[str, Encoded], size: int | None) -> tuple[int, in
                     f"Images differ in size (width x height): {first_name} is {first[0]} x {first[1]}, {name} is "
                     f"{wh[0]} x {wh[1]}; --config.data.image_size=N makes them all N x N."
                 )
-            grey = grey and is_grey
+            all_grey = all_grey and is_grey
     width, height = (size, size) if size is not None else first
-    return height, width, 1 if grey else 3
+    return height, width, 1 if all_grey else 3
 
 
 def _decode(encoded: Encoded, shape: tuple[int, int, int], size: int | None) -> Iterator[np.ndarray]:
-    for chunk in _chunks(encoded, lambda data, name: convert(_open(data, name), shape[2], size)):
+    for chunk in _map_chunks(encoded, lambda data, name: convert(_open(data, name), shape[2], size)):
         yield np.stack(chunk)

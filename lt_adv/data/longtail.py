@@ -1,7 +1,7 @@
-"""Long-tailed subsets: how many images of each class, and which.
+"""Long-tailed subsets: images per class, selection of images, validation split, groups of classes.
 
-Profiles: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019. The choice
-of images is that of the code of Wu et al., "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021.
+Profiles: Cao et al., "Learning Imbalanced Datasets with Label-Distribution-Aware Margin Loss", NeurIPS 2019. The
+selected images are those of the code of Wu et al., "Adversarial Robustness under Long-Tailed Distribution", CVPR 2021.
 """
 
 import hashlib
@@ -26,15 +26,23 @@ def class_counts(
     imbalance_ratio: float = 50.0,
     balanced_fraction: float = 0.1,
 ) -> np.ndarray:
-    """Images per class, in label order, int64 [C].
+    """Returns the images per class of a profile, in label order, int64 [C].
 
         exponential  n_i = int(n_max f^(i / (C - 1))), f = 1 / imbalance_ratio
         step         n_i = int(n_max) for the first C // 2 classes, int(n_max f) for the others
         balanced     n_i = int(n_max balanced_fraction)
 
-    `imbalance_ratio` = max count / min count >= 1. ValueError where a class would be left without images.
-    Differs from the released code: there the step profile of an odd number of classes has no entry for the last class,
-    which is dropped.
+    Differs from the released code: its step profile drops the last class of an odd number of classes.
+
+    Args:
+      num_classes: C.
+      max_count: n_max.
+      imbalance: name of the profile.
+      imbalance_ratio: max count / min count, at least 1.
+      balanced_fraction: in (0, 1].
+
+    Raises:
+      ValueError: if a class would have no images.
     """
     if imbalance not in PROFILES[:3]:
         raise registry.unknown("imbalance", imbalance, PROFILES)
@@ -64,29 +72,37 @@ def _checked_ratio(imbalance_ratio: float) -> float:
         hint = ""
         if 0 < imbalance_ratio < 1:
             hint = f": the literature's {imbalance_ratio:g} is ratio {1 / imbalance_ratio:g}"
-        raise ValueError(f"imbalance_ratio is max count / min count, so it is >= 1, not {imbalance_ratio}{hint}.")
+        raise ValueError(f"imbalance_ratio is max count / min count, so it must be >= 1, not {imbalance_ratio}{hint}.")
     return imbalance_ratio
 
 
-def supplied(counts: Sequence[int], class_names: Sequence[str], source: str) -> None:
-    """ValueError, which names them, where classes have no training image: `counts` [C] are those of `source`."""
-    if len(none := np.flatnonzero(np.asarray(counts) == 0)):
+def check_no_empty_class(counts: Sequence[int], class_names: Sequence[str], source: str) -> None:
+    """Raises ValueError, with their names, if classes of `source` have no training image; `counts` is [C]."""
+    if len(empty := np.flatnonzero(np.asarray(counts) == 0)):
         raise ValueError(
-            f"The class {class_names[none[0]]!r} has no training image. The training split of {source} lacks "
-            f"{listed(none, class_names)}: take such classes out, or give them images."
+            f"The class {class_names[empty[0]]!r} has no training image. The training split of {source} lacks "
+            f"{listed(empty, class_names)}: remove such classes or add images."
         )
 
 
-def _class(c: int, class_names: Sequence[str]) -> str:
+def _describe_class(c: int, class_names: Sequence[str]) -> str:
     return listed([c], class_names) if class_names else f"class {c}"
 
 
 def select(label: np.ndarray, counts: Sequence[int], seed: int = 0, class_names: Sequence[str] = ()) -> np.ndarray:
-    """Positions of the chosen images, int64 [sum(counts)], class-major, in the order they were drawn.
+    """Returns the positions of randomly selected images, int64 [sum(counts)], class by class in the order drawn.
 
-    One legacy generator for all classes: each class's positions, ascending, are shuffled in place and the first
-    `counts[c]` kept. ValueError, with the class's name out of `class_names`, for a wrong number of counts, a count
-    below 1, or more than the class has.
+    One legacy generator serves all classes: the ascending positions of a class are shuffled in place, and the first
+    `counts[c]` are selected.
+
+    Args:
+      label: [n].
+      counts: images to select of each class.
+      seed: of the generator.
+      class_names: for error messages.
+
+    Raises:
+      ValueError: for a wrong number of counts, a count below 1, or a count above the images of the class.
     """
     label = np.asarray(label)
     num_classes = int(label.max()) + 1
@@ -97,10 +113,11 @@ def select(label: np.ndarray, counts: Sequence[int], seed: int = 0, class_names:
     for c, count in enumerate(counts):
         positions = np.flatnonzero(label == c)
         if count != int(count) or count < 1:
-            raise ValueError(f"class_counts must be whole numbers from 1, but {_class(c, class_names)} has {count}.")
+            described = _describe_class(c, class_names)
+            raise ValueError(f"class_counts must be whole numbers from 1, but {described} has {count}.")
         if count > len(positions):
-            named = _class(c, class_names).replace("class", "Class", 1)
-            raise ValueError(f"{named} has {len(positions)} images, fewer than the {count} asked for.")
+            described = _describe_class(c, class_names).replace("class", "Class", 1)
+            raise ValueError(f"{described} has {len(positions)} images, fewer than the {count} of class_counts.")
         rng.shuffle(positions)
         chosen.append(positions[: int(count)])
     return np.concatenate(chosen).astype(np.int64)
@@ -114,11 +131,19 @@ def cut_validation(
     origin: str = "train",
     class_names: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(train, validation) positions: a balanced validation set of `per_class` images of every class.
+    """Splits off a balanced validation set; returns the positions of (train, validation). Training order is kept.
 
-    `origin` "train": all are taken from `selected`. "unused": as many as there are come from the images that the long
-    tail has left out, so that rare classes lose none. Training images keep their order. ValueError, with its name out
-    of `class_names`, where a class would be left with no training image.
+    Args:
+      label: [n].
+      selected: positions of the long-tailed subset.
+      per_class: validation images of each class.
+      seed: of the generator.
+      origin: "train" takes them from `selected`; "unused" takes them from the images outside `selected` first, so that
+        rare classes lose none.
+      class_names: for error messages.
+
+    Raises:
+      ValueError: if a class would have no training image.
     """
     if per_class != int(per_class) or per_class < 0:
         raise ValueError(f"validation_per_class must be a whole number from 0, not {per_class}.")
@@ -132,19 +157,21 @@ def cut_validation(
             order = np.concatenate([rng.permutation(np.flatnonzero(~used & (label == c))), order])
         if len(order) - per_class < 1 or np.all(np.isin(members, order[:per_class])):
             raise ValueError(
-                f"validation_per_class {per_class} leaves no training image of {_class(c, class_names)}, which has "
-                f"{len(members)}."
+                f"validation_per_class {per_class} leaves no training image of {_describe_class(c, class_names)}, "
+                f"which has {len(members)}."
             )
         held_out[order[:per_class]] = True
-    both = np.concatenate([selected, np.flatnonzero(~used)])
-    return selected[~held_out[selected]], both[held_out[both]]
+    positions = np.concatenate([selected, np.flatnonzero(~used)])
+    return selected[~held_out[selected]], positions[held_out[positions]]
 
 
-def equalise(label: np.ndarray, selected: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
-    """Positions of a balanced set made of `selected`, class-major: floor(share n_max) images of every class.
+def resample_balanced(label: np.ndarray, selected: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
+    """Resamples `selected` to floor(share n_max) images of every class; returns positions, class by class.
 
-    A class that has more loses some, drawn once; one that has fewer repeats all it has, each image as often as the
-    others, give or take one. ValueError for a share outside (0, 1] and for one that leaves nothing.
+    Larger classes are subsampled once; smaller classes repeat their images, each equally often up to one.
+
+    Raises:
+      ValueError: for a share outside (0, 1], or one that leaves no images.
     """
     if not 0 < share <= 1:
         raise ValueError(f"equalise must be a share of the largest class, in (0, 1], not {share}.")
@@ -159,7 +186,7 @@ def equalise(label: np.ndarray, selected: np.ndarray, share: float, seed: int = 
 
 
 def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str, np.ndarray]:
-    """{"head": ids, "body": ids, "tail": ids}: class ids by count, most common first, ties in label order.
+    """Returns {"head": ids, "body": ids, "tail": ids}: class ids by count, largest first, ties in label order.
 
     thirds    head and tail are C // 3 classes each, body the rest
     reat      tail is ranks 2 (C // 3) + 1 to C - 1, head the first C // 3 (Li et al., 2023)
@@ -182,39 +209,47 @@ def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str,
 
 
 def largest_count(sizes: np.ndarray, class_names: Sequence[str] = (), **profile: Any) -> int:
-    """The largest n_max whose profile the classes (with `sizes` images, in label order) can supply.
+    """Returns the largest n_max whose profile does not exceed the images per class, `sizes` [C] in label order.
 
-    On a balanced set this is the size of its classes, as in the released codes; it also serves sets that are not quite
-    balanced. ValueError where there is none: the profile itself leaves a class without images, or a class, which is
-    named, has fewer than the profile needs.
+    For a balanced set this is the size of its classes, as in the released code.
+
+    Raises:
+      ValueError: if there is none, because the profile leaves a class without images, or needs more images of a class
+        than it has; the message names the class.
     """
-    wanted: np.ndarray | None = None
+    smallest: np.ndarray | None = None  # profile that was tried
     for max_count in range(int(sizes.max()), 0, -1):
         try:
             counts = class_counts(len(sizes), max_count, **profile)
         except ValueError:
-            if wanted is None:  # with all the images that there are
+            if smallest is None:  # already with the size of the largest class
                 raise
             break
         if np.all(counts <= sizes):
             return max_count
-        wanted = counts
-    if wanted is None:
+        smallest = counts
+    if smallest is None:
         raise ValueError("There are no training images.")
-    short = np.flatnonzero(wanted > sizes)[0]
+    short = np.flatnonzero(smallest > sizes)[0]
     raise ValueError(
-        f"The profile ({', '.join(f'{k} {v}' for k, v in profile.items())}) needs {wanted[short]} images or more of "
-        f"{_class(short, class_names)}, which has {sizes[short]}: with fewer, another class would have none."
+        f"The profile ({', '.join(f'{k} {v}' for k, v in profile.items())}) needs at least {smallest[short]} images of "
+        f"{_describe_class(short, class_names)}, which has {sizes[short]}: with fewer, another class would have none."
     )
 
 
 def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
-    """Cuts `dataset.train` to the profile in `data_config`, takes validation images out, then equalises where asked to;
-    the test set stays whole.
+    """Returns the long-tailed subset of `dataset` that `data_config` describes; the test split is unchanged.
 
-    Keys: class_counts (explicit; wins over the profile), imbalance ("none"), imbalance_ratio, balanced_fraction,
-    validation_per_class (0), validation_from ("train"), equalise (0: no), split_seed (0). ValueError, in one line, for
-    what cannot be.
+    Selects training images by the profile, splits off the validation set, and resamples the rest if `equalise` is set.
+
+    Args:
+      dataset: the complete data set.
+      data_config: keys class_counts (explicit counts, instead of a profile), imbalance ("none"), imbalance_ratio,
+        balanced_fraction, validation_per_class (0), validation_from ("train"), equalise (0, the `share` of
+        `resample_balanced`), split_seed (0).
+
+    Raises:
+      ValueError: in one line, for a config that the data set cannot fulfil.
     """
     label, num_classes = dataset.train.label, len(dataset.class_names)
     sizes = np.bincount(label, minlength=num_classes)
@@ -223,7 +258,7 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
     imbalance = data_config.get("imbalance", "none")
     _checked_ratio(data_config.get("imbalance_ratio", 1.0))
     if explicit or imbalance != "none":
-        supplied(sizes, dataset.class_names, dataset.name)
+        check_no_empty_class(sizes, dataset.class_names, dataset.name)
     if explicit:
         selected = select(label, explicit, seed, dataset.class_names)
     elif imbalance == "none":
@@ -235,23 +270,23 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
         selected = select(label, counts, seed, dataset.class_names)
     before = np.bincount(label[selected], minlength=num_classes)
     per_class, origin = data_config.get("validation_per_class", 0), data_config.get("validation_from", "train")
-    kept, held_out = cut_validation(label, selected, per_class, seed, origin, dataset.class_names)
+    train_positions, held_out = cut_validation(label, selected, per_class, seed, origin, dataset.class_names)
     share = data_config.get("equalise", 0.0)
     if share:
-        kept = equalise(label, kept, share, seed)
+        train_positions = resample_balanced(label, train_positions, share, seed)
 
-    # A set that is kept whole stays memory-mapped instead of being copied.
-    whole = imbalance == "none" and not explicit and not len(held_out) and not share
-    train = dataset.train if whole else dataset.train.take(kept)
-    chosen = hashlib.sha256(dataset.digest.encode())
-    for positions in (kept, held_out):
-        chosen.update(str(len(positions)).encode() + positions.astype("<i8").tobytes())
+    # The complete training set stays memory-mapped instead of being copied.
+    complete = imbalance == "none" and not explicit and not len(held_out) and not share
+    train = dataset.train if complete else dataset.train.take(train_positions)
+    digest = hashlib.sha256(dataset.digest.encode())
+    for positions in (train_positions, held_out):
+        digest.update(str(len(positions)).encode() + positions.astype("<i8").tobytes())
     return LongTailed(
         train=train,
         validation=dataset.train.take(held_out) if len(held_out) else None,
         test=dataset.test,
         class_names=dataset.class_names,
-        class_counts=tuple(np.bincount(label[kept], minlength=num_classes).tolist()),
+        class_counts=tuple(np.bincount(label[train_positions], minlength=num_classes).tolist()),
         class_counts_before=tuple(before.tolist()),
-        digest=chosen.hexdigest(),
+        digest=digest.hexdigest(),
     )

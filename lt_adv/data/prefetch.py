@@ -1,4 +1,4 @@
-"""A split too large for the devices: grain's threads read its batches, and decode them, ahead of the steps."""
+"""Prefetch of batches from host memory or files, with grain's threads, for splits too large for the devices."""
 
 import contextlib
 import functools
@@ -11,7 +11,7 @@ import numpy as np
 from lt_adv.data import device_dataset
 from lt_adv.data.dataset import Split
 
-AHEAD = 2  # batches for each thread: one that it reads, one that waits
+BATCHES_PER_THREAD = 2  # one being read, one waiting
 
 
 @contextlib.contextmanager
@@ -20,43 +20,58 @@ def batches(
     key: jax.Array,
     first: int,
     total: int,
-    own: np.ndarray,
+    local_rows: np.ndarray,
     *,
     steps_per_epoch: int,
     batch_size: int,
     classes: Mapping[str, np.ndarray] | None = None,
     cycles: bool = False,
 ) -> Iterator[Iterator[dict[str, np.ndarray]]]:
-    """The batches of the steps `first` to `total` - 1: the rows at `own` of those `device_dataset.batch_rows` draws.
+    """Context of an iterator over the batches of the steps `first` to `total` - 1; threads prefetch inside the context.
 
-    {"image" uint8 [k, h, w, c], "label" int32 [k], "index" int32 [k]} each, k = len(own). A batch is a function of
-    (key, step) alone, whatever was read before. While the context is entered, threads read ahead.
+    A batch is a function of (key, step): the rows `local_rows` of `device_dataset.batch_rows`. It does not depend on
+    earlier reads.
 
-    Errors: ValueError, with its name, for an image that cannot be read.
+    Args:
+      split: the images.
+      key: the key of the run.
+      first: the first step.
+      total: one more than the last step.
+      local_rows: positions in the batch that this process reads, [k].
+      steps_per_epoch: of the run.
+      batch_size: over all processes.
+      classes: as for `device_dataset.batch_rows`.
+      cycles: as for `device_dataset.batch_rows`.
+
+    Yields:
+      An iterator over {"image": uint8 [k, h, w, c], "label": int32 [k], "index": int32 [k]}.
+
+    Raises:
+      ValueError: for an image that cannot be read; the message names it.
     """
-    import grain  # a second, and not needed for a set that fits
+    import grain  # takes a second; not needed for a set that fits on the devices
 
     if len(split) and int(split.index.max()) > np.iinfo(np.int32).max:
-        raise ValueError("Original indices above 2^31 - 1 do not fit the int32 they have on the devices.")
+        raise ValueError("Original indices above 2^31 - 1 do not fit int32, their type on the devices.")
 
     options = {"num_examples": len(split), "batch_size": batch_size, "cycles": cycles}
     options["steps_per_epoch"] = steps_per_epoch
     compiled = jax.jit(functools.partial(device_dataset.epoch_indices, **options))
 
-    @functools.lru_cache(maxsize=2)  # threads read across the end of an epoch
+    @functools.lru_cache(maxsize=2)  # at the end of an epoch, threads read batches of two
     def rows_of(epoch: int) -> np.ndarray:
         return np.asarray(compiled(key, epoch, classes))
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        rows = rows_of(step // steps_per_epoch)[step % steps_per_epoch][own]
+        rows = rows_of(step // steps_per_epoch)[step % steps_per_epoch][local_rows]
         image = split.image[rows] if isinstance(split.image, np.ndarray) else split.image.read(rows)
         return {"image": image, "label": split.label[rows], "index": split.index[rows].astype(np.int32)}
 
     threads = min(os.cpu_count() or 1, 32)
-    reading = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=AHEAD * threads)
-    found = iter(grain.MapDataset.range(total).map(batch).to_iter_dataset(reading))
-    found.set_state({"next_index": first})
+    options_of_reads = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=BATCHES_PER_THREAD * threads)
+    iterator = iter(grain.MapDataset.range(total).map(batch).to_iter_dataset(options_of_reads))
+    iterator.set_state({"next_index": first})
     try:
-        yield found
+        yield iterator
     finally:
-        found.close()
+        iterator.close()

@@ -1,7 +1,7 @@
-"""Where the images come from: `load(data_config)` answers every data set by name.
+"""Data sets by name: `load(data_config)`.
 
-`digits` and `npz` are read as they are, `image_folder` is decoded, `cifar10`, `cifar100` and `tiny_imagenet` are
-prepared by our own TensorFlow-Datasets builders, and any other name is looked up in TensorFlow-Datasets.
+`digits` and `npz` are read directly, `image_folder` is decoded, `cifar10`, `cifar100` and `tiny_imagenet` are prepared
+by the builders of this package, and any other name is looked up in TensorFlow-Datasets.
 """
 
 import logging
@@ -14,22 +14,33 @@ from typing import Any
 import numpy as np
 
 from lt_adv.data import cache, images
-from lt_adv.data.dataset import Dataset, Source, SplitReader, decoding, in_memory, labels, listed
+from lt_adv.data.dataset import Dataset, Source, SplitReader, array_reader, check_labels, in_memory, listed
 from lt_adv.data.folder import SPLITS, image_folder
 from lt_adv.runtime import atomic_io
 
-ARRAYS = ("train_image", "train_label", "test_image", "test_label", "class_names")  # of an .npz; the last is optional
+ARRAYS = ("train_image", "train_label", "test_image", "test_label", "class_names")  # in an .npz; the last is optional
 log = logging.getLogger(__name__)
 
 
 def load(data_config: Mapping[str, Any]) -> Dataset:
-    """The data set called `data_config["name"]`, memory-mapped from the cache in `data_dir` where it is not embedded.
+    """Returns the data set `data_config["name"]`, memory-mapped from its cache in `data_dir` (digits: in memory).
 
-    Keys: name; data_dir (None: $TFDS_DATA_DIR or ~/tensorflow_datasets); path (image_folder, npz); image_size (None: as
-    it is); download (False); resident_gib (None: any): where the training images would take more, and there is no cache
-    yet, they are not decoded now but when they are used; test_split (None: test, else validation): of a set of
-    TensorFlow-Datasets. ValueError or FileNotFoundError, in one line, for anything missing, unknown or unreadable, and
-    for labels that are not classes, in either split. A warning names classes without a test image.
+    A warning names classes without a test image.
+
+    Args:
+      data_config: a mapping with these keys, of which only the name is required.
+        name: of the data set.
+        data_dir: default $TFDS_DATA_DIR or ~/tensorflow_datasets.
+        path: of an image_folder or npz.
+        image_size: side that images are scaled and cropped to; default unchanged.
+        download: whether missing data may be downloaded; default False.
+        resident_gib: if the training images would take more GiB, and there is no cache yet, images are decoded at each
+          access; default no limit.
+        test_split: of a set of TensorFlow-Datasets; default test, or validation if there is no test split.
+
+    Raises:
+      ValueError, FileNotFoundError: in one line, for missing, unknown or unreadable data, and for labels that are not
+        classes, in either split.
     """
     dataset = _load(data_config)
     missing = np.flatnonzero(np.bincount(dataset.test.label, minlength=len(dataset.class_names)) == 0)
@@ -55,7 +66,7 @@ def _load(data_config: Mapping[str, Any]) -> Dataset:
         path = Path(data_config["path"]).expanduser()
         source = image_folder(path, size) if name == "image_folder" else npz(path, size)
     else:
-        # Not needed, and half a second, for the sets above.
+        # Takes half a second; not needed for the sets above.
         from lt_adv.data import tfds_source
 
         source = tfds_source.source(name, data_dir, size, bool(data_config.get("download", False)), test_split)
@@ -64,10 +75,9 @@ def _load(data_config: Mapping[str, Any]) -> Dataset:
 
 
 def digits(size: int | None = None) -> Source:
-    """scikit-learn's handwritten digits: 1797 images 8 x 8 x 1, ten classes, grey levels 0..16 scaled to 0..255.
+    """Returns scikit-learn's handwritten digits: 1797 images 8 x 8 x 1 of ten classes, levels 0..16 scaled to 0..255.
 
-    Stratified 70/30 split, always the same: of each class, int(0.7 n) images drawn by a generator seeded with 0 are for
-    training.
+    The split is stratified and fixed: a generator seeded with 0 draws int(0.7 n) images of each class for training.
     """
 
     def read() -> tuple[tuple[str, ...], dict[str, SplitReader]]:
@@ -79,35 +89,36 @@ def digits(size: int | None = None) -> Source:
         for c in range(10):
             members = rng.permutation(np.flatnonzero(raw.target == c))
             train[members[: int(0.7 * len(members))]] = True
-        chosen = {"train": np.flatnonzero(train), "test": np.flatnonzero(~train)}
+        positions = {"train": np.flatnonzero(train), "test": np.flatnonzero(~train)}
         names = tuple(str(c) for c in range(10))
-        return names, {k: decoding(images.resize(image[i], size), raw.target[i], i) for k, i in chosen.items()}
+        return names, {k: array_reader(images.resize(image[i], size), raw.target[i], i) for k, i in positions.items()}
 
     return Source("digits", read)
 
 
 def npz(path: Path, size: int | None = None) -> Source:
-    """An .npz with train_image, test_image uint8 [n, h, w] or [n, h, w, c] and train_label, test_label [n], 0 .. C - 1.
+    """Returns the source of an .npz file; the original index is the position.
 
-    An array class_names [C] is optional. The original index is the position.
+    Its arrays are train_image and test_image, uint8 [n, h, w] or [n, h, w, c]; train_label and test_label, integers [n]
+    from 0 to C - 1; and optionally class_names [C].
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no file {path}: --config.data.path must name an .npz.")
-    about = path.stat()
+        raise FileNotFoundError(f"There is no file {path}: set --config.data.path to an .npz.")
+    status = path.stat()
 
     def read() -> tuple[tuple[str, ...], dict[str, SplitReader]]:
         try:
             with np.load(path, allow_pickle=False) as file:
-                there = sorted(file.files)
-                arrays = {k: file[k] for k in ARRAYS if k in there}
-        except Exception as error:  # a damaged zip fails in many ways
+                names_in_file = sorted(file.files)
+                arrays = {k: file[k] for k in ARRAYS if k in names_in_file}
+        except Exception as error:  # numpy raises many types for a damaged .npz
             raise ValueError(
                 f"{path} is not a readable .npz: {atomic_io.reason(path, error, atomic_io.NPZ)}."
             ) from error
         if missing := [k for k in ARRAYS[:-1] if k not in arrays]:
-            raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(there) or 'none'}.")
-        if other := [k for k, array in arrays.items() if not isinstance(array, np.ndarray)]:
-            raise ValueError(f"{path}: {other[0]} is no array.")
+            raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(names_in_file) or 'none'}.")
+        if invalid := [k for k, array in arrays.items() if not isinstance(array, np.ndarray)]:
+            raise ValueError(f"{path}: {invalid[0]} is not an array.")
         splits, largest = {}, {}
         for split in SPLITS:
             image, label = arrays[f"{split}_image"], arrays[f"{split}_label"]
@@ -117,33 +128,33 @@ def npz(path: Path, size: int | None = None) -> Source:
                     f"{path}: {split}_image must be uint8 [n, h, w] or [n, h, w, 1 or 3], "
                     f"not {image.dtype} {image.shape}."
                 )
-            labels(label, len(image), float("inf"), f"{path}, {split}_label")
-            splits[split] = decoding(images.resize(image, size), label, np.arange(len(label)))
+            check_labels(label, len(image), float("inf"), f"{path}, {split}_label")
+            splits[split] = array_reader(images.resize(image, size), label, np.arange(len(label)))
             largest[split] = int(label.max())
         if splits["train"].shape[1:] != splits["test"].shape[1:]:
             shapes = " and ".join(f"{s} images are {d.shape[1:]}" for s, d in splits.items())
             raise ValueError(f"{path}: {shapes}.")
         split = max(SPLITS, key=lambda s: largest[s])
-        label, up_to = arrays[f"{split}_label"], largest[split]
-        if up_to >= (most := len(splits["train"].label)):
+        label, max_label = arrays[f"{split}_label"], largest[split]
+        if max_label >= (limit := len(splits["train"].label)):
             raise ValueError(
-                f"{path}: the labels go up to {up_to}, and each class needs an image to train on: "
-                f"{np.sum(label >= most)} of {split}_label are not below {most}, the number of training images."
+                f"{path}: the labels go up to {max_label}, but each class needs a training image: "
+                f"{np.sum(label >= limit)} of {split}_label are not below {limit}, the number of training images."
             )
-        names = _class_names(arrays.get("class_names", np.arange(up_to + 1)), path)
-        if len(names) <= up_to:
+        names = _class_names(arrays.get("class_names", np.arange(max_label + 1)), path)
+        if len(names) <= max_label:
             raise ValueError(
-                f"{path}: class_names has {len(names)} entries, the labels go up to {up_to}: "
+                f"{path}: class_names has {len(names)} entries, but the labels go up to {max_label}: "
                 f"{np.sum(label >= len(names))} of {split}_label have no name."
             )
         return names, splits
 
-    # The last: how names are read.
-    return Source([str(path.resolve()), about.st_size, about.st_mtime_ns, size, "names are text"], read)
+    # The last entry is a version of the conversion of names.
+    return Source([str(path.resolve()), status.st_size, status.st_mtime_ns, size, "names are text"], read)
 
 
 def _class_names(names: np.ndarray, path: Path) -> tuple[str, ...]:
-    """Of an array of texts, bytes or numbers; a name that is empty, or there twice, gets the number of its class."""
+    """Returns the names in an array of texts, bytes or numbers; empty and repeated ones get the number of the class."""
     if names.ndim > 1:
         raise ValueError(f"{path}: class_names must be one name for each class, not {names.dtype} {names.shape}.")
     try:

@@ -81,12 +81,12 @@ class _Runner:
     def __init__(self, key, apply, variables, mesh: Mesh) -> None:
         self.given, self.apply, self.mesh = (initialization.threefry(key), apply, variables), apply, mesh
         self.shard = NamedSharding(mesh, PartitionSpec("data"))
-        self.key, self.variables = distributed.put((self.given[0], variables), distributed.replicated(mesh))
+        self.key, self.variables = distributed.device_put((self.given[0], variables), distributed.replicated(mesh))
 
     def put(self, rows: np.ndarray, size: int) -> jax.Array:
         """Rows padded to `size` by repeating the first, in shards; the padding's results are cut off afterwards."""
         rows = np.concatenate([rows, np.broadcast_to(rows[:1], (size - len(rows), *rows.shape[1:]))])
-        return distributed.put(rows, self.shard)
+        return distributed.device_put(rows, self.shard)
 
     def batch(self, split: Any, rows: slice | np.ndarray, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """(x, y, index) of some rows of the split, padded to a multiple of the devices that holds `size`."""
@@ -194,7 +194,7 @@ def _column(
             column = records.read_column(where, name)
         except ValueError as error:
             console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
-    if distributed.agree(column is not None):
+    if distributed.all_true(column is not None):
         return column, records.read_notes(where, name)
     options = attack_specs.resolve(spec)[1]
     parts = [slice(i, i + batch_size) for i in range(0, len(split.label), batch_size)]
@@ -213,7 +213,7 @@ def _column(
         progress=lambda line: console.print(f"{name}   {line}", highlight=False, soft_wrap=True),
         devices=list(here.mesh.devices.flat),
     )
-    x_adv_all, prediction = distributed.gather((result.x_adv, result.prediction), len(x))
+    x_adv_all, prediction = distributed.all_gather((result.x_adv, result.prediction), len(x))
     notes = tuple(note for note in result.notes if "not finite" not in note)  # the records count these
     for note in notes:
         console.print(f"warning: {note}", highlight=False, soft_wrap=True)
@@ -285,7 +285,7 @@ def _resume(
                 found[number] = _expected(batch, pieces, split, rows, records.batch_path(where, number))
         except ValueError as error:
             console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
-    seen = distributed.in_all(
+    seen = distributed.elementwise_all(
         np.isin(np.arange(len(parts)), list(found))
     )  # one may see a file that another does not yet
     return {number: found[number] for number in np.flatnonzero(seen).tolist()}

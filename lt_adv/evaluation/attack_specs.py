@@ -12,7 +12,7 @@ import numpy as np
 
 from lt_adv import attacks
 from lt_adv.attacks._autoattack import VERSIONS, attacks_of
-from lt_adv.data.dataset import labels
+from lt_adv.data.dataset import check_labels
 from lt_adv.evaluation import records
 from lt_adv.runtime import registry
 
@@ -126,7 +126,7 @@ def header(
     between two starts of the same evaluation, such as a time: another header is another record folder.
 
     ValueError for labels that are not classes, and for entries of `given` that are filled in here."""
-    labels(split.label, len(split.image), len(class_names), "The images to evaluate on")
+    check_labels(split.label, len(split.image), len(class_names), "The images to evaluate on")
     seen = {
         "attacks": {name: describe(spec) for name, spec in specs.items()},
         "key": np.asarray(jax.random.key_data(key)),

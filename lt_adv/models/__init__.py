@@ -1,4 +1,4 @@
-"""Networks: `create(model_config, num_classes)` -> a flax module giving (logits, {"features"})."""
+"""Networks: `create(model_config, num_classes)` returns a flax module: images -> (logits, {"features"})."""
 
 from lt_adv.models.classifier import DTYPES, Classifier, create
 

@@ -1,4 +1,4 @@
-"""A classifier is a backbone and a head: image -> (logits, {"features"})."""
+"""Classifiers: a backbone and a head, images -> (logits, {"features"})."""
 
 import inspect
 from collections.abc import Callable, Mapping
@@ -24,16 +24,16 @@ HEADS: Mapping[str, Callable[..., nn.Module]] = {
     "cosine": heads.Cosine,
     "cosine_plus": partial(heads.Cosine, gamma=1 / 32),
 }
-# float64 serves comparisons with reference numbers, under jax.enable_x64.
+# float64 needs jax.enable_x64; tests compare with reference numbers in it.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
 
 class Classifier(nn.Module):
     """Image [batch, height, width, channels] in [0, 1] -> (logits [batch, classes], {"features": [batch, d]}).
 
-    `train=True` normalises by the statistics of this batch and advances the running ones (ask for them with
-    `mutable=["batch_stats"]`); the default uses the running ones. Logits and features are float32 whatever the compute
-    dtype. Variables: `params` of `backbone` and `head`, `batch_stats` of `backbone`.
+    With `train=True` batch norm uses the statistics of the batch and updates the running ones (pass
+    `mutable=["batch_stats"]` to get them); by default it uses the running ones. Logits and features are at least
+    float32 for every compute dtype. Variables: `params` of `backbone` and `head`, `batch_stats` of `backbone`.
     """
 
     backbone: nn.Module
@@ -42,7 +42,7 @@ class Classifier(nn.Module):
     def __call__(self, x: Array, *, train: bool = False) -> tuple[Array, dict[str, Array]]:
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
             raise ValueError(
-                f"A classifier takes floating images [batch, height, width, channels] in [0, 1], "
+                f"A classifier takes floating-point images [batch, height, width, channels] in [0, 1], "
                 f"not {x.dtype}{list(x.shape)}."
             )
         features = self.backbone(x, train=train)
@@ -50,12 +50,19 @@ class Classifier(nn.Module):
 
 
 def create(model_config: Mapping[str, Any], num_classes: int, axis_name: str | None = None) -> Classifier:
-    """The classifier that a config describes; its variables come from `classifier.init(key, x)`.
+    """Returns the classifier that a config describes; `classifier.init(key, x)` returns its variables.
 
-    `model_config`: `name` and options of the backbone, `dtype` ("float32" or "bfloat16", the compute dtype), and
-    `head`, a mapping of `name` and options. `axis_name` is the device axis that batch statistics are averaged over.
-    Raises ValueError for a name or an option that does not exist. An option that belongs to another backbone or head
-    is left unused, so one config can hold the options of all and change its `name` alone.
+    Options of another backbone or head are ignored, so that one config can hold the options of all and only change
+    its `name`.
+
+    Args:
+      model_config: `name` and options of the backbone; `dtype`, the compute dtype ("float32" or "bfloat16"); and
+        `head`, a mapping of `name` and options.
+      num_classes: number of logits, at least 2.
+      axis_name: device axis over which batch statistics are averaged.
+
+    Raises:
+      ValueError: for a name or an option that does not exist.
     """
     options = dict(model_config)
     head_config = options.pop("head", {"name": "linear"})
@@ -71,12 +78,12 @@ def create(model_config: Mapping[str, Any], num_classes: int, axis_name: str | N
 
 
 def _build(
-    kind: str, choices: Mapping[str, Callable[..., nn.Module]], config: Mapping[str, Any], **given: Any
+    kind: str, choices: Mapping[str, Callable[..., nn.Module]], config: Mapping[str, Any], **fixed: Any
 ) -> nn.Module:
-    reserved = {"parent", "name", *given}  # what flax adds to every module, and what is not the config's to say
-    takes = {
+    reserved = {"parent", "name", *fixed}  # fields that flax adds to every module, and those that no config may set
+    defaults = {
         choice: {name: p.default for name, p in inspect.signature(module).parameters.items() if name not in reserved}
         for choice, module in choices.items()
     }
-    name, options = registry.options(kind, config, takes)
-    return choices[name](**options, **given)
+    name, options = registry.select_options(kind, config, defaults)
+    return choices[name](**options, **fixed)

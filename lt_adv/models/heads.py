@@ -1,7 +1,7 @@
-"""Heads: features [batch, d] -> logits [batch, classes]. A head behaves the same in training and evaluation.
+"""Heads: features [batch, d] -> logits [batch, classes], the same in training and evaluation.
 
-Every head keeps its weight as one `kernel` [d, classes], so column c is the vector w_c of class c, and computes in at
-least float32 at full precision, also where the backbone computes in bfloat16 or an accelerator would round to TF32.
+The weight of every head is one `kernel` [d, classes] whose column c is the vector w_c of class c. Heads compute in at
+least float32 at full precision, even if the backbone computes in bfloat16 or an accelerator would round to TF32.
 """
 
 import math
@@ -15,9 +15,9 @@ from lt_adv.models.layers import Array, fan_in_uniform, wide_dtype
 
 
 class Linear(nn.Module):
-    """z_c = w_c . f + b_c; weight and bias start from U(+-1/sqrt(d)), PyTorch's default.
+    """z_c = w_c . f + b_c, with weight and bias initialised from U(+-1/sqrt(d)), PyTorch's default.
 
-    Differs from the released RoBal code: its "bias-free" layer keeps a frozen random bias, ours has none.
+    Differs from the released RoBal code: its "bias-free" layer has a frozen random bias, this one has none.
     """
 
     num_classes: int
@@ -40,9 +40,9 @@ class Linear(nn.Module):
 
 
 class LearnableScale(nn.Module):
-    """z_c = s_c w_c . f, no bias, s from 1: learnable weight scaling (LWS, Kang et al. 2020).
+    """z_c = s_c w_c . f without bias, s initialised to 1: learnable weight scaling (LWS, Kang et al. 2020).
 
-    At its start, with the kernel of a linear head, it is that head without its bias; training is to freeze the kernel.
+    With the kernel of a trained linear head it starts as that head without its bias; freeze the kernel in training.
     """
 
     num_classes: int
@@ -58,12 +58,12 @@ class LearnableScale(nn.Module):
 
 
 class Cosine(nn.Module):
-    """z_c = s (f / |f|^eta) . (w_c / (|w_c|^eta + gamma)), no bias, w ~ U(+-1/sqrt(d)).
+    """z_c = s (f / |f|^eta) . (w_c / (|w_c|^eta + gamma)) without bias, w ~ U(+-1/sqrt(d)).
 
-    gamma = 0 and eta = 1 is the cosine of f and w_c, times s. gamma > 0 is RoBal's head (Wu et al. 2021): it lets
-    classes with longer weights keep slightly larger logits. RoBal trains at s = 1 (its loss holds the scale) and
-    rescales afterwards, see `adjustments.boundary`. Where f or w_c is exactly zero so is the logit, and the gradient
-    is finite; the released code divides by zero there.
+    gamma = 0 and eta = 1 give s times the cosine of f and w_c. gamma > 0 is RoBal's head (Wu et al. 2021), in which
+    classes with longer weights have slightly larger logits. RoBal trains at s = 1 (its loss applies the scale) and
+    rescales afterwards, see `posthoc.boundary`. If f or w_c is exactly zero, so is the logit, and the gradient is
+    finite; the released code divides by zero.
     """
 
     num_classes: int
@@ -76,13 +76,13 @@ class Cosine(nn.Module):
     def __call__(self, features: Array) -> Array:
         features = features.astype(wide_dtype(self.dtype))
         kernel = self.param("kernel", fan_in_uniform, (features.shape[-1], self.num_classes), features.dtype)
-        directions = features / length(features, axis=-1) ** self.eta
-        prototypes = kernel / (length(kernel, axis=0) ** self.eta + self.gamma)
+        directions = features / safe_norm(features, axis=-1) ** self.eta
+        prototypes = kernel / (safe_norm(kernel, axis=0) ** self.eta + self.gamma)
         return self.scale * jnp.dot(directions, prototypes, precision="highest")
 
 
-def length(x: Array, axis: int) -> Array:
-    """Euclidean length along an axis, which is kept; 1 for a zero vector, so that dividing by it changes nothing."""
-    # A zero vector is given length 1 inside the square root, whose derivative at 0 is infinite.
+def safe_norm(x: Array, axis: int) -> Array:
+    """Returns the Euclidean norm along `axis`, with that axis of size 1; the norm of a zero vector is 1."""
+    # The 1 is set inside the square root, whose derivative at 0 is infinite.
     squares = jnp.sum(x * x, axis=axis, keepdims=True)
     return jnp.sqrt(jnp.where(squares > 0, squares, 1))

@@ -1,4 +1,4 @@
-"""The layers that every backbone is made of: convolution, batch norm, residual blocks, pooling, initialisers."""
+"""Layers of the backbones: convolution, batch norm, residual blocks, pooling, initialisers."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -11,29 +11,29 @@ import jax.numpy as jnp
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
 
-# Normal with variance 2 / (k k out): the original WideResNet code and those derived from it.
+# Normal of variance 2 / (k k out), as in the original WideResNet code and its descendants.
 kaiming_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "normal")
-# U(-1/sqrt(fan_in), 1/sqrt(fan_in)): what PyTorch does when nothing is said.
+# U(-1/sqrt(fan_in), 1/sqrt(fan_in)), PyTorch's default.
 fan_in_uniform: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
 def wide_dtype(dtype: Any) -> Any:
-    """The dtype of parameters, statistics, features and logits: never below float32, whatever is computed between."""
+    """Returns the dtype of parameters, statistics, features and logits: `dtype`, but at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def conv_and_norm(
     *, dtype: Any, axis_name: str | None, train: bool, kernel_init: Initializer
 ) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
-    """`conv(features, size, stride, name=)` and `norm(name=)` for one forward pass of one network.
+    """Returns `conv(features, size, stride, name=)` and `norm(name=)` for one forward pass of one network.
 
-    `axis_name` is the device axis over which batch statistics are averaged (None: each device its own). Running
-    statistics follow flax: new = 0.9 old + 0.1 batch, with the biased batch variance (PyTorch's is the unbiased one).
+    `axis_name` is the device axis over which batch statistics are averaged; None for separate statistics per device.
+    Running statistics follow flax: new = 0.9 old + 0.1 batch, with the biased batch variance (PyTorch's is unbiased).
     """
     wide = wide_dtype(dtype)
 
     def conv(features: int, size: int, stride: int = 1, *, name: str) -> nn.Conv:
-        # Said in numbers because "SAME" pads a strided 3x3 convolution by (0, 1), not (1, 1): another network.
+        # In numbers, because "SAME" pads a strided 3x3 convolution by (0, 1) instead of (1, 1).
         padding = ((size // 2, size // 2),) * 2
         return nn.Conv(
             features, (size, size), strides=stride, padding=padding, use_bias=False,
@@ -43,26 +43,26 @@ def conv_and_norm(
     norm = partial(
         nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name,
         dtype=dtype, param_dtype=wide,
-        # flax's float32 reductions are meant for bfloat16; in float64 they would create float32 statistics.
+        # flax's float32 reductions are for bfloat16; in float64 they would create float32 statistics.
         force_float32_reductions=wide == jnp.float32,
     )  # fmt: skip
     return conv, norm
 
 
 def residual_plan(widths: tuple[int, ...], blocks: int) -> Iterator[tuple[str, int, int]]:
-    """(name, width, stride) of each residual block; every stage but the first begins by halving the image."""
+    """Yields (name, width, stride) of each residual block; every stage but the first halves the image."""
     for stage, width in enumerate(widths, start=1):
         for block in range(blocks):
             yield f"stage{stage}_block{block}", width, 2 if stage > 1 and block == 0 else 1
 
 
 def global_average_pool(x: Array, dtype: Any) -> Array:
-    """Mean over the image, whatever its size: [batch, height, width, d] -> [batch, d], summed in at least float32."""
+    """Returns the mean over the image, summed in at least float32: [batch, height, width, d] -> [batch, d]."""
     return jnp.mean(x, axis=(1, 2), dtype=wide_dtype(dtype))
 
 
 class Block(nn.Module):
-    """Residual block of two 3x3 convolutions, batch norm and ReLU after each (He et al. 2015)."""
+    """Residual block of two 3x3 convolutions with batch norm and ReLU after each (He et al. 2015)."""
 
     width: int
     stride: int
@@ -79,10 +79,10 @@ class Block(nn.Module):
 
 
 class PreActivationBlock(nn.Module):
-    """Residual block with batch norm and ReLU before each convolution (He et al. 2016), the block of WideResNet too.
+    """Residual block with batch norm and ReLU before each convolution (He et al. 2016); also the block of WideResNet.
 
-    A projection shortcut starts from the activated input, an identity shortcut from the raw one, as in the released
-    code of both networks.
+    A projection shortcut takes the activated input and an identity shortcut the raw one, as in the released code of
+    both networks.
     """
 
     width: int

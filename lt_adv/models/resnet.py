@@ -1,4 +1,4 @@
-"""ResNet-18 and PreActResNet-18 with the 3x3 stem for small images, as AT-BSL and REAT use them."""
+"""ResNet-18 and PreActResNet-18 with a 3x3 stem for small images, as in AT-BSL and REAT."""
 
 from typing import Any
 
@@ -21,8 +21,8 @@ WIDTHS = (64, 128, 256, 512)
 class ResNet18(nn.Module):
     """ResNet-18 (He et al. 2015): image [batch, height, width, channels] -> features [batch, 512].
 
-    The stem is one 3x3 convolution at stride 1, without max pooling. Convolutions start from U(+-1/sqrt(fan_in)),
-    PyTorch's default, which the released AT-BSL code leaves untouched.
+    The stem is one 3x3 convolution of stride 1 without max pooling. Convolutions are initialised from
+    U(+-1/sqrt(fan_in)), PyTorch's default, which the released AT-BSL code uses.
     """
 
     dtype: Any = jnp.float32
@@ -40,7 +40,7 @@ class ResNet18(nn.Module):
 class PreActResNet18(nn.Module):
     """Pre-activation ResNet-18 (He et al. 2016): image [batch, height, width, channels] -> features [batch, 512].
 
-    Stem and initialisation as in `ResNet18`; a last batch norm and ReLU stand before the pooling.
+    Stem and initialisation are those of `ResNet18`; a last batch norm and ReLU precede the pooling.
     """
 
     dtype: Any = jnp.float32

@@ -1,9 +1,11 @@
-"""Weights that others trained with PyTorch, as variables of the networks here.
+"""Conversion of PyTorch weights to variables of this project's networks.
 
-Read are the names that RoBal, AT-BSL and REAT release and those of RobustBench's WideResNets, which are TRADES'. What
-tensors do not tell, the config says, and nobody can check it: scale, gamma and eta of a cosine head, an activation
-other than ReLU, a normalisation of images that is code and not a tensor, and for PreActResNet-18, whose names are
-shared by two networks, that a projection shortcut starts from the activated input (RobustBench's PreActBlockV2).
+Supported are the tensor names of the RoBal, AT-BSL and REAT releases and of RobustBench's WideResNets (TRADES' names).
+
+Tensors do not determine everything, and the rest cannot be checked: scale, gamma and eta of a cosine head (set them in
+the config), an activation other than ReLU, and a normalisation of images in code. Two variants of PreActResNet-18 have
+the same tensor names; supported is the one whose projection shortcut takes the activated input (RobustBench's
+PreActBlockV2).
 """
 
 import pathlib
@@ -20,8 +22,8 @@ from lt_adv.models import heads, weight_files
 from lt_adv.models.classifier import Classifier
 from lt_adv.models.weight_files import listed
 
-PREFIX = re.compile(r"(module|model|net|_orig_mod)\.")  # of what others wrap around a network
-# Part of a module's name -> its name here. The numbers are positions in the nn.Sequential that REAT's layers are.
+PREFIX = re.compile(r"(module|model|net|_orig_mod)\.")  # of wrappers such as nn.DataParallel
+# Part of a PyTorch module name -> replacement. The numbers are positions in REAT's nn.Sequential.
 RENAMED: Sequence[tuple[str, str]] = (
     (r"^backbone\.", ""),
     (r"^(?:block(\d+)\.layer|layer(\d+))\.(\d+)\.", r"stage\1\2_block\3."),
@@ -36,27 +38,27 @@ RENAMED: Sequence[tuple[str, str]] = (
     (r"^conv1\.1$", "bn1"),
 )
 LEAVES = {
-    "weight": ("params", "scale"),  # of a batch norm; those with more dimensions are kernels
+    "weight": ("params", "scale"),  # of a batch norm; a weight with more dimensions is a kernel
     "bias": ("params", "bias"),
     "running_mean": ("batch_stats", "mean"),
     "running_var": ("batch_stats", "var"),
 }
-# RoBal's linear heads have a layer `fc` inside; its cosine ones are the layer. Names tell them apart, shapes do not.
+# RoBal's linear head contains a layer `fc`, its cosine head is itself the layer. Only the names differ.
 HEADS = {"fc": "linear", "linear": "linear", "classifier.fc": "linear", "classifier": "cosine"}
 NORMALISATION = re.compile(r"(^|\.)(mean|std|mu|sigma)$")
 UNUSED: Mapping[str, str] = {
-    r"(^|\.)num_batches_tracked$": "counts batches, which batch norm at momentum 0.1 does not look at",
-    r"(^|\.)sub_block1\.": "a second first stage, made and never called by WideResNets that descend from TRADES'",
-    r"(^|\.)classifier\.moving_ed$": "RoBal's running mean of feature directions, which its own method does not use",
-    r"^n_averaged$": "counts the networks that were averaged",
+    r"(^|\.)num_batches_tracked$": "number of batches, not used by batch norm with momentum 0.1",
+    r"(^|\.)sub_block1\.": "a copy of the first stage that TRADES' WideResNet defines and never calls",
+    r"(^|\.)classifier\.moving_ed$": "RoBal's running mean of feature directions, which RoBal itself does not use",
+    r"^n_averaged$": "number of averaged networks",
 }
-NO_BIAS = "a bias of zeros, for a head that has none"
+NO_BIAS = "a bias of zeros; the head has no bias"
 
 
 def variables(
     path: str | pathlib.Path, model: Classifier, image_shape: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """What `convert` makes of a file that `weight_files.load` reads; its errors name the file."""
+    """Returns `convert` of a file of weights; error messages name the file."""
     state = weight_files.load(path)
     try:
         return convert(state, model, image_shape)
@@ -67,34 +69,48 @@ def variables(
 def convert(
     state: Mapping[str, np.ndarray], model: Classifier, image_shape: Sequence[int]
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """({"params", "batch_stats"} of `model` as numpy arrays, {name of an unused tensor: why it is not used}).
+    """Converts a PyTorch state_dict to variables of `model`.
 
-    `state`: PyTorch's names -> arrays; kernels [out, in, height, width] become [height, width, in, out], matrices
-    [out, in] become [in, out], and all get the dtype that `model` keeps them in. `image_shape` is [height, width,
-    channels]. Errors: ValueError, of one line, for another network or head, a normalisation of images, and for
-    tensors that are missing, unknown, of another shape or type, or not finite.
+    Kernels [out, in, height, width] become [height, width, in, out] and matrices [out, in] become [in, out]; all
+    arrays get the dtype of the model's variables.
+
+    Args:
+      state: PyTorch's tensor names -> arrays.
+      model: the network that the variables are for.
+      image_shape: [height, width, channels].
+
+    Returns:
+      ({"params", "batch_stats"} as numpy arrays, {name of an unused tensor: reason}).
+
+    Raises:
+      ValueError: in one line, for weights of another network or head, a normalisation of images, and tensors that are
+        missing, unknown, of another shape or type, or not finite.
     """
-    unused = {name: why for name in state for pattern, why in UNUSED.items() if re.search(pattern, name)}
-    named = {name: name for name in state if name not in unused}
-    if found := [name for name in named if NORMALISATION.search(name)]:
+    unused = {name: reason for name in state for pattern, reason in UNUSED.items() if re.search(pattern, name)}
+    original_names = {name: name for name in state if name not in unused}
+    if names := [name for name in original_names if NORMALISATION.search(name)]:
         raise ValueError(
-            f"{listed(found)} would normalise the images, and networks here take pixels in [0, 1] as they are."
+            f"{listed(names)} would normalise the images, but the networks of this project take pixels in [0, 1]."
         )
-    while named and (wrapper := PREFIX.match(next(iter(named)))) and all(n.startswith(wrapper[0]) for n in named):
-        named = {name.removeprefix(wrapper[0]): origin for name, origin in named.items()}
-    tensors, unknown = _arranged({name: (origin, state[origin]) for name, origin in named.items()})
+    while (
+        original_names
+        and (wrapper := PREFIX.match(next(iter(original_names))))
+        and all(name.startswith(wrapper[0]) for name in original_names)
+    ):
+        original_names = {name.removeprefix(wrapper[0]): original for name, original in original_names.items()}
+    tensors, unknown = _to_flax({name: (original, state[original]) for name, original in original_names.items()})
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.result_type(float))
-    wanted = _flat(jax.eval_shape(model.init, jax.random.key(0), image))
+    expected = _flat(jax.eval_shape(model.init, jax.random.key(0), image))
     bias = tensors.get("params/head/bias")
-    if bias and "params/head/bias" not in wanted and not bias[1].any():
+    if bias and "params/head/bias" not in expected and not bias[1].any():
         unused[tensors.pop("params/head/bias")[0]] = NO_BIAS
-    _same_network({path: array.shape for path, (_, array) in tensors.items()}, wanted)
-    _same_head(named, model)
-    _fit(tensors, wanted, unknown)
-    with np.errstate(over="ignore"):  # infinity, which is looked for
-        arrays = {path: tensors[path][1].astype(leaf.dtype) for path, leaf in wanted.items()}
-    if found := [tensors[path][0] for path, array in arrays.items() if not np.isfinite(array).all()]:
-        raise ValueError(f"not finite: {listed(found)}.")
+    _check_architecture({path: array.shape for path, (_, array) in tensors.items()}, expected)
+    _check_head(original_names, model)
+    _check_tensors(tensors, expected, unknown)
+    with np.errstate(over="ignore"):  # overflow gives infinity, which is checked below
+        arrays = {path: tensors[path][1].astype(leaf.dtype) for path, leaf in expected.items()}
+    if names := [tensors[path][0] for path, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"not finite: {listed(names)}.")
     return flax.traverse_util.unflatten_dict(arrays, sep="/"), unused
 
 
@@ -102,17 +118,21 @@ def _flat(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/")
 
 
-def _arranged(
-    named: Mapping[str, tuple[str, np.ndarray]],
+def _to_flax(
+    tensors: Mapping[str, tuple[str, np.ndarray]],
 ) -> tuple[dict[str, tuple[str, np.ndarray]], list[str]]:
-    """({path here: (name there, array in our layout)}, names without a path) of {name: (name there, array)}."""
-    wide = any(re.match(r"(backbone\.)?block1\.", name) for name in named)
-    arranged: dict[str, tuple[str, np.ndarray]] = {}
+    """Renames and transposes tensors: {name without wrappers: (original name, array)} -> flax's names and layout.
+
+    Returns:
+      ({path of the variable: (original name, array)}, original names of unknown tensors).
+    """
+    is_wide_resnet = any(re.match(r"(backbone\.)?block1\.", name) for name in tensors)
+    converted: dict[str, tuple[str, np.ndarray]] = {}
     unknown = []
-    for name, (origin, array) in named.items():
+    for name, (original, array) in tensors.items():
         module, _, leaf = name.rpartition(".")
         if leaf not in LEAVES:
-            unknown.append(origin)
+            unknown.append(original)
             continue
         collection, leaf = ("params", "kernel") if leaf == "weight" and array.ndim > 1 else LEAVES[leaf]
         if module in HEADS:
@@ -120,22 +140,22 @@ def _arranged(
         else:
             for pattern, replacement in RENAMED:
                 module = re.sub(pattern, replacement, module)
-            if wide and module == "bn1":  # the last batch norm there, in a ResNet the first
+            if is_wide_resnet and module == "bn1":  # a WideResNet's last batch norm, a ResNet's first
                 module = "bn"
             module = f"backbone/{module.replace('.', '/')}"
         path = f"{collection}/{module}/{leaf}"
-        if path in arranged:
-            raise ValueError(f"{arranged[path][0]} and {origin} are the same tensor of the network, which needs one.")
+        if path in converted:
+            raise ValueError(f"{converted[path][0]} and {original} are the same tensor of the network: keep one.")
         axes = {2: (1, 0), 4: (2, 3, 1, 0)}.get(array.ndim)
-        arranged[path] = origin, array.transpose(axes) if axes else array
-    return arranged, unknown
+        converted[path] = original, array.transpose(axes) if axes else array
+    return converted, unknown
 
 
 def _architecture(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """WideResNet-28-10 for 3-channel images and 10 classes; None where the tensors that say it are missing."""
+    """Returns "WideResNet-28-10 for 3-channel images and 10 classes"; None if the tensors that tell it are missing."""
     blocks = {match[0] for path in shapes if (match := re.search(r"stage(\d+)_block\d+(?=/)", path))}
-    ends = [f"params/{name}/kernel" for name in ("backbone/conv1", "backbone/stage1_block0/conv1", "head")]
-    stem, first, head = (shapes.get(name) for name in ends)
+    paths = [f"params/{name}/kernel" for name in ("backbone/conv1", "backbone/stage1_block0/conv1", "head")]
+    stem, first, head = (shapes.get(path) for path in paths)
     if not (stem and first and head):
         return None
     layers = len(blocks) * (3 if any("/conv3/" in path for path in shapes) else 2)
@@ -147,28 +167,36 @@ def _architecture(shapes: Mapping[str, Sequence[int]]) -> str | None:
     return f"{name} for {stem[-2]}-channel images and {head[-1]} classes"
 
 
-def _same_network(shapes: Mapping[str, Sequence[int]], wanted: Mapping[str, Any]) -> None:
-    there, here = _architecture(shapes), _architecture({path: leaf.shape for path, leaf in wanted.items()})
-    if there and there != here:
-        raise ValueError(f"the weights are those of a {there}, the config's network is a {here}.")
+def _check_architecture(shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Any]) -> None:
+    loaded, configured = _architecture(shapes), _architecture({path: leaf.shape for path, leaf in expected.items()})
+    if loaded and loaded != configured:
+        raise ValueError(f"the weights are those of a {loaded}, the config's network is a {configured}.")
 
 
-def _same_head(names: Mapping[str, str], model: Classifier) -> None:
-    kind = "cosine" if isinstance(model.head, heads.Cosine) else "linear"
-    for module, of in HEADS.items():
-        if f"{module}.weight" in names and of != kind:
-            raise ValueError(f"{names[f'{module}.weight']} is the weight of a {of} head, the config's is a {kind} one.")
+def _check_head(names: Mapping[str, str], model: Classifier) -> None:
+    configured = "cosine" if isinstance(model.head, heads.Cosine) else "linear"
+    for module, kind in HEADS.items():
+        if f"{module}.weight" in names and kind != configured:
+            raise ValueError(
+                f"{names[f'{module}.weight']} is the weight of a {kind} head, the config's is a {configured} one."
+            )
 
 
-def _fit(tensors: Mapping[str, tuple[str, np.ndarray]], wanted: Mapping[str, Any], unknown: Sequence[str]) -> None:
-    """ValueError unless the tensors are those of the network: all of them, nothing else, each of its shape."""
-    missing = [path for path in wanted if path not in tensors]
-    unknown = [*unknown, *(tensors[path][0] for path in tensors if path not in wanted)]
-    wrong = [
-        f"{name} is {array.dtype}{list(array.shape)} where {wanted[path].dtype}{list(wanted[path].shape)} is wanted"
+def _check_tensors(
+    tensors: Mapping[str, tuple[str, np.ndarray]], expected: Mapping[str, Any], unknown: Sequence[str]
+) -> None:
+    """Raises ValueError unless the tensors are exactly those of the network, in its shapes and dtypes."""
+    missing = [path for path in expected if path not in tensors]
+    unknown = [*unknown, *(tensors[path][0] for path in tensors if path not in expected)]
+    mismatched = [
+        f"{name} is {array.dtype}{list(array.shape)}, expected {expected[path].dtype}{list(expected[path].shape)}"
         for path, (name, array) in tensors.items()
-        if path in wanted and (array.shape != wanted[path].shape or not jnp.issubdtype(array.dtype, jnp.floating))
+        if path in expected and (array.shape != expected[path].shape or not jnp.issubdtype(array.dtype, jnp.floating))
     ]
-    kinds = {"no tensor for": missing, "without a place in the network": unknown, "misshapen, in our layout": wrong}
+    kinds = {
+        "missing": missing,
+        "not in the network": unknown,
+        "of another shape or type (in flax's layout)": mismatched,
+    }
     if problems := [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]:
         raise ValueError("; ".join(problems) + ".")

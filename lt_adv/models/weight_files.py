@@ -1,4 +1,4 @@
-"""Files of weights as {name: array}; nothing that is in a file is ever run."""
+"""Reads files of weights as {name: array}, without executing code that is in them."""
 
 import hashlib
 import json
@@ -19,11 +19,15 @@ State = dict[str, np.ndarray]
 
 
 def load(path: str | pathlib.Path) -> State:
-    """{PyTorch's name of a tensor: array} of a file of weights.
+    """Reads a file of weights and returns {PyTorch's tensor name: array}.
 
-    `.pt`, `.pth`, `.pkl` and `.tar`, a state_dict or a dict that holds one as torch.save writes them, need PyTorch;
-    `.npz` and `.safetensors` do not. Errors: FileNotFoundError; ImportError without PyTorch; ValueError, of one line,
-    for a file of another kind, an empty or damaged one, and for anything but tensors where tensors are expected.
+    `.pt`, `.pth`, `.pkl` and `.tar` are files of torch.save with a state_dict, or a dict that contains one; they need
+    PyTorch. `.npz` and `.safetensors` do not.
+
+    Raises:
+      FileNotFoundError: there is no such file.
+      ImportError: the file needs PyTorch, which is not installed.
+      ValueError: in one line, for another file format, an empty or damaged file, or entries that are not tensors.
     """
     path = pathlib.Path(path).expanduser()
     if path.suffix not in READERS:
@@ -33,37 +37,37 @@ def load(path: str | pathlib.Path) -> State:
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty.")
     read, formats = READERS[path.suffix]
-    what = atomic_io.format_of(path)
-    if what and what not in formats:
-        suffixes = [suffix for suffix, (_, others) in READERS.items() if what in others]
-        hint = f": a name that ends in {suffixes[0]} would say so" if suffixes else ""
-        raise ValueError(f"{path} cannot be imported: it is {what}{hint}.")
+    file_format = atomic_io.format_of(path)
+    if file_format and file_format not in formats:
+        suffixes = [suffix for suffix, (_, accepted) in READERS.items() if file_format in accepted]
+        hint = f": rename it to end in {suffixes[0]}" if suffixes else ""
+        raise ValueError(f"{path} cannot be imported: it is {file_format}{hint}.")
     try:
         state = read(path)
     except (ImportError, PermissionError):
         raise
-    except Exception as error:  # the readers have no exception in common: a damaged file raises almost anything
+    except Exception as error:  # the readers raise many types for a damaged file
         raise ValueError(f"{path} cannot be imported: {atomic_io.reason(path, error, *formats)}") from error
     if not state:
-        raise ValueError(f"{path} holds no tensors.")
+        raise ValueError(f"{path} contains no tensors.")
     return state
 
 
 def is_file(path: str) -> bool:
-    """Whether `path` names a file of weights, by its suffix, and not the working directory of a run."""
+    """Whether `path` has the suffix of a file of weights and is not a folder."""
     return pathlib.PurePath(path).suffix in READERS and not pathlib.Path(path).is_dir()
 
 
 def sha256(path: str | pathlib.Path) -> str:
-    """Of a file, 64 hexadecimal digits."""
+    """Returns the SHA-256 of a file as 64 hexadecimal digits."""
     with pathlib.Path(path).expanduser().open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """a, b, c, d, e and 3 more: for an error of one line."""
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(names[:most]) + more
+def listed(names: Sequence[str], limit: int = 5) -> str:
+    """Returns the names in one line for an error message: "a, b, c, d, e and 3 more"."""
+    more = f" and {len(names) - limit} more" if len(names) > limit else ""
+    return ", ".join(names[:limit]) + more
 
 
 def _torch(path: pathlib.Path) -> State:
@@ -74,15 +78,15 @@ def _torch(path: pathlib.Path) -> State:
             f"{path} needs PyTorch to be read: pip install -e '.[torch]', or save its tensors as .safetensors or .npz."
         ) from None
     try:
-        with warnings.catch_warnings(action="ignore"):  # what it cannot read, it also warns of
+        with warnings.catch_warnings(action="ignore"):  # the error raised below says the same
             content = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:  # PyTorch's own words recommend to run what is in the file
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        what = f"it asks for {asked[1]}, and to run that is not safe" if asked else "it is no file of tensors"
-        raise ValueError(f"{what}. Where you trust it, save its state_dict alone, and name that.") from error
+    except pickle.UnpicklingError as error:  # PyTorch's message recommends an unsafe load
+        match = re.search(r"GLOBAL (\S+)", str(error))
+        problem = f"it refers to {match[1]}, which is not safe to load" if match else "it is not a file of tensors"
+        raise ValueError(f"{problem}. If you trust the file, save only its state_dict and use that.") from error
 
     def is_network(value: Any) -> bool:
-        """A state_dict has kernels; the states of optimisers and schedulers beside it have none at this depth."""
+        """Whether a value is a state_dict of a network: those of optimisers and schedulers hold no kernels."""
         return isinstance(value, Mapping) and any(getattr(tensor, "ndim", 0) == 4 for tensor in value.values())
 
     state = content
@@ -90,14 +94,17 @@ def _torch(path: pathlib.Path) -> State:
         content = content if isinstance(content, Mapping) else {}
         networks = [name for name, value in content.items() if is_network(value)]
         if len(networks) != 1:
-            raise ValueError(f"it holds {listed(networks) or 'nothing'} with kernels: save one state_dict alone.")
-        # A tensor beside the network may belong to it, such as the mean of the images: it is not left out here.
-        beside = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
-        state = {**beside, **content[networks[0]]}
-    if other := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise ValueError(f"entries that are no tensors: {listed(other)}.")
-    wide = {torch.bfloat16: torch.float32}  # numpy has no bfloat16
-    return {str(name): t.detach().to(wide.get(t.dtype, t.dtype)).numpy() for name, t in state.items()}
+            raise ValueError(
+                f"it must contain one state_dict with convolution kernels, not {len(networks)} "
+                f"({listed(networks) or 'none'}): save only that state_dict."
+            )
+        # A tensor next to the state_dict may belong to the network (the mean of the images): it is included.
+        tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
+        state = {**tensors, **content[networks[0]]}
+    if names := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
+        raise ValueError(f"entries that are not tensors: {listed(names)}.")
+    casts = {torch.bfloat16: torch.float32}  # numpy has no bfloat16
+    return {str(name): t.detach().to(casts.get(t.dtype, t.dtype)).numpy() for name, t in state.items()}
 
 
 def _npz(path: pathlib.Path) -> State:
@@ -112,12 +119,15 @@ DTYPES = {
 
 
 def _safetensors(path: pathlib.Path) -> State:
-    """Eight bytes of length, little-endian; that many of JSON, {name: {dtype, shape, data_offsets}}; then the data,
-    end to end, row-major (https://huggingface.co/docs/safetensors, Format)."""
+    """Reads the format of https://huggingface.co/docs/safetensors.
+
+    Eight little-endian bytes hold the length of a JSON header {name: {dtype, shape, data_offsets}}; the row-major data
+    follow without gaps.
+    """
     content = path.read_bytes()
     start = 8 + int.from_bytes(content[:8], "little")
     if len(content) < start:
-        raise ValueError(f"its header should end at byte {start}, and it has {len(content)} bytes.")
+        raise ValueError(f"its header should end at byte {start}, but it has {len(content)} bytes.")
     header = json.loads(content[8:start])
     header.pop("__metadata__", None)
     data, end, state = memoryview(content)[start:], 0, {}
@@ -126,14 +136,14 @@ def _safetensors(path: pathlib.Path) -> State:
         if begin != end or stop - begin != math.prod(shape) * dtype.itemsize or min(shape, default=0) < 0:
             raise ValueError(f"{name} of shape {shape} cannot lie at bytes {begin} to {stop} of the data.")
         if stop > len(data):
-            raise ValueError(f"{name} should end at byte {stop} of the data, which has {len(data)}.")
+            raise ValueError(f"{name} should end at byte {stop} of the data, which has {len(data)} bytes.")
         state[name], end = np.frombuffer(data[begin:stop], dtype).reshape(shape), stop
     if end != len(data):
-        raise ValueError(f"its tensors end at byte {end} of the data, which has {len(data)}.")
+        raise ValueError(f"its tensors end at byte {end} of the data, which has {len(data)} bytes.")
     return state
 
 
-# Suffix -> (reader, the formats that such a file may have).
+# Suffix -> (reader, accepted formats of the file).
 READERS: Mapping[str, tuple[Callable[[pathlib.Path], State], Sequence[str]]] = {
     **dict.fromkeys((".pt", ".pth", ".pkl", ".tar"), (_torch, (atomic_io.TORCH, atomic_io.PICKLE))),
     ".npz": (_npz, (atomic_io.NPZ,)),

@@ -19,9 +19,14 @@ from lt_adv.models.layers import (
 class WideResNet(nn.Module):
     """Image [batch, height, width, channels] -> features [batch, 64 width].
 
-    `depth` is 6 n + 4 (n blocks in each of three stages), `width` multiplies 16, 32 and 64 channels. `dropout`, the
-    rate between the two convolutions of a block, needs `rngs={"dropout": key}` in training when it is not 0.
-    Convolutions start from a normal of variance 2 / fan_out, as in RoBal's released code.
+    Convolutions are initialised from a normal of variance 2 / fan_out, as in RoBal's released code.
+
+    Attributes:
+      depth: number of layers, 6 n + 4 for n blocks in each of three stages.
+      width: factor of the 16, 32 and 64 channels.
+      dropout: rate between the two convolutions of a block; if not 0, training needs `rngs={"dropout": key}`.
+      dtype: compute dtype.
+      axis_name: device axis over which batch statistics are averaged.
     """
 
     depth: int = 34
@@ -32,11 +37,11 @@ class WideResNet(nn.Module):
 
     def __post_init__(self) -> None:
         if self.depth < 10 or self.depth % 6 != 4:
-            raise ValueError(f"A WideResNet's depth is 6 n + 4 (10, 16, 22, 28, 34 ...), not {self.depth}.")
+            raise ValueError(f"The depth of a WideResNet must be 6 n + 4 (10, 16, 22, 28, 34 ...), not {self.depth}.")
         if self.width < 1:
-            raise ValueError(f"A WideResNet's width is a factor of at least 1, not {self.width}.")
+            raise ValueError(f"The width of a WideResNet must be at least 1, not {self.width}.")
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"A dropout rate is at least 0 and below 1, not {self.dropout}.")
+            raise ValueError(f"The dropout rate must be in [0, 1), not {self.dropout}.")
         super().__post_init__()
 
     @nn.compact

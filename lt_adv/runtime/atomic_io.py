@@ -1,7 +1,7 @@
-"""Files that others read while they are written, or after a kill or a power cut; and what kind a file is.
+"""Atomic and durable writes of files and folders, and detection of file formats.
 
-A file system may put a new name on the disk before what it stands for. So whatever gets its name here has reached the
-disk before, and the name has when the function returns. A bucket's store sees to that by itself.
+A file system may store a new name before the content behind it. The functions here therefore sync content to the disk
+before they rename it, and sync the name before they return. Buckets need no sync.
 """
 
 import errno
@@ -17,22 +17,22 @@ from collections.abc import Mapping
 from etils import epath
 
 
-def place(text: str, named: str) -> epath.Path:
-    """The path that `text` says; ValueError, which begins with how it is `named`, for one that no file can have."""
+def parse_path(text: str, option: str) -> epath.Path:
+    """Returns `text` as a path; raises ValueError, which begins with the name of the `option`, for an invalid one."""
     try:
         text.encode()
         if "\0" not in text:
             return epath.Path(text)
-        reason = "there is a byte 0 in it"
+        reason = "it contains a NUL byte"
     except UnicodeEncodeError:
-        reason = "it is no UTF-8"
-    except KeyError as error:  # epath's, for a store that it does not know
-        reason = f"nothing is known of {error.args[0]}, where a bucket is gs://... or s3://..."
-    raise ValueError(f"{named} {text!r} is no path: {reason}.")
+        reason = "it is not UTF-8"
+    except KeyError as error:  # epath's, for an unknown store
+        reason = f"{error.args[0]} is not supported; buckets are gs://... or s3://..."
+    raise ValueError(f"{option} {text!r} is not a valid path: {reason}.")
 
 
 def sync(path: epath.PathLike) -> None:
-    """Wait until a file, or of a folder the names in it, has reached the disk. OSError where it cannot."""
+    """Waits until the content of a file, or the names in a folder, are on the disk; raises OSError if that fails."""
     if "://" in os.fspath(path):
         return
     try:
@@ -42,37 +42,40 @@ def sync(path: epath.PathLike) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Folders that may not be read, or file systems that have no such call for folders: they write when they will.
+        # Folders without read permission, and file systems that cannot sync folders, are written in their own time.
         if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) or not os.path.isdir(path):
             raise
 
 
 def sync_tree(folder: epath.PathLike) -> None:
-    """`sync` for the folder and all that is in it."""
+    """Syncs a folder and everything below it."""
     for parent, _, names in os.walk(folder, topdown=False):
         for path in (*(os.path.join(parent, name) for name in names), parent):
             sync(path)
 
 
 def make_folder(path: epath.PathLike) -> None:
-    """The folder, and those above it that are missing."""
+    """Creates a folder and its missing parents, and syncs their names."""
     path = epath.Path(path)
-    above = (path, *path.parents) if "://" not in os.fspath(path) else ()
-    new = list(itertools.takewhile(lambda folder: not folder.exists(), above))
+    candidates = (path, *path.parents) if "://" not in os.fspath(path) else ()
+    new = list(itertools.takewhile(lambda folder: not folder.exists(), candidates))
     path.mkdir(parents=True, exist_ok=True)
     for folder in new:
         sync(folder.parent)
 
 
 def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
-    """All of `content` or nothing: written under another name, then renamed. Makes the folder where it is missing.
+    """Writes `content` to a temporary file and renames it to `path`; creates missing folders.
 
-    Errors: OSError where it cannot be written, ValueError where a folder stands there; an old file of that name stays,
-    and nothing else is left behind.
+    After an error an old file of that name is unchanged, and no temporary file remains.
+
+    Raises:
+      OSError: the file cannot be written.
+      ValueError: `path` is a folder.
     """
     path = epath.Path(path)
     if path.is_dir():
-        raise ValueError(f"{path} is a folder, and a file is to be written there: move it elsewhere.")
+        raise ValueError(f"{path} is a folder, but a file must be written there: move the folder elsewhere.")
     make_folder(path.parent)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
@@ -80,22 +83,25 @@ def write_atomically(path: epath.PathLike, content: str | bytes) -> None:
         sync(temporary)
         temporary.replace(path)
         sync(path.parent)
-    except BaseException:  # an interruption, too
+    except BaseException:  # including KeyboardInterrupt
         temporary.unlink(missing_ok=True)
         raise
 
 
 def replace_folder(path: epath.PathLike, contents: Mapping[str, bytes]) -> None:
-    """The folder `path` with these files and no others, whole or not at all: what was there before goes.
+    """Replaces the folder `path` atomically by one with exactly these files (name -> content).
 
-    Errors: ValueError where it holds what would not be written again, so that nothing of somebody else's is lost;
-    OSError where it cannot be written; the old folder then stays, and nothing else is left behind.
+    After an error the old folder is unchanged, and no temporary folder remains.
+
+    Raises:
+      OSError: the folder cannot be written.
+      ValueError: the old folder has a file that is not in `contents` and would be lost.
     """
     path = epath.Path(path)
-    strange = sorted({file.name for file in path.iterdir()} - set(contents)) if path.exists() else []
-    if strange:
-        raise ValueError(f"{path} holds {strange[0]}, which would be lost: move it, or the folder, elsewhere.")
-    new, old = (path.parent / f".{path.name}.{os.getpid()}.{which}" for which in ("tmp", "old"))
+    foreign = sorted({file.name for file in path.iterdir()} - set(contents)) if path.exists() else []
+    if foreign:
+        raise ValueError(f"{path} holds {foreign[0]}, which would be lost: move it, or the folder, elsewhere.")
+    new, old = (path.parent / f".{path.name}.{os.getpid()}.{suffix}" for suffix in ("tmp", "old"))
     try:
         make_folder(path.parent)
         new.mkdir()
@@ -103,10 +109,10 @@ def replace_folder(path: epath.PathLike, contents: Mapping[str, bytes]) -> None:
             (new / name).write_bytes(content)
         sync_tree(new)
         if path.exists():
-            path.rename(old)  # a folder cannot be renamed to one that is there
+            path.rename(old)  # a folder cannot be renamed onto an existing one
         new.rename(path)
         sync(path.parent)
-    except BaseException:  # an interruption, too
+    except BaseException:  # including KeyboardInterrupt
         new.rmtree(missing_ok=True)
         if old.exists() and not path.exists():
             old.rename(path)
@@ -114,15 +120,16 @@ def replace_folder(path: epath.PathLike, contents: Mapping[str, bytes]) -> None:
     old.rmtree(missing_ok=True)
 
 
-def clear(folder: epath.PathLike) -> None:
-    """Remove below `folder`, which is no bucket's, what killed processes were writing with the functions above.
+def remove_partial_writes(folder: epath.PathLike) -> None:
+    """Removes the temporary files and folders that killed processes have left below `folder` (not a bucket).
 
-    A folder that was taken away for a new one, which then did not come, is put back. Nobody may be writing there now.
+    If `replace_folder` was killed between its two renames, the old folder is restored. No other process may be writing
+    below `folder`.
     """
     folder = pathlib.Path(folder)
     for path in list(folder.rglob(".*.old")):
-        place = path.parent / path.name[1:].rsplit(".", 2)[0]
-        shutil.rmtree(path) if place.exists() else path.rename(place)
+        target = path.parent / path.name[1:].rsplit(".", 2)[0]
+        shutil.rmtree(path) if target.exists() else path.rename(target)
     for path in list(folder.rglob(".*.tmp")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -137,7 +144,7 @@ SIGNATURES: Mapping[bytes, str] = {
     b"version https://git-lfs.github.com/spec/": LFS,
     b"version https://hawser.github.com/spec/": LFS,
     b"/annex/objects/": ANNEX,
-    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": TORCH,  # as written before PyTorch 1.6
+    b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.": TORCH,  # before PyTorch 1.6
     b"\x93NUMPY": "a single array of NumPy (.npy)",
     b"\x1f\x8b": GZIP,
     b"BZh": "a bzip2 archive",
@@ -154,14 +161,14 @@ SIGNATURES: Mapping[bytes, str] = {
     b"\xff\xd8\xff": "a JPEG image",
     b"GIF8": "a GIF image",
 }
-HEAD = 1024  # bytes that tell
+HEAD = 1024  # bytes that are read to detect a format
 
 
 def format_of(file: epath.PathLike | bytes) -> str | None:
-    """What a file, or its content, is by its first bytes, such as "an HTML page"; None where they do not tell.
+    """Returns the format of a file, or of its content, such as "an HTML page"; None if its first bytes do not tell.
 
-    Of a zip archive the names of its members are read as well. Nothing in the file is run. OSError where it cannot be
-    read.
+    The member names of a zip archive are read as well. Nothing in the file is executed. Raises OSError if the file
+    cannot be read.
     """
     with io.BytesIO(file) if isinstance(file, bytes) else epath.Path(file).open("rb") as stream:
         head = stream.read(HEAD)
@@ -170,8 +177,8 @@ def format_of(file: epath.PathLike | bytes) -> str | None:
         if head.startswith((b"PK\x03\x04", b"PK\x05\x06")):
             return _format_of_zip(stream)
         size = stream.seek(0, os.SEEK_END)
-    if known := [what for start, what in SIGNATURES.items() if head.startswith(start)]:
-        return known[0]
+    if matches := [description for signature, description in SIGNATURES.items() if head.startswith(signature)]:
+        return matches[0]
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
         return PICKLE
     if head[257:262] == b"ustar":
@@ -184,12 +191,12 @@ def format_of(file: epath.PathLike | bytes) -> str | None:
 
 
 def placeholder(folder: epath.PathLike) -> str | None:
-    """The first file below `folder` that is a pointer of Git LFS or git-annex, and what it is; None without any."""
+    """Returns a description of the first Git LFS or git-annex pointer below `folder`, or None."""
     folder = epath.Path(folder)
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
         pointer = placeholder(path) if path.is_dir() else None
-        if path.is_file() and (what := format_of(path)) in POINTERS:
-            pointer = f"{path} is {what}"
+        if path.is_file() and (file_format := format_of(path)) in POINTERS:
+            pointer = f"{path} is {file_format}"
         if pointer:
             return pointer
     return None
@@ -199,23 +206,23 @@ def _format_of_zip(stream: io.IOBase) -> str:
     try:
         with zipfile.ZipFile(stream) as archive:  # type: ignore[call-overload]
             names = archive.namelist()
-    except Exception:  # a damaged directory fails in many ways
+    except Exception:  # zipfile raises many types for a damaged directory
         return DAMAGED_ZIP
     if any(name.endswith("/constants.pkl") or "/code/" in name for name in names):
-        return "a TorchScript archive (torch.jit.save), which holds a program: save the module's state_dict alone"
+        return "a TorchScript archive (torch.jit.save), which contains a program: save only the module's state_dict"
     if any(name.endswith(("serialized_exported_program.json", "archive_format")) for name in names):
-        return "a program (torch.export.save): save the module's state_dict alone"
+        return "a program (torch.export.save): save only the module's state_dict"
     if any(name.endswith("/data.pkl") for name in names):
         return TORCH
     return NPZ if not names or any(name.endswith(".npy") for name in names) else ZIP
 
 
 def _format_of_text(head: bytes) -> str | None:
-    text = head.decode(errors="ignore" if len(head) == HEAD else "replace").lstrip("\ufeff")  # HEAD may cut a letter
-    if not all(letter.isprintable() or letter.isspace() for letter in text) or "\ufffd" in text:
+    text = head.decode(errors="ignore" if len(head) == HEAD else "replace").lstrip("\ufeff")  # HEAD may cut a character
+    if not all(character.isprintable() or character.isspace() for character in text) or "\ufffd" in text:
         return None
     if re.match(r"\s*<(!doctype html|html|head|body)|.*<html", text, re.IGNORECASE | re.DOTALL):
-        return "an HTML page, such as servers send in place of a file"
+        return "an HTML page, as servers send in place of a file"
     if re.match(r"\s*<(\?xml|!--|\w+[ />])", text):
         return "an XML document"
     if re.match(r"\s*[{\[]", text):
@@ -224,20 +231,20 @@ def _format_of_text(head: bytes) -> str | None:
 
 
 def reason(file: epath.PathLike | bytes, error: Exception, *expected: str) -> str:
-    """Why a file cannot be read, in one line: what it is, unless that is `expected`, else what `error` says."""
+    """Returns why a file cannot be read, in one line: its format if it is not an `expected` one, else the error."""
     try:
-        what = format_of(file)
+        file_format = format_of(file)
     except OSError:
-        what = None
-    return f"it is {what}" if what and what not in expected else message(error)
+        file_format = None
+    return f"it is {file_format}" if file_format and file_format not in expected else message(error)
 
 
 def message(error: Exception) -> str:
-    """What an error of a reader says, in one line.
+    """Returns a reader's error message in one line.
 
-    NumPy's and PyTorch's errors recommend to load pickles, and so to run what is in them: that is not passed on.
+    The advice of NumPy and PyTorch to load pickled objects, which may execute code, is replaced.
     """
     if re.search(r"pickle|weights_only", str(error), re.IGNORECASE):
-        return "only files without pickled objects are read, for to load those could run any program"
+        return "files with pickled objects are not read, because loading them can execute code"
     kind = "" if type(error) is ValueError else f"{type(error).__name__}: "
     return f"{kind}{' '.join(str(error).split())[:300]}"

@@ -1,4 +1,4 @@
-"""Names to modules: the files of a folder are its registry."""
+"""Maps names to modules: the files of a folder are its registry."""
 
 import difflib
 import importlib
@@ -9,49 +9,59 @@ from typing import Any
 
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> ValueError:
-    """The error for a name that is not among `choices`: lists them and guesses what was meant."""
+    """Returns the ValueError for a name that is not in `choices`: it lists them and suggests the closest."""
     choices = sorted(choices)
-    near = difflib.get_close_matches(str(name), choices, n=1)
-    guess = f" Did you mean {near[0]!r}?" if near else ""
-    return ValueError(f"Unknown {kind} {name!r}.{guess} There are: {', '.join(choices) or 'none'}.")
+    matches = difflib.get_close_matches(str(name), choices, n=1)
+    suggestion = f" Did you mean {matches[0]!r}?" if matches else ""
+    return ValueError(f"Unknown {kind} {name!r}.{suggestion} There are: {', '.join(choices) or 'none'}.")
 
 
-def of_type(path: str, value: object, default: object) -> None:
-    """ValueError unless `value` is of the type of a plain `default`; for a float a whole number will do."""
-    kinds = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}.get(type(default))
-    if kinds and type(value) not in kinds:
+def check_type(path: str, value: object, default: object) -> None:
+    """Raises ValueError unless `value` has the type of a scalar `default`; an integer is accepted for a float."""
+    types = {bool: (bool,), int: (int,), float: (float, int), str: (str,)}.get(type(default))
+    if types and type(value) not in types:
         raise ValueError(f"{path} must be of type {type(default).__name__}, not {value!r}.")
 
 
-def options(kind: str, config: Mapping[str, Any], takes: Mapping[str, Mapping[str, Any]]) -> tuple[str, dict[str, Any]]:
-    """`{"name": ..., **options}` -> (name, those of the options that it takes). `takes`: choice -> option -> default.
+def select_options(
+    kind: str, config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]
+) -> tuple[str, dict[str, Any]]:
+    """Returns the name and the options of that name from a config `{"name": ..., **options}`.
 
-    An option of another choice is left out, so one config can hold the options of all and change its name alone;
-    ValueError for a name that is no choice, an option of none, or one of another type than its default.
+    Options of another choice are dropped, so that one config can hold the options of all choices and only change its
+    name.
+
+    Args:
+      kind: what the choices are; used in error messages.
+      config: the name and the options.
+      defaults: choice -> option -> default value.
+
+    Raises:
+      ValueError: for an unknown name, an option that no choice has, or a value of another type than its default.
     """
-    given = dict(config)
-    name = given.pop("name", None)
-    if name not in takes:
-        raise unknown(kind, name, takes)
-    known = set().union(*takes.values())
-    for option in given:
+    options = dict(config)
+    name = options.pop("name", None)
+    if name not in defaults:
+        raise unknown(kind, name, defaults)
+    known = set().union(*defaults.values())
+    for option in options:
         if option not in known:
             raise unknown(f"option of {kind} {name!r}:", option, known)
-    taken = {option: value for option, value in given.items() if option in takes[name]}
-    for option, value in taken.items():
-        of_type(f"option {option} of {kind} {name!r}", value, takes[name][option])
-    return name, taken
+    selected = {option: value for option, value in options.items() if option in defaults[name]}
+    for option, value in selected.items():
+        check_type(f"option {option} of {kind} {name!r}", value, defaults[name][option])
+    return name, selected
 
 
 def names(package: str) -> list[str]:
-    """The modules of a package that can be asked for by name (`base`, private ones and folders cannot)."""
+    """Returns the names of a package's public modules, without `base` and sub-packages."""
     path = importlib.import_module(package).__path__
-    found = (m.name for m in pkgutil.iter_modules(path) if not m.ispkg)
-    return sorted(name for name in found if name != "base" and not name.startswith("_"))
+    modules = (m.name for m in pkgutil.iter_modules(path) if not m.ispkg)
+    return sorted(name for name in modules if name != "base" and not name.startswith("_"))
 
 
 def module(package: str, name: str) -> ModuleType:
-    """The module `package.name`; ValueError for a name that is not a file of the package."""
+    """Returns the module `package.name`; raises ValueError for a name that is not in `names(package)`."""
     if name not in names(package):
         raise unknown(package.rsplit(".", 1)[-1].rstrip("s"), name, names(package))
     return importlib.import_module(f"{package}.{name}")

@@ -128,7 +128,7 @@ class Checkpoints:
             raise  # a store that does not answer has damaged nothing
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             failure = error
-        if not distributed.agree(failure is None):
+        if not distributed.all_true(failure is None):
             reason = _unreadable(failure, self.directory / str(step)) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
         if wrong := differing(state, meta):

@@ -27,7 +27,7 @@ def state_mesh(mesh: Mesh, parallel: str) -> Mesh:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
     """A copy of `tree` on every device. Host arrays in the first call of a step would cost a second compilation."""
-    return distributed.put(tree, distributed.replicated(mesh))
+    return distributed.device_put(tree, distributed.replicated(mesh))
 
 
 def shardings(state: Any, mesh: Mesh, sharded: Collection[str]) -> Any:

@@ -176,7 +176,7 @@ def build(
 def evaluated(config: ml_collections.ConfigDict, split: data.LongTailed) -> Callable[[Any, jax.Array], jax.Array]:
     """(variables, x) -> logits of the configured network as it is evaluated: in its dtype, adjusted after training."""
     model = models.create({**config.model, "dtype": config.eval.dtype}, len(split.class_names))
-    return posthoc.adjusted(model, config.eval.adjustment, split.class_counts)
+    return posthoc.adjusted_logits_fn(model, config.eval.adjustment, split.class_counts)
 
 
 def imported(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[dict[str, Any], dict[str, str]]:

@@ -44,7 +44,7 @@ class Monitor:
         shape, image = image.shape[1:], image[rows].reshape(*rows.shape, -1)  # rows, as `device_dataset.put` has them
         label = self._label[rows]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(threefry(key), jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
-        self._batches = distributed.put((image, label, keys), spread)
+        self._batches = distributed.device_put((image, label, keys), spread)
 
         self._everywhere = distributed.replicated(mesh)  # every process counts
         # Nothing is exchanged before all batches are done: programs that exchange must not be in flight side by side.

@@ -226,8 +226,8 @@ def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
         main.main(["main", DIGITS, f"--workdir={tmp_path / 'run'}"])
 
 
-MEMORY = r"Out of memory \([^:]*(: Out of memory)?.*\): a smaller config\.optim\.batch_size, "
-LOST = r"Another process of this run has ended, or is not reached any more \(INTERNAL: Gloo .* from the last checkpoint"
+MEMORY = r"Out of memory \([^:]*(: Out of memory)?.*\): reduce config\.optim\.batch_size, "
+LOST = r"Another process of this run has ended or cannot be reached \(INTERNAL: Gloo .* from the last checkpoint"
 
 
 @pytest.mark.parametrize(
@@ -244,7 +244,7 @@ def test_what_the_machine_does(answer, monkeypatch, tmp_path, error, words):
 
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr("lt_adv.runtime.distributed.joined", lambda: words == LOST)
+    monkeypatch.setattr("lt_adv.runtime.distributed.is_distributed", lambda: words == LOST)
     monkeypatch.setattr(main, "skip_jax_shutdown_barrier", lambda _: None)
     printed = answer(DIGITS)
     assert re.search(words, printed) and "Trace" not in printed
@@ -256,7 +256,7 @@ def test_interrupt(monkeypatch, capsys, tmp_path):
 
     monkeypatch.setattr(runs, "train", train)
     assert main.main(["main", DIGITS, f"--workdir={tmp_path}"]) == 130
-    assert "The same command goes on" in capsys.readouterr().err
+    assert "The same command resumes" in capsys.readouterr().err
 
 
 def test_traceback_on_demand(monkeypatch):

@@ -24,9 +24,9 @@ from tests.bad_input.test_runs import TINY
 @pytest.mark.parametrize(
     ("path", "line"),
     [
-        ("a\0b", r"'a\\x00b' is no path: there is a byte 0 in it"),
-        ("a\udcff", r"'a\\udcff' is no path: it is no UTF-8"),
-        ("http://x/y", r"'http://x/y' is no path: nothing is known of http://, where a bucket is gs://"),
+        ("a\0b", r"'a\\x00b' is not a valid path: it contains a NUL byte"),
+        ("a\udcff", r"'a\\udcff' is not a valid path: it is not UTF-8"),
+        ("http://x/y", r"'http://x/y' is not a valid path: http:// is not supported; buckets are gs://"),
     ],
 )
 def test_what_is_no_path(answer, entry, path, line):
@@ -86,14 +86,14 @@ def read(folder):
 
 def test_a_pipe_is_not_waited_for(folder):
     os.mkfifo(folder / "train" / "cat" / "1.png")
-    with pytest.raises(ValueError, match=r"cat/1\.png is no file"):
+    with pytest.raises(ValueError, match=r"cat/1\.png is not a regular file"):
         read(folder)
 
 
 def test_a_class_whose_name_is_no_text(folder):
     for split in ("train", "test"):
         (folder / split / "cat").rename(os.fsdecode(os.fsencode(folder / split) + b"/\xff"))
-    with pytest.raises(ValueError, match=r"class name '\\udcff' is no UTF-8"):
+    with pytest.raises(ValueError, match=r"class name '\\udcff' is not UTF-8"):
         read(folder)
 
 
@@ -108,7 +108,7 @@ def test_a_member_that_is_no_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
         for name in ("train_image", "train_label", "test_image", "test_label"):
             file.writestr(f"{name}.npy", b"no array")
-    with pytest.raises(ValueError, match=r"a\.npz: train_image is no array"):
+    with pytest.raises(ValueError, match=r"a\.npz: train_image is not an array"):
         load({"name": "npz", "path": str(tmp_path / "a.npz"), "data_dir": str(tmp_path)})
 
 

@@ -1,4 +1,4 @@
-"""Official archives and our builders, on small archives made for the test."""
+"""Reading, checking and downloading of archives, with small archives of the official formats."""
 
 import dataclasses
 import hashlib
@@ -20,7 +20,7 @@ CIFAR10_RECORDS = {f"data_batch_{i}.bin": 3 for i in range(1, 6)} | {"test_batch
 
 
 def records(count, header, classes):
-    """Binary records of CIFAR: `header` label bytes, the last of which counts, then three planes."""
+    """Random binary records of CIFAR: `header` label bytes, of which the last is the class, then three planes."""
     array = RNG.randint(0, 256, (count, header + 3072)).astype(np.uint8)
     array[:, :header] = RNG.randint(0, classes, (count, header))
     return array
@@ -48,9 +48,9 @@ def jpeg(shape):
 
 @pytest.fixture
 def publish(tmp_path, monkeypatch):
-    """`publish(name, content)`: the official archive of `name` is `content` now, and stands in the manual folder."""
+    """`publish(name, content)` replaces the official archive `name` by `content` and puts it in the manual folder."""
 
-    def change(name, content, place=True):
+    def replace(name, content, place=True):
         published = tmp_path / "published"
         published.write_bytes(content)
         archive = dataclasses.replace(
@@ -66,7 +66,7 @@ def publish(tmp_path, monkeypatch):
             (manual / archive.file).write_bytes(content)
         return manual / archive.file
 
-    return change
+    return replace
 
 
 @pytest.fixture
@@ -110,7 +110,7 @@ def test_cifar10_keeps_the_original_order(tmp_path, publish, cifar10):
     np.testing.assert_array_equal(data.test.image, pixels(batches["test_batch.bin"], 1))
     assert data.class_names == tuple(f"class{i}" for i in range(10))
 
-    # What is prepared is enough, with the cache or without; other tools of TensorFlow-Datasets can read it.
+    # The prepared set replaces the archive, with and without the cache, and TensorFlow-Datasets can read it.
     path.unlink()
     assert load({"name": "cifar10", "data_dir": str(tmp_path)}).digest == data.digest
     small = load({"name": "cifar10", "data_dir": str(tmp_path), "image_size": 8})
@@ -167,10 +167,10 @@ def test_tiny_imagenet(tmp_path, publish):
     assert (data.train.image[11] == data.train.image[11][..., :1]).all()  # a grey file
 
 
-def test_a_damaged_archive_is_refused(tmp_path, publish, cifar10):
+def test_damaged_archive_is_refused(tmp_path, publish, cifar10):
     path = publish("cifar10", cifar10[1])
-    whole = path.read_bytes()
-    for content, message in [(whole[:-1], "bytes"), (whole[:-1] + b"?", "sha256")]:
+    original = path.read_bytes()
+    for content, message in [(original[:-1], "bytes"), (original[:-1] + b"?", "sha256")]:
         path.write_bytes(content)
         with pytest.raises(ValueError, match=f"has {message}|has .* {message}") as caught:
             load({"name": "cifar10", "data_dir": str(tmp_path)})
@@ -180,17 +180,17 @@ def test_a_damaged_archive_is_refused(tmp_path, publish, cifar10):
 @pytest.mark.parametrize("name", ["../evil", "/evil", "a\\..\\evil"])
 def test_members_outside_the_archive_are_refused(tmp_path, publish, cifar10, name):
     publish("cifar10", tar({name: b"x"}, folder="" if name[0] == "/" else "cifar"))
-    with pytest.raises(ValueError, match="member outside its own folder"):
+    with pytest.raises(ValueError, match="member outside its folder"):
         load({"name": "cifar10", "data_dir": str(tmp_path)})
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         archive.writestr(name, "x")
     (tmp_path / "a.zip").write_bytes(stream.getvalue())
-    with pytest.raises(ValueError, match="member outside its own folder"):
+    with pytest.raises(ValueError, match="member outside its folder"):
         archives.read_tiny_imagenet(tmp_path / "a.zip")
 
 
-def test_archives_with_other_contents(tmp_path, publish):
+def test_archives_with_other_content_are_refused(tmp_path, publish):
     publish("cifar10", tar({"readme.html": b"x"}))
     with pytest.raises(ValueError, match="has no data_batch_1.bin"):
         load({"name": "cifar10", "data_dir": str(tmp_path)})
@@ -202,7 +202,7 @@ def test_archives_with_other_contents(tmp_path, publish):
         load({"name": "tiny_imagenet", "data_dir": str(tmp_path)})
 
 
-def test_download_is_asked_for_checked_and_atomic(tmp_path, publish, cifar10, monkeypatch):
+def test_download_is_optional_checked_and_atomic(tmp_path, publish, cifar10, monkeypatch):
     path = publish("cifar10", cifar10[1], place=False)
     with pytest.raises(FileNotFoundError, match="download=True"):
         load({"name": "cifar10", "data_dir": str(tmp_path)})
@@ -221,7 +221,7 @@ def test_download_is_asked_for_checked_and_atomic(tmp_path, publish, cifar10, mo
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
-def test_a_preparation_that_cannot_be_written_is_one_line(tmp_path, publish, cifar10):
+def test_unwritable_folder_is_reported_in_one_line(tmp_path, publish, cifar10):
     publish("cifar10", cifar10[1])
     (tmp_path / "lt_adv_cifar10").write_text("a file where a folder should be")
     with pytest.raises(ValueError, match="Cannot prepare lt_adv_cifar10 .*data_dir") as caught:
@@ -229,7 +229,7 @@ def test_a_preparation_that_cannot_be_written_is_one_line(tmp_path, publish, cif
     assert "\n" not in str(caught.value)
 
 
-def test_our_builders_import_no_tensorflow(tmp_path, cifar10):
+def test_builders_do_not_import_tensorflow(tmp_path, cifar10):
     (tmp_path / "a.tar.gz").write_bytes(cifar10[1])
     code = f"""
 import dataclasses, hashlib, pathlib, shutil, sys
@@ -244,7 +244,7 @@ print(len(load({{"name": "cifar10", "data_dir": str(root)}}).train), "tensorflow
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "15 False", result.stderr
-    # And the second start does without TensorFlow-Datasets.
+    # The second start does not import TensorFlow-Datasets.
     code = (
         code.split('(root / "downloads')[0]
         + """
@@ -263,7 +263,7 @@ print(len(load({"name": "cifar10", "data_dir": str(root)}).train), "tensorflow_d
         (b"<html>moved</html>", "an HTML page"),
     ],
 )
-def test_an_archive_that_is_something_else(tmp_path, name, content, what):
+def test_other_file_in_place_of_an_archive_is_refused(tmp_path, name, content, what):
     path = tmp_path / "downloads" / "manual" / archives.ARCHIVES[name].file
     path.parent.mkdir(parents=True)
     path.write_bytes(content)

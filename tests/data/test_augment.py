@@ -1,4 +1,4 @@
-"""pad_crop_flip against a loop over examples in numpy."""
+"""Comparison of `pad_crop_flip` with a loop over examples in numpy."""
 
 import jax
 import numpy as np
@@ -25,7 +25,7 @@ def reference(keys, image, pad):
 
 
 @pytest.mark.parametrize(("shape", "dtype", "pad"), [((6, 5, 3), np.uint8, 2), ((4, 4, 1), np.float32, 4)])
-def test_equals_the_loop(shape, dtype, pad):
+def test_matches_a_loop_in_numpy(shape, dtype, pad):
     keys = jax.random.split(jax.random.key(0), 16)
     image = np.random.RandomState(0).randint(1, 256, (16, *shape)).astype(dtype)
     augmented = augment(keys, image, pad=pad)
@@ -40,14 +40,14 @@ def test_every_offset_and_both_mirrors_occur_equally():
     image[:, 1, 0] = 1
     keys = jax.random.split(jax.random.key(1), len(image))
     flat = np.asarray(augment(keys, image, pad=1)).reshape(len(image), 9)
-    # The pixel goes to row 0..2; left of the middle by 0 or 1 or out, and the mirror of that.
+    # The pixel moves to row 0, 1 or 2 or outside, and likewise to a column or its mirror image.
     rows = flat.reshape(-1, 3, 3).sum(2).mean(0)
     columns = flat.reshape(-1, 3, 3).sum(1).mean(0)
     np.testing.assert_allclose(rows, 2 / 9, atol=0.03)
     np.testing.assert_allclose(columns, [1 / 6, 1 / 3, 1 / 6], atol=0.03)
 
 
-def test_no_padding_is_a_flip_alone():
+def test_without_padding_only_flips():
     image = np.arange(2 * 2 * 4, dtype=np.uint8).reshape(2, 2, 4, 1)
     augmented = np.asarray(augment(jax.random.split(jax.random.key(0), 2), image, pad=0))
     for x, y in zip(image, augmented, strict=True):

@@ -1,4 +1,4 @@
-"""The cache: read again without decoding, rebuilt when damaged, never half there."""
+"""The cache: a second load decodes nothing, a damaged cache is rebuilt, an unfinished one is never visible."""
 
 import dataclasses
 import json
@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 
 from lt_adv.data import cache
-from lt_adv.data.dataset import Source, decoding, in_memory
+from lt_adv.data.dataset import Source, array_reader, in_memory
 
 IMAGE = np.random.RandomState(0).randint(0, 256, (7, 3, 3, 1)).astype(np.uint8)
 
 
 def make_source(identity="a", fail_after=None, reads=None):
-    """A source that notes its reads in the list `reads`; with `fail_after` it stops in the middle of the images."""
+    """A source that appends to `reads` when it is read, and raises `fail_after` in the middle of the images."""
 
     def blocks():
         yield IMAGE[:4]
@@ -29,7 +29,7 @@ def make_source(identity="a", fail_after=None, reads=None):
     def read():
         if reads is not None:
             reads.append(identity)
-        split = dataclasses.replace(decoding(IMAGE, np.arange(7) % 2, np.arange(7)), blocks=blocks)
+        split = dataclasses.replace(array_reader(IMAGE, np.arange(7) % 2, np.arange(7)), blocks=blocks)
         return ("even", "odd"), {"train": split, "test": split}
 
     return Source(identity, read)
@@ -50,7 +50,7 @@ def test_second_load_reads_no_source(tmp_path):
     assert leftovers(tmp_path) == [cache.folder_of(tmp_path, "set", source).name]
 
 
-def test_another_identity_is_another_cache(tmp_path):
+def test_identity_selects_the_cache(tmp_path):
     cache.load(tmp_path, "set", make_source("a"))
     cache.load(tmp_path, "set", make_source("b", reads=(reads := [])))
     assert reads == ["b"] and len(leftovers(tmp_path)) == 2
@@ -84,7 +84,7 @@ def edit_meta(path):
         ("meta.json", edit_meta),
     ],
 )
-def test_a_damaged_cache_is_rebuilt_with_one_line(tmp_path, caplog, file, damage):
+def test_damaged_cache_is_rebuilt_with_a_warning(tmp_path, caplog, file, damage):
     source = make_source(reads=(reads := []))
     digest = cache.load(tmp_path, "set", source).digest
     folder = cache.folder_of(tmp_path, "set", source)
@@ -97,7 +97,7 @@ def test_a_damaged_cache_is_rebuilt_with_one_line(tmp_path, caplog, file, damage
     assert leftovers(tmp_path) == [folder.name]
 
 
-def test_large_images_are_trusted_beyond_their_size(tmp_path, monkeypatch):
+def test_digest_of_large_images_is_not_checked(tmp_path, monkeypatch):
     source = make_source(reads=(reads := []))
     cache.load(tmp_path, "set", source)
     monkeypatch.setattr(cache, "FULL_CHECK_BYTES", 60)
@@ -107,57 +107,57 @@ def test_large_images_are_trusted_beyond_their_size(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("failure", [ValueError("x.png is not readable"), KeyboardInterrupt()])
-def test_an_interrupted_write_leaves_nothing(tmp_path, failure):
+def test_interrupted_write_leaves_no_files(tmp_path, failure):
     with pytest.raises(type(failure)):
         cache.load(tmp_path, "set", make_source(fail_after=failure))
     assert leftovers(tmp_path) == []
     assert len(cache.load(tmp_path, "set", make_source()).train) == 7
 
 
-def test_a_full_disk_is_one_line(tmp_path):
+def test_full_disk_is_reported_in_one_line(tmp_path):
     with pytest.raises(ValueError, match="Cannot write the cache .*No space left.* MiB") as caught:
         cache.load(tmp_path, "set", make_source(fail_after=OSError(28, "No space left on device")))
     assert "\n" not in str(caught.value)
 
 
-def test_a_data_dir_that_cannot_be_written_is_one_line(tmp_path):
+def test_unwritable_data_dir_is_reported_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="Cannot write the cache .*data_dir"):
         cache.load(tmp_path / "file", "set", make_source())
 
 
-def test_a_killed_writer_leaves_no_cache(tmp_path):
+def test_killed_writer_leaves_no_cache(tmp_path):
     code = f"""
 import dataclasses, os, signal, pathlib, numpy as np
 from lt_adv.data import cache
-from lt_adv.data.dataset import Source, decoding
+from lt_adv.data.dataset import Source, array_reader
 image = np.zeros((7, 3, 3, 1), np.uint8)
 def blocks():
     yield image[:4]
     os.kill(os.getpid(), signal.SIGKILL)
-d = dataclasses.replace(decoding(image, np.zeros(7), np.arange(7)), blocks=blocks)
+d = dataclasses.replace(array_reader(image, np.zeros(7), np.arange(7)), blocks=blocks)
 cache.load(pathlib.Path({str(tmp_path)!r}), "set", Source("a", lambda: (("x",), {{"train": d, "test": d}})))
 """
     assert subprocess.run([sys.executable, "-c", code]).returncode == -9
     folder = cache.folder_of(tmp_path, "set", make_source())
-    (left,) = (tmp_path / "lt_adv_cache").iterdir()
-    assert left.name.startswith(f".{folder.name}.") and not folder.exists()
-    day_before = time.time() - 2 * cache.STALE_SECONDS
-    os.utime(left, (day_before, day_before))
+    (unfinished,) = (tmp_path / "lt_adv_cache").iterdir()
+    assert unfinished.name.startswith(f".{folder.name}.") and not folder.exists()
+    two_days_ago = time.time() - 2 * cache.STALE_SECONDS
+    os.utime(unfinished, (two_days_ago, two_days_ago))
     assert len(cache.load(tmp_path, "set", make_source()).train) == 7
     assert leftovers(tmp_path) == [folder.name]
 
 
-def test_a_faster_process_with_the_same_set_is_no_error(tmp_path):
-    def overtaken():
+def test_cache_written_by_a_faster_process_is_used(tmp_path):
+    def read():
         cache.load(tmp_path, "set", make_source())
         return make_source().read()
 
-    assert len(cache.load(tmp_path, "set", Source("a", overtaken)).train) == 7
+    assert len(cache.load(tmp_path, "set", Source("a", read)).train) == 7
     assert len(leftovers(tmp_path)) == 1
 
 
-def test_a_read_only_cache_can_still_be_read(tmp_path, monkeypatch):
+def test_existing_cache_is_not_written(tmp_path, monkeypatch):
     cache.load(tmp_path, "set", make_source())
     monkeypatch.setattr(cache, "_write", lambda *_: pytest.fail("nothing needs to be written"))
     assert len(cache.load(tmp_path, "set", make_source()).train) == 7
@@ -173,14 +173,14 @@ for path in sorted(Path(sys.argv[1]).glob("*.npz")):
 """
 
 
-def test_two_processes_that_make_one_cache(tmp_path):
-    """Two hosts that share a folder: the second put its own in the place of the first one's, which was opening it."""
+def test_two_processes_write_one_cache(tmp_path):
+    """Neither replaces the folder that the other has just written and is opening."""
     for number in range(40):
         arrays = {f"{split}_image": np.full((3, 2, 2, 1), number, np.uint8) for split in ("train", "test")}
         np.savez(tmp_path / f"{number}.npz", **arrays, train_label=np.arange(3), test_label=np.arange(3))
     command = [sys.executable, "-c", RACE, str(tmp_path)]
-    running = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
-    for process in running:
-        _, words = process.communicate(timeout=120)
-        assert process.returncode == 0, words
+    processes = [subprocess.Popen(command, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
     assert len(list((tmp_path / "lt_adv_cache").iterdir())) == 40

@@ -1,4 +1,4 @@
-"""The split on the devices, and the draws of a batch's examples."""
+"""Data sets in device memory, and the sampling of batches."""
 
 import jax
 import numpy as np
@@ -28,24 +28,24 @@ def test_put_replicates_over_the_mesh(count):
     np.testing.assert_array_equal(arrays["image"], split([7, 3, 5]).image.reshape(3, 4))
 
 
-def test_put_refuses_an_index_that_would_wrap():
+def test_put_refuses_an_index_above_int32():
     with pytest.raises(ValueError, match="int32"):
         device_dataset.put(split([0, 2**31]), Mesh(np.array(jax.devices()[:1]), ("data",)))
 
 
 @settings(max_examples=15, deadline=None)
 @given(st.integers(1, 12), st.integers(0, 3))
-def test_an_epoch_shows_every_example_at_most_once(batch_size, seed):
+def test_epoch_repeats_no_example(batch_size, seed):
     key, steps = jax.random.key(seed), device_dataset.steps_per_epoch(12, batch_size)
     batches = [device_dataset.batch_indices(key, s, num_examples=12, batch_size=batch_size) for s in range(steps)]
-    seen = np.concatenate(batches)
-    assert len(seen) == steps * batch_size == len(set(seen.tolist()))
-    assert set(seen.tolist()) <= set(range(12))
+    rows = np.concatenate(batches)
+    assert len(rows) == steps * batch_size == len(set(rows.tolist()))
+    assert set(rows.tolist()) <= set(range(12))
     if 12 % batch_size == 0:
-        assert set(seen.tolist()) == set(range(12))
+        assert set(rows.tolist()) == set(range(12))
 
 
-def test_epochs_differ_and_repeat_with_their_key():
+def test_batches_are_a_function_of_the_key():
     draw = jax.jit(device_dataset.batch_indices, static_argnames=("num_examples", "batch_size"))
     a, b, c = (np.asarray(draw(jax.random.key(s), 1, num_examples=100, batch_size=10)) for s in (0, 1, 0))
     assert (a != b).any() and (a == c).all()
@@ -54,7 +54,7 @@ def test_epochs_differ_and_repeat_with_their_key():
 
 
 @pytest.mark.parametrize("batch_size", [0, 11])
-def test_a_batch_that_does_not_fit_is_an_error(batch_size):
+def test_invalid_batch_size_is_refused(batch_size):
     with pytest.raises(ValueError, match="batch_size"):
         device_dataset.batch_indices(jax.random.key(0), 0, num_examples=10, batch_size=batch_size)
 
@@ -68,13 +68,13 @@ def test_class_table():
         device_dataset.class_table(LABEL, 4)
 
 
-def test_class_aware_draws_are_balanced_over_classes_and_within_them():
+def test_class_aware_sampling_is_uniform_over_classes_and_their_examples():
     table = device_dataset.class_table(LABEL, 3)
     draw = jax.jit(device_dataset.class_aware_indices, static_argnames="batch_size")
-    drawn = np.asarray(draw(jax.random.key(0), **table, batch_size=21000))
-    assert drawn.dtype == np.int32
-    per_class = np.bincount(LABEL[drawn])
+    rows = np.asarray(draw(jax.random.key(0), **table, batch_size=21000))
+    assert rows.dtype == np.int32
+    per_class = np.bincount(LABEL[rows])
     np.testing.assert_allclose(per_class / 21000, 1 / 3, atol=0.015)
-    per_example = np.bincount(drawn, minlength=10)
+    per_example = np.bincount(rows, minlength=10)
     expected = 21000 / 3 / np.bincount(LABEL)[LABEL]
     np.testing.assert_allclose(per_example / expected, 1, atol=0.12)

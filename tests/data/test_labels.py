@@ -1,4 +1,4 @@
-"""Labels that are not classes, and classes without images: named when the set is loaded, in either split."""
+"""Invalid labels and classes without images are refused when a set is loaded, in either split."""
 
 import json
 import logging
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lt_adv.data import cache, load, longtail
-from lt_adv.data.dataset import Dataset, Split, labels
+from lt_adv.data.dataset import Dataset, Split, check_labels
 from tests.data.test_tfds_source import encoded, prepare
 
 LABEL = np.arange(12) % 3
@@ -24,7 +24,7 @@ WRONG = {
     "bool": (LABEL > 1, "of an integer type, not bool"),
     "text": (np.array(["a", "b", "c"])[LABEL], r"of an integer type, not <U1 .*such as a\)"),
     "bytes": (np.array([b"a", b"b", b"c"])[LABEL], r"of an integer type, not \|S1"),
-    "one-hot": (np.eye(3)[LABEL], r"one for each image, not float64 \(12, 3\): of one-hot labels, take argmax"),
+    "one-hot": (np.eye(3)[LABEL], r"one for each image, not float64 \(12, 3\): convert one-hot labels with argmax"),
     "column": (LABEL[:, None], r"one for each image, not int64 \(12, 1\)\."),
     "scalar": (np.array(3), r"one for each image, not int64 \(\)\."),
     "short": (LABEL[1:], r"12 whole numbers from 0, one for each image, not int64 \(11,\)\."),
@@ -42,7 +42,7 @@ def write(path, **changes):
 
 @pytest.mark.parametrize("split", ["train", "test"])
 @pytest.mark.parametrize("kind", WRONG)
-def test_labels_that_are_not_classes(tmp_path, split, kind):
+def test_invalid_labels_are_refused(tmp_path, split, kind):
     label, message = WRONG[kind]
     config = write(tmp_path / "a.npz", **{f"{split}_label": label})
     with pytest.raises(ValueError) as caught:
@@ -51,10 +51,10 @@ def test_labels_that_are_not_classes(tmp_path, split, kind):
     assert not (tmp_path / "lt_adv_cache").exists()
 
 
-def test_a_set_is_looked_at_whatever_made_it():
+def test_dataset_checks_labels():
     image, index = np.zeros((12, 2, 2, 1), np.uint8), np.arange(12)
     good, bad = Split(image, LABEL.astype(np.int32), index), Split(image, LABEL.astype(np.int32) - 1, index)
-    assert labels(LABEL, 12, 3, "x") is LABEL
+    assert check_labels(LABEL, 12, 3, "x") is LABEL
     for names, train, test, message in (
         ("abc", bad, good, r"mine, split train: 4 of 12 labels are not whole numbers from 0 to 2, such as -1\."),
         ("abc", good, bad, "mine, split test: 4 of 12"),
@@ -65,8 +65,8 @@ def test_a_set_is_looked_at_whatever_made_it():
             Dataset("mine", train, test, tuple(names), "d" * 64)
 
 
-def test_a_cache_of_labels_that_are_not_classes_is_read_again(tmp_path, monkeypatch):
-    """As written before labels were looked at."""
+def test_cache_with_invalid_labels_is_rebuilt(tmp_path, monkeypatch):
+    """Such as a cache that was written before labels were checked."""
     config = write(tmp_path / "a.npz")
     load(config)
     (meta,) = tmp_path.glob("lt_adv_cache/*/meta.json")
@@ -77,7 +77,7 @@ def test_a_cache_of_labels_that_are_not_classes_is_read_again(tmp_path, monkeypa
 
 @pytest.fixture
 def unlabelled(tmp_path):
-    """`unlabelled(train=..., test=..., ...)`: a set of TensorFlow-Datasets with these labels in its splits."""
+    """`unlabelled(train=..., test=..., ...)` prepares a set of TensorFlow-Datasets with these labels in its splits."""
     import tensorflow_datasets as tfds
 
     def make(**splits):
@@ -86,15 +86,15 @@ def unlabelled(tmp_path):
             "label": tfds.features.ClassLabel(names=["no", "yes"]),
         }
         image = np.random.RandomState(0).randint(0, 256, (4, 4, 3)).astype(np.uint8)
-        examples = {name: [encoded(image, label) for label in given] for name, given in splits.items()}
+        examples = {name: [encoded(image, label) for label in labels] for name, labels in splits.items()}
         prepare(tmp_path, "some_set", features=features, examples=examples)
         return {"name": "some_set", "data_dir": str(tmp_path)}
 
     return make
 
 
-def test_a_test_split_without_labels(unlabelled):
-    """Such as that of imagenet2012."""
+def test_test_split_without_labels_is_refused(unlabelled):
+    """imagenet2012 has one."""
     config = unlabelled(train=[0, 1, 1], test=[-1, -1], validation=[1, 0, 1, 0])
     message = (
         r"some_set, split test: 2 of 2 labels .* from 0 to 1, such as -1\. .*--config\.data\.test_split=validation"
@@ -110,22 +110,22 @@ def test_a_test_split_without_labels(unlabelled):
 
 
 def test_no_split_with_labels(unlabelled):
-    with pytest.raises(ValueError, match="Choose a set that has labels in more than its split train"):
+    with pytest.raises(ValueError, match="Only the split train of some_set has labels: choose another set"):
         load(unlabelled(train=[0, 1], test=[-1, 0], other=[-1]))
 
 
-def test_training_images_without_labels(unlabelled):
-    with pytest.raises(ValueError, match="some_set, split train: 1 of 3 labels .*such as -1.*nothing can be trained"):
+def test_training_images_without_labels_are_refused(unlabelled):
+    with pytest.raises(ValueError, match="some_set, split train: 1 of 3 labels .*such as -1.*Training needs labels"):
         load(unlabelled(train=[0, 1, -1], test=[0]))
 
 
 @pytest.mark.parametrize("name", ["digits", "npz", "image_folder", "cifar10"])
-def test_other_sets_have_one_test_split(tmp_path, name):
+def test_test_split_is_refused_for_other_sets(tmp_path, name):
     with pytest.raises(ValueError, match=rf"config\.data\.test_split.*{name}"):
         load({"name": name, "path": str(tmp_path), "data_dir": str(tmp_path), "test_split": "validation"})
 
 
-def test_a_class_without_test_images_is_named(tmp_path, caplog):
+def test_warning_about_classes_without_test_images(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         load(write(tmp_path / "a.npz", test_label=np.where(LABEL == 1, 0, LABEL), class_names=["a", "b", "c"]))
     assert "npz: no test image of class 1 ('b'): not evaluated." in caplog.text
@@ -143,10 +143,10 @@ PROFILES = [
 
 @pytest.mark.parametrize("profile", PROFILES, ids=str)
 @pytest.mark.parametrize("lacking", [[0], [1], [2], [1, 2]])
-def test_a_class_without_training_images_is_named(tmp_path, profile, lacking):
-    """The ratio is not to blame, nor another class; the last class lacks too, which the labels alone do not tell."""
-    there = np.flatnonzero(~np.isin(LABEL, lacking))
-    label = LABEL[np.resize(there, 12)]
+def test_class_without_training_images_is_refused(tmp_path, profile, lacking):
+    """The message names these classes and does not blame the ratio; the last class is detected by its name only."""
+    available = np.flatnonzero(~np.isin(LABEL, lacking))
+    label = LABEL[np.resize(available, 12)]
     dataset = load(write(tmp_path / "a.npz", train_label=label, class_names=NAMES))
     with pytest.raises(ValueError) as caught:
         longtail.long_tailed(dataset, profile)
@@ -156,15 +156,15 @@ def test_a_class_without_training_images_is_named(tmp_path, profile, lacking):
     assert "imbalance_ratio" not in text
 
 
-def test_a_class_with_too_few_images_is_named(tmp_path):
-    """The exponential profile wants most of class 0, which is the rarest here."""
+def test_class_with_too_few_images_is_named(tmp_path):
+    """The exponential profile needs most images of class 0, which is the rarest in this set."""
     label = np.array([0, *[1] * 5, *[2] * 6])
     dataset = load(write(tmp_path / "a.npz", train_label=label, class_names=NAMES))
     with pytest.raises(
-        ValueError, match=r"imbalance_ratio 4.* needs 4 images or more of class 0 \('ant'\), which has 1"
+        ValueError, match=r"imbalance_ratio 4.* needs at least 4 images of class 0 \('ant'\), which has 1"
     ):
         longtail.long_tailed(dataset, {"imbalance": "exponential", "imbalance_ratio": 4})
-    with pytest.raises(ValueError, match=r"Class 0 \('ant'\) has 1 images, fewer than the 2 asked for"):
+    with pytest.raises(ValueError, match=r"Class 0 \('ant'\) has 1 images, fewer than the 2 of class_counts"):
         longtail.long_tailed(dataset, {"class_counts": (2, 2, 2)})
     with pytest.raises(ValueError, match=r"leaves no training image of class 0 \('ant'\), which has 1"):
         longtail.long_tailed(dataset, {"validation_per_class": 1})

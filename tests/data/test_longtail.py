@@ -1,4 +1,4 @@
-"""Long-tailed subsets against the golden indices of the released code, and their properties."""
+"""Comparison of long-tailed subsets with the golden indices of the released code; their properties."""
 
 import json
 import pathlib
@@ -18,7 +18,7 @@ SHAPES = {"": (10, 5000), "cifar100_": (100, 500), "tiny_imagenet_": (200, 500),
 
 
 def profile(name):
-    """`cifar100_exp_0.1` -> (num_classes, max_count), the keywords of `class_counts`."""
+    """`cifar100_exp_0.1` -> ((num_classes, max_count), keywords of `class_counts`)."""
     prefix, kind, factor = name.rpartition("_")[0].rpartition("_")[0], *name.rsplit("_", 2)[-2:]
     if kind == "balanced":
         options = {"imbalance": "balanced", "balanced_fraction": float(factor)}
@@ -69,7 +69,7 @@ def test_cifar10_selection_is_golden():
             np.testing.assert_array_equal(selected, arrays[name], err_msg=name)
 
 
-def test_ratio_below_one_says_what_the_literature_means():
+def test_error_for_ratio_below_one_gives_its_inverse():
     with pytest.raises(ValueError, match=r"0\.02 is ratio 50"):
         longtail.class_counts(10, 5000, imbalance_ratio=0.02)
     with pytest.raises(ValueError, match="ratio 50"):
@@ -87,7 +87,7 @@ def test_ratio_below_one_says_what_the_literature_means():
         ({"imbalance": "balanced", "balanced_fraction": 1.5}, r"\(0, 1\]"),
     ],
 )
-def test_impossible_profiles(options, message):
+def test_invalid_profiles_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         longtail.class_counts(10, 5000, **options)
 
@@ -102,7 +102,7 @@ def test_impossible_profiles(options, message):
         ([2, 1, 3], "Class 2 has 2 images, fewer than the 3"),
     ],
 )
-def test_impossible_counts(counts, message):
+def test_invalid_counts_are_refused(counts, message):
     with pytest.raises(ValueError, match=message):
         longtail.select(np.array([0, 1, 2, 0, 1, 2]), counts)
 
@@ -130,7 +130,7 @@ def test_selection_and_validation_properties(sizes, seed, data):
 def test_validation_from_unused_images_spares_the_rare_classes(counts, per_class, seed):
     label = np.random.RandomState(0).permutation(np.repeat(np.arange(len(counts)), 10))
     selected = longtail.select(label, counts, seed)
-    short = [max(0, per_class - (10 - count)) for count in counts]  # what has to come from training images
+    short = [max(0, per_class - (10 - count)) for count in counts]  # taken from training images
     if any(s >= count for s, count in zip(short, counts, strict=True)):
         with pytest.raises(ValueError, match="no training image"):
             longtail.cut_validation(label, selected, per_class, seed, "unused")
@@ -152,17 +152,19 @@ def test_selection_and_validation_depend_on_the_seed():
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.integers(1, 40), min_size=2, max_size=6), st.floats(0.1, 1.0), st.integers(0, 5))
-def test_equalised_sets_repeat_the_tail_evenly_and_cut_the_head(counts, share, seed):
+def test_resample_balanced_repeats_the_tail_evenly_and_subsamples_the_head(counts, share, seed):
     label = np.random.RandomState(1).permutation(np.repeat(np.arange(len(counts)), 40))
     selected = longtail.select(label, counts, seed)
     count = int(share * max(counts))
     if not count:
         with pytest.raises(ValueError, match="leaves no image of a class"):
-            longtail.equalise(label, selected, share, seed)
+            longtail.resample_balanced(label, selected, share, seed)
         return
-    equal = longtail.equalise(label, selected, share, seed)
+    equal = longtail.resample_balanced(label, selected, share, seed)
     np.testing.assert_array_equal(label[equal], np.repeat(np.arange(len(counts)), count))
-    assert set(equal) <= set(selected) and np.array_equal(equal, longtail.equalise(label, selected, share, seed))
+    assert set(equal) <= set(selected) and np.array_equal(
+        equal, longtail.resample_balanced(label, selected, share, seed)
+    )
     for c, available in enumerate(counts):
         times = np.bincount(equal[label[equal] == c], minlength=len(label))[selected[label[selected] == c]]
         assert times.sum() == count and np.ptp(times) <= 1
@@ -170,22 +172,22 @@ def test_equalised_sets_repeat_the_tail_evenly_and_cut_the_head(counts, share, s
 
 
 @pytest.mark.parametrize("share", [-0.5, 1.5, float("nan")])
-def test_impossible_shares(share):
+def test_invalid_shares_are_refused(share):
     with pytest.raises(ValueError, match="share of the largest class"):
-        longtail.equalise(np.array([0, 0, 1]), np.arange(3), share)
+        longtail.resample_balanced(np.array([0, 0, 1]), np.arange(3), share)
 
 
-def test_a_balanced_set_is_made_of_the_training_images_alone():
+def test_balanced_set_has_training_images_only():
     """IR 4: floor(gamma n_min) with gamma = IR / 2 is half of the largest class."""
     data = dataset(np.tile(np.arange(3), 40))
     config = {"imbalance": "exponential", "imbalance_ratio": 4, "validation_per_class": 2}
-    plain, equal = (longtail.long_tailed(data, {**config, **more}) for more in ({}, {"equalise": 0.5}))
+    plain, equal = (longtail.long_tailed(data, {**config, **extra}) for extra in ({}, {"equalise": 0.5}))
     assert equal.class_counts == (19, 19, 19) and equal.class_counts_before == plain.class_counts_before
     assert set(equal.train.index) <= set(plain.train.index) and equal.digest != plain.digest
     np.testing.assert_array_equal(equal.validation.index, plain.validation.index)
-    whole = longtail.long_tailed(data, {"imbalance": "none", "equalise": 0.25})
-    assert whole.class_counts == (10, 10, 10) and len(set(whole.train.index)) == 30
-    assert not np.array_equal((whole.train.index[:10] - 1000) // 3, np.arange(10)), "drawn, not the first"
+    quarter = longtail.long_tailed(data, {"imbalance": "none", "equalise": 0.25})
+    assert quarter.class_counts == (10, 10, 10) and len(set(quarter.train.index)) == 30
+    assert not np.array_equal((quarter.train.index[:10] - 1000) // 3, np.arange(10)), "random, not the first ones"
 
 
 @pytest.mark.parametrize(
@@ -221,20 +223,20 @@ def test_long_tailed_reports_both_counts_and_keeps_the_test_set():
     assert len({result.digest, *(longtail.long_tailed(data, c).digest for c in others)}) == 4
 
 
-def test_a_whole_set_is_not_copied():
+def test_complete_training_set_is_not_copied():
     data = dataset([0, 1, 0])
     result = longtail.long_tailed(data, {"imbalance": "none"})
     assert result.train is data.train and result.validation is None and result.class_counts == (2, 1)
 
 
-def test_explicit_counts_win_over_the_profile():
+def test_explicit_counts_override_the_profile():
     for imbalance in ("exponential", "none"):
         result = longtail.long_tailed(dataset([0, 1] * 5), {"imbalance": imbalance, "class_counts": (5, 5)})
         assert result.class_counts == (5, 5)
         np.testing.assert_array_equal(result.train.label, [0] * 5 + [1] * 5)
 
 
-def test_almost_balanced_sets_give_the_largest_profile_they_can():
+def test_largest_count_of_almost_balanced_sets():
     sizes = np.array([9, 12, 12])
     assert longtail.largest_count(sizes, imbalance="exponential", imbalance_ratio=4) == 9
     assert longtail.largest_count(np.array([12, 9, 12]), imbalance="exponential", imbalance_ratio=4) == 12
@@ -242,7 +244,7 @@ def test_almost_balanced_sets_give_the_largest_profile_they_can():
         longtail.largest_count(sizes, imbalance="exponential", imbalance_ratio=1000)
 
 
-def test_an_empty_class_is_an_error():
+def test_empty_class_is_refused():
     data = dataset([0, 2, 0])
     with pytest.raises(ValueError):
         longtail.long_tailed(data, {"imbalance": "exponential", "imbalance_ratio": 2})

@@ -1,4 +1,4 @@
-"""What the policies draw, how often, and from what."""
+"""RandAugment and AutoAugment: frequencies of the operations, dependence on the keys."""
 
 import functools
 import itertools
@@ -24,14 +24,14 @@ policies = {name: jax.jit(policy) for name, policy in augment.POLICIES.items()}
 
 
 def outcomes(policy):
-    """{result: share} of COPIES of IMAGE."""
+    """Returns {result: fraction} of the policy on COPIES of IMAGE."""
     keys = jax.random.split(jax.random.key(0), COPIES)
     counts = Counter(x.tobytes() for x in np.asarray(policy(keys, np.stack([IMAGE] * COPIES))))
     return {result: count / COPIES for result, count in counts.items()}
 
 
 def at_magnitude_8(picture):
-    """{operation: what Pillow makes of a picture 18 pixels wide with each sign}, by the numbers of torchvision."""
+    """Returns {operation: Pillow's results for each sign} of a picture 18 pixels wide, with torchvision's numbers."""
 
     def affine(*matrix):
         return picture.transform(picture.size, Image.Transform.AFFINE, matrix)
@@ -55,20 +55,20 @@ def at_magnitude_8(picture):
 
 
 def test_randaugment_draws_14_operations_evenly_at_magnitude_8():
-    left = {
+    remaining = {
         (name, n): (np.asarray(picture).astype(int), 1 / 14 / len(both))
         for name, both in at_magnitude_8(picture_of(IMAGE)).items()
         for n, picture in enumerate(both)
     }
     for result, share in outcomes(jax.jit(functools.partial(randaugment, num_ops=1))).items():
         x = np.frombuffer(result, np.uint8).reshape(IMAGE.shape)
-        found = [key for key, (by_pillow, _) in left.items() if np.abs(x - by_pillow).max() <= (key[0] in ROUNDED)]
-        assert len(found) == 1, found
-        assert share == pytest.approx(left.pop(found[0])[1], abs=0.012), found
-    assert not left, "never drawn"
+        keys = [key for key, (by_pillow, _) in remaining.items() if np.abs(x - by_pillow).max() <= (key[0] in ROUNDED)]
+        assert len(keys) == 1, keys
+        assert share == pytest.approx(remaining.pop(keys[0])[1], abs=0.012), keys
+    assert not remaining, "never drawn"
 
 
-def test_autoaugment_draws_its_sub_policies_by_their_probabilities():
+def test_frequencies_of_autoaugment_match_its_probabilities():
     expected = Counter()
     for pair in AUTOAUGMENT:
         for used in itertools.product((True, False), repeat=2):
@@ -84,15 +84,15 @@ def test_autoaugment_draws_its_sub_policies_by_their_probabilities():
                     }
             for x in starts.values():
                 expected[x.tobytes()] += share / len(starts)
-    seen = outcomes(autoaugment)
+    drawn = outcomes(autoaugment)
     assert sum(expected.values()) == pytest.approx(1)
-    assert seen.keys() <= {result for result, share in expected.items() if share > 0}
+    assert drawn.keys() <= {result for result, share in expected.items() if share > 0}
     for result, share in expected.items():
-        assert seen.get(result, 0) == pytest.approx(share, abs=0.012)
+        assert drawn.get(result, 0) == pytest.approx(share, abs=0.012)
 
 
-def test_two_operations_follow_each_other():
-    """Whatever comes of two draws is one operation of what comes of one."""
+def test_two_operations_are_applied_in_sequence():
+    """Every result of two operations is an operation applied to the result of one."""
     keys = jax.random.split(jax.random.key(1), 200)
     twice = np.asarray(policies["randaugment"](keys, np.stack([IMAGE] * len(keys))))
     rows = [(n, s * Fraction(8, 30)) for n in RANDAUGMENT for s in ((1, -1) if n in SIGNED else (1,))]
@@ -109,8 +109,8 @@ def test_two_operations_follow_each_other():
     low=st.integers(0, 255),
     row=st.integers(0, 5),
 )
-def test_a_function_of_each_examples_key(case, seed, low, row):
-    """Shape and type stay; the same key gives the same image, alone, in a batch, and at another place in it."""
+def test_result_depends_on_the_example_key_only(case, seed, low, row):
+    """The same key gives the same image alone, in a batch, and at another position of it."""
     name, shape = case
     images = np.random.default_rng(seed).integers(low, 256, (6, *shape)).astype(np.uint8)
     keys = jax.random.split(jax.random.key(seed), 6)
@@ -122,8 +122,8 @@ def test_a_function_of_each_examples_key(case, seed, low, row):
 
 
 @pytest.mark.parametrize("name", ["crop_flip", "flip", "randaugment", "none"])
-def test_policy_then_crop_and_flip(name):
-    """Crop and flip are drawn as without a policy, and by other numbers than the policy's."""
+def test_policy_is_applied_before_crop_and_flip(name):
+    """Crop and flip use the same random numbers with and without a policy, and the policy uses others."""
     keys = jax.random.split(jax.random.key(5), 6)
     images = np.stack([IMAGE] * 6)
     result = jax.jit(functools.partial(augment.augment, name, pad=2))(keys, images)
@@ -133,7 +133,7 @@ def test_policy_then_crop_and_flip(name):
     np.testing.assert_array_equal(result, expected)
 
 
-def test_the_step_augments_and_does_not_depend_on_the_number_of_devices():
+def test_augmented_step_does_not_depend_on_the_number_of_devices():
     (_, plain), (_, one), (_, eight) = (
         run(AT(num_steps=0), devices, steps=1, augment=name)
         for devices, name in ((1, "crop_flip"), (1, "randaugment"), (8, "randaugment"))

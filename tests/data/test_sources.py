@@ -1,4 +1,4 @@
-"""Embedded sets, image folders and .npz files, written for the test, through the cache and back."""
+"""Loading of digits, image folders and .npz files."""
 
 import subprocess
 import sys
@@ -21,7 +21,7 @@ def save(path, pixels, **options):
 
 @pytest.fixture
 def folder(tmp_path):
-    """Two classes, three training and two test images each, PNG."""
+    """Two classes with three training and two test images each, in PNG."""
     for split, count in (("train", 3), ("test", 2)):
         for c, name in enumerate(("cat", "dog")):
             for i in range(count):
@@ -31,7 +31,7 @@ def folder(tmp_path):
 
 @pytest.fixture
 def read(tmp_path):
-    """`read(name, path)`: the set, cached beside it."""
+    """`read(name, path)` loads a set with the cache in `tmp_path`."""
     return lambda name, path, **options: load({"name": name, "path": str(path), "data_dir": str(tmp_path), **options})
 
 
@@ -67,7 +67,7 @@ def test_image_folder(folder, read):
     assert isinstance(data.train.image, np.memmap) and not data.train.image.flags.writeable
 
 
-def test_a_changed_file_is_decoded_anew(folder, read):
+def test_changed_file_is_decoded_again(folder, read):
     before, changed = read("image_folder", folder), folder / "train/cat/0.png"
     size = changed.stat().st_size
     save(changed, picture(99))
@@ -111,55 +111,55 @@ def test_image_modes_are_converted(folder, read):
     np.testing.assert_array_equal(data.train.image[3], np.repeat(grey[..., None], 3, -1))
 
 
-def test_a_grey_folder_has_one_channel(tmp_path, read):
+def test_grey_folder_has_one_channel(tmp_path, read):
     for split in ("train", "test"):
         save(tmp_path / "grey" / split / "a" / "0.png", picture(1, (4, 5)))
     data = read("image_folder", tmp_path / "grey")
     np.testing.assert_array_equal(data.train.image[0, ..., 0], picture(1, (4, 5)))
 
 
-def test_different_sizes_are_named_and_image_size_mends_them(folder, read):
+def test_different_sizes_are_refused_without_image_size(folder, read):
     save(folder / "test/dog/1.png", picture(5, (4, 8, 3)))
     with pytest.raises(ValueError, match=r"train/cat/0.png is 6 x 6, .*test/dog/1.png is 8 x 4; .*image_size"):
         read("image_folder", folder)
     data = read("image_folder", folder, image_size=4)
     assert data.train.image.shape == (6, 4, 4, 3)
-    # Scaled to fit, then cut at the centre: an 8 x 4 image loses its sides and nothing else.
+    # Scaled to fit, then cropped at the centre: an 8 x 4 image only loses its sides.
     np.testing.assert_array_equal(data.test.image[3], picture(5, (4, 8, 3))[:, 2:6])
 
 
 @pytest.mark.parametrize("size", [0, -3, 2.5])
-def test_impossible_image_size(folder, read, size):
+def test_invalid_image_size_is_refused(folder, read, size):
     with pytest.raises(ValueError, match="image_size"):
         read("image_folder", folder, image_size=size)
 
 
-def test_bad_images_are_named(folder, read, monkeypatch):
-    bad = folder / "train/dog/1.png"
-    whole = bad.read_bytes()
-    damaged = [(b"", "is empty"), (b"no image", "is not a readable"), (whole[:-40], "is not .*truncated")]
+def test_damaged_images_are_named(folder, read, monkeypatch):
+    path = folder / "train/dog/1.png"
+    original = path.read_bytes()
+    damaged = [(b"", "is empty"), (b"no image", "is not a readable"), (original[:-40], "is not .*truncated")]
     for content, message in damaged:
-        bad.write_bytes(content)
+        path.write_bytes(content)
         with pytest.raises(ValueError, match=f"train/dog/1.png {message}") as caught:
             read("image_folder", folder)
         assert "\n" not in str(caught.value)
-    bad.write_bytes(whole)
+    path.write_bytes(original)
     monkeypatch.setattr(images, "MAX_PIXELS", 35)
-    with pytest.raises(ValueError, match="claims 6 x 6 pixels"):
+    with pytest.raises(ValueError, match="declares 6 x 6 pixels"):
         read("image_folder", folder)
 
 
-def test_other_formats_are_refused_whatever_their_name(folder, read):
+def test_bmp_image_with_the_suffix_png_is_refused(folder, read):
     save(folder / "train/cat/0.png", picture(0), format="BMP")
     with pytest.raises(ValueError, match="cat/0.png is not a readable JPEG or PNG"):
         read("image_folder", folder)
 
 
-def test_incomplete_folders(folder, read):
+def test_incomplete_folders_are_refused(folder, read):
     with pytest.raises(FileNotFoundError, match="nowhere/train"):
         read("image_folder", folder / "nowhere")
     (folder / "test/bird").mkdir()
-    with pytest.raises(ValueError, match="bird has no JPEG or PNG"):
+    with pytest.raises(ValueError, match="bird has no images"):
         read("image_folder", folder)
     save(folder / "test/bird/0.png", picture(0))
     with pytest.raises(ValueError, match="'bird' .*no images in .*train"):
@@ -192,14 +192,14 @@ def test_npz(tmp_path, read):
         ({"train_label": np.array([0, 1, 1])}, "must be 2 whole numbers"),
         ({"train_label": np.array([0, -1])}, "whole numbers from 0"),
         ({"train_label": np.array([0.0, 1.0])}, "whole numbers from 0"),
-        ({"train_label": np.array([0, {}], dtype=object)}, "without pickled objects"),
+        ({"train_label": np.array([0, {}], dtype=object)}, "pickled objects are not read"),
         ({"test_image": np.zeros((2, 5, 4, 3), np.uint8)}, r"train images are \(4, 4, 3\) and test images"),
-        ({"train_label": np.array([0, 10**12])}, "the labels go up to 1000000000000, and each class needs"),
+        ({"train_label": np.array([0, 10**12])}, "the labels go up to 1000000000000, but each class needs"),
         ({"class_names": np.array(["x"])}, "class_names has 1"),
         ({"class_names": np.array("xy")}, "class_names has 1"),
     ],
 )
-def test_bad_npz(tmp_path, read, change, message):
+def test_invalid_npz_is_refused(tmp_path, read, change, message):
     arrays = {f"{s}_image": picture(0, (2, 4, 4, 3)) for s in ("train", "test")}
     arrays |= {f"{s}_label": np.array([0, 1]) for s in ("train", "test")}
     np.savez(tmp_path / "a.npz", **{**arrays, **change})
@@ -207,7 +207,7 @@ def test_bad_npz(tmp_path, read, change, message):
         read("npz", tmp_path / "a.npz")
 
 
-def test_missing_npz(tmp_path, read):
+def test_missing_or_damaged_npz_is_refused(tmp_path, read):
     with pytest.raises(FileNotFoundError, match="no file"):
         read("npz", tmp_path / "a.npz")
     (tmp_path / "a.npz").write_bytes(b"PK\x03\x04 cut off")
@@ -221,18 +221,18 @@ def test_missing_npz(tmp_path, read):
         read("npz", tmp_path / "b.npz")
 
 
-def test_unknown_name(tmp_path):
+def test_unknown_name_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Unknown data set 'cifar1'. Did you mean 'cifar10'"):
         load({"name": "cifar1", "data_dir": str(tmp_path)})
 
 
-def test_data_dir_defaults_to_the_one_of_tensorflow_datasets(folder, tmp_path, monkeypatch):
+def test_default_data_dir_is_that_of_tensorflow_datasets(folder, tmp_path, monkeypatch):
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "shared"))
     load({"name": "image_folder", "path": str(folder), "data_dir": None})
     assert (tmp_path / "shared/lt_adv_cache").is_dir()
 
 
-def test_digits_import_neither_tensorflow_nor_its_datasets():
+def test_digits_import_neither_tensorflow_nor_jax():
     code = "import sys; from lt_adv.data import load; load({'name': 'digits'}); print([m for m in sys.modules if m in "
     code += "('tensorflow', 'tensorflow_datasets', 'jax')])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -251,17 +251,17 @@ def test_digits_import_neither_tensorflow_nor_its_datasets():
         (b"\x1f\x8b\x08\x00", "a gzip archive"),
         (b"\x80\x04N.", "a pickle"),
         (b"Access denied", "a text that begins with 'Access denied'"),
-        (b"\x00\x01\x02", "without pickled objects"),
+        (b"\x00\x01\x02", "pickled objects are not read"),
     ],
 )
-def test_an_npz_that_is_something_else(tmp_path, read, content, what):
+def test_other_file_in_place_of_an_npz_is_refused(tmp_path, read, content, what):
     (tmp_path / "a.npz").write_bytes(content)
     with pytest.raises(ValueError, match=rf"a\.npz is not a readable \.npz: .*{what}") as caught:
         read("npz", tmp_path / "a.npz")
     assert "allow_pickle" not in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_the_cache_passes_no_advice_on(tmp_path, read, folder, caplog):
+def test_cache_warning_does_not_recommend_pickle(tmp_path, read, folder, caplog):
     read("image_folder", folder)
     (path,) = tmp_path.glob("lt_adv_cache/*/train_label.npy")
     path.write_bytes(b"\x80\x04N.")

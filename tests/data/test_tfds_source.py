@@ -1,4 +1,4 @@
-"""Other sets of TensorFlow-Datasets, prepared by the test as another tool would have."""
+"""Loading of prepared sets of TensorFlow-Datasets."""
 
 import io
 
@@ -12,7 +12,7 @@ RNG = np.random.RandomState(0)
 
 
 def prepare(data_dir, name, *, features, examples, file_format="array_record"):
-    """Prepares a set called `name` with the given features, as another tool would have."""
+    """Prepares a set `name` with these features and examples, as TensorFlow-Datasets does."""
     import tensorflow_datasets as tfds
 
     class Other(tfds.core.GeneratorBasedBuilder, skip_registration=True):
@@ -33,14 +33,14 @@ def prepare(data_dir, name, *, features, examples, file_format="array_record"):
 
 
 def encoded(image, label):
-    """An example, for the image to be stored as it is."""
+    """Returns an example whose image is stored as an unchanged PNG stream."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, "PNG")
     return {"image": io.BytesIO(stream.getvalue()), "label": label}
 
 
 @pytest.mark.parametrize("name", ["some_other_set", "mnist"])
-def test_any_prepared_image_set_by_name(tmp_path, name):
+def test_prepared_set_by_name(tmp_path, name):
     import tensorflow_datasets as tfds
 
     image = RNG.randint(0, 256, (12, 28, 28, 1)).astype(np.uint8)
@@ -65,12 +65,12 @@ def test_any_prepared_image_set_by_name(tmp_path, name):
     assert load({"name": name, "data_dir": str(tmp_path)}).digest == data.digest
 
 
-def test_a_set_without_images_or_test_split(tmp_path):
+def test_set_without_images_or_test_split_is_refused(tmp_path):
     import tensorflow_datasets as tfds
 
     label = {"label": tfds.features.ClassLabel(num_classes=2)}
     prepare(tmp_path, "no_images", features=label, examples={"train": [{"label": 0}], "test": [{"label": 1}]})
-    with pytest.raises(ValueError, match="no image classification set"):
+    with pytest.raises(ValueError, match="not an image classification set"):
         load({"name": "no_images", "data_dir": str(tmp_path)})
     prepare(tmp_path, "no_test", features=label, examples={"train": [{"label": 0}]})
     with pytest.raises(ValueError, match="no_test has no split validation"):
@@ -85,7 +85,7 @@ def test_tfrecord_needs_the_extra(tmp_path, monkeypatch):
     info = tmp_path / "old_set/3.0.1/dataset_info.json"
     info.write_text(info.read_text().replace("array_record", "tfrecord"))
     monkeypatch.setattr(tfds_source, "_has_tensorflow", lambda: False)
-    with pytest.raises(ValueError, match=r'as tfrecord, and reading that needs TensorFlow: .*"\.\[tfds-tf\]"'):
+    with pytest.raises(ValueError, match=r'as tfrecord; reading it needs TensorFlow: .*"\.\[tfds-tf\]"'):
         load({"name": "old_set", "data_dir": str(tmp_path)})
 
 
@@ -103,7 +103,7 @@ def test_original_indices(ids, expected):
     assert tfds_source._original_indices(ids).tolist() == expected
 
 
-def test_unprepared_and_unknown_sets(tmp_path, monkeypatch):
+def test_unprepared_and_unknown_sets_are_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(tfds_source, "_has_tensorflow", lambda: False)
     with pytest.raises(ValueError, match=r'mnist is not prepared .* needs TensorFlow: .*"\.\[tfds-tf\]"'):
         load({"name": "mnist", "data_dir": str(tmp_path)})
@@ -117,7 +117,7 @@ def test_unprepared_and_unknown_sets(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("part", ["dataset_info.json", "features.json", "*-train.array_record*"])
-def test_a_pointer_in_place_of_a_part(tmp_path, part):
+def test_pointer_in_place_of_a_file_is_named(tmp_path, part):
     import tensorflow_datasets as tfds
 
     features = {

@@ -1,4 +1,4 @@
-"""The networks against the released PyTorch ones, in float64, with every tensor filled by the golden rule."""
+"""Comparison of the networks with the released PyTorch ones, in float64, with deterministic values in every tensor."""
 
 import json
 import pathlib
@@ -16,7 +16,7 @@ SPECIFICATION = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "mode
 
 WRN_10_1 = {"name": "wide_resnet", "depth": 10, "width": 1, "head": {"name": "cosine_plus", "scale": 10.0}}
 WRN_16_2 = {"name": "wide_resnet", "depth": 16, "width": 2}
-# name: (config, classes, key of the images, how many, {batch norm: values per channel that its statistics average})
+# name: (config, classes, key of the images, batch size, {batch norm: values per channel that its statistics average})
 NETWORKS = {
     "wrn_10_1_cosine_plus": (
         WRN_10_1, 10, "images", 4, {"backbone.block1.layer.0.bn1": 4 * 32 * 32, "backbone.bn1": 4 * 8 * 8},
@@ -40,7 +40,7 @@ LEAVES = {
 
 
 def fill(t, name, shape):
-    """Tensor number t of the state_dict, by the `fill_rule` of models.json."""
+    """Returns the values of tensor number t of the state_dict, by the `fill_rule` of models.json."""
     i = np.arange(int(np.prod(shape)), dtype=np.float64)
     if len(shape) >= 2:
         values = np.sin(1.7 * i + 0.9 * t * t + 0.3 * np.floor(i / 7)) * np.sqrt(3 / np.prod(shape[1:]))
@@ -56,7 +56,7 @@ def fill(t, name, shape):
 
 
 def flax_path(name, ndim):
-    """PyTorch name -> path here: backbone.block2.layer.0.bn1.weight -> params/backbone/stage2_block0/bn1/scale."""
+    """PyTorch's name -> flax path: backbone.block2.layer.0.bn1.weight -> params/backbone/stage2_block0/bn1/scale."""
     *module, leaf = name.removeprefix("backbone.").split(".")
     module = ".".join(module)
     collection, leaf = ("params", "kernel") if leaf == "weight" and ndim >= 2 else LEAVES[leaf]
@@ -65,7 +65,7 @@ def flax_path(name, ndim):
     module = re.sub(r"^(?:block|layer)(\d)\.(?:layer\.)?(\d)\.", r"stage\1_block\2.", module)
     module = re.sub(r"shortcut\.0$|convShortcut$", "shortcut", module)
     module = re.sub(r"shortcut\.1$", "shortcut_bn", module)
-    if name == f"backbone.bn1.{name.rsplit('.', 1)[-1]}":  # WideResNet calls its last batch norm bn1, ResNet its first
+    if name == f"backbone.bn1.{name.rsplit('.', 1)[-1]}":  # a WideResNet's last batch norm, a ResNet's first
         module = "bn"
     return (collection, "backbone", *module.split("."), leaf)
 
@@ -81,7 +81,7 @@ def golden_variables(name):
         if tensor.endswith(("num_batches_tracked", "moving_ed")):
             continue
         values = to_flax(fill(t, tensor, shape))
-        if tensor == "classifier.bias":  # RoBal's cosine head has a bias that stays 0; the rule fills it
+        if tensor == "classifier.bias":  # 0 in RoBal's cosine head, but filled by the rule
             extra_bias = values
         else:
             variables[flax_path(tensor, len(shape))] = values
@@ -116,7 +116,7 @@ def test_golden(name, golden, assert_golden):
     for module, n in averaged.items():
         mean, variance = (flax_path(f"{module}.{leaf}", 1)[1:] for leaf in ("running_mean", "running_var"))
         assert_golden(after[mean], reference[f"{prefix}{module}.running_mean"])
-        # PyTorch stores the unbiased variance: only the batch's share of the average is converted.
+        # PyTorch averages the unbiased variance: convert the batch's part of the running average.
         batch_share = (after[variance] - 0.9 * before[variance]) * n / (n - 1)
         expected = reference[f"{prefix}{module}.running_var"]
         assert_golden(0.9 * before[variance] + batch_share, expected)
@@ -128,9 +128,9 @@ def parameter_count(config, classes):
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-def test_parameter_count_of_the_released_networks(name):
+def test_parameter_count_matches_the_released_networks(name):
     config, classes, *_ = NETWORKS[name]
-    unused = 74 if name == "wrn_10_1_cosine_plus" else 0  # that head's bias (10) and moving average (64)
+    unused = 74 if name == "wrn_10_1_cosine_plus" else 0  # the head's bias (10) and moving average (64)
     assert parameter_count(config, classes) == SPECIFICATION[name]["parameters"] - unused
 
 
@@ -141,7 +141,7 @@ def test_wrn_34_10_has_46_million_parameters():
 @pytest.mark.parametrize("config", [WRN_10_1, {"name": "resnet18"}, {"name": "preact_resnet18"}])
 @pytest.mark.parametrize("size", [8, 32, 64])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_any_image_size_grey_or_colour(config, size, channels):
+def test_any_image_size_and_channels(config, size, channels):
     classifier = create(config, 7)
     logits, out = jax.eval_shape(
         lambda key, x: classifier.init_with_output(key, x)[0], jax.random.key(0), jnp.zeros((2, size, size, channels))
@@ -150,7 +150,7 @@ def test_any_image_size_grey_or_colour(config, size, channels):
 
 
 def initial(config, *paths):
-    """Some leaves of a network's first parameters; jit drops the others, which take seconds to compile on CPU."""
+    """Returns some leaves of the initial parameters; jit removes the others, which take seconds to compile on CPU."""
 
     @jax.jit
     def draw(key):
@@ -160,7 +160,7 @@ def initial(config, *paths):
     return [np.asarray(leaf) for leaf in draw(jax.random.key(0))]
 
 
-def test_wide_resnet_starts_from_an_untruncated_normal_of_variance_2_over_fan_out():
+def test_wide_resnet_initialisation_is_normal_of_variance_2_over_fan_out():
     kernel, shortcut = initial(
         WRN_10_1, "backbone/stage3_block0/conv1/kernel", "backbone/stage3_block0/shortcut/kernel"
     )
@@ -171,7 +171,7 @@ def test_wide_resnet_starts_from_an_untruncated_normal_of_variance_2_over_fan_ou
 
 
 @pytest.mark.parametrize("name", ["resnet18", "preact_resnet18"])
-def test_resnets_start_from_a_uniform_of_bound_1_over_root_fan_in(name):
+def test_resnet_initialisation_is_uniform_of_bound_1_over_root_fan_in(name):
     (kernel,) = initial({"name": name}, "backbone/stage2_block0/conv1/kernel")
     bound = 1 / np.sqrt(9 * 64)
     assert kernel.shape == (3, 3, 64, 128)

@@ -1,4 +1,4 @@
-"""`create`: names, dtypes, device axis; and the contract of a classifier's apply."""
+"""`create`: names, dtypes and device axis; modes of a classifier's apply."""
 
 import jax
 import jax.numpy as jnp
@@ -16,20 +16,20 @@ def images():
     return np.random.default_rng(0).random((16, 8, 8, 3), np.float32)
 
 
-def made_up(classifier, x):
-    """Variables of the classifier's shapes and dtypes, drawn by numpy: compiling init's draws takes seconds on CPU."""
+def random_variables(classifier, x):
+    """Random variables of the classifier from numpy, because compiling `init` takes seconds on CPU."""
     rng = np.random.default_rng(1)
 
     def draw(path, leaf):
-        spread = rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype)
-        return 1 + np.abs(spread) if path[-1].key in ("scale", "var") else spread
+        values = rng.normal(0, 0.2, leaf.shape).astype(leaf.dtype)
+        return 1 + np.abs(values) if path[-1].key in ("scale", "var") else values
 
     return jax.tree_util.tree_map_with_path(draw, jax.eval_shape(classifier.init, jax.random.key(0), x))
 
 
-def test_evaluation_writes_nothing_and_training_advances_the_statistics(images):
+def test_only_training_updates_the_statistics(images):
     classifier = create(SMALL, 10)
-    variables = made_up(classifier, images)
+    variables = random_variables(classifier, images)
     logits, out = jax.jit(classifier.apply)(variables, images)
     assert logits.shape == (16, 10) and out["features"].shape == (16, 64)
     (train_logits, _), updates = jax.jit(
@@ -40,15 +40,15 @@ def test_evaluation_writes_nothing_and_training_advances_the_statistics(images):
     assert all(jax.tree.leaves(changed))
 
 
-def test_bfloat16_computes_narrow_and_keeps_float32(images):
+def test_bfloat16_network_has_float32_parameters_and_outputs(images):
     narrow, wide = (create({**SMALL, "dtype": dtype}, 10) for dtype in ("bfloat16", "float32"))
-    variables = made_up(narrow, images)
+    variables = random_variables(narrow, images)
     mutable = ["batch_stats", "intermediates"]
     (logits, out), updates = jax.jit(
         lambda variables, x: narrow.apply(variables, x, train=True, mutable=mutable, capture_intermediates=True)
     )(variables, images)
-    kept = (variables, logits, out, updates["batch_stats"])
-    assert {leaf.dtype for leaf in jax.tree.leaves(kept)} == {jnp.dtype("float32")}
+    outputs = (variables, logits, out, updates["batch_stats"])
+    assert {leaf.dtype for leaf in jax.tree.leaves(outputs)} == {jnp.dtype("float32")}
     inside = updates["intermediates"]["backbone"]["stage2_block0"]
     assert {leaf.dtype for leaf in jax.tree.leaves(inside)} == {jnp.dtype("bfloat16")}
     (exact, _), _ = jax.jit(lambda variables, x: wide.apply(variables, x, train=True, mutable=mutable))(
@@ -58,7 +58,7 @@ def test_bfloat16_computes_narrow_and_keeps_float32(images):
     assert 0 < distance < 0.05, distance
 
 
-def test_float64_is_complete():
+def test_float64_network_is_all_float64():
     with jax.enable_x64(True):
         classifier = create({**SMALL, "dtype": "float64"}, 10)
         shapes = jax.eval_shape(classifier.init_with_output, jax.random.key(0), jnp.ones((2, 8, 8, 3)))
@@ -70,7 +70,7 @@ def test_batch_statistics_are_global_over_the_device_axis(images, parallel):
     with jax.enable_x64(True):
         x = jnp.asarray(images, jnp.float64)
         config = {**SMALL, "dtype": "float64"}
-        variables = made_up(create(config, 10), x)
+        variables = random_variables(create(config, 10), x)
 
         def forward(classifier):
             def run(variables, x):
@@ -88,18 +88,20 @@ def test_batch_statistics_are_global_over_the_device_axis(images, parallel):
             logits = logits.reshape(16, 10)
         else:
             mesh = Mesh(np.array(jax.devices()), ("data",))
-            whole, split = PartitionSpec(), PartitionSpec("data")
+            replicated, split = PartitionSpec(), PartitionSpec("data")
             # check_vma proves that the new statistics are the same on every device
             logits, statistics = jax.jit(
-                jax.shard_map(run, mesh=mesh, in_specs=(whole, split), out_specs=(split, whole), check_vma=True)
+                jax.shard_map(
+                    run, mesh=mesh, in_specs=(replicated, split), out_specs=(split, replicated), check_vma=True
+                )
             )(variables, x)
         np.testing.assert_allclose(logits, expected_logits, rtol=0, atol=1e-12)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-13), statistics, expected)
 
 
-def test_dropout_acts_in_training_alone_and_follows_its_key(images):
+def test_dropout_is_active_in_training_only(images):
     classifier = create({**SMALL, "dropout": 0.5}, 10)
-    variables = made_up(classifier, images)
+    variables = random_variables(classifier, images)
 
     @jax.jit
     def train(seed):
@@ -107,16 +109,16 @@ def test_dropout_acts_in_training_alone_and_follows_its_key(images):
         return classifier.apply(variables, images, train=True, mutable=["batch_stats"], rngs=rngs)[0][0]
 
     assert (train(0) == train(0)).all() and (train(0) != train(1)).any()
-    evaluate, without = jax.jit(classifier.apply), jax.jit(create(SMALL, 10).apply)
-    np.testing.assert_array_equal(evaluate(variables, images)[0], without(variables, images)[0])
+    evaluate, no_dropout = jax.jit(classifier.apply), jax.jit(create(SMALL, 10).apply)
+    np.testing.assert_array_equal(evaluate(variables, images)[0], no_dropout(variables, images)[0])
 
 
-def test_one_config_holds_the_options_of_all_backbones_and_heads():
-    every = {"depth": 10, "width": 1, "dropout": 0.0, "head": {"name": "linear", "scale": 10.0, "gamma": 0.1}}
-    assert create({"name": "resnet18", **every}, 10).head.num_classes == 10
-    assert create({"name": "wide_resnet", **every}, 10).backbone.depth == 10
-    every["head"]["name"] = "cosine"
-    assert create({"name": "wide_resnet", **every}, 10).head.scale == 10.0
+def test_options_of_other_backbones_and_heads_are_ignored():
+    options = {"depth": 10, "width": 1, "dropout": 0.0, "head": {"name": "linear", "scale": 10.0, "gamma": 0.1}}
+    assert create({"name": "resnet18", **options}, 10).head.num_classes == 10
+    assert create({"name": "wide_resnet", **options}, 10).backbone.depth == 10
+    options["head"]["name"] = "cosine"
+    assert create({"name": "wide_resnet", **options}, 10).head.scale == 10.0
 
 
 @pytest.mark.parametrize(
@@ -127,20 +129,20 @@ def test_one_config_holds_the_options_of_all_backbones_and_heads():
         ({"head": {"name": "cosine", "gama": 0.1}}, "Unknown option of head 'cosine': 'gama'. Did you mean 'gamma'"),
         ({"widht": 2}, "'widht'. Did you mean 'width'"),
         ({"dtype": "float16"}, "Unknown model dtype 'float16'"),
-        ({"depth": 20}, "depth is 6 n \\+ 4"),
+        ({"depth": 20}, "must be 6 n \\+ 4"),
         ({"width": 0}, "at least 1, not 0"),
-        ({"dropout": 1.0}, "dropout rate"),
+        ({"dropout": 1.0}, r"dropout rate must be in \[0, 1\), not 1"),
     ],
 )
-def test_bad_configs_answer_in_one_line(change, message):
+def test_invalid_config_is_refused_in_one_line(change, message):
     with pytest.raises(ValueError, match=message) as error:
         create({**SMALL, **change}, 10)
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize("x", [np.zeros((1, 8, 8, 3), np.uint8), np.zeros((8, 8, 3), np.float32)])
-def test_images_must_be_a_batch_of_floats(x):
-    with pytest.raises(ValueError, match="floating images"):
+def test_images_must_be_a_floating_point_batch(x):
+    with pytest.raises(ValueError, match="floating-point images"):
         jax.eval_shape(create(SMALL, 10).init, jax.random.key(0), x)
 
 

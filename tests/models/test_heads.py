@@ -1,4 +1,4 @@
-"""Heads against the released ones, and what a cosine head must not notice."""
+"""Comparison of the heads with the released ones; invariances of the cosine head."""
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,7 @@ GAMMA = 1 / 32
 
 
 def apply(head, features, weight, bias=None):
-    """Logits of a head given PyTorch's weight [classes, d]."""
+    """Returns the logits of a head with PyTorch's weight [classes, d]."""
     params = {"kernel": weight.T} if bias is None else {"kernel": weight.T, "bias": bias}
     return head.apply({"params": params}, features)
 
@@ -41,7 +41,7 @@ def test_linear_golden(golden, assert_golden):
         assert_golden(no_bias + bias, reference["head.linear"])
 
 
-def test_learnable_scale_begins_as_the_linear_head_without_its_bias(golden, assert_golden):
+def test_learnable_scale_starts_as_the_linear_head_without_bias(golden, assert_golden):
     reference = golden("losses_and_heads")
     with jax.enable_x64(True):
         features, weight = (jnp.asarray(reference[f"head.{key}"]) for key in ("features", "weight"))
@@ -54,7 +54,7 @@ def test_learnable_scale_begins_as_the_linear_head_without_its_bias(golden, asse
 
 
 @pytest.mark.parametrize("gamma", [0.0, GAMMA])
-def test_cosine_ignores_the_length_of_features_and_without_gamma_that_of_weights(golden, gamma):
+def test_cosine_is_invariant_to_feature_norm_and_without_gamma_to_weight_norm(golden, gamma):
     reference = golden("losses_and_heads")
     features = np.float32(reference["head.features"])
     weight = np.float32(reference["head.weight"])
@@ -73,7 +73,7 @@ def test_cosine_ignores_the_length_of_features_and_without_gamma_that_of_weights
         (heads.Cosine(10), {"kernel"}),
     ],
 )
-def test_parameters_start_from_a_uniform_of_bound_1_over_root_d(head, names):
+def test_initialisation_is_uniform_of_bound_1_over_root_d(head, names):
     params = jax.jit(head.init)(jax.random.key(0), jnp.zeros((1, 400)))["params"]
     assert params["kernel"].shape == (400, 10) and set(params) == names
     for leaf in params.values():

@@ -1,4 +1,4 @@
-"""Post-hoc adjustments against the released ones."""
+"""Comparison of the post-hoc adjustments with the released ones."""
 
 import flax.linen as nn
 import jax
@@ -17,7 +17,7 @@ def reference(golden):
 
 
 def adjust(reference, head, **config):
-    """Logits of the golden features, weight and, for a linear head, bias."""
+    """Returns the adjusted logits of the golden features, weight and, for a linear head, bias."""
     params = {"kernel": jnp.asarray(reference["head.weight"].T)}
     if isinstance(head, heads.Linear):
         params["bias"] = jnp.asarray(reference["head.bias"])
@@ -47,7 +47,7 @@ def test_golden(reference, assert_golden, name, head, config):
     assert_golden(adjust(reference, head, **config), reference[f"head.{name}"])
 
 
-def test_nothing_is_adjusted_at_zero(reference, assert_golden):
+def test_adjustment_of_strength_zero_changes_nothing(reference, assert_golden):
     linear = reference["head.linear"]
     for name in ("logit_adjustment", "cdt"):
         assert_golden(adjust(reference, LINEAR, name=name, tau=0.0), linear)
@@ -55,14 +55,14 @@ def test_nothing_is_adjusted_at_zero(reference, assert_golden):
     assert_golden(adjust(reference, COSINE, name="tde", alpha=0.0), reference["head.cosine_plus"])
 
 
-def test_none_leaves_other_options_unused():
+def test_options_of_other_adjustments_are_ignored():
     logits = np.ones((2, 3), np.float32)
     unadjusted = posthoc.create({"name": "none", "scale": 10.0})
     assert unadjusted(None, None, lambda features: logits, [1, 2, 3]) is logits
 
 
 def test_zero_features_have_finite_gradients(reference):
-    """An evaluation attack goes through the adjustment."""
+    """Evaluation attacks differentiate through the adjustment."""
 
     def total(features):
         arrays = {name: reference[name] for name in reference.files} | {"head.features": features}
@@ -73,7 +73,7 @@ def test_zero_features_have_finite_gradients(reference):
 
 
 class Flat(nn.Module):
-    """Its pixels are the features of an image."""
+    """A backbone whose features are the pixels."""
 
     def __call__(self, x, *, train):
         assert not train
@@ -81,8 +81,7 @@ class Flat(nn.Module):
 
 
 @pytest.mark.parametrize("name", ["none", "tau_norm"])
-def test_of_a_whole_network(name):
-    """`adjusted` gives the adjustment what the network computes: its features, and its own head."""
+def test_adjusted_logits_of_a_network(name):
     model = models.Classifier(backbone=Flat(), head=heads.Linear(3))
     x = np.random.default_rng(0).random((2, 3, 3, 1), np.float32)
     variables = model.init(jax.random.key(0), x)
@@ -90,7 +89,7 @@ def test_of_a_whole_network(name):
     if name == "tau_norm":
         kernel = np.asarray(variables["params"]["head"]["kernel"])
         logits = out["features"] @ (kernel / np.linalg.norm(kernel, axis=0))
-    apply = jax.jit(posthoc.adjusted(model, {"name": name}, [4, 2, 1]))
+    apply = jax.jit(posthoc.adjusted_logits_fn(model, {"name": name}, [4, 2, 1]))
     np.testing.assert_allclose(apply({**variables, "method_state": {}}, x), logits, rtol=1e-5, atol=1e-6)
 
 
@@ -103,7 +102,7 @@ def test_of_a_whole_network(name):
         ({"name": "tau_norm"}, "'tau_norm' is for the heads linear, linear_no_bias, not for 'cosine'"),
     ],
 )
-def test_unknown_names_and_options(config, message):
+def test_unknown_names_and_options_are_refused(config, message):
     with pytest.raises(ValueError, match=message) as error:
         posthoc.create(config, "cosine")
     assert "\n" not in str(error.value)
@@ -117,11 +116,10 @@ def test_counts_must_be_positive_and_one_per_class(name, counts):
         adjustment(None, None, lambda features: np.ones((2, 3), np.float32), counts)
 
 
-def test_what_an_adjustment_needs():
-    """Of what a method kept, only what is read: the rest is of no use to whom the network is given."""
+def test_select_variables_drops_unused_method_state():
     variables = {"params": {"head": {}}, "batch_stats": {}, "method_state": {"feature_mean": 1, "predicted": 2}}
     network = {"params": {"head": {}}, "batch_stats": {}}
-    assert posthoc.needed({"name": "boundary", "scale": 10.0}, variables) == network
-    assert posthoc.needed({"name": "tde"}, variables) == {**network, "method_state": {"feature_mean": 1}}
-    with pytest.raises(ValueError, match="'tde' needs 'feature_mean', which was not kept in training"):
-        posthoc.needed({"name": "tde"}, network)
+    assert posthoc.select_variables({"name": "boundary", "scale": 10.0}, variables) == network
+    assert posthoc.select_variables({"name": "tde"}, variables) == {**network, "method_state": {"feature_mean": 1}}
+    with pytest.raises(ValueError, match="'tde' needs 'feature_mean', which training has not saved"):
+        posthoc.select_variables({"name": "tde"}, network)

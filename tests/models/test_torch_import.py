@@ -1,4 +1,4 @@
-"""Other people's weights: the golden networks under each release's names; one line for what cannot be imported."""
+"""Import of PyTorch weights: golden networks under the names of each release; errors for weights that do not fit."""
 
 import functools
 import sys
@@ -11,7 +11,7 @@ import pytest
 
 from lt_adv.models import create, torch_import
 from tests.models.test_backbones import NETWORKS, SPECIFICATION, fill
-from tests.models.test_classifier import made_up
+from tests.models.test_classifier import random_variables
 from tests.models.torch_files import (
     SAVE,
     golden_state,
@@ -26,7 +26,7 @@ from tests.models.torch_files import (
 
 WRN = {"name": "wide_resnet", "depth": 10, "width": 1}
 COSINE = {**WRN, "head": {"name": "cosine_plus"}}
-# release: (network, the names it gives them, suffix, what torch.save wraps around)
+# release: (network, its tensor names, suffix, the dict around the state_dict)
 RELEASES = {
     "robal": ("wrn_10_1_cosine_plus", lambda state: prefixed(state, "model.module."), ".pth", None),
     "robal_linear": ("wrn_16_2_linear", lambda state: prefixed(state, "model.module."), ".pt", None),
@@ -48,21 +48,21 @@ RELEASES = {
 
 @functools.cache
 def compiled(network):
-    """(model, its compiled logits), once for all releases of it. Called in double precision."""
+    """Returns (model, its jitted logits), compiled once for all releases of a network; call in double precision."""
     config, classes, *_ = NETWORKS[network]
     model = create({**config, "dtype": "float64"}, classes)
     return model, jax.jit(lambda variables, x: model.apply(variables, x)[0])
 
 
 @pytest.mark.parametrize("release", RELEASES)
-def test_golden_logits_under_the_names_of_every_release(release, tmp_path, golden, assert_golden):
+def test_golden_logits_of_every_release(release, tmp_path, golden, assert_golden):
     network, names, suffix, wrap = RELEASES[release]
     _, _, images, batch, _ = NETWORKS[network]
     state = names(golden_state(network))
     path = tmp_path / f"weights{suffix}"
     save_torch(path, state, wrap or dict) if suffix not in SAVE or wrap else SAVE[suffix](path, state)
     reference = golden("models")
-    bias = 0.0  # which the golden rule fills and adds, where RoBal's is 0
+    bias = 0.0  # 0 in RoBal's cosine head, but filled by the golden rule
     for t, (tensor, shape) in enumerate(SPECIFICATION[network]["state_dict"]):
         if tensor == "classifier.bias":
             bias = fill(t, tensor, shape)
@@ -78,18 +78,18 @@ def test_golden_logits_under_the_names_of_every_release(release, tmp_path, golde
 
 @pytest.fixture(scope="module")
 def drawn():
-    """`drawn(config, classes)` -> (model, variables of it): a WideResNet for images of 8 x 8 x 3."""
+    """`drawn(config, classes)` returns (model, random variables) of a WideResNet for 8 x 8 x 3 images."""
 
     def draw(config=WRN, classes=10):
         model = create(config, classes)
-        return model, made_up(model, jnp.zeros((1, 8, 8, 3)))
+        return model, random_variables(model, jnp.zeros((1, 8, 8, 3)))
 
     return draw
 
 
 @pytest.mark.parametrize(("depth", "width", "classes"), [(10, 1, 10), (22, 3, 7), (34, 2, 100)])
 @pytest.mark.parametrize("suffix", SAVE)
-def test_there_and_back_at_any_depth_and_width(drawn, tmp_path, depth, width, classes, suffix):
+def test_export_and_import_at_any_depth_and_width(drawn, tmp_path, depth, width, classes, suffix):
     model, variables = drawn({**WRN, "depth": depth, "width": width}, classes)
     path = SAVE[suffix](tmp_path / f"weights{suffix}", wide_resnet_state(variables))
     imported, unused = torch_import.variables(path, model, (8, 8, 3))
@@ -99,7 +99,7 @@ def test_there_and_back_at_any_depth_and_width(drawn, tmp_path, depth, width, cl
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
-def test_half_precision_becomes_single(drawn, tmp_path, suffix):
+def test_bfloat16_becomes_float32(drawn, tmp_path, suffix):
     model, variables = drawn()
     state = wide_resnet_state(variables)
     path = tmp_path / f"weights{suffix}"
@@ -126,7 +126,7 @@ FIRST = "block1.layer.0.conv1.weight"
 @pytest.mark.parametrize(
     ("config", "edit", "line"),
     [
-        (WRN, lambda s: without(s, FIRST), "no tensor for: params/backbone/stage1_block0/conv1/kernel."),
+        (WRN, lambda s: without(s, FIRST), "missing: params/backbone/stage1_block0/conv1/kernel."),
         (
             WRN,
             lambda s: {
@@ -134,15 +134,14 @@ FIRST = "block1.layer.0.conv1.weight"
                 "bn3.bias": s["bn1.bias"],
                 "classifier.cla_scale": np.ones(3),
             },
-            "no tensor for: params/backbone/bn/bias, params/head/bias; "
-            "without a place in the network: classifier.cla_scale, bn3.bias.",
+            "missing: params/backbone/bn/bias, params/head/bias; not in the network: classifier.cla_scale, bn3.bias.",
         ),
         (
             WRN,
             lambda s: change(s, "block2.layer.0.conv1.weight", lambda a: a[:, :3]),
-            "block2.layer.0.conv1.weight is float32[3, 3, 3, 32] where float32[3, 3, 16, 32] is wanted",
+            "block2.layer.0.conv1.weight is float32[3, 3, 3, 32], expected float32[3, 3, 16, 32]",
         ),
-        (WRN, lambda s: change(s, "fc.bias", lambda a: a.astype(np.int8)), "fc.bias is int8[10] where float32[10] is"),
+        (WRN, lambda s: change(s, "fc.bias", lambda a: a.astype(np.int8)), "fc.bias is int8[10], expected float32[10]"),
         (WRN, lambda s: change(s, FIRST, lambda a: a * np.nan), f"not finite: {FIRST}."),
         (WRN, lambda s: change(s, "fc.bias", lambda a: a + np.float64(1e300)), "not finite: fc.bias."),
         (
@@ -173,12 +172,12 @@ FIRST = "block1.layer.0.conv1.weight"
         (
             COSINE,
             lambda s: change(golden_state("wrn_10_1_cosine_plus"), "classifier.bias", lambda a: a + 0.1),
-            "without a place in the network: classifier.bias.",
+            "not in the network: classifier.bias.",
         ),
         (
             {**WRN, "head": {"name": "linear_no_bias"}},
             lambda s: change(s, "fc.bias", lambda a: a + 1),
-            "without a place in the network: fc.bias.",
+            "not in the network: fc.bias.",
         ),
         (
             WRN,
@@ -186,7 +185,7 @@ FIRST = "block1.layer.0.conv1.weight"
             "normalize.mean, normalize.std would normalise the images",
         ),
         (WRN, lambda s: {**s, "linear.weight": s["fc.weight"]}, "fc.weight and linear.weight are the same tensor"),
-        (WRN, lambda s: {"epoch": np.array(3)}, "and 34 more; without a place in the network: epoch."),
+        (WRN, lambda s: {"epoch": np.array(3)}, "and 34 more; not in the network: epoch."),
     ],
 )
 def test_weights_that_do_not_fit(drawn, tmp_path, config, edit, line):
@@ -198,14 +197,14 @@ def test_weights_that_do_not_fit(drawn, tmp_path, config, edit, line):
     assert text.startswith(f"{path}: ") and line in text and "\n" not in text and len(text) < 600, text
 
 
-def test_a_bias_of_zeros_is_that_of_a_head_without_one(drawn):
+def test_bias_of_zeros_is_dropped_for_a_head_without_bias(drawn):
     model, variables = drawn({**WRN, "head": {"name": "linear_no_bias"}})
     state = {**wide_resnet_state(variables), "fc.bias": np.zeros(10, np.float32)}
     imported, unused = torch_import.convert(state, model, (8, 8, 3))
     assert set(imported["params"]["head"]) == {"kernel"} and unused == {"fc.bias": torch_import.NO_BIAS}
 
 
-def test_without_pytorch_the_line_says_what_to_install(tmp_path, monkeypatch):
+def test_error_without_pytorch_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "torch", None)
     with zipfile.ZipFile(tmp_path / "weights.pt", "w") as file:  # as torch.save writes one
         file.writestr("weights/data.pkl", b"")

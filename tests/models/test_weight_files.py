@@ -1,4 +1,4 @@
-"""Files of weights: what is damaged or no file of tensors is answered by one line, and nothing in a file is run."""
+"""Files of weights: one-line errors for damaged and other files; code in a file is never executed."""
 
 import gzip
 import hashlib
@@ -18,7 +18,7 @@ STATE = {"conv1.weight": np.arange(54.0, dtype=np.float32).reshape(2, 3, 3, 3), 
 
 
 def refused(path):
-    """The one line for a file that cannot be loaded."""
+    """Returns the one-line error message of a file that cannot be loaded."""
     with pytest.raises(ValueError) as error:
         weight_files.load(path)
     text = str(error.value)
@@ -27,7 +27,7 @@ def refused(path):
 
 
 @pytest.mark.parametrize("suffix", SAVE)
-def test_tensors_come_back(tmp_path, suffix):
+def test_save_and_load(tmp_path, suffix):
     path = SAVE[suffix](tmp_path / f"weights{suffix}", STATE)
     loaded = weight_files.load(str(path))
     assert loaded.keys() == STATE.keys()
@@ -37,15 +37,15 @@ def test_tensors_come_back(tmp_path, suffix):
 
 
 @pytest.mark.parametrize("suffix", SAVE)
-@pytest.mark.parametrize("kept", [0, 4, 100, -100, -1])
-def test_a_truncated_file(tmp_path, suffix, kept):
+@pytest.mark.parametrize("length", [0, 4, 100, -100, -1])
+def test_truncated_file_is_refused(tmp_path, suffix, length):
     path = SAVE[suffix](tmp_path / f"weights{suffix}", STATE)
-    path.write_bytes(path.read_bytes()[:kept])
-    assert ("is empty" if kept == 0 else "cannot be imported: ") in refused(path)
+    path.write_bytes(path.read_bytes()[:length])
+    assert ("is empty" if length == 0 else "cannot be imported: ") in refused(path)
 
 
 @pytest.mark.parametrize("suffix", SAVE)
-def test_a_file_of_something_else(tmp_path, suffix):
+def test_html_page_is_refused(tmp_path, suffix):
     path = tmp_path / f"weights{suffix}"
     path.write_text("<html>Quota exceeded, try again tomorrow.</html>")
     pytest.importorskip("torch", reason=NO_TORCH) if suffix == ".pt" else None
@@ -53,7 +53,7 @@ def test_a_file_of_something_else(tmp_path, suffix):
 
 
 class Marks:
-    """A pickle of it makes a folder when it is loaded."""
+    """An object whose pickle creates a folder when it is loaded."""
 
     def __init__(self, path):
         self.path = str(path)
@@ -63,11 +63,11 @@ class Marks:
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pkl", ".npz"])
-@pytest.mark.parametrize("way", ["whole", "entry"])
-def test_code_in_a_file_is_not_run(tmp_path, suffix, way):
+@pytest.mark.parametrize("place", ["file", "entry"])
+def test_code_in_a_file_is_not_executed(tmp_path, suffix, place):
     path, mark = tmp_path / f"weights{suffix}", tmp_path / "mark"
     torch = pytest.importorskip("torch", reason=NO_TORCH) if suffix != ".npz" else None
-    if way == "whole":
+    if place == "file":
         path.write_bytes(pickle.dumps(Marks(mark), protocol=2))
     elif torch:
         torch.save({"conv1.weight": torch.zeros(2, 3, 3, 3), "best": Marks(mark)}, path)
@@ -76,25 +76,25 @@ def test_code_in_a_file_is_not_run(tmp_path, suffix, way):
     text = refused(path)
     assert not mark.exists() and "weights_only" not in text and "allow_pickle=True" not in text
     if torch:
-        assert "it asks for posix.mkdir, and to run that is not safe. Where you trust it, save its state_dict" in text
+        assert "it refers to posix.mkdir, which is not safe to load. If you trust the file, save only its" in text
     pickle.loads(pickle.dumps(Marks(mark)))
-    assert mark.exists()  # or this would test nothing
+    assert mark.exists()  # an unsafe load does create it
 
 
 @pytest.mark.parametrize(
     ("wrap", "line"),
     [
-        (lambda s: {"net": s, "ema": s}, "it holds net, ema with kernels: save one state_dict alone."),
-        (lambda s: {"run": {"net": s}}, "it holds nothing with kernels"),
-        (lambda s: list(s.values()), "it holds nothing with kernels"),
-        (lambda s: {**s, "epoch": 3, "names": ["a"]}, "entries that are no tensors: epoch, names."),
+        (lambda s: {"net": s, "ema": s}, "it must contain one state_dict with convolution kernels, not 2 (net, ema)"),
+        (lambda s: {"run": {"net": s}}, "not 0 (none): save only that state_dict."),
+        (lambda s: list(s.values()), "not 0 (none): save only that state_dict."),
+        (lambda s: {**s, "epoch": 3, "names": ["a"]}, "entries that are not tensors: epoch, names."),
     ],
 )
-def test_what_stands_around_a_state_dict(tmp_path, wrap, line):
+def test_unclear_state_dict_is_refused(tmp_path, wrap, line):
     assert line in refused(save_torch(tmp_path / "weights.pt", STATE, wrap))
 
 
-def test_a_tensor_beside_a_state_dict_is_kept(tmp_path):
+def test_tensor_next_to_a_state_dict_is_included(tmp_path):
     path = save_torch(tmp_path / "weights.pt", STATE, lambda s: {"state_dict": s, "mean": s["n"], "epoch": 3})
     assert weight_files.load(path).keys() == {*STATE, "mean"}
 
@@ -123,7 +123,7 @@ def entry(begin, end, shape=(2,), dtype="F32"):
         ([], "TypeError: "),
     ],
 )
-def test_every_length_of_safetensors_is_looked_at(tmp_path, header, line):
+def test_offsets_of_safetensors_are_checked(tmp_path, header, line):
     path = save_header(tmp_path / "weights.safetensors", header, np.arange(4, dtype=np.float32).tobytes())
     if line is None:
         loaded = weight_files.load(path)
@@ -133,25 +133,25 @@ def test_every_length_of_safetensors_is_looked_at(tmp_path, header, line):
 
 
 @pytest.mark.parametrize("text", [b"{", b"\xff\xfe", b"[" * 100_000])
-def test_a_header_that_is_no_json(tmp_path, text):
+def test_header_that_is_not_json(tmp_path, text):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(struct.pack("<Q", len(text)) + text)
     assert "cannot be imported: " in refused(path)
 
 
-def test_a_header_longer_than_the_file(tmp_path):
+def test_header_longer_than_the_file(tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(struct.pack("<Q", 2**64 - 1) + json.dumps({}).encode())
-    assert "its header should end at byte 18446744073709551623, and it has 10 bytes" in refused(path)
+    assert "its header should end at byte 18446744073709551623, but it has 10 bytes" in refused(path)
 
 
 @pytest.mark.parametrize("save", [save_npz, save_safetensors])
-def test_a_file_without_tensors(tmp_path, save):
+def test_file_without_tensors_is_refused(tmp_path, save):
     suffix = {save_npz: ".npz", save_safetensors: ".safetensors"}[save]
-    assert "holds no tensors" in refused(save(tmp_path / f"weights{suffix}", {}))
+    assert "contains no tensors" in refused(save(tmp_path / f"weights{suffix}", {}))
 
 
-def test_other_names(tmp_path):
+def test_missing_files_and_other_suffixes(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"There is no file of weights .*weights\.npz\."):
         weight_files.load(tmp_path / "weights.npz")
     with pytest.raises(ValueError, match=r"Unknown kind of weights '\.onnx'\. There are: \.npz, \.pkl, \.pt, "):
@@ -177,8 +177,7 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
         (b"\x89HDF\r\n\x1a\n" + bytes(9), "an HDF5 file"),
     ],
 )
-def test_what_is_not_a_file_of_weights_is_named(tmp_path, suffix, content, what):
-    """Before a reader, or PyTorch itself, is asked."""
+def test_format_of_other_files_is_named(tmp_path, suffix, content, what):
     path = tmp_path / f"weights{suffix}"
     path.write_bytes(content)
     assert f"cannot be imported: it is {what}" in refused(path)
@@ -187,45 +186,45 @@ def test_what_is_not_a_file_of_weights_is_named(tmp_path, suffix, content, what)
 @pytest.mark.parametrize(
     ("saved", "named", "line"),
     [
-        (".safetensors", ".pth", "it is a safetensors file: a name that ends in .safetensors would say so."),
-        (".npz", ".pth", "it is an .npz file of NumPy: a name that ends in .npz would say so."),
-        (".npz", ".safetensors", "it is an .npz file of NumPy: a name that ends in .npz would say so."),
-        (".pt", ".npz", "it is a PyTorch file (torch.save): a name that ends in .pt would say so."),
-        (".pt", ".safetensors", "it is a PyTorch file (torch.save): a name that ends in .pt would say so."),
+        (".safetensors", ".pth", "it is a safetensors file: rename it to end in .safetensors."),
+        (".npz", ".pth", "it is an .npz file of NumPy: rename it to end in .npz."),
+        (".npz", ".safetensors", "it is an .npz file of NumPy: rename it to end in .npz."),
+        (".pt", ".npz", "it is a PyTorch file (torch.save): rename it to end in .pt."),
+        (".pt", ".safetensors", "it is a PyTorch file (torch.save): rename it to end in .pt."),
     ],
 )
-def test_a_file_under_the_name_of_another_kind(tmp_path, saved, named, line):
+def test_wrong_suffix_is_refused(tmp_path, saved, named, line):
     path = SAVE[saved](tmp_path / f"weights{saved}", STATE)
     assert line in refused(path.rename(tmp_path / f"weights{named}"))
 
 
 @pytest.mark.parametrize("suffix", [".pt", ".pth", ".npz"])
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_a_torchscript_archive(tmp_path, suffix):
+def test_torchscript_archive_is_refused(tmp_path, suffix):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     path = tmp_path / f"weights{suffix}"
     torch.jit.save(torch.jit.script(torch.nn.Linear(2, 2)), path)
     text = refused(path)
-    assert "it is a TorchScript archive (torch.jit.save), which holds a program: save the module's state_dict" in text
+    assert "it is a TorchScript archive (torch.jit.save), which contains a program: save only the module's" in text
     assert "weights_only" not in text
 
 
 @pytest.mark.parametrize("legacy", [True, False])
-def test_a_module_is_not_unpickled(tmp_path, legacy):
+def test_module_is_not_unpickled(tmp_path, legacy):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     path = tmp_path / "weights.pth"
     torch.save(torch.nn.Linear(2, 2), path, _use_new_zipfile_serialization=not legacy)
     text = refused(path)
-    assert "it asks for torch.nn.modules.linear.Linear" in text and "weights_only" not in text
+    assert "it refers to torch.nn.modules.linear.Linear" in text and "weights_only" not in text
 
 
-def test_a_state_dict_of_before_pytorch_1_6(tmp_path):
+def test_legacy_state_dict_of_pytorch_before_1_6(tmp_path):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     state = {name: torch.from_numpy(np.array(array)) for name, array in STATE.items()}
     torch.save(state, tmp_path / "weights.pth", _use_new_zipfile_serialization=False)
     assert weight_files.load(tmp_path / "weights.pth").keys() == STATE.keys()
 
 
-def test_an_array_of_objects_is_not_loaded(tmp_path):
+def test_object_array_is_not_loaded(tmp_path):
     np.savez(tmp_path / "weights.npz", a=np.array([1, None], object))
-    assert "only files without pickled objects are read" in refused(tmp_path / "weights.npz")
+    assert "files with pickled objects are not read" in refused(tmp_path / "weights.npz")

@@ -1,4 +1,4 @@
-"""Files of weights as others write them: the golden networks under each release's names, and a network of any size."""
+"""Writes files of weights: golden networks under the names of each release, and WideResNets of any size."""
 
 import json
 import re
@@ -22,7 +22,7 @@ REAT = (
 
 
 def golden_state(name):
-    """{PyTorch's name: float64 array}, by the rule of models.json; a cosine head's bias is 0, as RoBal leaves it."""
+    """Returns {PyTorch's name: float64 array} by the rule of models.json; the bias of a cosine head is 0."""
     state = {}
     for t, (tensor, shape) in enumerate(SPECIFICATION[name]["state_dict"]):
         state[tensor] = fill(t, tensor, shape)
@@ -38,10 +38,10 @@ def prefixed(state, prefix):
 
 
 def trades(state):
-    """RoBal's names of a linear WideResNet -> those of TRADES' network, which AT-BSL and RobustBench have."""
+    """RoBal's names of a linear WideResNet -> TRADES' names, which AT-BSL and RobustBench use."""
     state = {re.sub(r"^backbone\.|^classifier\.(?=fc)", "", name): array for name, array in state.items()}
-    twin = {f"sub_{name}": array + 1 for name, array in state.items() if name.startswith("block1.")}
-    return {**state, **twin}
+    copy = {f"sub_{name}": array + 1 for name, array in state.items() if name.startswith("block1.")}
+    return {**state, **copy}
 
 
 def reat(state):
@@ -51,7 +51,7 @@ def reat(state):
 
 
 def wide_resnet_state(variables):
-    """Variables of a WideResNet here -> the state_dict of TRADES' network: what is tested, the other way round."""
+    """Variables of a WideResNet -> state_dict of TRADES' network: the inverse of the import."""
     import flax
 
     leaves = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
@@ -92,7 +92,7 @@ def save_safetensors(path, state):
 
 def save_header(path, header, data):
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the format pads its header, for the data to be aligned
+    text += b" " * (-len(text) % 8)  # aligns the data
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
     return path
 
