@@ -47,12 +47,17 @@ class Batch:
 
 @struct.dataclass
 class TrainProgress:
-    """Where training stands: traced scalars, counted from 0 within the stage."""
+    """The step and epoch of training: traced scalars, counted from 0 within the stage."""
 
     step: Array
     epoch: Array
     steps_per_epoch: int = struct.field(pytree_node=False)
     epochs: int = struct.field(pytree_node=False)
+
+    @classmethod
+    def at(cls, step: Array, info: DataInfo) -> "TrainProgress":
+        """Returns the progress at step `step` of a stage."""
+        return cls(step, step // info.steps_per_epoch, info.steps_per_epoch, info.epochs)
 
 
 class Net(Protocol):

@@ -17,7 +17,7 @@ from lt_adv.data import longtail
 from lt_adv.runtime import distributed
 from lt_adv.training import metric_logging, sharding, stage_builder
 from lt_adv.training.checkpoint import BEST, Checkpoints
-from lt_adv.training.train_step import ends_window
+from lt_adv.training.train_step import is_log_step
 from lt_adv.training.validation_hook import Monitor
 
 
@@ -162,7 +162,7 @@ def _run(
             with jax.transfer_guard("disallow"):
                 state, metrics = built.step(state, batch, built.teacher)
             done, stopping = step + 1, stop.is_set()
-            if not (stopping or ends_window(step, per_epoch, config.log.every_steps)):
+            if not (stopping or is_log_step(step, per_epoch, config.log.every_steps)):
                 continue
             row = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
             _check_finite(row, done, saved, checkpoints)
@@ -172,7 +172,7 @@ def _run(
             if epoch_ended:
                 watched = distributed.replicate(state.evaluated, distributed.replicated(built.mesh))
                 row |= _watch(monitors, watched, epoch % config.log.validate_every_epochs == 0 or done == total)
-            if ends_window(step, per_epoch, config.log.every_steps):
+            if is_log_step(step, per_epoch, config.log.every_steps):
                 for log in (lines, *boards):
                     log.add({"stage": built.name, "step": done, "epoch": epoch, **row})
                 speed.add({"stage": built.name, "step": done, "images_per_second": rate, "seconds": seconds})

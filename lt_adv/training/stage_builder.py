@@ -132,7 +132,7 @@ def build(
     attacked = model
     if config.attack.dtype:
         attacked = models.create({**config.model, "dtype": config.attack.dtype}, info.num_classes, axis_name=AXIS)
-    step, init_window = train_step.make_train_step(
+    step, init_metric_sums = train_step.make_train_step(
         stage.method, model.apply, tx, rate, info, options, mesh, config.parallel, attacked.apply, config.sharded
     )
     home = sharding.state_mesh(mesh, config.parallel)
@@ -156,7 +156,7 @@ def build(
             start = merge(start, {name: source[name] for name in start if name in source}, stage.init)
         state = train_state.create(key, start, tx, stage.method.init(info), averaged=options.average["name"] != "none")
         state = sharding.replicate(state, home)
-        state = sharding.replicate(state.replace(window=init_window(state, feed.example, teacher)), home)
+        state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, feed.example, teacher)), home)
         return sharding.shard_state(state, home, config.sharded)
 
     return StageProgram(

@@ -79,7 +79,7 @@ def make(
     rate = optimizer.schedule(config, info.steps_per_epoch, info.epochs)
     tx = optimizer.create(config, rate, variables["params"], freeze)
     options = StepOptions(batch_size=batch_size, eps=0.1, step_size=0.05, pad=1, log_every=2, **options)
-    step, init_window = make_train_step(
+    step, init_metric_sums = make_train_step(
         method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply, sharded=sharded
     )
     teacher = sharding.replicate(teacher or {}, mesh)
@@ -90,7 +90,7 @@ def make(
     else:
         fed = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
     state = sharding.replicate(train_state.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
-    state = sharding.replicate(state.replace(window=init_window(state, fed.example, teacher)), mesh)
+    state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, fed.example, teacher)), mesh)
     return step, sharding.shard_state(state, mesh, sharded), fed, teacher
 
 

@@ -24,7 +24,9 @@ def state():
     made = train_state.create(
         jax.random.key(5), variables, optax.sgd(0.1, momentum=0.9), {"counts": jnp.arange(4)}, averaged=False
     )
-    return sharding.replicate(made.replace(window={"loss": (jnp.float32(1.5), jnp.float32(2))}), sharding.make_mesh())
+    return sharding.replicate(
+        made.replace(metric_sums={"loss": (jnp.float32(1.5), jnp.float32(2))}), sharding.make_mesh()
+    )
 
 
 META = {"seconds": 1.0, "class_counts": [3, 2, 1, 1]}

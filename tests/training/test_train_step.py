@@ -15,7 +15,7 @@ from lt_adv.data import device_dataset
 from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
 from lt_adv.training import sharding, train_state
-from lt_adv.training.train_step import StepOptions, ends_window
+from lt_adv.training.train_step import StepOptions, is_log_step
 from tests.training.helpers import Small, assert_same, make, run, split
 
 GROUPS = {"head": np.array([0]), "body": np.array([1, 2]), "tail": np.array([3])}
@@ -89,14 +89,14 @@ def test_swa_is_the_mean_over_epoch_ends():
 def test_a_window_sums_what_its_groups_sum_together(trained):
     """Of per-example metrics the images, 16 a step, of others the steps; two steps are an epoch and a window."""
     states, rows, _, _ = trained
-    assert [ends_window(n, 2, 2) for n in range(6)] == [False, True] * 3
+    assert [is_log_step(n, 2, 2) for n in range(6)] == [False, True] * 3
     for n, (state, row) in enumerate(zip(states[1:], rows, strict=True)):
-        steps, window = n % 2 + 1, state.window
+        steps, sums = n % 2 + 1, state.metric_sums
         for part in (0, 1):
-            together = sum(window[f"accuracy_{group}"][part] for group in GROUPS)
-            assert together == pytest.approx(window["accuracy"][part], rel=1e-6)
-        assert window["accuracy"][1] == 16 * steps and window["loss"][1] == window["gradient_norm"][1] == steps
-        for name, (total, weight) in window.items():
+            together = sum(sums[f"accuracy_{group}"][part] for group in GROUPS)
+            assert together == pytest.approx(sums["accuracy"][part], rel=1e-6)
+        assert sums["accuracy"][1] == 16 * steps and sums["loss"][1] == sums["gradient_norm"][1] == steps
+        for name, (total, weight) in sums.items():
             assert row[name] == pytest.approx(total / weight, rel=1e-6)
     assert rows[1]["learning_rate"] == pytest.approx(0.05)
     assert rows[1]["loss"] > 0 and any(0 < row["accuracy"] < 1 for row in rows)
