@@ -55,7 +55,7 @@ def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
     step, init_metric_sums = make_train_step(method, model.apply, tx, rate, info, static, mesh, "shard_map")
 
     def first(variables: Any) -> train_state.TrainState:
-        return train_state.create(jax.random.key(0), variables, tx, method.init(info), averaged=False)
+        return train_state.create(jax.random.key(0), variables, tx, method.init_state(info), averaged=False)
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), tree)

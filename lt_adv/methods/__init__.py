@@ -5,10 +5,21 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lt_adv.methods.base import Batch, DataInfo, Method, Net, Stage, TrainProgress
+from lt_adv.methods.base import Batch, DataInfo, LossOutput, Method, Net, Stage, TrainProgress
 from lt_adv.runtime import registry
 
-__all__ = ["Batch", "TrainProgress", "DataInfo", "Method", "Net", "Stage", "create", "method_class", "names"]
+__all__ = [
+    "Batch",
+    "DataInfo",
+    "LossOutput",
+    "Method",
+    "Net",
+    "Stage",
+    "TrainProgress",
+    "create",
+    "method_class",
+    "names",
+]
 
 
 def names() -> list[str]:

@@ -28,15 +28,14 @@ class ALP(at.AT):
     beta: float = 6.0
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
-        clean, _ = net.train(batch.image)
+        logits, _ = net(x_adv, train=True)
+        clean, _ = net(batch.image, train=True)
         if self.fidelity == "released_code":  # the same two forwards again, which only move the running statistics
-            net.train(batch.image)
-            net.train(x_adv)
+            net(batch.image, train=True)
+            net(x_adv, train=True)
         adversarial = jnp.mean(losses.cross_entropy(logits, batch.label))
         squares = net.gather(losses.squared_probability_distance(clean, logits))
         total = jnp.sum(squares)
         apart = total > 0  # where x_adv = x the root has no derivative
         pairing = jnp.where(apart, jnp.sqrt(jnp.where(apart, total, 1)), 0) / len(squares)
-        metrics = {"accuracy": base.is_correct(logits, batch.label), "loss_pairing": pairing}
-        return adversarial + self.beta * pairing, (method_state, metrics)
+        return base.LossOutput(adversarial + self.beta * pairing, logits, {"loss_pairing": pairing})

@@ -28,6 +28,6 @@ class AT(base.Method):
         return losses.cross_entropy(logits, label)
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(self.per_example_loss(logits, batch.label, net.info, progress))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

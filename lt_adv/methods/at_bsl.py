@@ -19,6 +19,6 @@ class ATBSL(base.Method):
     start: str = "gaussian"
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

@@ -38,6 +38,6 @@ class AVMixup(at.AT):
         confidence = (m * self.lambda1 + (1 - m) * self.lambda2)[:, None]  # phi is linear in lambda
         classes = jnp.arange(net.info.num_classes)
         target = jnp.where(batch.label[:, None] == classes, confidence, (1 - confidence) / (len(classes) - 1))
-        logits, _ = net.train(mixture)
+        logits, _ = net(mixture, train=True)
         value = jnp.mean(losses.soft_cross_entropy(logits, target))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

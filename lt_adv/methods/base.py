@@ -2,17 +2,16 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from lt_adv import attacks
 
 Array = jax.Array
-Extra = Any
+MethodState = Any
 FIDELITIES = ("published", "released_code")
 
 
@@ -67,26 +66,40 @@ class Net(Protocol):
     info: DataInfo
     teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None
 
-    def eval(self, x: Array) -> tuple[Array, dict[str, Array]]:
-        """(logits, {"features"}) with running statistics; writes nothing. What attacks use."""
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, dict[str, Array]]:
+        """Returns (logits [b, classes], {"features": [b, features]}).
 
-    def train(self, x: Array) -> tuple[Array, dict[str, Array]]:
-        """(logits, {"features"}) with the statistics of the batch; advances the running ones in the order called."""
+        With `train=False`, batch norm normalizes by its running statistics and they do not change: the mode of attacks.
+        With `train=True` it normalizes by those of the batch, over all devices, and the running statistics advance, in
+        the order of the calls.
+        """
 
-    def at(self, params: Any) -> "Net":
-        """The same network at other weights."""
+    def with_params(self, params: Any) -> "Net":
+        """Returns the same network with other parameters; it shares the running statistics."""
 
     def without_updates(self) -> "Net":
-        """The same network, whose forwards write nothing: for one that training is not to count."""
+        """Returns the same network, whose calls do not advance the running statistics."""
 
     def with_batch_statistics(self) -> "Net":
-        """The same network, which normalises by the statistics of the batch in `eval` too, and writes nothing."""
+        """Returns the same network, which normalizes by the statistics of the batch with `train=False` too.
+
+        Its calls do not advance the running statistics.
+        """
 
     def gather(self, tree: Any) -> Any:
-        """The whole batch over all devices, in its global order: for losses that are no plain mean over examples."""
+        """Returns the batch of all devices, in its global order: for losses that are not a plain mean over examples."""
 
     def mean(self, tree: Any) -> Any:
-        """Average over devices, outside the gradient."""
+        """Returns the average over devices; no gradient flows through it."""
+
+
+class LossOutput(NamedTuple):
+    """The result of `Method.loss`. The training step computes the metric "accuracy" from `logits`."""
+
+    loss: Array  # scalar; the step averages its gradient over the devices
+    logits: Array  # float [b, classes], whose argmax is the prediction that "accuracy" counts
+    metrics: Mapping[str, Array] = {}  # name -> per-example values [b], or a mean over this device's share
+    method_state: Any = None  # the new `method_state`; None leaves it unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +160,7 @@ class Method:
         """Where the inner attack starts: `start`, unless the released code is followed and has another."""
         return (self.fidelity == "released_code" and self.released_start) or self.start
 
-    def init(self, info: DataInfo) -> Extra:
+    def init_state(self, info: DataInfo) -> MethodState:
         """Arrays that live in the train state, saved and resumed. None of them by default."""
         del info
         return {}
@@ -160,7 +173,7 @@ class Method:
         del info
         return params
 
-    def perturb(self, key: Array, net: Net, batch: Batch, method_state: Extra, progress: TrainProgress) -> Array:
+    def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
         """Training examples, [b, h, w, c]: PGD on the cross-entropy of the evaluation-mode network by default.
 
         `key` is one key per example [b], so that nothing depends on the number of devices.
@@ -172,7 +185,7 @@ class Method:
         """The inner attack, shared by the methods: `y` is whatever `objective(logits, y)` compares the logits with."""
         return attacks.pgd(
             key,
-            lambda x: net.eval(x)[0],
+            lambda x: net(x, train=False)[0],
             batch.image,
             y,
             eps=batch.eps,
@@ -184,12 +197,12 @@ class Method:
         )
 
     def loss(
-        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: Extra, progress: TrainProgress
-    ) -> tuple[Array, tuple[Extra, dict[str, Array]]]:
-        """(scalar, (extra, metrics)). Metrics: per-example [b] or scalar means over this device's share."""
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> LossOutput:
+        """Returns the loss of this device's share of the batch, for the gradient; `key` is one key per example [b]."""
         raise NotImplementedError
 
-    def epoch_end(self, method_state: Extra, progress: TrainProgress) -> Extra:
+    def epoch_end(self, method_state: MethodState, progress: TrainProgress) -> MethodState:
         """`method_state` after the last step of an epoch."""
         del progress
         return method_state
@@ -197,8 +210,3 @@ class Method:
     def stages(self, config: Any) -> tuple[Stage, ...]:
         """What is trained, in order: one stage by default, from `config.init_from` where that names a finished run."""
         return (Stage(method=self, epochs=config.optim.epochs, init=config.init_from or "fresh"),)
-
-
-def is_correct(logits: Array, label: Array) -> Array:
-    """1 where the prediction is right, [b]: the metric "accuracy" of every method's loss."""
-    return (attacks.prediction(logits) == label).astype(jnp.float32)

@@ -26,7 +26,7 @@ class Mart(base.Method):
     beta: float = 5.0
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        clean, _ = net.train(batch.image)
-        logits, _ = net.train(x_adv)
+        clean, _ = net(batch.image, train=True)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.mart(clean, logits, batch.label, beta=self.beta))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

@@ -22,6 +22,6 @@ class Natural(base.Method):
         return batch.image
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(batch.image)
+        logits, _ = net(batch.image, train=True)
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

@@ -39,7 +39,7 @@ class REAT(base.Method):
         if not self.tail_margin > 0:
             raise ValueError(f"config.method.tail_margin must be positive, not {self.tail_margin}.")
 
-    def init(self, info):
+    def init_state(self, info):
         n = jnp.asarray(info.class_counts)
         return {"predicted": n, "running": jnp.zeros_like(n)}
 
@@ -49,7 +49,7 @@ class REAT(base.Method):
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
         n, num_classes = net.info.class_counts, net.info.num_classes
-        logits, out = net.train(x_adv)
+        logits, out = net(x_adv, train=True)
         balanced = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=n))
 
         features, label, predicted = net.gather((out["features"], batch.label, jnp.argmax(logits, -1)))
@@ -62,8 +62,8 @@ class REAT(base.Method):
 
         turned = jnp.sum(predicted[:, None] == jnp.arange(num_classes), axis=0, dtype=method_state["running"].dtype)
         method_state = {**method_state, "running": method_state["running"] + turned}
-        metrics = {"accuracy": base.is_correct(logits, batch.label), "loss_balanced": balanced, "loss_tail": alignment}
-        return balanced + self.tail_weight * alignment, (method_state, metrics)
+        metrics = {"loss_balanced": balanced, "loss_tail": alignment}
+        return base.LossOutput(balanced + self.tail_weight * alignment, logits, metrics, method_state)
 
     def epoch_end(self, method_state, progress):
         return {"predicted": method_state["running"], "running": jnp.zeros_like(method_state["running"])}

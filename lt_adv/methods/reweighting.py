@@ -25,10 +25,10 @@ class Reweighting(at.AT):
             raise ValueError(f"config.method.beta must be a number in [0, 1), not {self.beta}.")
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         weights = losses.class_balanced_weights(net.info.class_counts, self.beta)
         weights = jnp.where(progress.epoch + 1 >= self.from_epoch, weights, 1.0)[batch.label]
         # A weighted mean is no plain mean over examples: its divisor is that of the whole batch.
         values, weights = net.gather((losses.cross_entropy(logits, batch.label), weights))
         value = jnp.sum(weights * values) / jnp.sum(weights)
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

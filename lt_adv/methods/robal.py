@@ -34,11 +34,11 @@ class RoBal(base.Method):
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
         released = self.fidelity == "released_code"
-        logits, _ = net.train(x_adv)
-        clean, _ = net.train(batch.image)
+        logits, _ = net(x_adv, train=True)
+        clean, _ = net(batch.image, train=True)
         if released:  # The same two forwards again: their values are shared by the compiler, their statistics count.
-            net.train(batch.image)
-            net.train(x_adv)
+            net(batch.image, train=True)
+            net(x_adv, train=True)
         margin = jnp.mean(
             losses.robal_margin(
                 logits,
@@ -51,9 +51,5 @@ class RoBal(base.Method):
             )
         )
         divergence = jnp.mean(losses.kl_divergence(clean, logits, epsilon=1e-12 if released else 0.0))
-        metrics = {
-            "accuracy": base.is_correct(logits, batch.label),
-            "loss_margin": margin,
-            "loss_divergence": divergence,
-        }
-        return margin + self.beta * divergence, (method_state, metrics)
+        metrics = {"loss_margin": margin, "loss_divergence": divergence}
+        return base.LossOutput(margin + self.beta * divergence, logits, metrics)

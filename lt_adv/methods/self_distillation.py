@@ -53,12 +53,11 @@ class SelfDistillation(base.Method):
             raise ValueError(f"config.method.temperature must be positive, not {self.temperature}.")
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
-        metrics = {"accuracy": base.is_correct(logits, batch.label)}
         if net.teacher is None:
-            return value, (method_state, metrics)
-        metrics["loss_balanced"] = value
+            return base.LossOutput(value, logits)
+        metrics = {"loss_balanced": value}
         taught, _ = net.teacher(x_adv if self.teacher_input == "adversarial" else batch.image)
         metrics["loss_distillation"] = jnp.mean(losses.distillation(logits, taught, temperature=self.temperature))
         value += self.distillation * metrics["loss_distillation"]
@@ -66,9 +65,9 @@ class SelfDistillation(base.Method):
             opposite = 2 * batch.image - x_adv
             facing = taught if self.teacher_input == "adversarial" else net.teacher(x_adv)[0]
             target = facing - net.teacher(opposite)[0]
-            metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net.train(opposite)[0], target))
+            metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net(opposite, train=True)[0], target))
             value += self.matching * metrics["loss_matching"]
-        return value, (method_state, metrics)
+        return base.LossOutput(value, logits, metrics)
 
     def stages(self, config):
         optim = config.optim

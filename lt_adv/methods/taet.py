@@ -29,11 +29,11 @@ class TAET(base.Method):
     g: float = 0.1
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         values, label = net.gather((losses.cross_entropy(logits, batch.label), batch.label))
         options = {"num_classes": net.info.num_classes, "a": self.a, "b": self.b, "g": self.g}
         value = losses.hierarchical_equalisation(values, label, **options)
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)
 
     def stages(self, config):
         first, total = self.clean_epochs, config.optim.epochs

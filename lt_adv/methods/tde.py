@@ -29,13 +29,13 @@ class TDE(at.AT):
         if not 0 <= self.mu < 1:
             raise ValueError(f"config.method.mu must be a number in [0, 1), not {self.mu}.")
 
-    def init(self, info):
+    def init_state(self, info):
         return {"feature_mean": jnp.zeros(info.num_features, float)}
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, out = net.train(x_adv)
+        logits, out = net(x_adv, train=True)
         lengths = jnp.linalg.norm(out["features"], axis=-1, keepdims=True)
         directions = out["features"] / jnp.where(lengths > 0, lengths, 1)
         mean = self.mu * method_state["feature_mean"] + net.mean(jnp.mean(directions, axis=0))
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
-        return value, ({"feature_mean": mean}, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits, method_state={"feature_mean": mean})

@@ -28,19 +28,15 @@ class Trades(base.Method):
     beta: float = 6.0
 
     def perturb(self, key, net, batch, method_state, progress):
-        clean = jax.nn.softmax(net.eval(batch.image)[0])
+        clean = jax.nn.softmax(net(batch.image, train=False)[0])
         return self.pgd(key, net, batch, clean, objective=attacks.kl_divergence)
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        clean, _ = net.train(batch.image)
-        logits, _ = net.train(x_adv)
+        clean, _ = net(batch.image, train=True)
+        logits, _ = net(x_adv, train=True)
         if self.fidelity == "released_code":  # the first forward again, which only moves the running statistics
-            net.train(batch.image)
+            net(batch.image, train=True)
         natural = jnp.mean(losses.cross_entropy(clean, batch.label))
         divergence = jnp.mean(losses.kl_divergence(clean, logits))
-        metrics = {
-            "accuracy": base.is_correct(logits, batch.label),
-            "loss_natural": natural,
-            "loss_divergence": divergence,
-        }
-        return natural + self.beta * divergence, (method_state, metrics)
+        metrics = {"loss_natural": natural, "loss_divergence": divergence}
+        return base.LossOutput(natural + self.beta * divergence, logits, metrics)

@@ -9,12 +9,18 @@ import numpy as np
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
+from lt_adv import attacks
 from lt_adv.training.net import AXIS
 
 
 def group_membership(groups: Mapping[str, np.ndarray] | None, num_classes: int) -> dict[str, np.ndarray]:
     """Returns for each group of classes a 0/1 vector, float32 [classes], that is 1 for its members."""
     return {name: np.isin(np.arange(num_classes), ids).astype(np.float32) for name, ids in (groups or {}).items()}
+
+
+def is_correct(logits: jax.Array, label: jax.Array) -> jax.Array:
+    """Returns 1 where the prediction is the label and 0 elsewhere, float32 [b]."""
+    return (attacks.prediction(logits) == label).astype(jnp.float32)
 
 
 def sum_over_devices(

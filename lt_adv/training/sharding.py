@@ -144,11 +144,11 @@ def _shard_map(
     in_specs = (replicated, PartitionSpec(AXIS) if streamed else replicated, replicated)
     mapped = jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=replicated, check_vma=True)
 
-    def step(state: Any, data: Any, teacher: Any) -> Any:
+    def sharded_step(state: Any, data: Any, teacher: Any) -> Any:
         # The fields that only the update reads stay sharded.
         output = mapped(state.replace(opt_state=(), average={}), data, teacher)
         state, metrics = update(state, output)
         out_shardings = shardings(state, mesh, sharded), NamedSharding(mesh, replicated)
         return jax.lax.with_sharding_constraint((state, metrics), out_shardings)
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(sharded_step, donate_argnums=0)

@@ -154,7 +154,9 @@ def build(
         if stage.init != "fresh":
             source = previous if stage.init == "previous" else checkpoint.read_variables(stage.init)[0]
             start = merge(start, {name: source[name] for name in start if name in source}, stage.init)
-        state = train_state.create(key, start, tx, stage.method.init(info), averaged=options.average["name"] != "none")
+        state = train_state.create(
+            key, start, tx, stage.method.init_state(info), averaged=options.average["name"] != "none"
+        )
         state = sharding.replicate(state, home)
         state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, feed.example, teacher)), home)
         return sharding.shard_state(state, home, config.sharded)

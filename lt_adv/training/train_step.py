@@ -156,19 +156,20 @@ def make_train_step(
 
         def loss_fn(params):
             net = network(apply, params)
-            value, (method_state, step_metrics) = method.loss(
-                keys.loss, net, batch, lax.stop_gradient(x_adv), state.method_state, progress
-            )
-            return value, (method_state, step_metrics, net.batch_stats)
+            out = method.loss(keys.loss, net, batch, lax.stop_gradient(x_adv), state.method_state, progress)
+            return out.loss, (out, net.batch_stats)
 
         value_and_grad = with_fast_cpu_convolutions(jax.value_and_grad(loss_fn, has_aux=True))
-        (loss, (method_state, step_metrics, batch_stats)), grads = value_and_grad(params)
+        (loss, (out, batch_stats)), grads = value_and_grad(params)
         grads = lax.pmean(grads, AXIS)
 
-        sums = metrics.sum_over_devices({"loss": loss, **step_metrics}, batch.label, membership)
+        accuracy = metrics.is_correct(out.logits, batch.label)
+        step_metrics = {"loss": loss, "accuracy": accuracy, **out.metrics}
+        sums = metrics.sum_over_devices(step_metrics, batch.label, membership)
         norm = optax.tree.norm(grads)
         one = jnp.ones_like(norm)
         sums |= {"gradient_norm": (norm, one), "learning_rate": (rate(state.step) * one, one)}
+        method_state = state.method_state if out.method_state is None else out.method_state
         first_of_window = state.step % info.steps_per_epoch % options.log_every == 0
         return StepOutput(
             grads,

@@ -23,6 +23,7 @@ from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
 from lt_adv.training import stage_builder
 from lt_adv.training.net import AXIS, Net
+from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, Small, assert_same, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -118,7 +119,8 @@ class Quartic(base.Method):
     """A loss of the weights alone, whose gradient (w - 1)^3 depends on where it is taken."""
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        return sum(jnp.sum((w - 1) ** 4) / 4 for w in jax.tree.leaves(net.params)), (method_state, {})
+        value = sum(jnp.sum((w - 1) ** 4) / 4 for w in jax.tree.leaves(net.params))
+        return base.LossOutput(value, logits=None)
 
 
 def test_awp_is_the_gradient_at_weights_moved_along_the_gradient():
@@ -127,7 +129,7 @@ def test_awp_is_the_gradient_at_weights_moved_along_the_gradient():
 
     def gradient(_):
         def value(p):
-            return AWP(Quartic(), gamma=0.1).loss(None, Net(None, p, {}, None, key=None), None, None, {}, None)[0]
+            return AWP(Quartic(), gamma=0.1).loss(None, Net(None, p, {}, None, key=None), None, None, {}, None).loss
 
         return jax.grad(value)(jax.tree.map(jnp.asarray, params))
 
@@ -167,16 +169,6 @@ def linear(x):
     return jnp.tanh(x.reshape(len(x), -1) - 0.5) @ WEIGHT, {}
 
 
-class Plain:
-    """A network without batch norm: evaluation and training mode are the same function."""
-
-    info = types.SimpleNamespace(class_counts=COUNTS)
-    eval = train = staticmethod(linear)
-
-    def with_batch_statistics(self):
-        return self
-
-
 def perturb(method, epoch=0, epochs=10, low=0.3, high=0.7):
     """(x, x_adv) of 16 images in [low, high]."""
     image = jnp.asarray(np.random.default_rng(5).uniform(low, high, (16, 3, 3, 1)))
@@ -184,7 +176,8 @@ def perturb(method, epoch=0, epochs=10, low=0.3, high=0.7):
     batch = base.Batch(image, LABEL, jnp.arange(16), eps=EPS * ones, step_size=STEP * ones)
     progress = base.TrainProgress(step=jnp.asarray(0), epoch=jnp.asarray(epoch), steps_per_epoch=1, epochs=epochs)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(6)))(jnp.arange(16))
-    return np.asarray(image), np.asarray(method.perturb(keys, Plain(), batch, {}, progress))
+    net = FakeNet(linear, info=types.SimpleNamespace(class_counts=COUNTS))
+    return np.asarray(image), np.asarray(method.perturb(keys, net, batch, {}, progress))
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.8])
@@ -205,7 +198,7 @@ class ByBatch(AT):
 
         eps = batch.eps[:, None, None, None]
         return attacks.pgd(
-            key, lambda x: net.with_batch_statistics().train(x)[0], batch.image, batch.label, eps=batch.eps,
+            key, lambda x: net.with_batch_statistics()(x, train=True)[0], batch.image, batch.label, eps=batch.eps,
             step_size=batch.step_size, num_steps=self.num_steps,
             x_init=jnp.clip(batch.image + eps * jax.vmap(noise)(key), 0, 1),
         )  # fmt: skip
@@ -257,11 +250,11 @@ def test_views_of_the_network_write_nothing(freeze):
     model, x = Small(axis_name=None), jnp.asarray(RNG.uniform(size=(5, 6, 6, 1)))
     variables = jax.tree.map(lambda a: a.astype(float), model.init(jax.random.key(7), x, train=False))
     net = Net(model.apply, **variables, info=None, key=jax.random.key(8), freeze_batch_stats=freeze)
-    running, before = net.eval(x)[0], net.batch_stats
-    silent, by_batch = net.without_updates().train(x)[0], net.with_batch_statistics().eval(x)[0]
-    np.testing.assert_array_equal(net.without_updates().eval(x)[0], running)
-    np.testing.assert_array_equal(net.with_batch_statistics().at(net.params).train(x)[0], by_batch)
+    running, before = net(x, train=False)[0], net.batch_stats
+    silent, by_batch = net.without_updates()(x, train=True)[0], net.with_batch_statistics()(x, train=False)[0]
+    np.testing.assert_array_equal(net.without_updates()(x, train=False)[0], running)
+    np.testing.assert_array_equal(net.with_batch_statistics().with_params(net.params)(x, train=True)[0], by_batch)
     assert net.batch_stats is before
-    np.testing.assert_array_equal(net.train(x)[0], silent)
+    np.testing.assert_array_equal(net(x, train=True)[0], silent)
     np.testing.assert_array_equal(silent, by_batch)
     assert np.array_equal(by_batch, running) == freeze and (net.batch_stats is before) == freeze

@@ -16,6 +16,7 @@ from lt_adv.methods.mart import Mart
 from lt_adv.methods.natural import Natural
 from lt_adv.methods.robal import RoBal
 from lt_adv.methods.trades import Trades
+from tests.methods.fake_net import FakeNet
 from tests.training.helpers import assert_same, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -31,16 +32,15 @@ def logits(x):
 
 
 def loss(method, x_adv=X_ADV):
-    """(value, metrics, images that the network was trained on) with a linear network."""
+    """(value, the whole output, images of the forwards) with a linear network."""
     seen = []
-    net = types.SimpleNamespace(
-        train=lambda x: (seen.append(x), (logits(x), {}))[1],
-        gather=lambda tree: tree,
+    net = FakeNet(
+        lambda x: (seen.append(x), (logits(x), {}))[1],
         info=types.SimpleNamespace(num_classes=4, class_counts=np.array([8, 4, 2, 1])),
     )
     batch = types.SimpleNamespace(image=jnp.asarray(IMAGE), label=jnp.asarray(LABEL))
-    value, (_, metrics) = method.loss(KEYS, net, batch, jnp.asarray(x_adv), {}, None)
-    return float(value), metrics, seen
+    out = method.loss(KEYS, net, batch, jnp.asarray(x_adv), {}, None)
+    return float(out.loss), out, seen
 
 
 def ce(x):
@@ -56,16 +56,16 @@ def test_natural_sees_clean_images_alone():
 
 
 def test_mart_trains_on_both():
-    value, metrics, seen = loss(Mart(beta=2.0))
+    value, out, seen = loss(Mart(beta=2.0))
     np.testing.assert_array_equal(seen, [IMAGE, X_ADV])
     assert value == pytest.approx(float(losses.mart(logits(IMAGE), logits(X_ADV), LABEL, beta=2.0).mean()), rel=1e-12)
-    assert metrics["accuracy"].tolist() == (np.argmax(logits(X_ADV), -1) == LABEL).tolist()
+    np.testing.assert_array_equal(out.logits, logits(X_ADV))
 
 
 def test_alp_is_one_norm_over_the_batch():
     p, q = (np.asarray(jax.nn.softmax(logits(x))) for x in (IMAGE, X_ADV))
-    value, metrics, _ = loss(ALP(beta=3.0))
-    assert float(metrics["loss_pairing"]) == pytest.approx(np.linalg.norm(p - q) / 8, rel=1e-12)
+    value, out, _ = loss(ALP(beta=3.0))
+    assert float(out.metrics["loss_pairing"]) == pytest.approx(np.linalg.norm(p - q) / 8, rel=1e-12)
     assert value == pytest.approx(ce(X_ADV) + 3 * np.linalg.norm(p - q) / 8, rel=1e-12)
     assert loss(ALP(beta=0.0))[0] == pytest.approx(loss(AT())[0], rel=1e-12)
 
@@ -92,12 +92,12 @@ def of_logits(method, clean, adversarial):
     """The loss of a method, with its gradients in the logits of the images and of the adversarial examples."""
 
     def value(clean, adversarial):
-        net = types.SimpleNamespace(
-            train=lambda x: (clean if x == "clean" else adversarial, {}),
+        net = FakeNet(
+            lambda x: (clean if x == "clean" else adversarial, {}),
             info=types.SimpleNamespace(class_counts=np.array([8, 4, 2, 1])),
         )
         batch = types.SimpleNamespace(image="clean", label=jnp.asarray(LABEL))
-        return method.loss(KEYS, net, batch, "adversarial", {}, None)[0]
+        return method.loss(KEYS, net, batch, "adversarial", {}, None).loss
 
     return jax.value_and_grad(value, argnums=(0, 1))(clean, adversarial)
 

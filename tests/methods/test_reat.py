@@ -13,6 +13,7 @@ from lt_adv import losses
 from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.reat import REAT
 from lt_adv.training import stage_builder
+from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, assert_same, make, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -22,13 +23,13 @@ pytestmark = pytest.mark.usefixtures("float64")
 class Spy(REAT):
     """REAT that keeps what its last step predicted."""
 
-    def init(self, info):
-        return {**super().init(info), "seen": jnp.zeros(16, int)}
+    def init_state(self, info):
+        return {**super().init_state(info), "seen": jnp.zeros(16, int)}
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        seen = net.gather(jnp.argmax(net.train(x_adv)[0], -1))
-        value, (method_state, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
-        return value, ({**method_state, "seen": seen}, metrics)
+        seen = net.gather(jnp.argmax(net(x_adv, train=True)[0], -1))
+        out = super().loss(key, net, batch, x_adv, method_state, progress)
+        return out._replace(method_state={**out.method_state, "seen": seen})
 
     def epoch_end(self, method_state, progress):
         return {**method_state, **super().epoch_end(method_state, progress)}
@@ -75,13 +76,11 @@ def test_the_tail_is_the_rarest_classes(counts, tail):
     features = jax.random.normal(jax.random.key(0), (2 * len(counts), 5))
     label = jnp.arange(2 * len(counts)) % len(counts)
     info = types.SimpleNamespace(class_counts=np.array(counts), num_classes=len(counts))
-    net = types.SimpleNamespace(
-        info=info, gather=lambda tree: tree, train=lambda x: (jnp.eye(len(counts))[label], {"features": x})
-    )
+    net = FakeNet(lambda x: (jnp.eye(len(counts))[label], {"features": x}), info=info)
     method, batch = REAT(tail_weight=1.0), types.SimpleNamespace(label=label)
 
     def alignment(x):
-        return method.loss(None, net, batch, x, method.init(info), None)[1][1]["loss_tail"]
+        return method.loss(None, net, batch, x, method.init_state(info), None).metrics["loss_tail"]
 
     # Examples of other classes are contrasts, not anchors: the sum over anchors changes with each tail class.
     expected = losses.tail_alignment(

@@ -17,6 +17,7 @@ from lt_adv.methods.at import AT
 from lt_adv.methods.focal import Focal
 from lt_adv.methods.ldam import LDAM
 from lt_adv.training import optimizer, sharding, stage_builder
+from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, run
 
 # Config -> the golden logits it acts on, and the golden loss it has.
@@ -47,12 +48,12 @@ def method_of(name, fidelity="published"):
 
 def value_and_gradient(method, arrays, source="logits", epoch=1):
     """Of the method's loss with respect to the logits, in `epoch` (from 1)."""
-    net = SimpleNamespace(
-        train=lambda x: (x, {}), gather=lambda tree: tree, info=SimpleNamespace(class_counts=arrays["class_counts"])
-    )
+    net = FakeNet(lambda x: (x, {}), info=SimpleNamespace(class_counts=arrays["class_counts"]))
     batch = SimpleNamespace(label=jnp.asarray(arrays["labels"]))
     progress = methods.TrainProgress(step=epoch - 1, epoch=jnp.asarray(epoch - 1), steps_per_epoch=1, epochs=80)
-    return jax.value_and_grad(lambda z: method.loss(None, net, batch, z, {}, progress)[0])(jnp.asarray(arrays[source]))
+    return jax.value_and_grad(lambda z: method.loss(None, net, batch, z, {}, progress).loss)(
+        jnp.asarray(arrays[source])
+    )
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -110,7 +111,9 @@ def test_focal_starts_from_the_frequencies():
 
 def test_a_run_begins_with_the_start_of_its_method(monkeypatch):
     """And the parameters of an earlier stage go before it."""
-    monkeypatch.setattr(stage_builder.train_step, "make_train_step", lambda *_, **__: (None, lambda *_: {}))  # takes no step
+    monkeypatch.setattr(
+        stage_builder.train_step, "make_train_step", lambda *_, **__: (None, lambda *_: {})
+    )  # takes no step
     config = get("focal", "dataset=digits")
     (stage,), mesh = stage_builder.stages(config), sharding.make_mesh(jax.devices()[:1])
     dataset = data.load(config.data)
@@ -151,7 +154,7 @@ def test_start_of_the_released_code(name):
     """One-sided in all of the study, which AT-BSL is not part of."""
     image = jnp.full((8, 4, 4, 1), 0.5)
     batch = methods.Batch(image, jnp.zeros(8, int), jnp.arange(8), eps=jnp.full(8, 0.1), step_size=jnp.full(8, 0.1))
-    net = SimpleNamespace(eval=lambda x: (x.mean((1, 2)) * jnp.arange(3.0), {}))
+    net = FakeNet(lambda x: (x.mean((1, 2)) * jnp.arange(3.0), {}))
     low = {}
     for fidelity in ("published", "released_code"):
         method = dataclasses.replace(method_of(name, fidelity), num_steps=0)

@@ -29,12 +29,12 @@ def test_terms_of_the_loss(float64):
     """Each against its equation, on the images of one step; four devices."""
 
     class Spy(SelfDistillation):
-        def init(self, info):
+        def init_state(self, info):
             return {"x": jnp.zeros((16, 6, 6, 1), float), "x_adv": jnp.zeros((16, 6, 6, 1), float)}
 
         def loss(self, key, net, batch, x_adv, method_state, progress):
-            value, (_, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
-            return value, (net.gather({"x": batch.image, "x_adv": x_adv}), metrics)
+            out = super().loss(key, net, batch, x_adv, method_state, progress)
+            return out._replace(method_state=net.gather({"x": batch.image, "x_adv": x_adv}))
 
     options = {"distillation": 2.0, "temperature": 3.0, "matching": 0.7}
     rows, images = {}, {}

@@ -65,14 +65,16 @@ def test_only_the_level_is_a_mean_of_class_means():
     with jax.enable_x64(True):
 
         class Spy(TAET):
-            def init(self, info):
+            def init_state(self, info):
                 return {"values": jnp.zeros(16, float), "label": jnp.zeros(16, int)}
 
             def loss(self, key, net, batch, x_adv, method_state, progress):
-                log_p = jax.nn.log_softmax(net.train(x_adv)[0])
+                log_p = jax.nn.log_softmax(net(x_adv, train=True)[0])
                 values = -jnp.take_along_axis(log_p, batch.label[:, None], 1)[:, 0]
-                value, (_, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
-                return value, ({"values": net.gather(values), "label": net.gather(batch.label).astype(int)}, metrics)
+                out = super().loss(key, net, batch, x_adv, method_state, progress)
+                return out._replace(
+                    method_state={"values": net.gather(values), "label": net.gather(batch.label).astype(int)}
+                )
 
         state, rows = run(Spy(num_steps=1, a=1.0, b=0.0, g=0.0), 4, steps=1)
         seen = state.method_state

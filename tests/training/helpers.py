@@ -89,7 +89,7 @@ def make(
         fed = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
     else:
         fed = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
-    state = sharding.replicate(train_state.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
+    state = sharding.replicate(train_state.create(key, variables, tx, method.init_state(info), averaged=averaged), mesh)
     state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, fed.example, teacher)), mesh)
     return step, sharding.shard_state(state, mesh, sharded), fed, teacher
 

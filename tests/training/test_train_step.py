@@ -118,12 +118,12 @@ def test_no_image_twice_in_an_epoch_and_another_order_in_the_next():
 class Draws(AT):
     """AT that keeps the images of its last step."""
 
-    def init(self, info):
+    def init_state(self, info):
         return {"index": jnp.zeros(16, int)}
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        value, (_, metrics) = AT.loss(self, key, net, batch, x_adv, method_state, progress)
-        return value, ({"index": net.gather(batch.index)}, metrics)
+        out = AT.loss(self, key, net, batch, x_adv, method_state, progress)
+        return out._replace(method_state={"index": net.gather(batch.index)})
 
 
 @pytest.mark.parametrize(("parallel", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 8)])

@@ -32,9 +32,9 @@ class AWP(base.AddOn):
             return self.inner.loss(key, net, batch, x_adv, method_state, progress)
 
         theta = jax.lax.stop_gradient(net.params)
-        ascent = net.mean(jax.grad(lambda params: inner(net.without_updates().at(params))[0])(theta))
+        ascent = net.mean(jax.grad(lambda params: inner(net.without_updates().with_params(params)).loss)(theta))
         v = jax.tree.map(self._along, theta, ascent)
-        return inner(net.at(jax.tree.map(jnp.add, net.params, v)))
+        return inner(net.with_params(jax.tree.map(jnp.add, net.params, v)))
 
     def _along(self, w, g):
         length = jnp.linalg.norm(g)

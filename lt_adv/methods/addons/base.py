@@ -23,8 +23,8 @@ class AddOn(Method):
             object.__setattr__(self, name, getattr(self.inner, name))
         super().__post_init__()
 
-    def init(self, info):
-        return self.inner.init(info)
+    def init_state(self, info):
+        return self.inner.init_state(info)
 
     def init_params(self, params, info):
         return self.inner.init_params(params, info)
