@@ -74,7 +74,7 @@ def get(
     c.sharded = ()  # of "opt_state", "average", "params": cut up among the devices, with shard_map
     c.cpu_devices = config_dict.placeholder(int)  # one per core, as far as the batch can be shared
     c.init_from = ""  # finished run, whose parameters training starts from; or a file of weights to evaluate
-    c.fidelity = "published"  # or "released_code": the quirks of the authors' code
+    c.fidelity = "paper"  # or "released_code": the quirks of the authors' code
     c.data = {
         "name": dataset,
         "title": known["title"],  # for reports

@@ -94,7 +94,7 @@ def test_fine_tuning_moves_what_it_is_to_move(start, baseline, caplog, name, tra
 def test_the_released_code_lets_statistics_move(config):
     c = config.get_config("dataset=digits")
     assert c.init_from == "workdirs/at-dataset=digits"
-    for c.fidelity, frozen in (("published", True), ("released_code", False)):
+    for c.fidelity, frozen in (("paper", True), ("released_code", False)):
         (stage,) = stage_builder.stages(c)
         assert stage.freeze_batch_stats == frozen and stage.freeze.startswith("backbone/")
         assert stage.init == c.init_from and stage.epochs == 1

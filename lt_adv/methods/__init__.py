@@ -54,5 +54,5 @@ def create(options: Mapping[str, Any], **common: Any) -> Method:
             raise registry.unknown(f"option of method {cls.__module__.rsplit('.', 1)[-1]}", option, takes)
         values = takes[option].metadata  # of `base.by_fidelity`, where None asks for one of them
         if not (values and value is None):
-            registry.of_type(f"config.method.{option}", value, values.get("published", takes[option].default))
+            registry.of_type(f"config.method.{option}", value, values.get("paper", takes[option].default))
     return cls(**common, **own)

@@ -9,10 +9,11 @@ import numpy as np
 from flax import struct
 
 from lt_adv import attacks
+from lt_adv.runtime import registry
 
 Array = jax.Array
 MethodState = Any
-FIDELITIES = ("published", "released_code")
+FIDELITIES = ("paper", "released_code")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,19 +123,27 @@ class Stage:
     teacher: str | None = None
 
 
-def by_fidelity(*, published: Any, released_code: Any) -> Any:
+def check_fidelity(path: str, value: Any) -> None:
+    """Raises ValueError unless `value`, of the config entry `path`, is one of FIDELITIES."""
+    if value == "published":
+        raise ValueError(f"{path} = 'published' is now called 'paper'.")
+    if value not in FIDELITIES:
+        raise registry.unknown(path, value, FIDELITIES)
+
+
+def by_fidelity(*, paper: Any, released_code: Any) -> Any:
     """A dataclass field with a default for each fidelity, for an option whose value in the released code differs.
 
     It is filled in when the method is made, for None too. A value that is given holds in either fidelity.
     """
-    return dataclasses.field(default=None, metadata={"published": published, "released_code": released_code})
+    return dataclasses.field(default=None, metadata={"paper": paper, "released_code": released_code})
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
     """Adversarial training with defaults that a paper overrides: perturb, loss, and rarely more.
 
-    `num_steps` and `start` belong to the inner attack. `fidelity` is "published" (the sane reading) or "released_code"
+    `num_steps` and `start` belong to the inner attack. `fidelity` is "paper" (the sane reading) or "released_code"
     (its quirks, as the method's docstring lists them).
     """
 
@@ -144,11 +153,10 @@ class Method:
 
     num_steps: int = 10
     start: str = "uniform"
-    fidelity: str = "published"
+    fidelity: str = "paper"
 
     def __post_init__(self):
-        if self.fidelity not in FIDELITIES:
-            raise ValueError(f"config.fidelity must be one of {', '.join(FIDELITIES)}, not {self.fidelity!r}.")
+        check_fidelity("config.fidelity", self.fidelity)
         if self.num_steps < 0:
             raise ValueError(f"config.attack.num_steps must not be negative, not {self.num_steps}.")
         for field in dataclasses.fields(self):

@@ -31,7 +31,7 @@ class REAT(base.Method):
     it; no epoch is selected on the test set.
     """
 
-    tail_weight: float = base.by_fidelity(published=0.1, released_code=1.0)
+    tail_weight: float = base.by_fidelity(paper=0.1, released_code=1.0)
     tail_margin: float = 1.0
 
     def __post_init__(self):

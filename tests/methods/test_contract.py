@@ -53,7 +53,7 @@ def test_hyper_parameters_are_fields(one):
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.num_steps = 3
     assert hash(method) == hash(dataclasses.replace(method))
-    for fidelity in ("published", "released_code"):
+    for fidelity in ("paper", "released_code"):
         dataclasses.replace(method, fidelity=fidelity)
     with pytest.raises(ValueError, match="fidelity"):
         dataclasses.replace(method, fidelity="exact")

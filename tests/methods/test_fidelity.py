@@ -18,7 +18,7 @@ from lt_adv.training import stage_builder
 from tests.test_configs import NAMES
 from tests.training.helpers import run
 
-FIDELITIES = ("published", "released_code")
+FIDELITIES = ("paper", "released_code")
 # Values as the papers and their codes have them, or ours where the codes have none. A pair: ours, and the code's.
 OPTIONS = {
     "alp": {"beta": 6.0},  # ours: the code has no config for ALP, and its default of 0 is no pairing
@@ -64,7 +64,7 @@ CONFIGS = {
 }
 
 
-def get(name, fidelity="published", arguments="dataset=cifar10"):
+def get(name, fidelity="paper", arguments="dataset=cifar10"):
     config = importlib.import_module(f"configs.{name}").get_config(arguments)
     config.fidelity = fidelity
     return config
@@ -123,7 +123,7 @@ def test_none_is_for_options_with_two_defaults():
 
 def test_what_a_run_says_of_them(tmp_path):
     """The report has the value; config.json leaves it open beside the fidelity that decides it."""
-    for fidelity, weight in (("published", "0.1"), ("released_code", "1")):
+    for fidelity, weight in (("paper", "0.1"), ("released_code", "1")):
         config = get("reat", fidelity)
         assert runs._method(config) == f"reat (tail_margin 1, tail_weight {weight})"
         config.addons = ("awp",)
@@ -136,7 +136,7 @@ def test_what_a_run_says_of_them(tmp_path):
 
 @pytest.mark.usefixtures("float64")
 def test_reat_trains_with_the_weight_of_its_code():
-    for fidelity, weight in (("published", 0.1), ("released_code", 1.0)):
+    for fidelity, weight in (("paper", 0.1), ("released_code", 1.0)):
         (row,) = run(REAT(num_steps=1, fidelity=fidelity), 1, steps=1)[1]
         assert row["loss"] == pytest.approx(row["loss_balanced"] + weight * row["loss_tail"], rel=1e-12)
         assert abs(row["loss_tail"]) > 1e-6

@@ -71,7 +71,7 @@ def test_alp_is_one_norm_over_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("method", "published", "released"),  # i: the clean images, a: the adversarial ones; batch norm sees them in turn
+    ("method", "paper", "released"),  # i: the clean images, a: the adversarial ones; batch norm sees them in turn
     [
         (ALP, "ai", "aiia"),
         (AT, "a", "a"),
@@ -82,8 +82,8 @@ def test_alp_is_one_norm_over_the_batch():
         (Trades, "ia", "iai"),
     ],
 )
-def test_forwards_in_training_mode_and_their_order(method, published, released):
-    for fidelity, order in (("published", published), ("released_code", released)):
+def test_forwards_in_training_mode_and_their_order(method, paper, released):
+    for fidelity, order in (("paper", paper), ("released_code", released)):
         seen = loss(method(fidelity=fidelity))[2]
         assert ["ia"[np.array_equal(x, X_ADV)] for x in seen] == list(order)
 
@@ -103,7 +103,7 @@ def of_logits(method, clean, adversarial):
 
 
 @pytest.mark.parametrize("scale", [1, 300])
-@pytest.mark.parametrize("fidelity", ["published", "released_code"])
+@pytest.mark.parametrize("fidelity", ["paper", "released_code"])
 def test_trades_takes_log_softmax_in_either_fidelity(fidelity, scale):
     """Value and gradients by hand, also where the smallest q is far below the 1e-12 of RoBal's regulariser."""
     z, other = scale * np.asarray(logits(IMAGE)), scale * np.asarray(logits(X_ADV))
@@ -122,7 +122,7 @@ def test_the_constant_in_the_logarithm_is_the_released_robals():
     """And of no other method: the gradient in the logits of x_adv, where q is zero to all digits."""
     z, other = 300 * logits(IMAGE), 300 * logits(X_ADV)
     for method in (RoBal, Trades, Mart):
-        apart = [of_logits(method(fidelity=fidelity), z, other)[1][1] for fidelity in ("published", "released_code")]
+        apart = [of_logits(method(fidelity=fidelity), z, other)[1][1] for fidelity in ("paper", "released_code")]
         assert (np.abs(apart[0] - apart[1]).max() > 1e-6) == (method is RoBal)
 
 

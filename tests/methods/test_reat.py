@@ -93,7 +93,7 @@ def test_the_tail_is_the_rarest_classes(counts, tail):
 def test_readings_and_weight_of_tail_alignment():
     ours, released = (
         run(REAT(num_steps=1, tail_weight=0.5, fidelity=fidelity), 1, steps=1)[1][0]
-        for fidelity in ("published", "released_code")
+        for fidelity in ("paper", "released_code")
     )
     for row in (ours, released):
         assert row["loss"] == pytest.approx(row["loss_balanced"] + 0.5 * row["loss_tail"], rel=1e-12)

@@ -39,7 +39,7 @@ def get(name, arguments=""):
     return importlib.import_module(f"configs.{name}").get_config(arguments)
 
 
-def method_of(name, fidelity="published"):
+def method_of(name, fidelity="paper"):
     config = get(name, "dataset=cifar10")
     config.fidelity = fidelity
     (stage,) = stage_builder.stages(config)
@@ -156,12 +156,12 @@ def test_start_of_the_released_code(name):
     batch = methods.Batch(image, jnp.zeros(8, int), jnp.arange(8), eps=jnp.full(8, 0.1), step_size=jnp.full(8, 0.1))
     net = FakeNet(lambda x: (x.mean((1, 2)) * jnp.arange(3.0), {}))
     low = {}
-    for fidelity in ("published", "released_code"):
+    for fidelity in ("paper", "released_code"):
         method = dataclasses.replace(method_of(name, fidelity), num_steps=0)
         x = method.perturb(jax.random.split(jax.random.key(0), 8), net, batch, {}, None)
         low[fidelity] = float((x - image).min())
         assert method.attack_start == ("one_sided" if low[fidelity] >= 0 else method.start)
-    assert low["published"] < 0 and (low["released_code"] >= 0) == (name != "at_bsl")
+    assert low["paper"] < 0 and (low["released_code"] >= 0) == (name != "at_bsl")
 
 
 # Config -> head, method (beside its name), sampler.

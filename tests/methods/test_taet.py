@@ -26,7 +26,7 @@ def test_protocol(dataset):
     assert (config.optim.batch_size, config.optim.weight_decay, config.optim.learning_rate) == (128, 5e-4, 0.1)
 
 
-@pytest.mark.parametrize("fidelity", ["published", "released_code"])  # plain training by itself would compound
+@pytest.mark.parametrize("fidelity", ["paper", "released_code"])  # plain training by itself would compound
 @pytest.mark.parametrize("drops", [(75, 90), (20, 60), (40,), ()])
 def test_drops_count_over_both_stages(drops, fidelity):
     config = taet.get_config("dataset=cifar10")

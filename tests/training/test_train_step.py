@@ -161,15 +161,15 @@ def test_robal_moves_statistics_twice_and_the_released_code_four_times():
         state, _ = step(state, feed.example, teacher)
         moves[fidelity] = start, float(state.batch_stats["BatchNorm_0"]["var"][0]), variables
     # With x_adv = x every forward sees the same variance v: after k moves it is 0.9^k * start + (1 - 0.9^k) v.
-    start, published, variables = moves["published"]
-    v = (published - 0.81 * start) / 0.19
+    start, paper, variables = moves["paper"]
+    v = (paper - 0.81 * start) / 0.19
     _, released, _ = moves["released_code"]
     x = split().image.astype(np.float32) / 255
     _, new = Small(axis_name=None).apply(variables, x, train=True, mutable=["batch_stats"])
     assert v == pytest.approx((float(new["batch_stats"]["BatchNorm_0"]["var"][0]) - 0.9) / 0.1, rel=0.3)  # of all 40
     # The released start is one-sided: with num_steps = 0 x_adv differs from x, so v is approximate there.
     assert released == pytest.approx(0.9**4 * start + (1 - 0.9**4) * v, rel=0.05)
-    assert abs(released - published) > 0.05 * abs(start)
+    assert abs(released - paper) > 0.05 * abs(start)
 
 
 def test_bad_options():
