@@ -1,4 +1,4 @@
-"""The contract every method keeps: a file with one frozen dataclass, whose fields are the hyper-parameters."""
+"""The interface of a method: a frozen dataclass whose fields are the hyper-parameters."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
@@ -18,9 +18,9 @@ FIDELITIES = ("paper", "released_code")
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """What is known of the training set before the first step. Static: numpy, never traced."""
+    """Static facts of the training set: numpy, never traced."""
 
-    class_counts: np.ndarray  # int [classes], after a validation cut
+    class_counts: np.ndarray  # int [classes], without the validation split
     steps_per_epoch: int
     epochs: int
     image_shape: tuple[int, ...]
@@ -33,16 +33,17 @@ class DataInfo:
 
 @struct.dataclass
 class Batch:
-    """One device's share of a batch. `eps` and `step_size` come from the config, so that a wrapper can rescale them for
-    `perturb`; a loss sees them as the config has them.
+    """One device's share of a batch.
+
+    `eps` and `step_size` are those of the config. An add-on may rescale them for `perturb`, not for `loss`.
     """
 
     image: Array  # float [b, h, w, c] in [0, 1]
     label: Array  # int [b]
-    index: Array  # int [b], of the original data set
+    index: Array  # int [b], position in the original data set
     eps: Array  # float [b]
     step_size: Array  # float [b]
-    x_init: Array | None = None  # where the attack starts, set by a wrapper; otherwise the method's own start
+    x_init: Array | None = None  # starting point of the attack; an add-on may set it in place of `start`
 
 
 @struct.dataclass
@@ -61,11 +62,11 @@ class TrainProgress:
 
 
 class Net(Protocol):
-    """All of the network that a method may touch."""
+    """The network, as a method calls it."""
 
     params: Any
     info: DataInfo
-    teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None
+    teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None  # of `Stage.teacher`, in evaluation mode
 
     def __call__(self, x: Array, *, train: bool) -> tuple[Array, dict[str, Array]]:
         """Returns (logits [b, classes], {"features": [b, features]}).
@@ -105,21 +106,19 @@ class LossOutput(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One trace of training. A method with several stages (a teacher, then a student) lists them in `stages`.
-
-    `overrides` are config paths to values ({"data.sampler": "class_aware"}) that hold in this stage alone. `init` is
-    "fresh", "previous" (the stage before) or the path of another run's working directory, whose parameters are merged
-    by name. `freeze` is a regular expression over parameter paths ("backbone/.*"). `teacher` may be "previous": the
-    last state of the stage before, frozen, as `net.teacher`.
-    """
+    """One stage of training. A method with several stages (a teacher, then a student) lists them in `stages`."""
 
     method: "Method"
     epochs: int
     name: str = "train"
+    # Config entries of this stage, {"data.sampler": "class_aware"}.
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # "fresh", "previous" (the stage before), or the working directory of a run whose parameters are merged by name.
     init: str = "fresh"
+    # Regular expression over parameter paths, "backbone/.*".
     freeze: str | None = None
     freeze_batch_stats: bool = False
+    # "previous": `net.teacher` is the final network of the stage before.
     teacher: str | None = None
 
 
@@ -132,27 +131,27 @@ def check_fidelity(path: str, value: Any) -> None:
 
 
 def by_fidelity(*, paper: Any, released_code: Any) -> Any:
-    """A dataclass field with a default for each fidelity, for an option whose value in the released code differs.
+    """Returns a dataclass field with a default for each fidelity.
 
-    It is filled in when the method is made, for None too. A value that is given holds in either fidelity.
+    The method sets it when it is created without a value, or with None. Any other value is used in both fidelities.
     """
     return dataclasses.field(default=None, metadata={"paper": paper, "released_code": released_code})
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Adversarial training with defaults that a paper overrides: perturb, loss, and rarely more.
+    """Base class of all methods: PGD as inner attack, one stage, no state. A subclass overrides `loss`, rarely more.
 
-    `num_steps` and `start` belong to the inner attack. `fidelity` is "paper" (the sane reading) or "released_code"
-    (its quirks, as the method's docstring lists them).
+    `fidelity` is "paper" or "released_code", which also reproduces the peculiarities of the authors' code that the
+    docstring of the method lists.
     """
 
-    compounding_schedule: ClassVar[bool] = False  # whether the released code's learning rate compounds (training.optim)
-    no_attack: ClassVar[bool] = False  # whether `perturb` is without an attack
-    released_start: ClassVar[str | None] = None  # of the attack in the released code, where it is another
+    compounding_schedule: ClassVar[bool] = False  # the released code compounds the drops; see `optimizer.schedule`
+    no_attack: ClassVar[bool] = False  # `perturb` runs no attack
+    released_start: ClassVar[str | None] = None  # start of the attack in the released code, if it differs
 
-    num_steps: int = 10
-    start: str = "uniform"
+    num_steps: int = 10  # of the inner attack
+    start: str = "uniform"  # of the inner attack
     fidelity: str = "paper"
 
     def __post_init__(self):
@@ -165,32 +164,32 @@ class Method:
 
     @property
     def attack_start(self) -> str:
-        """Where the inner attack starts: `start`, unless the released code is followed and has another."""
+        """Returns the start of the inner attack: `released_start`, if set, with `fidelity="released_code"`."""
         return (self.fidelity == "released_code" and self.released_start) or self.start
 
     def init_state(self, info: DataInfo) -> MethodState:
-        """Arrays that live in the train state, saved and resumed. None of them by default."""
+        """Returns the initial `method_state`: arrays that are part of the train state. By default there are none."""
         del info
         return {}
 
     def init_params(self, params: Any, info: DataInfo) -> Any:
-        """Fresh parameters {"backbone", "head"} as training begins with them: for starts that depend on `info`.
+        """Returns the initial parameters {"backbone", "head"}, for an initialization that depends on `info`.
 
-        They come before anything of another run or stage is merged in. As the network has them by default.
+        Parameters of another run or stage are merged in afterwards. By default `params` is returned.
         """
         del info
         return params
 
     def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
-        """Training examples, [b, h, w, c]: PGD on the cross-entropy of the evaluation-mode network by default.
+        """Returns adversarial examples [b, h, w, c]: by default PGD on the cross-entropy, with `train=False`.
 
-        `key` is one key per example [b], so that nothing depends on the number of devices.
+        `key` is one key per example [b], so that the result does not depend on the number of devices.
         """
         del method_state, progress
         return self.pgd(key, net, batch, batch.label)
 
     def pgd(self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Any = attacks.cross_entropy) -> Array:
-        """The inner attack, shared by the methods: `y` is whatever `objective(logits, y)` compares the logits with."""
+        """Returns the result of PGD on `objective(logits, y)`, the inner attack of most methods."""
         return attacks.pgd(
             key,
             lambda x: net(x, train=False)[0],
@@ -211,10 +210,10 @@ class Method:
         raise NotImplementedError
 
     def epoch_end(self, method_state: MethodState, progress: TrainProgress) -> MethodState:
-        """`method_state` after the last step of an epoch."""
+        """Returns `method_state` after the last step of an epoch."""
         del progress
         return method_state
 
     def stages(self, config: Any) -> tuple[Stage, ...]:
-        """What is trained, in order: one stage by default, from `config.init_from` where that names a finished run."""
+        """Returns the stages, in order: by default one, which starts from the run `config.init_from` if that is set."""
         return (Stage(method=self, epochs=config.optim.epochs, init=config.init_from or "fresh"),)

@@ -12,14 +12,14 @@ from lt_adv.methods import at, base
 class TDE(at.AT):
     """Adversarial training of a cosine head that keeps a running mean of feature directions, m <- mu m + E f / |f|.
 
-    f are the features of x_adv in the outer forward, E the mean over the whole batch; there is no factor 1 - mu, so m
-    grows to 1 / (1 - mu) times the mean direction. Training does not use m; `config.eval.adjustment` "tde" removes its
-    effect at inference.
+    f are the features of x_adv in the outer forward, E the mean over the batch of all devices. There is no factor
+    1 - mu, so m grows to 1 / (1 - mu) times the mean direction. Training does not use m; `config.eval.adjustment` "tde"
+    removes its effect at inference.
 
-    Differs from the released code as `AT` does, and under either fidelity in m and in the attack. Its only config has
-    `posthoc: True`: there m moves once a step, in the outer forward alone, as here; but it begins as that code leaves
-    it, uninitialised, where ours begins at 0; and the training attack climbs the cross-entropy of the adjusted logits,
-    as evaluation mode gives them there, where ours climbs that of the logits that are trained.
+    Differs from the released code as `AT` does, and in either fidelity in m and in the attack. The only config of the
+    code has `posthoc: True`: it updates m once per step, in the outer forward, as we do, but starts from uninitialized
+    memory, where we start at 0. Its training attack maximizes the cross-entropy of the adjusted logits, which its
+    network returns in evaluation mode, where ours maximizes that of the logits that are trained.
     """
 
     mu: float = 0.9
