@@ -1,4 +1,4 @@
-"""Every file of lt_adv/methods/addons: on eight devices what it is on one, composed, and its limits."""
+"""Every add-on: equal results on one and eight devices, composition, and limit cases."""
 
 import dataclasses
 import inspect
@@ -51,10 +51,12 @@ def test_eight_devices_equal_one(name):
 def test_contract(name):
     method = addons.wrap(RoBal(num_steps=3, fidelity="released_code"), (name,), SETTINGS)
     assert isinstance(method, AddOn) and type(method).__doc__ and inspect.getmodule(type(method)).__doc__
-    own = {f.name for f in dataclasses.fields(method) if f.init} - {"inner"}
-    assert own == set(SETTINGS[name]) and own == set(at.get_config()[name]), "each setting is an entry of the config"
+    options = {f.name for f in dataclasses.fields(method) if f.init} - {"inner"}
+    assert options == set(SETTINGS[name]) and options == set(at.get_config()[name]), (
+        "each setting is an entry of the config"
+    )
     assert (method.num_steps, method.fidelity, method.compounding_schedule) == (3, "released_code", True)
-    assert method.attack_start == ("uniform" if name == "robustlt" else "one_sided"), "RobustLT has its own"
+    assert method.attack_start == ("uniform" if name == "robustlt" else "one_sided"), "RobustLT sets the start"
     assert hash(method) == hash(dataclasses.replace(method))
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.inner = AT()
@@ -62,12 +64,12 @@ def test_contract(name):
         dataclasses.replace(method, num_steps=1)
 
 
-def test_add_ons_are_no_methods():
+def test_add_ons_are_not_methods():
     assert set(EVERY) == set(SETTINGS) and not set(methods.names()) & {"addons", *EVERY}
 
 
-def test_everything_is_passed_on():
-    """A function that `Method` gets one day must be passed on too, or a method inside would lose its own."""
+def test_add_ons_delegate_every_function_of_a_method():
+    """Otherwise the inner method's override of a new function of `Method` would be lost."""
     functions = {name for name, f in vars(base.Method).items() if inspect.isfunction(f) and not name.startswith("__")}
     assert functions - {"pgd"} <= vars(AddOn).keys(), "pgd is what the inner method calls itself"
 
@@ -123,7 +125,7 @@ class Quartic(base.Method):
         return base.LossOutput(value, logits=None)
 
 
-def test_awp_is_the_gradient_at_weights_moved_along_the_gradient():
+def test_awp_is_the_gradient_at_perturbed_weights():
     rng = np.random.default_rng(3)
     params = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=4), "flat": np.ones((2, 2))}
 
@@ -133,12 +135,12 @@ def test_awp_is_the_gradient_at_weights_moved_along_the_gradient():
 
         return jax.grad(value)(jax.tree.map(jnp.asarray, params))
 
-    found = jax.tree.map(lambda a: a[0], jax.jit(jax.vmap(gradient, axis_name=AXIS))(jnp.zeros(1)))
+    gradients = jax.tree.map(lambda a: a[0], jax.jit(jax.vmap(gradient, axis_name=AXIS))(jnp.zeros(1)))
     w, g = params["kernel"], (params["kernel"] - 1) ** 3
     moved = w + 0.1 * np.linalg.norm(w) * g / np.linalg.norm(g)
-    np.testing.assert_allclose(found["kernel"], (moved - 1) ** 3, rtol=1e-12)
-    np.testing.assert_allclose(found["bias"], (params["bias"] - 1) ** 3, rtol=1e-12)  # one dimension: not moved
-    np.testing.assert_array_equal(found["flat"], 0)  # no gradient, no direction, and no division by zero
+    np.testing.assert_allclose(gradients["kernel"], (moved - 1) ** 3, rtol=1e-12)
+    np.testing.assert_allclose(gradients["bias"], (params["bias"] - 1) ** 3, rtol=1e-12)  # one dimension: not moved
+    np.testing.assert_array_equal(gradients["flat"], 0)  # no gradient, no direction, and no division by zero
 
 
 # --- RobustLT
@@ -181,7 +183,7 @@ def perturb(method, epoch=0, epochs=10, low=0.3, high=0.7):
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.8])
-def test_robustlt_of_alpha_0_finds_the_inner_methods_examples(warmup):
+def test_robustlt_of_alpha_0_perturbs_as_the_inner_method(warmup):
     """Bit for bit, once warm: the same start, radius and step, where clipping the start changes nothing."""
     _, bare = perturb(AT(num_steps=3))
     np.testing.assert_array_equal(perturb(RobustLT(AT(num_steps=3), alpha=0.0, warmup=warmup), epoch=8)[1], bare)
@@ -231,7 +233,7 @@ def test_step_scales_as_the_radius_does():
     np.testing.assert_allclose(step, STEP * factor, rtol=1e-12)
 
 
-def test_the_start_has_the_radius_of_all_and_is_clipped():
+def test_the_start_has_the_common_radius_and_is_clipped():
     @dataclasses.dataclass(frozen=True)
     class Start(AT):
         def perturb(self, key, net, batch, method_state, progress):
@@ -246,7 +248,7 @@ def test_the_start_has_the_radius_of_all_and_is_clipped():
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_views_of_the_network_write_nothing(freeze):
+def test_derived_networks_do_not_update_statistics(freeze):
     model, x = Small(axis_name=None), jnp.asarray(RNG.uniform(size=(5, 6, 6, 1)))
     variables = jax.tree.map(lambda a: a.astype(float), model.init(jax.random.key(7), x, train=False))
     net = Net(model.apply, **variables, info=None, key=jax.random.key(8), freeze_batch_stats=freeze)

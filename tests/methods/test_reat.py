@@ -1,4 +1,4 @@
-"""REAT: what is counted, what the counts do (and do not) to the attack, the limit in which it is AT-BSL."""
+"""REAT: its counts of predictions, its attack, tail alignment, and the limit that equals AT-BSL."""
 
 import dataclasses
 import types
@@ -21,21 +21,21 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 @dataclasses.dataclass(frozen=True)
 class Spy(REAT):
-    """REAT that keeps what its last step predicted."""
+    """REAT whose state holds the predictions of the last step."""
 
     def init_state(self, info):
-        return {**super().init_state(info), "seen": jnp.zeros(16, int)}
+        return {**super().init_state(info), "latest": jnp.zeros(16, int)}
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        seen = net.gather(jnp.argmax(net(x_adv, train=True)[0], -1))
+        latest = net.gather(jnp.argmax(net(x_adv, train=True)[0], -1))
         out = super().loss(key, net, batch, x_adv, method_state, progress)
-        return out._replace(method_state={**out.method_state, "seen": seen})
+        return out._replace(method_state={**out.method_state, "latest": latest})
 
     def epoch_end(self, method_state, progress):
         return {**method_state, **super().epoch_end(method_state, progress)}
 
 
-def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
+def test_counts_are_the_predictions_of_the_last_epoch_on_all_devices():
     step, state, feed, teacher = make(Spy(num_steps=1), 2)  # two steps are an epoch
     extras = [jax.device_get(state.method_state)]
     with feed.batches(0, 4) as batches:
@@ -44,7 +44,7 @@ def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
             extras.append(jax.device_get(state.method_state))
     np.testing.assert_array_equal(extras[0]["predicted"], COUNTS)
     for first in (1, 3):
-        once, twice = (np.bincount(extras[first + n]["seen"], minlength=4) for n in (0, 1))
+        once, twice = (np.bincount(extras[first + n]["latest"], minlength=4) for n in (0, 1))
         np.testing.assert_array_equal(extras[first]["running"], once)
         np.testing.assert_array_equal(extras[first]["predicted"], extras[first - 1]["predicted"])
         np.testing.assert_array_equal(extras[first + 1]["predicted"], once + twice)
@@ -53,7 +53,7 @@ def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
 
 
 def test_without_tail_alignment_it_is_at_bsl_from_a_uniform_start():
-    """The weights of the inner loss never reach an L-inf attack: they scale a gradient whose sign is taken."""
+    """Weights of the inner loss do not change an L-inf attack, which uses only the sign of the gradient."""
     (state, rows), (expected, others) = (
         run(method, 1, steps=4) for method in (REAT(num_steps=2, tail_weight=0.0), ATBSL(num_steps=2, start="uniform"))
     )

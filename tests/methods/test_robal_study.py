@@ -90,7 +90,7 @@ def test_deferred_reweighting(golden, assert_golden, epoch):
         assert_golden(value, arrays["cross_entropy.value"])
 
 
-def test_what_is_deferred_begins_with_its_epoch():
+def test_deferred_losses_start_at_their_epoch():
     """Two steps are an epoch: the first two are those of plain adversarial training, the third is not."""
     with jax.enable_x64(True):
         _, rows = run(LDAM(from_epoch=2, max_margin=3.0, num_steps=0), 1, steps=3)
@@ -109,7 +109,7 @@ def test_focal_starts_from_the_frequencies():
     assert Focal(prior_bias=False).init_params(params, info) is params and AT().init_params(params, info) is params
 
 
-def test_a_run_begins_with_the_start_of_its_method(monkeypatch):
+def test_a_run_starts_with_the_initial_parameters_of_its_method(monkeypatch):
     """And the parameters of an earlier stage go before it."""
     monkeypatch.setattr(
         stage_builder.train_step, "make_train_step", lambda *_, **__: (None, lambda *_: {})
@@ -164,7 +164,7 @@ def test_start_of_the_released_code(name):
     assert low["paper"] < 0 and (low["released_code"] >= 0) == (name != "at_bsl")
 
 
-# Config -> head, method (beside its name), sampler.
+# Config -> head, method (without its name), sampler.
 VALUES = {
     "cosine": ({"name": "cosine", "scale": 16}, {"name": "at"}),
     "margin": ({"name": "cosine", "scale": 1}, {"name": "margin", "margin": 0.2, "scale": 10}),
@@ -189,10 +189,10 @@ def test_values_of_a_row(name, dataset):
     assert config.optim.warmup_epochs == (5 if name == "focal" else 0)
     epochs, drops = (25, (15, 20)) if name == "resampling" else (80, (60, 75))
     assert (config.optim.epochs, config.optim.drop_epochs) == (epochs, drops)
-    ours, theirs = (schema.flat(c.to_dict()) for c in (config, get("at", f"dataset={dataset}")))
-    own = ("method.", "model.head.", "data.sampler", "optim.epochs", "optim.drop_epochs", "optim.warmup_epochs")
-    different = {path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)}
-    assert not {path for path in different if not path.startswith(own)}, "the rest is plain adversarial training's"
+    row, baseline = (schema.flat(c.to_dict()) for c in (config, get("at", f"dataset={dataset}")))
+    allowed = ("method.", "model.head.", "data.sampler", "optim.epochs", "optim.drop_epochs", "optim.warmup_epochs")
+    different = {path for path in {*row, *baseline} if row.get(path) != baseline.get(path)}
+    assert not {path for path in different if not path.startswith(allowed)}, "the rest is plain adversarial training's"
 
 
 def test_epochs_of_a_row_scale_with_its_length():
