@@ -80,7 +80,7 @@ def get(
     c.sharded = ()  # of "opt_state", "average", "params": sharded over the devices, with shard_map
     c.cpu_devices = config_dict.placeholder(int)  # None: one per core, as far as the batch divides
     c.init_from = ""  # finished run whose parameters training starts from, or a file of weights to evaluate
-    c.fidelity = "published"  # or "released_code": the quirks of the authors' code
+    c.fidelity = "paper"  # or "released_code": the quirks of the authors' code
     c.data = {
         "name": dataset,
         "title": known["title"],  # for reports

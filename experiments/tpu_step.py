@@ -52,10 +52,10 @@ def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
     rate = optimizer.schedule(config, steps, 1)
     tx = optimizer.create(config, rate, variables["params"])
     static = StepOptions(BATCH, eps=8 / 255, step_size=2 / 255)
-    step, init_window = make_train_step(method, model.apply, tx, rate, info, static, mesh, "shard_map")
+    step, init_metric_sums = make_train_step(method, model.apply, tx, rate, info, static, mesh, "shard_map")
 
     def first(variables: Any) -> train_state.TrainState:
-        return train_state.create(jax.random.key(0), variables, tx, method.init(info), averaged=False)
+        return train_state.create(jax.random.key(0), variables, tx, method.init_state(info), averaged=False)
 
     def placed(tree: Any) -> Any:
         return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), tree)
@@ -63,7 +63,7 @@ def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
     data = {name: jax.ShapeDtypeStruct((input_pipeline.BLOCK, BATCH), np.int32) for name in ("row", "label", "index")}
     data["image"] = jax.ShapeDtypeStruct((examples, math.prod(SHAPE)), np.uint8)
     state, data = placed(jax.eval_shape(first, variables)), placed(data)
-    state = placed(state.replace(window=jax.eval_shape(init_window, state, data, {})))
+    state = placed(state.replace(metric_sums=jax.eval_shape(init_metric_sums, state, data, {})))
     return step.trace(state, data, {}).lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
 
 

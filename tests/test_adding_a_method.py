@@ -1,4 +1,4 @@
-"""The page that says how to add a method is followed to the letter, in a copy of the repository."""
+"""The page "Adding a method": its files and commands work in a copy of the repository."""
 
 import json
 import re
@@ -32,19 +32,19 @@ def copy(tmp_path_factory):
 
 def test_every_command_of_the_page_runs(copy):
     (block,) = re.findall(r"^```bash\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE)
-    said = []
+    outputs = []
     for line in block.splitlines():
-        given = [sys.executable, *shlex.split(line)[1:]]
-        result = subprocess.run(given, cwd=copy, capture_output=True, text=True, timeout=600)
+        command = [sys.executable, *shlex.split(line)[1:]]
+        result = subprocess.run(command, cwd=copy, capture_output=True, text=True, timeout=600)
         assert result.returncode == 0, result.stdout + result.stderr
-        said.append(result.stdout)
+        outputs.append(result.stdout)
     report = json.loads((copy / "workdirs/hard_classes-dataset=digits-epochs=2/report.json").read_text())
     assert report["header"]["method"] == "hard_classes (gamma 1)" and report["metrics"]["eval/clean/accuracy"] > 0.2
-    # Its own test, and each test of the contract that takes a method: two ways to use eight devices, and two more.
-    assert re.search(r"^5 passed", said[-1], re.MULTILINE), said[-1]
+    # The test of the page, and four contract tests: pmap, shard_map, finite, fields.
+    assert re.search(r"^5 passed", outputs[-1], re.MULTILINE), outputs[-1]
 
 
-def test_the_page_has_no_dead_link_and_names_all_that_may_be_overridden():
+def test_links_exist_and_every_function_of_a_method_is_listed():
     links = re.findall(r"\]\(([^)#]+)\)", TEXT)
     assert links and all((PAGE.parent / link).exists() for link in links)
     from lt_adv.methods import base

@@ -33,7 +33,7 @@ def test_builds(name, dataset):
     """The config is valid in both fidelities, and its stages have optim.epochs epochs in all."""
     config = get(name, dataset=dataset).lock()
     assert config.data.name == dataset and config.data.imbalance_ratio >= 1
-    for fidelity in ("published", "released_code"):
+    for fidelity in ("paper", "released_code"):
         config.fidelity = fidelity
         schema.values(config)
         stages = stage_builder.stages(config)  # a teacher has other epochs
@@ -157,7 +157,7 @@ def steps(attacks):
 def test_results_use_the_last_epoch_and_the_complete_test_set(name):
     config = get(name, dataset="cifar10")
     assert config.data.validation_per_class == 0 and config.eval.checkpoint == "last"
-    assert config.eval.subset_per_class == 0 and not config.eval.only and config.fidelity == "published"
+    assert config.eval.subset_per_class == 0 and not config.eval.only and config.fidelity == "paper"
 
 
 def test_lt_adv_recipe_has_no_crops_in_short_runs_only():
@@ -166,7 +166,7 @@ def test_lt_adv_recipe_has_no_crops_in_short_runs_only():
     assert get("lt_adv", dataset="digits").data.augment == "none"
 
 
-def rates(config, epochs, fidelity="published", steps_per_epoch=7):
+def rates(config, epochs, fidelity="paper", steps_per_epoch=7):
     """Returns {epoch, from 1: learning rate}; asserts that the rate is constant within an epoch."""
     config.fidelity = fidelity
     (stage,) = stage_builder.stages(config)
@@ -195,7 +195,7 @@ def test_last_epoch_of_at_bsl_has_the_last_rate(epochs, rate_before):
         config = get("at_bsl", dataset=dataset, epochs=epochs)
         assert config.optim.drop_epochs[-1] == epochs
         expected = {epochs - 1: rate_before, epochs: 1e-4}
-        for fidelity in ("published", "released_code"):
+        for fidelity in ("paper", "released_code"):
             assert rates(config, expected, fidelity) == expected
     assert get("at_bsl", dataset="digits").optim.drop_epochs == (23, 27, 30)
 
@@ -233,11 +233,11 @@ def test_drops_compound_in_the_released_code_of_robals_study_only(name):
     config = get(name, dataset="cifar10", epochs=8)
     config.optim.drop_epochs = (2,)
     rates = {}
-    for config.fidelity in ("published", "released_code"):
+    for config.fidelity in ("paper", "released_code"):
         stage = stage_builder.stages(config)[-1]
         schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, 1)
         rates[config.fidelity] = float(schedule(stage.epochs - 1))
-    assert (rates["released_code"] < 0.5 * rates["published"]) == (name not in not_compounding)
+    assert (rates["released_code"] < 0.5 * rates["paper"]) == (name not in not_compounding)
 
 
 def test_shorter_runs_drop_at_the_same_fractions():

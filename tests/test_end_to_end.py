@@ -31,14 +31,14 @@ where, number, sign = {arguments!r}
 make, save = train_step.make_train_step, checkpoint.Checkpoints.save
 
 def make_train_step(*args, **options):
-    step, init_window = make(*args, **options)
+    step, init_metric_sums = make(*args, **options)
 
     def signalled(state, data, teacher):
         if int(jax.device_get(state.step)) == number and os.environ.get("JAX_PROCESS_ID", "1") == "1":
             os.kill(os.getpid(), sign)
         return step(state, data, teacher)
 
-    return signalled, init_window
+    return signalled, init_metric_sums
 
 def signalled_save(self, step, *args):
     save(self, step, *args)  # returns while orbax still writes
@@ -95,7 +95,7 @@ def test_killed_twice_and_terminated_once_is_bit_for_bit_an_unbroken_run(launch,
     assert result.returncode == 0 and "Resumed 0_train at step 25 of 28" in result.stdout, result.stderr
     (step, expected), (other, actual) = final(whole), final(broken)
     assert step == other == 28 and expected.keys() == actual.keys()
-    for name in ("params", "batch_stats", "opt_state", "average", "window", "key"):
+    for name in ("params", "batch_stats", "opt_state", "average", "metric_sums", "key"):
         assert any(name in path for path in expected), name
     different = [path for path in expected if expected[path].tobytes() != actual[path].tobytes()]
     assert not different

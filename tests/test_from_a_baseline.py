@@ -1,4 +1,4 @@
-"""Rows that begin with a finished run: fine-tuned from it, or evaluated again with adjusted logits; and TDE's own."""
+"""Rows that start from a finished run (fine-tuning, post-hoc adjustment), and TDE, whose evaluation needs its state."""
 
 import json
 import logging
@@ -72,7 +72,7 @@ def moved(before, after):
         ("finetune_reweighting", ("params/", "batch_stats/"), None),
     ],
 )
-def test_fine_tuning_moves_what_it_is_to_move(start, baseline, caplog, name, trained, unshared):
+def test_fine_tuning_changes_only_the_trained_parameters(start, baseline, caplog, name, trained, unshared):
     with caplog.at_level(logging.WARNING):
         run = start(f"--config=configs/{name}.py:dataset=digits,baseline={baseline}", name)
     before, after = read_variables(baseline)[0], read_variables(run)[0]
@@ -91,10 +91,10 @@ def test_fine_tuning_moves_what_it_is_to_move(start, baseline, caplog, name, tra
 
 
 @pytest.mark.parametrize("config", [finetune_resampling, lws])
-def test_the_released_code_lets_statistics_move(config):
+def test_the_released_code_updates_statistics(config):
     c = config.get_config("dataset=digits")
     assert c.init_from == "workdirs/at-dataset=digits"
-    for c.fidelity, frozen in (("published", True), ("released_code", False)):
+    for c.fidelity, frozen in (("paper", True), ("released_code", False)):
         (stage,) = stage_builder.stages(c)
         assert stage.freeze_batch_stats == frozen and stage.freeze.startswith("backbone/")
         assert stage.init == c.init_from and stage.epochs == 1
@@ -123,7 +123,7 @@ def test_post_hoc_evaluates_the_baseline_again(start, baseline, name):
     assert header["weights_digest"] == json.loads(no_attack)["header"]["weights_digest"]
 
 
-def test_tde_keeps_a_mean_that_its_evaluation_uses(start):
+def test_tde_evaluates_with_the_mean_of_its_training(start):
     run = start("--config=configs/tde.py:dataset=digits,epochs=2", "tde", "--config.log.clean_per_class=1")
     mean = read_variables(run)[0]["method_state"]["feature_mean"]
     # Directions have length 1, so two steps give at most 1.9; those of features after a ReLU have a mean well above 0.
@@ -135,7 +135,7 @@ LWS = "--config=configs/lws.py:dataset=digits"
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
+    ("flags", "line"),
     [
         ([LWS, "--config.init_from=nowhere"], r"begins with the run in 'nowhere' .*where there is none: train it"),
         ([LWS, "--config.init_from="], "config.init_from is missing: method finetune begins with the network of"),
@@ -152,12 +152,12 @@ LWS = "--config=configs/lws.py:dataset=digits"
         ),
     ],
 )
-def test_bad_beginnings(start, baseline, answer, no_training, given, line):  # noqa: F811
-    begins = [] if given[0] != LWS or "init_from" in given[1] else [f"--config.init_from={baseline}"]
-    assert re.search(line, answer(*given, *begins, *TINY))
+def test_bad_starting_points(start, baseline, answer, no_training, flags, line):  # noqa: F811
+    begins = [] if flags[0] != LWS or "init_from" in flags[1] else [f"--config.init_from={baseline}"]
+    assert re.search(line, answer(*flags, *begins, *TINY))
 
 
-def test_a_baseline_that_is_not_finished(start, baseline, answer, no_training, tmp_path):  # noqa: F811
+def test_an_unfinished_baseline_is_refused(start, baseline, answer, no_training, tmp_path):  # noqa: F811
     stopped = Path(shutil.copytree(baseline, tmp_path / "stopped"))
     shutil.rmtree(stopped / "checkpoints" / "0_train" / "2")
     printed = answer(LWS, *TINY, f"--config.init_from={stopped}")
@@ -173,13 +173,13 @@ def test_a_baseline_that_is_not_finished(start, baseline, answer, no_training, t
         ({"data.class_counts": (5, 5)}, r"class_counts has 2 entries, the data set has 10 classes"),
     ],
 )
-def test_what_a_stage_overrides_is_looked_at(start, answer, no_training, monkeypatch, overrides, line):  # noqa: F811
+def test_overrides_of_a_stage_are_validated(start, answer, no_training, monkeypatch, overrides, line):  # noqa: F811
     stages = Stage(method=AT(), epochs=1), Stage(method=AT(), epochs=1, name="second", overrides=overrides)
     monkeypatch.setattr(stage_builder, "stages", lambda _: stages)
     assert re.search(line, answer(AT_TWO, *TINY))
 
 
-def test_a_method_that_does_not_begin_with_another_run(answer, baseline, monkeypatch):  # noqa: F811
+def test_a_method_that_does_not_start_from_a_run(answer, baseline, monkeypatch):  # noqa: F811
     monkeypatch.setattr(stage_builder, "stages", lambda _: (Stage(method=AT(), epochs=1),))
     printed = answer(AT_TWO, *TINY, f"--config.init_from={baseline}")
     assert "config.init_from: method at does not start from another run" in printed

@@ -11,7 +11,7 @@ from lt_adv.cli import run as runs
 @pytest.mark.parametrize(
     ("fidelity", "addons", "start"),
     [
-        ("published", (), "uniform"),
+        ("paper", (), "uniform"),
         ("released_code", (), "one_sided"),
         ("released_code", ("robustlt", "awp"), "uniform"),
     ],

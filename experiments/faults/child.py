@@ -129,13 +129,13 @@ def _each_step(come_by: Callable[[Any], None]) -> None:
     make = train_step.make_train_step
 
     def make_train_step(*args: Any, **options: Any) -> Any:
-        step, init_window = make(*args, **options)
+        step, init_metric_sums = make(*args, **options)
 
         def watched(state: Any, *rest: Any) -> Any:
             come_by(state)
             return step(state, *rest)
 
-        return watched, init_window
+        return watched, init_metric_sums
 
     train_step.make_train_step = make_train_step
 

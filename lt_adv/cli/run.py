@@ -122,7 +122,7 @@ def load_external(
     prepare(config)
     workdirs.compare(config, workdir)
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
-    return *stage_builder.imported(config, split), split
+    return *stage_builder.external_variables(config, split), split
 
 
 def evaluate(

@@ -93,7 +93,7 @@ ENTRIES: Mapping[str, Rule] = {
     "parallel": one_of(sharding.PARALLEL),
     "sharded": each(one_of(sharding.SHARDED)),
     "cpu_devices": optional(ONE_OR_MORE),
-    "fidelity": one_of(base.FIDELITIES),
+    "fidelity": base.check_fidelity,
     "data.name": a(str),
     "data.title": a(str),
     "data.data_dir": optional(path_of),

@@ -12,22 +12,23 @@ from lt_adv.methods import base
 class AT(base.Method):
     """min_theta E max_{|d| <= eps} CE(z(x + d), y).
 
-    Inner: PGD on cross-entropy, network in evaluation mode. Outer: cross-entropy on x_adv, in training mode.
+    Inner maximization: PGD on the cross-entropy, network in evaluation mode. Outer minimization: cross-entropy of
+    x_adv, network in training mode.
 
     Differs from the released code of RoBal's study (Wu et al., CVPR 2021), which `fidelity="released_code"` restores:
-    there the start is one-sided, x + eps U[0, 1), the drops of the learning rate compound (see `training.optimizer`),
-    and class-aware draws are made in cycles (see `data.class_aware`) instead of independently.
-    Rows of that study that differ in the outer loss alone are subclasses; most override only `per_example_loss`.
+    the code starts one-sided, at x + eps U[0, 1); the drops of its learning rate compound (see `training.optimizer`);
+    and its class-aware sampling runs in cycles (see `data.class_aware`) instead of independent draws.
+    Rows of that study that differ only in the outer loss are subclasses; most override only `per_example_loss`.
     """
 
     compounding_schedule = True
     released_start = "one_sided"
 
     def per_example_loss(self, logits, label, info, progress):
-        """The outer loss of each example, [b]."""
+        """Returns the outer loss of each example, [b]."""
         return losses.cross_entropy(logits, label)
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(self.per_example_loss(logits, batch.label, net.info, progress))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

@@ -12,13 +12,13 @@ from lt_adv.methods import base
 class ATBSL(base.Method):
     """min_theta E CE(z(x_adv) + log n, y), x_adv from PGD on the cross-entropy of the raw logits.
 
-    The class counts n enter the outer loss alone: neither the attack nor inference sees them. Start x + 0.001 N(0, 1),
-    as in the released code.
+    The class counts n are used only in the outer loss, not in the attack or at inference. The attack starts at
+    x + 0.001 N(0, 1), as in the released code.
     """
 
     start: str = "gaussian"
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

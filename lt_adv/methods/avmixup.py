@@ -13,11 +13,12 @@ from lt_adv.methods import at, base
 class AVMixup(at.AT):
     """min_theta E CE(z(m x + (1 - m) v), m phi(y, lambda1) + (1 - m) phi(y, lambda2)), m ~ U(0, 1) for each image.
 
-    v = x + gamma (x_adv - x) is the adversarial vertex, gamma times as far from x as x_adv; phi(y, l) gives l to the
-    label and (1 - l) / (C - 1) to each other class. Inner: as AT. Outer: training mode, on the mixture alone, clipped
-    to [0, 1] (the vertex is not). The metric "accuracy" is that on the mixture. `fidelity`: as AT.
+    v = x + gamma (x_adv - x) is the adversarial vertex, gamma times as far from x as x_adv. phi(y, l) assigns l to the
+    label and (1 - l) / (C - 1) to each other class. Inner maximization: as AT. Outer minimization: training mode, on
+    the mixture only, which is clipped to [0, 1] (the vertex is not). The metric "accuracy" is that on the mixture.
+    `fidelity`: as AT.
 
-    gamma 2, lambda1 1 and lambda2 0.1 are the defaults in the code of RoBal's study, which has no config.
+    gamma 2, lambda1 1 and lambda2 0.1 are the defaults of the code of RoBal's study, which has no config for it.
     """
 
     gamma: float = 2.0
@@ -32,12 +33,12 @@ class AVMixup(at.AT):
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
         m = jax.vmap(lambda k: jax.random.uniform(k, dtype=x_adv.dtype))(key)
-        share = m[:, None, None, None]
+        weight = m[:, None, None, None]
         vertex = batch.image + self.gamma * (x_adv - batch.image)
-        mixture = jnp.clip(share * batch.image + (1 - share) * vertex, 0, 1)
+        mixture = jnp.clip(weight * batch.image + (1 - weight) * vertex, 0, 1)
         confidence = (m * self.lambda1 + (1 - m) * self.lambda2)[:, None]  # phi is linear in lambda
         classes = jnp.arange(net.info.num_classes)
         target = jnp.where(batch.label[:, None] == classes, confidence, (1 - confidence) / (len(classes) - 1))
-        logits, _ = net.train(mixture)
+        logits, _ = net(mixture, train=True)
         value = jnp.mean(losses.soft_cross_entropy(logits, target))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

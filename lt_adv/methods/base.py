@@ -1,26 +1,26 @@
-"""The contract every method keeps: a file with one frozen dataclass, whose fields are the hyper-parameters."""
+"""The interface of a method: a frozen dataclass whose fields are the hyper-parameters."""
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
 from lt_adv import attacks
+from lt_adv.runtime import registry
 
 Array = jax.Array
-Extra = Any
-FIDELITIES = ("published", "released_code")
+MethodState = Any
+FIDELITIES = ("paper", "released_code")
 
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """What is known of the training set before the first step. Static: numpy, never traced."""
+    """Static facts of the training set: numpy, never traced."""
 
-    class_counts: np.ndarray  # int [classes], after a validation cut
+    class_counts: np.ndarray  # int [classes], without the validation split
     steps_per_epoch: int
     epochs: int
     image_shape: tuple[int, ...]
@@ -33,104 +33,129 @@ class DataInfo:
 
 @struct.dataclass
 class Batch:
-    """One device's share of a batch. `eps` and `step_size` come from the config, so that a wrapper can rescale them for
-    `perturb`; a loss sees them as the config has them.
+    """One device's share of a batch.
+
+    `eps` and `step_size` are those of the config. An add-on may rescale them for `perturb`, not for `loss`.
     """
 
     image: Array  # float [b, h, w, c] in [0, 1]
     label: Array  # int [b]
-    index: Array  # int [b], of the original data set
+    index: Array  # int [b], position in the original data set
     eps: Array  # float [b]
     step_size: Array  # float [b]
-    x_init: Array | None = None  # where the attack starts, set by a wrapper; otherwise the method's own start
+    x_init: Array | None = None  # starting point of the attack; an add-on may set it in place of `start`
 
 
 @struct.dataclass
 class TrainProgress:
-    """Where training stands: traced scalars, counted from 0 within the stage."""
+    """The step and epoch of training: traced scalars, counted from 0 within the stage."""
 
     step: Array
     epoch: Array
     steps_per_epoch: int = struct.field(pytree_node=False)
     epochs: int = struct.field(pytree_node=False)
 
+    @classmethod
+    def at(cls, step: Array, info: DataInfo) -> "TrainProgress":
+        """Returns the progress at step `step` of a stage."""
+        return cls(step, step // info.steps_per_epoch, info.steps_per_epoch, info.epochs)
+
 
 class Net(Protocol):
-    """All of the network that a method may touch."""
+    """The network, as a method calls it."""
 
     params: Any
     info: DataInfo
-    teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None
+    teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None  # of `Stage.teacher`, in evaluation mode
 
-    def eval(self, x: Array) -> tuple[Array, dict[str, Array]]:
-        """(logits, {"features"}) with running statistics; writes nothing. What attacks use."""
+    def __call__(self, x: Array, *, train: bool) -> tuple[Array, dict[str, Array]]:
+        """Returns (logits [b, classes], {"features": [b, features]}).
 
-    def train(self, x: Array) -> tuple[Array, dict[str, Array]]:
-        """(logits, {"features"}) with the statistics of the batch; advances the running ones in the order called."""
+        With `train=False`, batch norm normalizes by its running statistics and they do not change: the mode of attacks.
+        With `train=True` it normalizes by those of the batch, over all devices, and the running statistics advance, in
+        the order of the calls.
+        """
 
-    def at(self, params: Any) -> "Net":
-        """The same network at other weights."""
+    def with_params(self, params: Any) -> "Net":
+        """Returns the same network with other parameters; it shares the running statistics."""
 
     def without_updates(self) -> "Net":
-        """The same network, whose forwards write nothing: for one that training is not to count."""
+        """Returns the same network, whose calls do not advance the running statistics."""
 
     def with_batch_statistics(self) -> "Net":
-        """The same network, which normalises by the statistics of the batch in `eval` too, and writes nothing."""
+        """Returns the same network, which normalizes by the statistics of the batch with `train=False` too.
+
+        Its calls do not advance the running statistics.
+        """
 
     def gather(self, tree: Any) -> Any:
-        """The whole batch over all devices, in its global order: for losses that are no plain mean over examples."""
+        """Returns the batch of all devices, in its global order: for losses that are not a plain mean over examples."""
 
     def mean(self, tree: Any) -> Any:
-        """Average over devices, outside the gradient."""
+        """Returns the average over devices; no gradient flows through it."""
+
+
+class LossOutput(NamedTuple):
+    """The result of `Method.loss`. The training step computes the metric "accuracy" from `logits`."""
+
+    loss: Array  # scalar; the step averages its gradient over the devices
+    logits: Array  # float [b, classes], whose argmax is the prediction that "accuracy" counts
+    metrics: Mapping[str, Array] = {}  # name -> per-example values [b], or a mean over this device's share
+    method_state: Any = None  # the new `method_state`; None leaves it unchanged
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One trace of training. A method with several stages (a teacher, then a student) lists them in `stages`.
-
-    `overrides` are config paths to values ({"data.sampler": "class_aware"}) that hold in this stage alone. `init` is
-    "fresh", "previous" (the stage before) or the path of another run's working directory, whose parameters are merged
-    by name. `freeze` is a regular expression over parameter paths ("backbone/.*"). `teacher` may be "previous": the
-    last state of the stage before, frozen, as `net.teacher`.
-    """
+    """One stage of training. A method with several stages (a teacher, then a student) lists them in `stages`."""
 
     method: "Method"
     epochs: int
     name: str = "train"
+    # Config entries of this stage, {"data.sampler": "class_aware"}.
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    # "fresh", "previous" (the stage before), or the working directory of a run whose parameters are merged by name.
     init: str = "fresh"
+    # Regular expression over parameter paths, "backbone/.*".
     freeze: str | None = None
     freeze_batch_stats: bool = False
+    # "previous": `net.teacher` is the final network of the stage before.
     teacher: str | None = None
 
 
-def by_fidelity(*, published: Any, released_code: Any) -> Any:
-    """A dataclass field with a default for each fidelity, for an option whose value in the released code differs.
+def check_fidelity(path: str, value: Any) -> None:
+    """Raises ValueError unless `value`, of the config entry `path`, is one of FIDELITIES."""
+    if value == "published":
+        raise ValueError(f"{path} = 'published' is now called 'paper'.")
+    if value not in FIDELITIES:
+        raise registry.unknown(path, value, FIDELITIES)
 
-    It is filled in when the method is made, for None too. A value that is given holds in either fidelity.
+
+def by_fidelity(*, paper: Any, released_code: Any) -> Any:
+    """Returns a dataclass field with a default for each fidelity.
+
+    The method sets it when it is created without a value, or with None. Any other value is used in both fidelities.
     """
-    return dataclasses.field(default=None, metadata={"published": published, "released_code": released_code})
+    return dataclasses.field(default=None, metadata={"paper": paper, "released_code": released_code})
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """Adversarial training with defaults that a paper overrides: perturb, loss, and rarely more.
+    """Base class of all methods: PGD as inner attack, one stage, no state. A subclass overrides `loss`, rarely more.
 
-    `num_steps` and `start` belong to the inner attack. `fidelity` is "published" (the sane reading) or "released_code"
-    (its quirks, as the method's docstring lists them).
+    `fidelity` is "paper" or "released_code", which also reproduces the peculiarities of the authors' code that the
+    docstring of the method lists.
     """
 
-    compounding_schedule: ClassVar[bool] = False  # whether the released code's learning rate compounds (training.optim)
-    no_attack: ClassVar[bool] = False  # whether `perturb` is without an attack
-    released_start: ClassVar[str | None] = None  # of the attack in the released code, where it is another
+    compounding_schedule: ClassVar[bool] = False  # the released code compounds the drops; see `optimizer.schedule`
+    no_attack: ClassVar[bool] = False  # `perturb` runs no attack
+    released_start: ClassVar[str | None] = None  # start of the attack in the released code, if it differs
 
-    num_steps: int = 10
-    start: str = "uniform"
-    fidelity: str = "published"
+    num_steps: int = 10  # of the inner attack
+    start: str = "uniform"  # of the inner attack
+    fidelity: str = "paper"
 
     def __post_init__(self):
-        if self.fidelity not in FIDELITIES:
-            raise ValueError(f"config.fidelity must be one of {', '.join(FIDELITIES)}, not {self.fidelity!r}.")
+        check_fidelity("config.fidelity", self.fidelity)
         if self.num_steps < 0:
             raise ValueError(f"config.attack.num_steps must not be negative, not {self.num_steps}.")
         for field in dataclasses.fields(self):
@@ -139,35 +164,35 @@ class Method:
 
     @property
     def attack_start(self) -> str:
-        """Where the inner attack starts: `start`, unless the released code is followed and has another."""
+        """Returns the start of the inner attack: `released_start`, if set, with `fidelity="released_code"`."""
         return (self.fidelity == "released_code" and self.released_start) or self.start
 
-    def init(self, info: DataInfo) -> Extra:
-        """Arrays that live in the train state, saved and resumed. None of them by default."""
+    def init_state(self, info: DataInfo) -> MethodState:
+        """Returns the initial `method_state`: arrays that are part of the train state. By default there are none."""
         del info
         return {}
 
     def init_params(self, params: Any, info: DataInfo) -> Any:
-        """Fresh parameters {"backbone", "head"} as training begins with them: for starts that depend on `info`.
+        """Returns the initial parameters {"backbone", "head"}, for an initialization that depends on `info`.
 
-        They come before anything of another run or stage is merged in. As the network has them by default.
+        Parameters of another run or stage are merged in afterwards. By default `params` is returned.
         """
         del info
         return params
 
-    def perturb(self, key: Array, net: Net, batch: Batch, method_state: Extra, progress: TrainProgress) -> Array:
-        """Training examples, [b, h, w, c]: PGD on the cross-entropy of the evaluation-mode network by default.
+    def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
+        """Returns adversarial examples [b, h, w, c]: by default PGD on the cross-entropy, with `train=False`.
 
-        `key` is one key per example [b], so that nothing depends on the number of devices.
+        `key` is one key per example [b], so that the result does not depend on the number of devices.
         """
         del method_state, progress
         return self.pgd(key, net, batch, batch.label)
 
     def pgd(self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Any = attacks.cross_entropy) -> Array:
-        """The inner attack, shared by the methods: `y` is whatever `objective(logits, y)` compares the logits with."""
+        """Returns the result of PGD on `objective(logits, y)`, the inner attack of most methods."""
         return attacks.pgd(
             key,
-            lambda x: net.eval(x)[0],
+            lambda x: net(x, train=False)[0],
             batch.image,
             y,
             eps=batch.eps,
@@ -179,21 +204,16 @@ class Method:
         )
 
     def loss(
-        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: Extra, progress: TrainProgress
-    ) -> tuple[Array, tuple[Extra, dict[str, Array]]]:
-        """(scalar, (extra, metrics)). Metrics: per-example [b] or scalar means over this device's share."""
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> LossOutput:
+        """Returns the loss of this device's share of the batch, for the gradient; `key` is one key per example [b]."""
         raise NotImplementedError
 
-    def epoch_end(self, method_state: Extra, progress: TrainProgress) -> Extra:
-        """`method_state` after the last step of an epoch."""
+    def epoch_end(self, method_state: MethodState, progress: TrainProgress) -> MethodState:
+        """Returns `method_state` after the last step of an epoch."""
         del progress
         return method_state
 
     def stages(self, config: Any) -> tuple[Stage, ...]:
-        """What is trained, in order: one stage by default, from `config.init_from` where that names a finished run."""
+        """Returns the stages, in order: by default one, which starts from the run `config.init_from` if that is set."""
         return (Stage(method=self, epochs=config.optim.epochs, init=config.init_from or "fresh"),)
-
-
-def is_correct(logits: Array, label: Array) -> Array:
-    """1 where the prediction is right, [b]: the metric "accuracy" of every method's loss."""
-    return (attacks.prediction(logits) == label).astype(jnp.float32)

@@ -10,9 +10,9 @@ from lt_adv.methods import at
 class CDT(at.AT):
     """min_theta E CE(z_c(x_adv) / (n_max / n_c)^tau, y).
 
-    The temperatures stand in the outer loss alone: the network that is attacked and evaluated has the logits z, in
-    which they leave rare classes the larger ones. Gains under PGD and MIM that come with such a change of scale need
-    not be real, as the study warns. Differs from the released code as `AT` does.
+    The temperatures are used only in the outer loss: attack and evaluation see the logits z, in which rare classes get
+    larger values. The study warns that gains under PGD and MIM due to such a change of scale may be gradient masking.
+    Differs from the released code as `AT` does.
     """
 
     tau: float = 0.3

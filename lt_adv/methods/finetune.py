@@ -7,15 +7,14 @@ from lt_adv.methods import at
 
 @dataclasses.dataclass(frozen=True)
 class FineTune(at.AT):
-    """min_phi E CE(z(x_adv), y) from `config.init_from`, phi the parameters whose path does not begin with `freeze`.
+    """min_phi E CE(z(x_adv), y) from `config.init_from`, phi the parameters whose path does not match `freeze`.
 
     `freeze` is a regular expression over paths such as "backbone/stage1_block0/conv1/kernel" and "head/bias". With
-    "backbone/" and the class-aware sampler this is re-sampling of the classifier; with the kernel of a head "lws"
-    frozen too, learnable weight scaling. The attack climbs the cross-entropy of the whole network.
+    "backbone/" and the class-aware sampler this is re-sampling of the classifier. If the kernel of an "lws" head is
+    frozen too, it is learnable weight scaling. The attack maximizes the cross-entropy of the full network.
 
-    The running statistics of batch norm stay as they are, and normalise in every forward. Differs from the released
-    code as `AT` does, and in those statistics: `fidelity="released_code"` lets them move, as freezing parameters alone
-    does.
+    The running statistics of batch norm are frozen and used in every forward. Differs from the released code as `AT`
+    does, and in these statistics, which `fidelity="released_code"` updates: freezing parameters does not stop them.
     """
 
     freeze: str = "backbone/"

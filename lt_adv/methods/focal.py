@@ -13,10 +13,10 @@ from lt_adv.methods import at
 class Focal(at.AT):
     """min_theta E w_y sum_c -(1 - p_c)^gamma log p_c, p_c = sigmoid(z_c(x_adv)) for c = y and 1 - sigmoid for others.
 
-    w_c is proportional to (1 - beta) / (1 - beta^n_c), of mean one over the classes; beta = 0 is the plain focal loss.
-    The attack climbs the softmax cross-entropy of z. With `prior_bias` the bias of the linear head starts from
-    -log((1 - pi) / pi), so that sigmoid(z_c) starts near the frequency pi_c; the released code has it in its focal row,
-    and not in its class-balanced one. Differs from the released code as `AT` does.
+    w_c is proportional to (1 - beta) / (1 - beta^n_c), with mean 1 over the classes; beta = 0 is the plain focal loss.
+    The attack maximizes the softmax cross-entropy of z. With `prior_bias` the bias of the linear head starts at -log((1
+    - pi) / pi), so that sigmoid(z_c) starts near the frequency pi_c. The released code does so in its focal row, not in
+    its class-balanced one. Differs from the released code as `AT` does.
     """
 
     gamma: float = 2.0

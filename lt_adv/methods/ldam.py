@@ -12,8 +12,8 @@ from lt_adv.methods import at
 class LDAM(at.AT):
     """min_theta E CE(s (z(x_adv) - m_y [j = y]), y), m_c = max_margin (n_min / n_c)^(1/4).
 
-    There is no margin before `from_epoch`, counted from 1 as that code counts. The attack climbs the cross-entropy of
-    z. Differs from the released code as `AT` does.
+    The margin is 0 before `from_epoch`, which counts from 1 as in the released code. The attack maximizes the
+    cross-entropy of z. Differs from the released code as `AT` does.
     """
 
     max_margin: float = 0.5

@@ -10,9 +10,9 @@ from lt_adv.methods import at
 class LogitAdjustment(at.AT):
     """min_theta E CE(z(x_adv) + tau log pi, y), with a linear head that has no bias.
 
-    The prior stands in the outer loss alone; tau = 1 is the loss of AT-BSL. Differs from the released code as `AT`
-    does, and in one thing that no fidelity restores: the "bias-free" layer there adds a random bias,
-    U(+-1/sqrt d), that is never trained.
+    The prior is used only in the outer loss; tau = 1 is the loss of AT-BSL. Differs from the released code as `AT`
+    does. In either fidelity the head has no bias; the "bias-free" layer of the code adds a random one, U(+-1/sqrt d),
+    that is never trained.
     """
 
     tau: float = 1.0

@@ -10,8 +10,8 @@ from lt_adv.methods import at
 class Margin(at.AT):
     """min_theta E CE(u(x_adv), y), u_y = s (z_y - m) and u_j = s z_j otherwise, z cosines: the head has scale 1.
 
-    Scale and margin belong to the outer loss. The attack climbs the cross-entropy of the cosines themselves, in
-    evaluation as well, as in the released code. Its other differences are those of `AT`.
+    Scale and margin are used only in the outer loss. The attack maximizes the cross-entropy of the cosines, also in the
+    evaluation, as in the released code. Differs from the released code as `AT` does.
     """
 
     margin: float = 0.2

@@ -12,21 +12,21 @@ from lt_adv.methods import base
 class Mart(base.Method):
     """min_theta E BCE(z(x_adv), y) + beta KL(softmax z(x) || softmax z(x_adv)) (1 - p_y(x)), beta the paper's lambda.
 
-    The boosted cross-entropy BCE = -log p_y - log(1 - max_{k != y} p_k) also pushes the strongest wrong class down; the
-    last factor weighs the divergence by how far the clean image is from being classified. The gradient flows through
-    all three. Inner: PGD on the cross-entropy, evaluation mode, start x + 0.001 N(0, 1) as in the released code. Outer:
-    training mode, x before x_adv.
+    The boosted cross-entropy BCE = -log p_y - log(1 - max_{k != y} p_k) also lowers the probability of the strongest
+    wrong class. The last factor gives more weight to clean images of low confidence. The gradient flows through all
+    three. Inner maximization: PGD on the cross-entropy, evaluation mode, start x + 0.001 N(0, 1) as in the released
+    code. Outer minimization: training mode, x before x_adv.
 
-    Differs from the released code, under either fidelity: no constants inside the logarithms (there
-    log(1.0001 - p + 1e-12)), the same values being computed without cancellation. RoBal's study names MART too, but the
-    branch of its code cannot run.
+    Differs from the released code in either fidelity: the logarithms contain no constants (the code has
+    log(1.0001 - p + 1e-12)) and are computed without cancellation. RoBal's study lists MART too, but that branch of its
+    code does not run.
     """
 
     start: str = "gaussian"
     beta: float = 5.0
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        clean, _ = net.train(batch.image)
-        logits, _ = net.train(x_adv)
+        clean, _ = net(batch.image, train=True)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.mart(clean, logits, batch.label, beta=self.beta))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

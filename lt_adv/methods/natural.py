@@ -1,4 +1,4 @@
-"""Plain training: no attack, what a network learns when robustness is not asked for."""
+"""Standard training without an attack."""
 
 import dataclasses
 
@@ -10,9 +10,9 @@ from lt_adv.methods import base
 
 @dataclasses.dataclass(frozen=True)
 class Natural(base.Method):
-    """min_theta E CE(z(x), y): there is no inner attack, and its settings are not read.
+    """min_theta E CE(z(x), y), without an inner attack: its options are ignored.
 
-    Under `fidelity="released_code"` the drops of the learning rate compound, as in the rows of RoBal's study.
+    With `fidelity="released_code"` the drops of the learning rate compound, as in the rows of RoBal's study.
     """
 
     compounding_schedule = True
@@ -22,6 +22,6 @@ class Natural(base.Method):
         return batch.image
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(batch.image)
+        logits, _ = net(batch.image, train=True)
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

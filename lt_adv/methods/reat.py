@@ -14,24 +14,24 @@ from lt_adv.methods import base
 class REAT(base.Method):
     """min_theta E CE(z(x_adv) + log n, y) + tail_weight TAIL(f(x_adv), y).
 
-    Inner: PGD on the weighted cross-entropy w_y CE, evaluation mode, w from `losses.rebalanced_weights` of m_c, the
-    number of training examples that the last epoch's attacks turned into class c: predictions of the update's forward,
-    in training mode, without log n, counted over all devices; m = n in the first epoch. The batch's mean divides by the
-    sum of its weights, which no example's direction depends on, and is left out. Neither does the sign of an example's
-    gradient depend on its own weight: in L-inf, x_adv is that of plain PGD, in the released code as here.
+    Inner maximization: PGD on the weighted cross-entropy w_y CE, evaluation mode, with w = `losses.rebalanced_weights`
+    of m. m_c is the number of adversarial examples that the last epoch predicted as class c: in the forward of the
+    update, in training mode, without log n, counted over all devices; m = n in the first epoch. The normalization by
+    the sum of weights in the batch is left out, since it does not change the direction of any example. Nor does the
+    sign of an example's gradient depend on its weight: in L-inf, x_adv is that of plain PGD, as in the released code.
 
-    TAIL, over the examples of tail classes of the whole batch: pairs of features, drawn together within a class and
-    pushed apart up to `tail_margin` otherwise. This reading and its margin are ours, after the stated intent, and so is
-    its weight, 0.1, chosen on a validation split (README, Ablations). `fidelity="released_code"` takes the reading of
-    the code, `losses.tail_alignment_released`, which does the opposite, and its weight, 1; a weight that is given
-    holds in either fidelity. Tail classes are those of ranks 2 floor(C / 3) + 1 to C - 1 by count (none of three
-    classes). tail_weight = 0 is AT-BSL from a uniform start.
+    TAIL is a loss over the examples of tail classes in the batch of all devices: it attracts pairs of features of one
+    class, and repels other pairs up to the distance `tail_margin`. This interpretation and its margin are ours, after
+    the intent that the paper states; its weight, 0.1, was chosen on a validation split (README, Ablations).
+    `fidelity="released_code"` uses the term of the code, `losses.tail_alignment_released`, which does the opposite, and
+    its weight, 1. An explicit weight is used in either fidelity. Tail classes are those of ranks 2 floor(C / 3) + 1 to
+    C - 1 by count (none of three classes). tail_weight = 0 is AT-BSL from a uniform start.
 
-    Differs from the released code in both: the last, incomplete batch of an epoch is dropped, and its predictions with
-    it; no epoch is selected on the test set.
+    Differs from the released code in either fidelity: the last, incomplete batch of an epoch is dropped, with its
+    predictions; no epoch is selected on the test set.
     """
 
-    tail_weight: float = base.by_fidelity(published=0.1, released_code=1.0)
+    tail_weight: float = base.by_fidelity(paper=0.1, released_code=1.0)
     tail_margin: float = 1.0
 
     def __post_init__(self):
@@ -39,7 +39,7 @@ class REAT(base.Method):
         if not self.tail_margin > 0:
             raise ValueError(f"config.method.tail_margin must be positive, not {self.tail_margin}.")
 
-    def init(self, info):
+    def init_state(self, info):
         n = jnp.asarray(info.class_counts)
         return {"predicted": n, "running": jnp.zeros_like(n)}
 
@@ -49,7 +49,7 @@ class REAT(base.Method):
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
         n, num_classes = net.info.class_counts, net.info.num_classes
-        logits, out = net.train(x_adv)
+        logits, out = net(x_adv, train=True)
         balanced = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=n))
 
         features, label, predicted = net.gather((out["features"], batch.label, jnp.argmax(logits, -1)))
@@ -60,10 +60,10 @@ class REAT(base.Method):
             values = losses.tail_alignment(features, label, class_counts=n, tail=tail, margin=self.tail_margin)
         alignment = jnp.sum(values) / jnp.maximum(jnp.sum(jnp.asarray(tail)[label]), 1)
 
-        turned = jnp.sum(predicted[:, None] == jnp.arange(num_classes), axis=0, dtype=method_state["running"].dtype)
-        method_state = {**method_state, "running": method_state["running"] + turned}
-        metrics = {"accuracy": base.is_correct(logits, batch.label), "loss_balanced": balanced, "loss_tail": alignment}
-        return balanced + self.tail_weight * alignment, (method_state, metrics)
+        counts = jnp.sum(predicted[:, None] == jnp.arange(num_classes), axis=0, dtype=method_state["running"].dtype)
+        method_state = {**method_state, "running": method_state["running"] + counts}
+        metrics = {"loss_balanced": balanced, "loss_tail": alignment}
+        return base.LossOutput(balanced + self.tail_weight * alignment, logits, metrics, method_state)
 
     def epoch_end(self, method_state, progress):
         return {"predicted": method_state["running"], "running": jnp.zeros_like(method_state["running"])}

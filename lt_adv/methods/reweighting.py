@@ -12,8 +12,8 @@ from lt_adv.methods import at, base
 class Reweighting(at.AT):
     """min_theta sum_i w_{y_i} CE(z(x_adv_i), y_i) / sum_i w_{y_i} over a batch, w_c = (1 - beta) / (1 - beta^n_c).
 
-    All weights are equal before `from_epoch`, counted from 1 as that code counts. The attack climbs the plain
-    cross-entropy. Differs from the released code as `AT` does.
+    All weights are equal before `from_epoch`, which counts from 1 as in the released code. The attack maximizes the
+    unweighted cross-entropy. Differs from the released code as `AT` does.
     """
 
     beta: float = 0.9999
@@ -25,10 +25,10 @@ class Reweighting(at.AT):
             raise ValueError(f"config.method.beta must be a number in [0, 1), not {self.beta}.")
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         weights = losses.class_balanced_weights(net.info.class_counts, self.beta)
         weights = jnp.where(progress.epoch + 1 >= self.from_epoch, weights, 1.0)[batch.label]
-        # A weighted mean is no plain mean over examples: its divisor is that of the whole batch.
+        # The sum of weights that normalizes the mean is that of the batch of all devices.
         values, weights = net.gather((losses.cross_entropy(logits, batch.label), weights))
         value = jnp.sum(weights * values) / jnp.sum(weights)
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)

@@ -13,13 +13,13 @@ class RoBal(base.Method):
     """min_theta E CE(u(x_adv), y) + beta KL(softmax z(x) || softmax z(x_adv)), z the logits of the cosine-plus head.
 
     u_y = s (z_y - m) - tau_m log(n_y / n_min) + tau_b log pi_y and u_j = s z_j + tau_b log pi_j otherwise: a uniform
-    margin m, a class-aware margin tau_m, a class-aware bias tau_b, at scale s. The KL is taken on the unscaled logits,
-    its gradient flows through both sides. Inner: PGD on the cross-entropy of the unscaled logits, in evaluation mode;
-    it never sees the boundary adjustment, which `config.eval.adjustment` adds at inference.
+    margin m, a class-aware margin tau_m, a class-aware bias tau_b, at scale s. The KL is that of the unscaled logits,
+    its gradient flows through both sides. Inner maximization: PGD on the cross-entropy of the unscaled logits,
+    evaluation mode. It never sees the boundary adjustment, which `config.eval.adjustment` adds at inference.
 
-    Differs from the released code, which `fidelity="released_code"` restores: there the start is one-sided,
-    x + eps U[0, 1); the KL takes log(q + 1e-12); and the running statistics of batch norm move four times a step
-    (x_adv, x, x, x_adv) where ours move twice; and the drops of the learning rate compound (see `training.optimizer`).
+    Differs from the released code, which `fidelity="released_code"` restores: the code starts one-sided, at
+    x + eps U[0, 1); its KL uses log(q + 1e-12); it updates the running statistics of batch norm four times per step
+    (x_adv, x, x, x_adv), we twice; and the drops of its learning rate compound (see `training.optimizer`).
     """
 
     compounding_schedule = True
@@ -34,11 +34,11 @@ class RoBal(base.Method):
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
         released = self.fidelity == "released_code"
-        logits, _ = net.train(x_adv)
-        clean, _ = net.train(batch.image)
-        if released:  # The same two forwards again: their values are shared by the compiler, their statistics count.
-            net.train(batch.image)
-            net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
+        clean, _ = net(batch.image, train=True)
+        if released:  # the same forwards again: they only update the running statistics
+            net(batch.image, train=True)
+            net(x_adv, train=True)
         margin = jnp.mean(
             losses.robal_margin(
                 logits,
@@ -51,9 +51,5 @@ class RoBal(base.Method):
             )
         )
         divergence = jnp.mean(losses.kl_divergence(clean, logits, epsilon=1e-12 if released else 0.0))
-        metrics = {
-            "accuracy": base.is_correct(logits, batch.label),
-            "loss_margin": margin,
-            "loss_divergence": divergence,
-        }
-        return margin + self.beta * divergence, (method_state, metrics)
+        metrics = {"loss_margin": margin, "loss_divergence": divergence}
+        return base.LossOutput(margin + self.beta * divergence, logits, metrics)

@@ -12,25 +12,26 @@ INPUTS = ("adversarial", "clean")
 
 @dataclasses.dataclass(frozen=True)
 class SelfDistillation(base.Method):
-    """A network of the same architecture, trained on a balanced set D_B, teaches one that sees all images:
+    """A teacher of the same architecture is trained on a balanced set D_B; the student is trained on all images:
 
       min_theta E CE(z(x_adv) + log n, y) + distillation t^2 KL(softmax(z_T / t) || softmax(z(x_adv) / t))
                 + matching KL(softmax(z_T(x + d) - z_T(x - d)) || softmax(z(x + d) - z(x - d))),   d = x_adv - x.
 
-    z_T is the frozen teacher in evaluation mode, of x_adv or of x by `teacher_input`; the last term is indirect
-    gradient matching, where x - d may leave [0, 1] and moves the running statistics, too. Inner, in both stages: PGD on
-    the cross-entropy of z, evaluation mode. The student starts afresh.
+    z_T are the logits of the frozen teacher in evaluation mode, of x_adv or x as `teacher_input` says. The last term is
+    indirect gradient matching; x - d may leave [0, 1] and also updates the running statistics. Inner maximization in
+    both stages: PGD on the cross-entropy of z, evaluation mode. The student starts from a fresh initialization.
 
-    The teacher is trained first, for `teacher_epochs` of its own beside `config.optim.epochs`, by the first term alone,
-    which is the plain cross-entropy on D_B: floor(`balance` n_max) images of each class, the head cut and the tail
-    repeated, fixed once. That is floor(gamma n_min) with gamma = balance * IR, so gamma = IR / 2 by default (a third
-    party's sampler). The learning rate drops, and an average starts, at the same fractions of both stages.
+    The teacher is trained first, for `teacher_epochs` in addition to `config.optim.epochs`, with the first term only,
+    which is the plain cross-entropy on D_B: floor(`balance` n_max) images of each class, a fixed subset of the head and
+    repeated images of the tail. That is floor(gamma n_min) with gamma = balance * IR, so gamma = IR / 2 by default (a
+    third party's sampler). Drops of the learning rate and the start of weight averaging are at the same fractions of
+    both stages.
 
     Known [paper, third parties]: a balanced self-teacher, equal counts, a short first stage, balanced softmax and
-    distillation in the second; reviewers name indirect gradient matching (Lee et al., ICLR 2025). Not readable, so
-    ours: distillation, temperature, teacher_input and matching, chosen on a validation split (README, Ablations; the
-    README's network is a small one), and the teacher's loss. No released code could be read, so `fidelity` changes
-    nothing in them.
+    distillation in the second; reviewers name indirect gradient matching (Lee et al., ICLR 2025). Not available, so
+    ours: distillation, temperature, teacher_input and matching, chosen on a validation split with a small network
+    (README, Ablations), and the loss of the teacher. No released code was available, so `fidelity` changes none of
+    them.
     """
 
     teacher_epochs: int = 30
@@ -53,30 +54,31 @@ class SelfDistillation(base.Method):
             raise ValueError(f"config.method.temperature must be positive, not {self.temperature}.")
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
-        metrics = {"accuracy": base.is_correct(logits, batch.label)}
         if net.teacher is None:
-            return value, (method_state, metrics)
-        metrics["loss_balanced"] = value
-        taught, _ = net.teacher(x_adv if self.teacher_input == "adversarial" else batch.image)
-        metrics["loss_distillation"] = jnp.mean(losses.distillation(logits, taught, temperature=self.temperature))
+            return base.LossOutput(value, logits)
+        metrics = {"loss_balanced": value}
+        teacher_logits, _ = net.teacher(x_adv if self.teacher_input == "adversarial" else batch.image)
+        metrics["loss_distillation"] = jnp.mean(
+            losses.distillation(logits, teacher_logits, temperature=self.temperature)
+        )
         value += self.distillation * metrics["loss_distillation"]
         if self.matching:
             opposite = 2 * batch.image - x_adv
-            facing = taught if self.teacher_input == "adversarial" else net.teacher(x_adv)[0]
-            target = facing - net.teacher(opposite)[0]
-            metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net.train(opposite)[0], target))
+            at_x_adv = teacher_logits if self.teacher_input == "adversarial" else net.teacher(x_adv)[0]
+            target = at_x_adv - net.teacher(opposite)[0]
+            metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net(opposite, train=True)[0], target))
             value += self.matching * metrics["loss_matching"]
-        return value, (method_state, metrics)
+        return base.LossOutput(value, logits, metrics)
 
     def stages(self, config):
         optim = config.optim
-        share = self.teacher_epochs / optim.epochs
+        ratio = self.teacher_epochs / optim.epochs
         overrides = {
             "data.equalise": self.balance,
-            "optim.drop_epochs": tuple(max(2, int(epoch * share + 0.5)) for epoch in optim.drop_epochs),
-            "average.start_epoch": int(config.average.start_epoch * share),
+            "optim.drop_epochs": tuple(max(2, int(epoch * ratio + 0.5)) for epoch in optim.drop_epochs),
+            "average.start_epoch": int(config.average.start_epoch * ratio),
         }
         return (
             base.Stage(method=self, epochs=self.teacher_epochs, name="teacher", overrides=overrides),

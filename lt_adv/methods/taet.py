@@ -9,17 +9,17 @@ from lt_adv.methods.natural import Natural
 
 @dataclasses.dataclass(frozen=True)
 class TAET(base.Method):
-    """First `clean_epochs` of cross-entropy on clean images; from there, with L_c the mean CE(z(x_adv), y) of class c,
+    """First `clean_epochs` of cross-entropy on clean images; then, with L_c the mean CE(z(x_adv), y) of class c,
 
       min_theta a mean_c L_c + b mean_c (L_c - mean_k L_k)^2 + g sum_c (L_c / sum_k L_k)^2.
 
-    The means are those of the batch over all devices; a class that is absent from it has L_c = 0. Inner: PGD on the
-    cross-entropy, evaluation mode, start x + 0.001 N(0, 1) as in the released code.
+    The means are over the batch of all devices; a class without an example in it has L_c = 0. Inner maximization: PGD
+    on the cross-entropy, evaluation mode, start x + 0.001 N(0, 1) as in the released code.
 
-    `config.optim.epochs`, `drop_epochs` and `average.start_epoch` count over both stages, as there; a warm-up is the
-    first stage's, and "cosine" runs over each stage anew. Differs from the released code: the second stage begins
-    without the momentum of the first (and from its averaged weights where `config.average` keeps them); the last,
-    incomplete batch of an epoch is dropped.
+    `config.optim.epochs`, `drop_epochs` and `average.start_epoch` count over both stages, as in the released code. A
+    warm-up belongs to the first stage, and "cosine" starts again in each stage. Differs from the released code: the
+    second stage starts without the momentum of the first (and from its averaged weights, if `config.average` is set);
+    the last, incomplete batch of an epoch is dropped.
     """
 
     start: str = "gaussian"
@@ -29,18 +29,18 @@ class TAET(base.Method):
     g: float = 0.1
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         values, label = net.gather((losses.cross_entropy(logits, batch.label), batch.label))
         options = {"num_classes": net.info.num_classes, "a": self.a, "b": self.b, "g": self.g}
         value = losses.hierarchical_equalisation(values, label, **options)
-        return value, (method_state, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits)
 
     def stages(self, config):
         first, total = self.clean_epochs, config.optim.epochs
         if not 0 < first < total:
             limit = f"at least 1 and less than config.optim.epochs = {total}"
             raise ValueError(f"config.method.clean_epochs must be {limit}, not {first}.")
-        earliest = config.optim.first_epoch  # a drop of the first stage holds in the second from its beginning
+        earliest = config.optim.first_epoch  # drops of the first stage apply from the start of the second
         shifted = {
             "optim.drop_epochs": tuple(max(epoch - first, earliest) for epoch in config.optim.drop_epochs),
             "optim.warmup_epochs": 0,

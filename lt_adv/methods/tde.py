@@ -12,14 +12,14 @@ from lt_adv.methods import at, base
 class TDE(at.AT):
     """Adversarial training of a cosine head that keeps a running mean of feature directions, m <- mu m + E f / |f|.
 
-    f are the features of x_adv in the outer forward, E the mean over the whole batch; there is no factor 1 - mu, so m
-    grows to 1 / (1 - mu) times the mean direction. Training does not use m; `config.eval.adjustment` "tde" removes its
-    effect at inference.
+    f are the features of x_adv in the outer forward, E the mean over the batch of all devices. There is no factor
+    1 - mu, so m grows to 1 / (1 - mu) times the mean direction. Training does not use m; `config.eval.adjustment` "tde"
+    removes its effect at inference.
 
-    Differs from the released code as `AT` does, and under either fidelity in m and in the attack. Its only config has
-    `posthoc: True`: there m moves once a step, in the outer forward alone, as here; but it begins as that code leaves
-    it, uninitialised, where ours begins at 0; and the training attack climbs the cross-entropy of the adjusted logits,
-    as evaluation mode gives them there, where ours climbs that of the logits that are trained.
+    Differs from the released code as `AT` does, and in either fidelity in m and in the attack. The only config of the
+    code has `posthoc: True`: it updates m once per step, in the outer forward, as we do, but starts from uninitialized
+    memory, where we start at 0. Its training attack maximizes the cross-entropy of the adjusted logits, which its
+    network returns in evaluation mode, where ours maximizes that of the logits that are trained.
     """
 
     mu: float = 0.9
@@ -29,13 +29,13 @@ class TDE(at.AT):
         if not 0 <= self.mu < 1:
             raise ValueError(f"config.method.mu must be a number in [0, 1), not {self.mu}.")
 
-    def init(self, info):
+    def init_state(self, info):
         return {"feature_mean": jnp.zeros(info.num_features, float)}
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, out = net.train(x_adv)
+        logits, out = net(x_adv, train=True)
         lengths = jnp.linalg.norm(out["features"], axis=-1, keepdims=True)
         directions = out["features"] / jnp.where(lengths > 0, lengths, 1)
         mean = self.mu * method_state["feature_mean"] + net.mean(jnp.mean(directions, axis=0))
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
-        return value, ({"feature_mean": mean}, {"accuracy": base.is_correct(logits, batch.label)})
+        return base.LossOutput(value, logits, method_state={"feature_mean": mean})

@@ -13,13 +13,13 @@ from lt_adv.methods import base
 class Trades(base.Method):
     """min_theta E CE(z(x), y) + beta max_d KL(softmax z(x) || softmax z(x + d)).
 
-    Inner: PGD on the KL from x + 0.001 N(0, 1), evaluation mode, the clean probabilities held fixed. Outer: training
-    mode, the gradient flows through both sides of the KL. beta = 0 is plain training.
+    Inner maximization: PGD on the KL from x + 0.001 N(0, 1), evaluation mode, with constant clean probabilities. Outer
+    minimization: training mode, the gradient flows through both sides of the KL. beta = 0 is standard training.
 
-    Differs from the released codes, which `fidelity="released_code"` restores: there the running statistics of batch
-    norm move three times a step (x, x_adv, x), ours twice; and in RoBal's study the drops of the learning rate compound
-    (see `training.optimizer`). The KL is that of log_softmax in all of them: the 1e-12 of RoBal's own regulariser
-    (`methods.robal`) is not part of TRADES.
+    Differs from the released codes, which `fidelity="released_code"` restores: they update the running statistics of
+    batch norm three times per step (x, x_adv, x), we twice; and in RoBal's study the drops of the learning rate
+    compound (see `training.optimizer`). All of them compute the KL with log_softmax: the 1e-12 in the regularizer of
+    RoBal (`methods.robal`) is not part of TRADES.
     """
 
     compounding_schedule = True
@@ -28,19 +28,15 @@ class Trades(base.Method):
     beta: float = 6.0
 
     def perturb(self, key, net, batch, method_state, progress):
-        clean = jax.nn.softmax(net.eval(batch.image)[0])
+        clean = jax.nn.softmax(net(batch.image, train=False)[0])
         return self.pgd(key, net, batch, clean, objective=attacks.kl_divergence)
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        clean, _ = net.train(batch.image)
-        logits, _ = net.train(x_adv)
-        if self.fidelity == "released_code":  # the first forward again, which only moves the running statistics
-            net.train(batch.image)
+        clean, _ = net(batch.image, train=True)
+        logits, _ = net(x_adv, train=True)
+        if self.fidelity == "released_code":  # the first forward again: it only updates the running statistics
+            net(batch.image, train=True)
         natural = jnp.mean(losses.cross_entropy(clean, batch.label))
         divergence = jnp.mean(losses.kl_divergence(clean, logits))
-        metrics = {
-            "accuracy": base.is_correct(logits, batch.label),
-            "loss_natural": natural,
-            "loss_divergence": divergence,
-        }
-        return natural + self.beta * divergence, (method_state, metrics)
+        metrics = {"loss_natural": natural, "loss_divergence": divergence}
+        return base.LossOutput(natural + self.beta * divergence, logits, metrics)

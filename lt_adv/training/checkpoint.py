@@ -1,4 +1,4 @@
-"""Orbax checkpoints of the train state, with a digest of our own: orbax restores a flipped byte silently."""
+"""Orbax checkpoints of the train state, with checksums: orbax does not notice a flipped bit."""
 
 import asyncio
 import contextlib
@@ -21,15 +21,15 @@ from lt_adv.training.checksums import differing, known, sealed
 
 TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
 VARIABLES = ("params", "batch_stats")
-BEST = "valid/pgd20/accuracy"  # what the best checkpoint is the best in; the validation split is balanced
+BEST = "valid/pgd20/accuracy"  # the metric of the best checkpoint; the validation split is balanced
 
 
 class Synced(ocp.path.atomicity.AtomicRenameTemporaryPath):
-    """The folder in which orbax writes a checkpoint: renamed to the step's name once all in it has reached the disk."""
+    """The temporary folder of a checkpoint: renamed to the step once all of its content is synced to disk."""
 
     async def finalize(self) -> None:
         final = self._final_path
-        # Orbax writes its last words and renames in one: to a name that still stands for an unfinished checkpoint.
+        # Orbax finishes its metadata and renames in one call: let it rename to another name that is not a checkpoint.
         self._final_path = self.get().with_name(f"{self.get().name}-written")
         try:
             await super().finalize()
@@ -45,23 +45,23 @@ def _publish(written: epath.Path, final: epath.Path) -> None:
 
 
 def _options(keep: int, best: str | None, directory: epath.Path) -> ocp.CheckpointManagerOptions:
-    kept: list[Any] = [policies.LatestN(keep)]
+    to_preserve: list[Any] = [policies.LatestN(keep)]
     if best:
-        kept.append(policies.BestN(get_metric_fn=lambda m: m[best], n=1, keep_checkpoints_without_metrics=False))
+        to_preserve.append(policies.BestN(get_metric_fn=lambda m: m[best], n=1, keep_checkpoints_without_metrics=False))
     return ocp.CheckpointManagerOptions(
-        preservation_policy=policies.AnyPreservationPolicy(kept),
+        preservation_policy=policies.AnyPreservationPolicy(to_preserve),
         best_fn=(lambda m: m[best]) if best else None,
         create=True,
         cleanup_tmp_directories=True,
-        temporary_path_class=None if "://" in os.fspath(directory) else Synced,  # stores have ways of their own
+        temporary_path_class=None if "://" in os.fspath(directory) else Synced,  # object stores cannot rename
     )
 
 
 class Checkpoints:
-    """The checkpoints of one stage: the latest `keep`, and the best on validation if there is one.
+    """The checkpoints of one stage: the latest `keep`, and the one with the best `best_metric`, if given.
 
-    Each holds the state, its digest, and `meta` (plain data: epoch, metrics). Saving is asynchronous; the state may be
-    donated at once. A save that fails raises OSError, at the next one or at the end; those before it stay whole.
+    A checkpoint holds the state, checksums, and `meta` (plain data). Saving is asynchronous; the state may be donated
+    at once. A save that fails raises OSError in the next call or in `close`; earlier checkpoints stay intact.
     """
 
     def __init__(self, directory: epath.PathLike, *, keep: int = 2, best_metric: str | None = None):
@@ -83,7 +83,7 @@ class Checkpoints:
             )
 
     def wait(self) -> None:
-        """Until the last save is on disk."""
+        """Waits until the last save is on disk."""
         with self._writing():
             self._manager.wait_until_finished()
 
@@ -96,21 +96,24 @@ class Checkpoints:
         try:
             yield
         except Exception as error:  # as in restore
-            found = re.search(r"([^:]+) \[os_error_code", str(error))  # at the end of a long story
-            reason = found[1].strip() if found else _first_line(error)
+            os_error = re.search(r"([^:]+) \[os_error_code", str(error))  # at the end of a long message
+            reason = os_error[1].strip() if os_error else _first_line(error)
             raise OSError(
                 f"A checkpoint cannot be written to {self.directory} ({reason}). "
-                "Those before it are whole: once it can be written, the same command goes on from the last."
+                "Earlier checkpoints are intact: once writing is possible, the same command goes on from the last."
             ) from error
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def restore(self, step: int, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
-        """(state, meta) of `step`, over `mesh` in whole copies or in shards, as `like` is; ValueError if it is damaged
-        or of another network."""
+    def restore(self, step: int, target: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+        """Returns (state, meta) of `step`, on `mesh`, with the shapes and the partition specs of the state `target`.
 
-        def wanted(a: jax.Array) -> jax.ShapeDtypeStruct:
+        Raises:
+            ValueError: the checkpoint is damaged, or belongs to another network.
+        """
+
+        def shape_on_mesh(a: jax.Array) -> jax.ShapeDtypeStruct:
             spec = a.sharding.spec if isinstance(a.sharding, NamedSharding) else PartitionSpec()
             return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(mesh, spec))
 
@@ -119,13 +122,13 @@ class Checkpoints:
             restored = self._manager.restore(
                 step,
                 args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(jax.tree.map(wanted, like)), meta=ocp.args.JsonRestore()
+                    state=ocp.args.StandardRestore(jax.tree.map(shape_on_mesh, target)), meta=ocp.args.JsonRestore()
                 ),
             )
             state, meta = restored["state"], known(restored["meta"])
-            dict(meta["digest"])  # all processes look at it below, or none
+            dict(meta["digest"])  # if it is missing, all processes must fail here
         except TRANSIENT:
-            raise  # a store that does not answer has damaged nothing
+            raise  # a store that is unavailable is not a damaged checkpoint
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             failure = error
         if not distributed.all_true(failure is None):
@@ -135,22 +138,24 @@ class Checkpoints:
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
         return state, meta
 
-    def restore_latest(self, like: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]] | None:
-        """The newest undamaged checkpoint; None if there is none at all.
+    def restore_latest(self, target: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]] | None:
+        """Returns (state, meta) of the newest checkpoint that can be restored, or None if there is no checkpoint.
 
-        Damaged newer ones are moved to <workdir>/damaged, with a warning: the run writes these steps anew. ValueError
-        if there are checkpoints and none can be restored.
+        Newer ones that are damaged are moved to <workdir>/damaged, with a warning: the run writes these steps again.
+
+        Raises:
+            ValueError: there are checkpoints, but none can be restored.
         """
         errors = []
         for step in reversed(self.steps()):
             try:
-                restored = self.restore(step, like, mesh)
+                restored = self.restore(step, target, mesh)
             except ValueError as error:
                 errors.append(str(error))
                 continue
             if errors:
                 if distributed.is_primary():
-                    self._put_aside(list(zip(reversed(self.steps()), errors, strict=False)), step)
+                    self._move_damaged(list(zip(reversed(self.steps()), errors, strict=False)), step)
                 distributed.barrier("damaged checkpoints are moved")
                 self._manager.reload()
             return restored
@@ -160,18 +165,18 @@ class Checkpoints:
             )
         return None
 
-    def _put_aside(self, damaged: list[tuple[int, str]], kept: int) -> None:
+    def _move_damaged(self, damaged: list[tuple[int, str]], resumed: int) -> None:
         for step, text in damaged:
-            aside = self.directory.parent.parent / "damaged" / f"{self.directory.name}-{step}"
-            logging.warning("%s: moved to %s, going on from checkpoint %d.", text, aside, kept)
-            atomic_io.make_folder(aside.parent)
-            if aside.exists():
-                aside.rmtree()
-            (self.directory / str(step)).rename(aside)
+            destination = self.directory.parent.parent / "damaged" / f"{self.directory.name}-{step}"
+            logging.warning("%s: moved to %s, going on from checkpoint %d.", text, destination, resumed)
+            atomic_io.make_folder(destination.parent)
+            if destination.exists():
+                destination.rmtree()
+            (self.directory / str(step)).rename(destination)
 
 
 def _unreadable(error: BaseException, checkpoint: epath.Path) -> str:
-    """Why a checkpoint could not be read: its files are placeholders, or the error."""
+    """Returns why a checkpoint could not be read: its files are placeholders, or the first line of the error."""
     return atomic_io.placeholder(checkpoint) or _first_line(error)
 
 
@@ -181,24 +186,33 @@ def _first_line(error: BaseException) -> str:
 
 
 def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[str, Any], dict[str, Any]]:
-    """({"params", "batch_stats", "method_state"} as numpy arrays, meta) of a run: what its evaluation uses.
+    """Returns ({"params", "batch_stats", "method_state"} as numpy arrays, meta) of a run, for its evaluation.
 
-    Any run's, whatever its method, optimiser and number of devices: nothing else of the state is read. Averaged weights
-    where the run kept an average. `which`: "last", or "best" on the validation split. A damaged checkpoint is passed
-    over with a warning. FileNotFoundError if there is no checkpoint, ValueError if none can be read.
+    The weights are the averaged ones if the run averages them. Nothing else of the state is read, so that the run may
+    have any method, optimizer and number of devices. Damaged checkpoints are skipped with a warning.
+
+    Args:
+        workdir: the working directory of the run.
+        which: "last", or "best" on the validation split.
+
+    Raises:
+        FileNotFoundError: there is no checkpoint.
+        ValueError: no checkpoint can be read.
     """
-    root, found = _stored(workdir)
+    root, checkpoints = _stored(workdir)
     if which == "best":
-        options = ocp.CheckpointManagerOptions(best_fn=lambda m: m[BEST], read_only=True)  # a run may be writing there
-        with ocp.CheckpointManager(found[-1][0], options=options) as manager:
+        options = ocp.CheckpointManagerOptions(
+            best_fn=lambda m: m[BEST], read_only=True
+        )  # a run may write at the same time
+        with ocp.CheckpointManager(checkpoints[-1][0], options=options) as manager:
             best = manager.best_step()
         if best is None:
             raise ValueError(f"{root} has no best checkpoint: the run had no config.data.validation_per_class.")
-        found = [(found[-1][0], best)]
+        checkpoints = [(checkpoints[-1][0], best)]
     elif which != "last":
         raise registry.unknown("config.eval.checkpoint", which, ("last", "best"))
     errors = []
-    for stage, step in reversed(found):
+    for stage, step in reversed(checkpoints):
         try:
             read = _read(stage, step)
         except TRANSIENT:
@@ -207,41 +221,41 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
             errors.append(f"checkpoint {step} in {stage} cannot be read ({_unreadable(error, stage / str(step))})")
             continue
         for text in errors:
-            logging.warning("%s: passed over for checkpoint %d.", text, step)
+            logging.warning("%s: skipped, using checkpoint %d.", text, step)
         return read
     raise ValueError(f"No checkpoint can be read: {'; '.join(errors)}. Train again, in another --workdir.")
 
 
 def look(workdir: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What `read_variables` gives for the last checkpoint, but with each array's shape in its place: little is read."""
-    _, found = _stored(workdir)
-    stage, step = found[-1]
+    """Returns the result of `read_variables` for the last checkpoint, with shapes instead of arrays."""
+    _, checkpoints = _stored(workdir)
+    stage, step = checkpoints[-1]
     try:
-        return _variables(_wanted(stage, step)), _meta(stage, step)
+        return _variables(_evaluated_metadata(stage, step)), _meta(stage, step)
     except TRANSIENT:
         raise
     except Exception as error:  # as in Checkpoints.restore
-        why = _unreadable(error, stage / str(step))
-        raise ValueError(f"checkpoint {step} in {stage} cannot be read ({why})") from error
+        reason = _unreadable(error, stage / str(step))
+        raise ValueError(f"checkpoint {step} in {stage} cannot be read ({reason})") from error
 
 
 def _stored(workdir: epath.PathLike) -> tuple[epath.Path, list[tuple[epath.Path, int]]]:
-    """The folder of a run's checkpoints, and (folder of the stage, step) of each, in the order they were written."""
+    """Returns the checkpoint folder of a run, and (folder of the stage, step) of each checkpoint in order of time."""
     root = epath.Path(workdir) / "checkpoints"
     if "://" not in str(root):
-        root = root.expanduser().absolute()  # orbax wants it absolute
+        root = root.expanduser().absolute()  # orbax requires an absolute path
     stages = [s for s in root.glob("*") if re.match(r"[0-9]+_", s.name) and s.is_dir()]
     stages.sort(key=lambda s: int(s.name.partition("_")[0]))
     steps = {s: sorted(int(d.name) for d in s.iterdir() if re.fullmatch("[0-9]+", d.name)) for s in stages}
-    found = [(s, step) for s in stages for step in steps[s]]
-    if not found:
+    checkpoints = [(s, step) for s in stages for step in steps[s]]
+    if not checkpoints:
         raise FileNotFoundError(f"There is no checkpoint under {root}: train first, or correct --workdir.")
-    return root, found
+    return root, checkpoints
 
 
-def _wanted(stage: epath.Path, step: int) -> dict[str, Any]:
-    """The part of the stored state that an evaluation uses, as orbax describes it."""
-    # A Checkpointer would warn of metadata that no manager writes.
+def _evaluated_metadata(stage: epath.Path, step: int) -> dict[str, Any]:
+    """Returns orbax's metadata of the arrays that an evaluation uses."""
+    # A Checkpointer would warn about metadata that a CheckpointManager does not write.
     tree = ocp.PyTreeCheckpointHandler().metadata(stage / str(step) / "state").tree
     names = ("average",) if tree.get("average") else VARIABLES
     return {name: tree[name] for name in (*names, "method_state") if name in tree}
@@ -257,7 +271,7 @@ def _meta(stage: epath.Path, step: int) -> dict[str, Any]:
 
 
 def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    item = _wanted(stage, step)
+    item = _evaluated_metadata(stage, step)
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     restored = ocp.PyTreeCheckpointHandler().restore(
         stage / str(step) / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)

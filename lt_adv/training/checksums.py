@@ -1,4 +1,4 @@
-"""What a checkpoint says of itself, and how its bits are known again: orbax restores a flipped byte silently."""
+"""Checksums of the arrays of a checkpoint, and validation of its metadata. Orbax does not notice a flipped bit."""
 
 import functools
 import hashlib
@@ -12,13 +12,13 @@ from jax.sharding import Mesh, NamedSharding
 
 from lt_adv.runtime import distributed
 
-# What a run says in each of its checkpoints, and is read by others.
+# Metadata of a checkpoint that other programs read, with the types.
 ENTRIES: dict[str, Any] = {"step": int, "total_steps": int, "stage": str, "stages": int, "class_counts": list}
 ENTRIES["seconds"] = (int, float)
 
 
 def _words(a: jax.Array) -> jax.Array:
-    """The bits of `a` as uint32, flat."""
+    """Returns the bits of `a` as a flat uint32 array."""
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a = jax.random.key_data(a)
     a = a.reshape(-1)
@@ -36,7 +36,7 @@ def _checksums(tree: Any) -> Any:
 
 @functools.lru_cache(maxsize=8)
 def _compiled_checksums(mesh: Mesh | None) -> Any:
-    """On a mesh every device gets the result: of several processes each has to read it."""
+    """Returns the compiled checksum function. On a mesh the result is replicated, since every process reads it."""
     return jax.jit(_all_checksums, out_shardings=mesh and distributed.replicated(mesh))
 
 
@@ -44,7 +44,7 @@ def _all_checksums(tree: Any) -> Any:
     def checksum(a):
         words = _words(a)
         position = jax.lax.iota(jnp.uint32, words.size)
-        # Odd multipliers are units modulo 2**32, so no single changed word can cancel; two of them make 64 bits.
+        # Odd multipliers are units modulo 2**32: one changed word always changes the sum. Two sums make 64 bits.
         odd = (2 * position + 1) * jnp.uint32(0x9E3779B1)
         return jnp.stack([jnp.sum(words * odd), jnp.sum((words ^ (words >> 15)) * (odd * odd))])
 
@@ -52,7 +52,7 @@ def _all_checksums(tree: Any) -> Any:
 
 
 def digest(tree: Any) -> dict[str, str]:
-    """Path of each array -> 16 hexadecimal digits over its bits. Computed where the arrays are, shards and all."""
+    """Returns {path of an array: 16 hexadecimal digits}, computed on the devices that hold the arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): "".join(f"{int(w):08x}" for w in a)
@@ -61,25 +61,25 @@ def digest(tree: Any) -> dict[str, str]:
 
 
 def sealed(state: Any, meta: dict[str, Any]) -> dict[str, Any]:
-    """`meta` with the digests of the arrays and its own."""
+    """Returns `meta` with an entry "digest": those of the arrays of `state`, and of `meta` itself."""
     return {**meta, "digest": {**digest(state), "meta": _seal(meta)}}
 
 
 def _seal(meta: dict[str, Any]) -> str:
-    no_attack = {name: value for name, value in meta.items() if name != "digest"}
-    return hashlib.sha256(json.dumps(no_attack, sort_keys=True).encode()).hexdigest()[:16]
+    content = {name: value for name, value in meta.items() if name != "digest"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def differing(tree: Any, meta: dict[str, Any]) -> list[str]:
-    """The arrays of `tree` whose digest is not the stored one, and "meta" if that is damaged."""
-    stored, found = meta["digest"], digest(tree)
+    """Returns the paths of arrays whose digest differs from the stored one, and "meta" if the metadata differ."""
+    stored, actual = meta["digest"], digest(tree)
     if "meta" in stored:  # older checkpoints have none
-        found["meta"] = _seal(meta)
-    return [name for name, value in found.items() if stored.get(name) != value]
+        actual["meta"] = _seal(meta)
+    return [name for name, value in actual.items() if stored.get(name) != value]
 
 
 def known(meta: Any) -> dict[str, Any]:
-    """What a checkpoint says of itself; ValueError where that is not what a run would say: it has no digest."""
+    """Returns the metadata of a checkpoint; raises ValueError if an entry has the wrong type or is missing."""
     if not isinstance(meta, dict):
         raise ValueError(f"what it says of itself is {meta!r:.50}")
     for name, kind in {"digest": dict, **ENTRIES}.items():

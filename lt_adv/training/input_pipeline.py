@@ -1,4 +1,4 @@
-"""What the step is given of the training set: the set itself, on every device, or batches that are read ahead of it."""
+"""The `data` of the training step: the whole training set on every device, or batches that are prefetched."""
 
 import contextlib
 import dataclasses
@@ -19,13 +19,16 @@ from lt_adv.runtime import distributed
 from lt_adv.training import sharding
 from lt_adv.training.net import AXIS
 
-BLOCK = 64  # steps for which the step is told at once what to take from a resident set
+BLOCK = 64  # steps whose batch indices are on the device at once
 
 
 @dataclasses.dataclass(frozen=True)
 class Feed:
-    """`batches(first, total)` gives the step's `data`, one for each step from `first` on, while it is entered;
-    `example` is one of them, or its shapes."""
+    """Input of the training step.
+
+    `batches(first, total)` is a context manager around an iterator over the `data` of the steps `first` to `total - 1`.
+    `example` is the `data` of one step, or its shapes.
+    """
 
     example: Any
     batches: Callable[[int, int], AbstractContextManager[Iterator[Any]]]
@@ -37,38 +40,49 @@ def resident(
     key: jax.Array,
     info: DataInfo,
     batch_size: int,
-    home: Mesh,
+    mesh: Mesh,
     cycles: bool = False,
 ) -> Feed:
-    """The images in whole copies, and what the batches of a block of steps take of them: "row", "label" and "index",
-    int32 [BLOCK, batch_size]. An epoch is drawn when it begins, with the state's `key`; of all this a step sees one
-    block, so that it costs the same whatever the size of the set. `classes` is the `class_table` of the set, for
-    class-aware draws, which with `cycles` are those of `class_aware.cycled_indices`."""
-    on_device = device_dataset.put(split, home)
-    image = on_device.pop("image")
-    key, classes = sharding.replicate((jnp.copy(key), classes), home)  # the state's key is donated with it
+    """Returns the input of a training set that every device holds.
+
+    The `data` of a step are all images and, for a block of steps, the rows of the images that its batches take, their
+    labels and their original indices: "row", "label" and "index", int32 [BLOCK, batch_size]. The order of an epoch is
+    drawn when it begins. A step reads one block only, so that its cost does not depend on the size of the set.
+
+    Args:
+        split: the training set.
+        classes: the `device_dataset.class_table` of the set for class-aware sampling, or None.
+        key: the key of the train state.
+        info: static facts of the training set.
+        batch_size: over all devices.
+        mesh: the mesh of the data; see `sharding.state_mesh`.
+        cycles: whether class-aware sampling is that of `class_aware.cycled_indices`.
+    """
+    columns = device_dataset.put(split, mesh)
+    image = columns.pop("image")
+    key, classes = sharding.replicate((jnp.copy(key), classes), mesh)  # a copy: the state's key is donated
     options = {"num_examples": len(split), "batch_size": batch_size, "cycles": cycles}
     options["steps_per_epoch"] = info.steps_per_epoch
-    jit = functools.partial(jax.jit, out_shardings=distributed.replicated(home))
+    jit = functools.partial(jax.jit, out_shardings=distributed.replicated(mesh))
 
     @jit
     def draw(key: jax.Array, epoch: int, classes: Any, columns: dict[str, jax.Array]) -> dict[str, jax.Array]:
         row = device_dataset.epoch_indices(key, epoch, classes, **options)
         tables = {"row": row, **{name: column[row] for name, column in columns.items()}}
-        missing = ((0, -len(row) % BLOCK), (0, 0))  # steps after the last, which nobody takes
-        return {name: jnp.pad(a, missing).reshape(-1, BLOCK, batch_size) for name, a in tables.items()}
+        padding = ((0, -len(row) % BLOCK), (0, 0))  # steps after the last one
+        return {name: jnp.pad(a, padding).reshape(-1, BLOCK, batch_size) for name, a in tables.items()}
 
     @jit
     def take(tables: dict[str, jax.Array], block: int) -> dict[str, jax.Array]:
         return {name: a[block] for name, a in tables.items()}
 
-    def each(first: int, total: int) -> Iterator[Any]:
+    def steps_data(first: int, total: int) -> Iterator[Any]:
         for epoch, steps in itertools.groupby(range(first, total), lambda step: step // info.steps_per_epoch):
-            tables = draw(key, epoch, classes, on_device)
-            for block, part in itertools.groupby(steps, lambda step: step % info.steps_per_epoch // BLOCK):
-                yield from itertools.repeat({"image": image, **take(tables, block)}, len(list(part)))
+            tables = draw(key, epoch, classes, columns)
+            for block, block_steps in itertools.groupby(steps, lambda step: step % info.steps_per_epoch // BLOCK):
+                yield from itertools.repeat({"image": image, **take(tables, block)}, len(list(block_steps)))
 
-    return Feed(next(each(0, 1)), lambda first, total: contextlib.nullcontext(each(first, total)))
+    return Feed(next(steps_data(0, 1)), lambda first, total: contextlib.nullcontext(steps_data(first, total)))
 
 
 def streamed(
@@ -81,27 +95,33 @@ def streamed(
     parallel: str,
     cycles: bool = False,
 ) -> Feed:
-    """The batches that the step would draw from a resident set with the state's `key`, so that the bits are the same;
-    each process reads what its own devices need. Nothing has to be saved: a step's batch is known by its number."""
-    key = jnp.copy(key)  # as above
-    share = batch_size // mesh.size
-    places = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
-    own = np.concatenate([np.arange(share) + i * share for i in places])
+    """Returns the input of a training set that is read from the host, batch by batch.
+
+    The batches equal those of `resident` bit for bit. Each process reads the examples of its local devices. A batch is
+    a function of the key and the number of its step, so a checkpoint holds nothing of the input. Arguments as of
+    `resident`, but `mesh` holds all devices; `parallel` is "pmap" or "shard_map".
+    """
+    key = jnp.copy(key)  # the state's key is donated
+    per_device = batch_size // mesh.size
+    local_devices = [i for i, device in enumerate(mesh.devices.flat) if device.process_index == jax.process_index()]
+    local_positions = np.concatenate([np.arange(per_device) + i * per_device for i in local_devices])
     batch_sharding = NamedSharding(sharding.state_mesh(mesh, parallel), PartitionSpec(AXIS))
-    # pmap wants an axis of devices, and has a mesh for each process.
-    shape = (len(places), share) if parallel == "pmap" else (batch_size,)
+    # pmap requires a device axis, and has a mesh per process.
+    shape = (len(local_devices), per_device) if parallel == "pmap" else (batch_size,)
 
     def put(column: np.ndarray) -> jax.Array:
         if parallel == "pmap":
             return jax.device_put(column.reshape(*shape, *column.shape[1:]), batch_sharding)
-        blocks = jax.device_put(np.split(column, len(places)), [mesh.devices.flat[i] for i in places])
+        blocks = jax.device_put(np.split(column, len(local_devices)), [mesh.devices.flat[i] for i in local_devices])
         return jax.make_array_from_single_device_arrays((*shape, *column.shape[1:]), batch_sharding, blocks)
 
     @contextlib.contextmanager
     def batches(first: int, total: int) -> Iterator[Iterator[Any]]:
         options = {"steps_per_epoch": info.steps_per_epoch, "classes": classes, "cycles": cycles}
-        with prefetch.batches(split, key, first, total, own, batch_size=batch_size, **options) as found:
-            yield ({name: put(column) for name, column in batch.items()} for batch in found)
+        with prefetch.batches(
+            split, key, first, total, local_positions, batch_size=batch_size, **options
+        ) as host_batches:
+            yield ({name: put(column) for name, column in batch.items()} for batch in host_batches)
 
     example = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in ("label", "index")}
     example["image"] = jax.ShapeDtypeStruct((*shape, *split.image.shape[1:]), np.uint8)

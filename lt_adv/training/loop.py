@@ -1,4 +1,4 @@
-"""The host's side of training: log, watch, save, resume, stop."""
+"""The training loop: logging, validation, checkpoints, resuming, and stopping on SIGTERM."""
 
 import signal
 import threading
@@ -17,29 +17,29 @@ from lt_adv.data import longtail
 from lt_adv.runtime import distributed
 from lt_adv.training import metric_logging, sharding, stage_builder
 from lt_adv.training.checkpoint import BEST, Checkpoints
-from lt_adv.training.train_step import ends_window
+from lt_adv.training.train_step import is_log_step
 from lt_adv.training.validation_hook import Monitor
 
 
 class Preempted(Exception):
-    """SIGTERM arrived; the state has been saved."""
+    """SIGTERM arrived, and the state is saved."""
 
 
 class NonFinite(FloatingPointError):
-    """The loss or the gradient is no longer a number."""
+    """The loss or the gradient is infinite or NaN."""
 
 
 class StopSignal:
-    """Set by SIGTERM while a run trains; looked at between two steps.
+    """Whether SIGTERM has arrived; the loop checks it between two steps.
 
-    Of several processes one may get it, or a pod's notice of preemption: jax's service then names the step, the same
-    one for all, after which they stop.
+    With several processes, one of them may receive the signal or a notice of preemption: the JAX coordination service
+    then chooses the step after which all of them stop.
     """
 
     def __enter__(self):
         self._event = threading.Event()
         self._previous = None
-        self._looks = 0
+        self._num_checks = 0
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._previous = signal.signal(signal.SIGTERM, lambda *_: self._event.set())
         return self
@@ -51,15 +51,16 @@ class StopSignal:
     def is_set(self) -> bool:
         if jax.process_count() == 1:
             return self._event.is_set()
-        self._looks += 1
-        return multihost_utils.reached_preemption_sync_point(self._looks)
+        self._num_checks += 1
+        return multihost_utils.reached_preemption_sync_point(self._num_checks)
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset, mesh: Mesh) -> None:
-    """All stages of the configured method, from where the working directory left off.
+    """Trains all stages of the configured method; resumes from the checkpoints in the working directory.
 
-    Raises Preempted after a SIGTERM, resumable at that step, and NonFinite when training diverges: the checkpoints
-    before stay, but the same command would diverge again.
+    Raises:
+        Preempted: after a SIGTERM; the run can be resumed at that step.
+        NonFinite: training diverged. Earlier checkpoints stay, but the same command would diverge again.
     """
     lines = metric_logging.Lines(workdir / "metrics.jsonl")
     speed = metric_logging.Lines(workdir / "timing.jsonl")
@@ -72,13 +73,13 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.
             state, seconds = _run(built, workdir, lines, speed, names, stop, seconds)
             previous = jax.device_get(distributed.replicate(state.variables, distributed.replicated(mesh)))
             names.append(built.name)
-        lines.write()  # whole again, whatever became of the file
-        if stop.is_set():  # after the last step, whose checkpoint is there
+        lines.write()  # restores a file that was damaged meanwhile
+        if stop.is_set():  # after the last step, which is saved
             raise Preempted("SIGTERM: training is finished and saved. The same command goes on with the evaluation.")
 
 
 def _monitors(built: stage_builder.StageProgram) -> dict[str, Monitor]:
-    """By name: "train", clean, on a fixed sample of the training images; "valid", clean and PGD-20, on that split."""
+    """Returns {"train": clean accuracy on a sample of the training images, "valid": clean and PGD-20, on the split}."""
     config, split = built.config, built.data
     key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 99)
     common = {
@@ -101,10 +102,10 @@ def _monitors(built: stage_builder.StageProgram) -> dict[str, Monitor]:
     return monitors
 
 
-def _watch(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict[str, float]:
-    """What the monitors see: "train/clean/balanced_accuracy", "valid/pgd20/accuracy_tail", ..."""
-    seen = {name: monitor(variables) for name, monitor in monitors.items() if name == "train" or validate}
-    return {f"{name}/{metric}": value for name, row in seen.items() for metric, value in row.items()}
+def _run_monitors(monitors: dict[str, Monitor], variables: Any, validate: bool) -> dict[str, float]:
+    """Returns {"train/clean/balanced_accuracy": ..., "valid/pgd20/accuracy_tail": ..., ...}."""
+    rows = {name: monitor(variables) for name, monitor in monitors.items() if name == "train" or validate}
+    return {f"{name}/{metric}": value for name, row in rows.items() for metric, value in row.items()}
 
 
 def _run(
@@ -116,7 +117,7 @@ def _run(
     stop: StopSignal,
     seconds: float,
 ) -> tuple[Any, float]:
-    """One stage, to its end; returns its last state, and `seconds`, those of the stages before, with its own added."""
+    """Trains one stage to its end; returns its last state, and `seconds` plus the training time of the stage."""
     config, per_epoch, total = built.config, built.info.steps_per_epoch, built.num_steps
     best = BEST if built.data.validation is not None else None
     checkpoints = Checkpoints(workdir / "checkpoints" / built.name, keep=config.checkpoint.keep, best_metric=best)
@@ -143,7 +144,7 @@ def _run(
     best_so_far = max((row[best] for row in lines.rows if row["stage"] == built.name and best in row), default=-1.0)
     started, mark = time.perf_counter(), first
     metrics: Any = None
-    behind: Any = None
+    previous_metrics: Any = None
 
     def save(step: int, row: dict[str, Any]) -> None:
         nonlocal saved
@@ -157,12 +158,13 @@ def _run(
         built.feed.batches(first, total) as batches,
     ):
         for step, batch in zip(range(first, total), batches, strict=False):
-            jax.block_until_ready(behind)  # two steps in flight keep a device busy, and a SIGTERM is answered soon
-            behind = metrics
+            # At most two steps are in flight: the device stays busy, and the loop reacts to SIGTERM quickly.
+            jax.block_until_ready(previous_metrics)
+            previous_metrics = metrics
             with jax.transfer_guard("disallow"):
                 state, metrics = built.step(state, batch, built.teacher)
             done, stopping = step + 1, stop.is_set()
-            if not (stopping or ends_window(step, per_epoch, config.log.every_steps)):
+            if not (stopping or is_log_step(step, per_epoch, config.log.every_steps)):
                 continue
             row = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
             _check_finite(row, done, saved, checkpoints)
@@ -170,9 +172,11 @@ def _run(
             now = time.perf_counter()
             rate, seconds = (done - mark) * config.optim.batch_size / (now - started), seconds + now - started
             if epoch_ended:
-                watched = distributed.replicate(state.evaluated, distributed.replicated(built.mesh))
-                row |= _watch(monitors, watched, epoch % config.log.validate_every_epochs == 0 or done == total)
-            if ends_window(step, per_epoch, config.log.every_steps):
+                variables = distributed.replicate(state.evaluated, distributed.replicated(built.mesh))
+                row |= _run_monitors(
+                    monitors, variables, epoch % config.log.validate_every_epochs == 0 or done == total
+                )
+            if is_log_step(step, per_epoch, config.log.every_steps):
                 for log in (lines, *boards):
                     log.add({"stage": built.name, "step": done, "epoch": epoch, **row})
                 speed.add({"stage": built.name, "step": done, "images_per_second": rate, "seconds": seconds})
@@ -190,7 +194,7 @@ def _run(
 
 
 def _identity(built: stage_builder.StageProgram) -> dict[str, Any]:
-    """What a checkpoint says of the run that it belongs to."""
+    """Returns the metadata of a checkpoint that identify its run."""
     return {
         "stage": built.name,
         "stages": len(stage_builder.stages(built.config)),
@@ -203,15 +207,21 @@ def _identity(built: stage_builder.StageProgram) -> dict[str, Any]:
 
 
 def _same_run(built: stage_builder.StageProgram, meta: dict[str, Any], workdir: epath.Path) -> None:
-    """ValueError if the images are others than those of the checkpoint; a word if the bits may differ."""
+    """Checks a checkpoint against the run that resumes from it.
+
+    Prints a note if the results may differ in their last bits.
+
+    Raises:
+        ValueError: the checkpoint was trained on other images.
+    """
     now = _identity(built)
     if meta.get("data_digest") != now["data_digest"]:
-        raise ValueError(f"{workdir} was trained on other images than config.data gives now: use another --workdir.")
+        raise ValueError(f"{workdir} was trained on other images than config.data describes: use another --workdir.")
     for name in ("devices", "jax_version"):
         if meta.get(name) != now[name]:
             text = f"{name.replace('_', ' ')} was {meta.get(name)} and is {now[name]}"
             metric_logging.console.print(
-                f"Note: {text}: the numbers will be close to those of an unbroken run, not equal."
+                f"Note: {text}: the results will be close, but not equal, to those of an uninterrupted run."
             )
 
 
@@ -219,9 +229,9 @@ def _check_finite(row: dict[str, float], step: int, saved: int | None, checkpoin
     bad = [name for name in ("train/loss", "train/gradient_norm") if not np.isfinite(row[name])]
     if bad:
         checkpoints.wait()
-        kept = f"The last good checkpoint is step {saved}" if saved else "There is no checkpoint yet"
+        advice = f"The last good checkpoint is step {saved}" if saved else "There is no checkpoint yet"
         raise NonFinite(
-            f"{bad[0]} is {row[bad[0]]} in the steps before step {step}. {kept}. "
+            f"{bad[0]} is {row[bad[0]]} in the steps before step {step}. {advice}. "
             "In another --workdir, try a smaller config.optim.learning_rate, a warm-up (config.optim.warmup_epochs), "
             "or float32 (config.model.dtype)."
         )

@@ -1,4 +1,4 @@
-"""What a run tells: JSON lines for programs, a progress display for people."""
+"""Logging of a run: JSON lines, TensorBoard, and a progress display."""
 
 import json
 import math
@@ -14,13 +14,16 @@ from etils import epath
 
 from lt_adv.runtime import atomic_io, distributed
 
-QUIET = 3.0  # seconds between two lines where there is no terminal
+SECONDS_BETWEEN_LINES = 3.0  # of the progress display without a terminal
 console = rich.console.Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
 class Lines:
-    """A file of JSON lines, written whole and atomically each time: stores cannot append, and a log is small.
-    Of several processes the first one writes."""
+    """A file of JSON lines.
+
+    Every change rewrites the file atomically: object stores cannot append, and the file is small. Only the primary
+    process writes.
+    """
 
     def __init__(self, path: epath.Path):
         self._path = path
@@ -35,7 +38,7 @@ class Lines:
             self.rows.append(row)
 
     def put_back(self, rows: Iterable[Mapping[str, Any]]) -> None:
-        """What a checkpoint has kept, in place of what the file says, which may have been damaged since."""
+        """Replaces the rows by those stored in a checkpoint: the file may have been damaged since."""
         self.rows = [dict(row) for row in rows]
 
     def write(self) -> None:
@@ -43,18 +46,18 @@ class Lines:
             atomic_io.write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
     def keep(self, last_step: int, stage: str, earlier: Iterable[str] = ()) -> None:
-        """Forget the rows after `last_step` of `stage`: the run goes on from there."""
+        """Removes the rows after `last_step` of `stage`, where the run resumes."""
         earlier = set(earlier)
         self.rows = [r for r in self.rows if r["stage"] in earlier or (r["stage"] == stage and r["step"] <= last_step)]
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Numbers that do not exist (a group that no example was drawn from) are left out: JSON has no NaN."""
+        """Appends a row, without its NaN values (of a group without examples): JSON has no NaN."""
         self.rows.append({k: v for k, v in row.items() if not (isinstance(v, float) and math.isnan(v))})
         self.write()
 
 
 class TensorBoard:
-    """The numbers of the log lines as scalars; ImportError, with the extra's name, without tensorboardX."""
+    """Writes the numbers of the log lines as scalars; raises ImportError, with the remedy, without tensorboardX."""
 
     def __init__(self, workdir: epath.Path):
         try:
@@ -71,8 +74,11 @@ class TensorBoard:
 
 
 class Progress:
-    """Epoch, images/s, time left, loss, clean and robust accuracy: a live line in a terminal, elsewhere a line an epoch
-    (of short epochs, one every few seconds)."""
+    """Shows epoch, images/s, time left, loss, clean and robust accuracy.
+
+    In a terminal this is one line that is updated. Elsewhere one line is printed per epoch, and at most one every
+    SECONDS_BETWEEN_LINES.
+    """
 
     def __init__(self, stage: str, epochs: int, steps_per_epoch: int, batch_size: int, step: int):
         self._size, self._epochs, self._per_epoch, self._stage = batch_size, epochs, steps_per_epoch, stage
@@ -105,11 +111,11 @@ class Progress:
         text = "  ".join(shown)
         self._bar.update(self._task, completed=step, description=f"{self._stage} {epoch}/{self._epochs}", numbers=text)
         now, last = time.monotonic(), step == self._epochs * self._per_epoch
-        if epoch_ended and not console.is_terminal and (last or now - self._printed >= QUIET):
+        if epoch_ended and not console.is_terminal and (last or now - self._printed >= SECONDS_BETWEEN_LINES):
             self._printed = now
-            left = (self._epochs * self._per_epoch - step) * self._size / max(images_per_second, 1e-9)
+            seconds_left = (self._epochs * self._per_epoch - step) * self._size / max(images_per_second, 1e-9)
             console.print(
-                f"{self._stage} epoch {epoch}/{self._epochs}  {text}  left {left / 60:.1f} min", soft_wrap=True
+                f"{self._stage} epoch {epoch}/{self._epochs}  {text}  left {seconds_left / 60:.1f} min", soft_wrap=True
             )
 
 

@@ -1,4 +1,4 @@
-"""The network as a method sees it, for the length of one traced step."""
+"""The network that a method calls during one traced step."""
 
 from typing import Any
 
@@ -9,15 +9,16 @@ AXIS = "data"
 
 
 class Net:
-    """`apply` with parameters and running statistics bound; the statistics advance with each `train` forward.
+    """`apply` with parameters and running statistics bound; see `lt_adv.methods.Net` for its methods.
 
-    Made anew in every trace. `at(params)` shares the statistics, so that a forward at moved weights counts as well.
+    Every trace makes its own. Networks derived from it share its running statistics: a forward with other parameters
+    advances them too.
     """
 
     def __init__(self, apply, params, batch_stats, info, *, key, teacher=None, freeze_batch_stats=False):
         self._apply = apply
         self._cell = {"batch_stats": batch_stats, "forwards": 0}
-        self._key = key  # of dropout alone; one stream per device, all else is drawn per example
+        self._key = key  # of dropout, one per device; all other random numbers are drawn per example
         self._freeze = freeze_batch_stats
         self._writes, self._batch_statistics = True, False
         self.params = params
@@ -33,11 +34,8 @@ class Net:
     def _variables(self) -> dict[str, Any]:
         return {"params": self.params, "batch_stats": self.batch_stats}
 
-    def eval(self, x):
-        return self.train(x) if self._batch_statistics else self._apply(self._variables(), x, train=False)
-
-    def train(self, x):
-        if self._freeze:
+    def __call__(self, x, *, train):
+        if self._freeze or not (train or self._batch_statistics):
             return self._apply(self._variables(), x, train=False)
         rngs = {"dropout": jax.random.fold_in(self._key, self._cell["forwards"])}
         out, new = self._apply(self._variables(), x, train=True, mutable=["batch_stats"], rngs=rngs)
@@ -45,16 +43,16 @@ class Net:
             self._cell.update(batch_stats=new["batch_stats"], forwards=self._cell["forwards"] + 1)
         return out
 
-    def at(self, params):
-        return self._but(params=params)
+    def with_params(self, params):
+        return self._replace(params=params)
 
     def without_updates(self):
-        return self._but(_writes=False)
+        return self._replace(_writes=False)
 
     def with_batch_statistics(self):
-        return self._but(_writes=False, _batch_statistics=True)
+        return self._replace(_writes=False, _batch_statistics=True)
 
-    def _but(self, **changes):
+    def _replace(self, **changes):
         net = Net.__new__(Net)
         net.__dict__.update(self.__dict__, **changes)
         return net

@@ -1,4 +1,4 @@
-"""SGD and its schedules, from optax."""
+"""SGD and learning rate schedules, built from optax."""
 
 import re
 from collections.abc import Mapping
@@ -13,15 +13,15 @@ SCHEDULES = ("step", "cosine", "constant")
 
 
 def schedule(config: Mapping[str, Any], steps_per_epoch: int, epochs: int, compounding: bool = False) -> optax.Schedule:
-    """Learning rate at a step (from 0).
+    """Returns the learning rate as a function of the step (from 0).
 
-    "step": x `drop_factor` at the start of each epoch of `drop_epochs`. Epochs count from `first_epoch` = 1 as in RoBal
-    and AT-BSL, so "drop at 60" leaves 59 epochs at the old rate; REAT and TAET count from 0. `warmup_epochs`: the rate
-    rises linearly, step by step. "cosine": to 0 after the last step.
+    "step" multiplies the rate by `drop_factor` at the start of each epoch of `drop_epochs`. Epochs count from
+    `first_epoch`: 1 in RoBal and AT-BSL, so that a drop at 60 follows 59 epochs at the first rate; 0 in REAT and TAET.
+    "cosine" decays to 0 after the last step. During the first `warmup_epochs` the rate rises linearly, step by step.
 
-    With `compounding` "step" is what RoBal's released code does: the drop of an epoch is applied to the rate of
-    the epoch before, so it compounds: x 0.1 in every epoch from 60 on, x 0.01 in every epoch from 75 on; the warm-up
-    compounds in the same way, with the factors 2 / `warmup_epochs`, 3 / `warmup_epochs`, ... 1, one an epoch.
+    With `compounding`, "step" is the schedule of RoBal's released code, which multiplies the rate of the epoch before:
+    by 0.1 in every epoch from 60 on, and by 0.01 in every epoch from 75 on. Its warm-up compounds in the same way, with
+    the factors 2 / `warmup_epochs`, 3 / `warmup_epochs`, ... 1, one per epoch.
     """
     rate, name = config["learning_rate"], config["schedule"]
     warmup = config["warmup_epochs"]
@@ -63,7 +63,11 @@ def _compounding(config: Mapping[str, Any], steps_per_epoch: int, epochs: int) -
 
 
 def frozen_mask(params: Any, freeze: str | None) -> Any:
-    """True where the "/"-joined path of a parameter matches `freeze` from its start."""
+    """Returns True for each parameter whose path, joined by "/", matches `freeze` from its start.
+
+    Raises:
+        ValueError: no parameter matches.
+    """
     pattern = re.compile(freeze) if freeze else None
     names = jax.tree_util.tree_map_with_path(lambda path, _: "/".join(str(k.key) for k in path), params)
     mask = jax.tree.map(lambda name: bool(pattern and pattern.match(name)), names)
@@ -77,7 +81,10 @@ def frozen_mask(params: Any, freeze: str | None) -> Any:
 def create(
     config: Mapping[str, Any], rate: optax.Schedule, params: Any, freeze: str | None = None
 ) -> optax.GradientTransformation:
-    """SGD as PyTorch has it: v <- momentum v + (g + weight_decay p), p <- p - rate v; every trained tensor decays."""
+    """Returns SGD in the form of PyTorch: v <- momentum v + (g + weight_decay p), p <- p - rate v.
+
+    Weight decay applies to every parameter that is not frozen.
+    """
     sgd = optax.chain(
         optax.add_decayed_weights(config["weight_decay"]),
         optax.sgd(rate, momentum=config["momentum"] or None, nesterov=config["nesterov"]),

@@ -1,4 +1,4 @@
-"""A stage made ready to run: network, data on the devices, optimiser, compiled step, first state."""
+"""Builds a training stage from its config: network, input, optimizer, compiled step, initial state."""
 
 import collections
 import dataclasses
@@ -26,18 +26,18 @@ from lt_adv.training.train_state import TrainState
 
 @dataclasses.dataclass(frozen=True)
 class StageProgram:
-    """What one stage needs; `step(state, data, teacher) -> (state, metrics)` is its one compiled program."""
+    """Everything needed to run one stage."""
 
     name: str
     config: ml_collections.ConfigDict
     data: data.LongTailed
     info: DataInfo
-    apply: Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits as they are evaluated
-    step: Callable[..., Any]
-    feed: Feed  # of the step's `data`
+    apply: Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits, adjusted as in the evaluation
+    step: Callable[..., Any]  # (state, data, teacher) -> (state, metrics), compiled
+    feed: Feed  # the `data` of the steps
     teacher: Any
     first_state: Callable[[], TrainState]
-    mesh: Mesh  # all devices; the state lives on `sharding.home` of it
+    mesh: Mesh  # all devices; the state is on `sharding.state_mesh` of it
 
     @property
     def num_steps(self) -> int:
@@ -45,20 +45,23 @@ class StageProgram:
 
 
 def method(config: ml_collections.ConfigDict) -> Method:
-    """The configured method, with a value for every option and inside no add-on."""
+    """Returns the configured method without add-ons, with a value for every option."""
     inner = {name: config.attack[name] for name in ("num_steps", "start") if config.attack.get(name) is not None}
     return methods.create(config.method.to_dict(), fidelity=config.fidelity, **inner)
 
 
 def stages(config: ml_collections.ConfigDict) -> tuple[Stage, ...]:
-    """The stages of the configured method, inside the configured add-ons."""
+    """Returns the stages of the configured method, inside the configured add-ons."""
     return addons.wrap(method(config), config.addons, config).stages(config)
 
 
 def steps_per_epoch(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> int:
-    """Whole batches in an epoch; one of class-aware draws is as long as if all classes were as large as the largest.
+    """Returns the number of full batches per epoch.
 
-    ValueError for a batch that is larger than that, or cannot be shared among the devices.
+    With class-aware sampling an epoch is as long as if every class had as many images as the largest one.
+
+    Raises:
+        ValueError: the batch is larger than an epoch, or not a multiple of the number of devices.
     """
     size, drawn = config.optim.batch_size, len(split.train)
     if config.data.sampler == "class_aware":
@@ -71,7 +74,7 @@ def steps_per_epoch(config: ml_collections.ConfigDict, split: data.LongTailed, d
 
 
 def configured(config: ml_collections.ConfigDict, stage: Stage) -> ml_collections.ConfigDict:
-    """A copy of the config as it holds in one stage."""
+    """Returns a copy of the config with the overrides of one stage."""
     config = config.copy_and_resolve_references()
     with config.unlocked():
         config.update_from_flattened_dict(dict(stage.overrides))
@@ -79,7 +82,7 @@ def configured(config: ml_collections.ConfigDict, stage: Stage) -> ml_collection
 
 
 def shapes(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[dict[str, Any], int]:
-    """(variables, width of the features) of the configured network, as shapes: nothing is computed."""
+    """Returns (shapes of the variables, number of features) of the configured network, without computing it."""
     model = models.create(config.model, len(split.class_counts))
     image = jax.ShapeDtypeStruct((1, *split.train.image.shape[1:]), jnp.result_type(float))
     (_, out), variables = jax.eval_shape(model.init_with_output, jax.random.key(0), image)
@@ -87,7 +90,10 @@ def shapes(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[d
 
 
 def learning_rate(config: ml_collections.ConfigDict, stage: Stage, steps_per_epoch: int) -> optax.Schedule:
-    """Of a stage, whose own config this is: compounding where the stage's method follows a released code that does."""
+    """Returns the schedule of a stage, from the config of that stage.
+
+    Drops compound where the method follows a released code in which they do; see `optimizer.schedule`.
+    """
     compounding = stage.method.compounding_schedule and stage.method.fidelity == "released_code"
     return optimizer.schedule(config.optim, steps_per_epoch, stage.epochs, compounding)
 
@@ -100,7 +106,7 @@ def build(
     mesh: Mesh,
     previous: Mapping[str, Any] | None = None,
 ) -> StageProgram:
-    """Stage `number` of a run; `previous` are the variables that the stage before ended with."""
+    """Returns stage `number` of a run; `previous` are the final variables of the stage before it."""
     config = configured(config, stage)
     split = data.long_tailed(dataset, config.data)
     counts = np.asarray(split.class_counts)
@@ -132,11 +138,11 @@ def build(
     attacked = model
     if config.attack.dtype:
         attacked = models.create({**config.model, "dtype": config.attack.dtype}, info.num_classes, axis_name=AXIS)
-    step, init_window = train_step.make_train_step(
+    step, init_metric_sums = train_step.make_train_step(
         stage.method, model.apply, tx, rate, info, options, mesh, config.parallel, attacked.apply, config.sharded
     )
-    home = sharding.state_mesh(mesh, config.parallel)
-    teacher = sharding.replicate(previous, home) if stage.teacher == "previous" else {}
+    state_mesh = sharding.state_mesh(mesh, config.parallel)
+    teacher = sharding.replicate(previous, state_mesh) if stage.teacher == "previous" else {}
     classes = (
         device_dataset.class_table(split.train.label, len(counts)) if config.data.sampler == "class_aware" else None
     )
@@ -146,7 +152,7 @@ def build(
             split.train, classes, key, info, options.batch_size, mesh, config.parallel, cycles
         )
     else:
-        feed = input_pipeline.resident(split.train, classes, key, info, options.batch_size, home, cycles)
+        feed = input_pipeline.resident(split.train, classes, key, info, options.batch_size, state_mesh, cycles)
 
     def first_state() -> TrainState:
         start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())
@@ -154,10 +160,14 @@ def build(
         if stage.init != "fresh":
             source = previous if stage.init == "previous" else checkpoint.read_variables(stage.init)[0]
             start = merge(start, {name: source[name] for name in start if name in source}, stage.init)
-        state = train_state.create(key, start, tx, stage.method.init(info), averaged=options.average["name"] != "none")
-        state = sharding.replicate(state, home)
-        state = sharding.replicate(state.replace(window=init_window(state, feed.example, teacher)), home)
-        return sharding.shard_state(state, home, config.sharded)
+        state = train_state.create(
+            key, start, tx, stage.method.init_state(info), averaged=options.average["name"] != "none"
+        )
+        state = sharding.replicate(state, state_mesh)
+        state = sharding.replicate(
+            state.replace(metric_sums=init_metric_sums(state, feed.example, teacher)), state_mesh
+        )
+        return sharding.shard_state(state, state_mesh, config.sharded)
 
     return StageProgram(
         name=f"{number}_{stage.name}",
@@ -174,15 +184,20 @@ def build(
 
 
 def evaluated(config: ml_collections.ConfigDict, split: data.LongTailed) -> Callable[[Any, jax.Array], jax.Array]:
-    """(variables, x) -> logits of the configured network as it is evaluated: in its dtype, adjusted after training."""
+    """Returns (variables, x) -> logits as evaluated: in `config.eval.dtype`, with the post-hoc adjustment."""
     model = models.create({**config.model, "dtype": config.eval.dtype}, len(split.class_names))
     return posthoc.adjusted_logits_fn(model, config.eval.adjustment, split.class_counts)
 
 
-def imported(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[dict[str, Any], dict[str, str]]:
-    """(variables, what is known of them) of the file of weights in `config.init_from`; ValueError for another network.
+def external_variables(
+    config: ml_collections.ConfigDict, split: data.LongTailed
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns (variables, description) of the weight file in `config.init_from`.
 
-    Known are the file and its digest, and the tensors in it that the network has no use for.
+    The description has the file and its SHA-256, and the tensors of the file that the network does not use.
+
+    Raises:
+        ValueError: the weights are those of another network.
     """
     model = models.create(config.model, len(split.class_names))
     variables, unused = torch_import.variables(config.init_from, model, split.train.image.shape[1:])
@@ -195,7 +210,7 @@ def imported(config: ml_collections.ConfigDict, split: data.LongTailed) -> tuple
 
 
 def mergeable(new: Mapping[str, Any], old: Mapping[str, Any], origin: str) -> None:
-    """ValueError if a name is in both with different shapes, or in neither."""
+    """Raises ValueError if an array has another shape in `old` than in `new`, or if no name is in both."""
     for name in sorted(new.keys() & old.keys()):
         if new[name].shape != old[name].shape:
             raise ValueError(
@@ -206,13 +221,16 @@ def mergeable(new: Mapping[str, Any], old: Mapping[str, Any], origin: str) -> No
 
 
 def merge(fresh: Any, source: Any, origin: str) -> Any:
-    """`fresh` with every array that `source` has under the same name; what was new or unused is said, once each.
+    """Returns `fresh`, with the arrays of `source` wherever both have one of the same name.
 
-    ValueError if a name is in both with different shapes, or in neither.
+    Logs a warning with the names that only one of them has.
+
+    Raises:
+        ValueError: as `mergeable`.
     """
     new, old = (flax.traverse_util.flatten_dict(tree, sep="/") for tree in (fresh, source))
     mergeable(new, old, origin)
-    for what, names in (("new", new.keys() - old.keys()), ("unused", old.keys() - new.keys())):
+    for kind, names in (("new", new.keys() - old.keys()), ("unused", old.keys() - new.keys())):
         if names:
-            logging.warning("%s: %s: %s", origin, what, ", ".join(sorted(names)))
+            logging.warning("%s: %s: %s", origin, kind, ", ".join(sorted(names)))
     return flax.traverse_util.unflatten_dict({k: jnp.asarray(old.get(k, v), v.dtype) for k, v in new.items()}, sep="/")

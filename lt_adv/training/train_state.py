@@ -1,4 +1,4 @@
-"""Everything that training carries from step to step: arrays only, so that a checkpoint is the whole truth."""
+"""The train state: everything that training carries from step to step, as arrays, so that a checkpoint is complete."""
 
 from typing import Any
 
@@ -12,8 +12,11 @@ from lt_adv.attacks.initialization import threefry
 
 @struct.dataclass
 class TrainState:
-    """`step` counts within the stage; `average` is {} or {"params", "batch_stats"}; `window` sums the metrics since the
-    last log step, so that a run stopped between two of them logs the same numbers when it goes on."""
+    """The state of one stage.
+
+    `step` counts within the stage. `average` is {} or {"params", "batch_stats"}. `metric_sums` are the sums of the
+    metrics since the last log step: a run that is stopped between two log steps and resumed logs the same numbers.
+    """
 
     step: jax.Array
     params: Any
@@ -21,24 +24,24 @@ class TrainState:
     opt_state: optax.OptState
     average: Any
     method_state: Any
-    window: Any
+    metric_sums: Any
     key: jax.Array
 
     @property
     def variables(self) -> dict[str, Any]:
-        """The network as it is used: the averaged weights where an average is kept, the last ones otherwise."""
+        """Returns the variables to evaluate: the averaged weights if the run averages them, otherwise the latest."""
         return dict(self.average) if self.average else {"params": self.params, "batch_stats": self.batch_stats}
 
     @property
     def evaluated(self) -> dict[str, Any]:
-        """What the evaluator uses: the network, and `method_state` for an adjustment that needs it."""
+        """Returns `variables` and `method_state`, which some post-hoc adjustments need."""
         return {**self.variables, "method_state": self.method_state}
 
 
 def create(key, variables, tx, method_state, *, averaged: bool) -> TrainState:
-    """The state before the first step of a stage; `window` is filled in by the step's `init_window`.
+    """Returns the state before the first step of a stage, but for `metric_sums`: see `make_train_step`.
 
-    Keys of other implementations are replaced by a key of threefry: see `attacks.initialization.threefry`.
+    A key of another implementation is replaced by a threefry key: see `attacks.initialization.threefry`.
     """
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
     return TrainState(
@@ -49,21 +52,21 @@ def create(key, variables, tx, method_state, *, averaged: bool) -> TrainState:
         # Copies: an array that stood in the state twice would be donated twice.
         average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if averaged else {},
         method_state=method_state,
-        window={},
+        metric_sums={},
         key=threefry(key),
     )
 
 
 def average_weight(average: dict[str, Any], step, steps_per_epoch: int):
-    """The share w of the new weights in a <- a + w (p - a) after step number `step` (from 0).
+    """Returns the weight w of the new parameters in  a <- a + w (p - a)  after step `step` (from 0).
 
-    "ema": 1 - min(decay, (1 + t) / (10 + t)), so that the first weights are soon forgotten. "swa": the plain mean of
-    the weights at the ends of the epochs from `start_epoch` on (from 0), w = 1 / (epochs taken so far), 0 within an
-    epoch; before the first of these the average is the weights themselves. Running statistics are averaged too (ours).
+    "ema": 1 - min(decay, (1 + t) / (10 + t)), a shorter memory in the first steps. "swa": the mean of the weights at
+    the ends of the epochs from `start_epoch` on (from 0): w = 1 / (number of these epochs so far), 0 within an epoch.
+    Before the first of them the average equals the weights. Running statistics are averaged too (ours).
     """
     if average["name"] == "ema":
         return 1.0 - jnp.minimum(jnp.float32(average["decay"]), (1.0 + step) / (10.0 + step))
-    taken = step // steps_per_epoch - average["start_epoch"] + 1  # the current epoch counted in
-    ends = (step + 1) % steps_per_epoch == 0
-    mean = jnp.where(ends, 1.0 / jnp.maximum(taken, 1), 0.0)
-    return jnp.where((taken < 1) | ((taken == 1) & ~ends), 1.0, mean).astype(jnp.float32)
+    num_epochs = step // steps_per_epoch - average["start_epoch"] + 1  # with the current one
+    epoch_ends = (step + 1) % steps_per_epoch == 0
+    mean = jnp.where(epoch_ends, 1.0 / jnp.maximum(num_epochs, 1), 0.0)
+    return jnp.where((num_epochs < 1) | ((num_epochs == 1) & ~epoch_ends), 1.0, mean).astype(jnp.float32)

@@ -1,37 +1,36 @@
-"""The fused training step: uint8 gather, augmentation, attack, loss, gradient and update in one donated program."""
+"""The training step: gather, augmentation, attack, loss, gradient and update in one compiled program."""
 
 import dataclasses
 import functools
 from collections.abc import Callable, Collection, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
-from jax.flatten_util import ravel_pytree
 from jax.sharding import Mesh
 
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.data import augment
 from lt_adv.methods import Batch, DataInfo, Method, TrainProgress
 from lt_adv.runtime import registry
-from lt_adv.training import sharding
+from lt_adv.training import metrics, sharding
 from lt_adv.training.net import AXIS, Net
 from lt_adv.training.train_state import TrainState, average_weight
 
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """What the step needs beside the method: all static."""
+    """Static options of the step, beside the method."""
 
-    batch_size: int
+    batch_size: int  # over all devices
     eps: float
     step_size: float
     augment: str = "crop_flip"
     pad: int = 4
-    streamed: bool = False  # the step is given batches, not the set to draw them from
+    streamed: bool = False  # the step's `data` is the batch itself, not the training set to gather it from
     log_every: int = 50
     average: Mapping[str, Any] | None = None
     groups: Mapping[str, np.ndarray] | None = None  # "head" / "body" / "tail" -> class ids, for the metrics
@@ -42,21 +41,52 @@ class StepOptions:
             raise registry.unknown("config.data.augment", self.augment, augment.AUGMENTS)
 
 
-def ends_window(step: int, steps_per_epoch: int, log_every: int) -> bool:
-    """Whether a log step follows step number `step` (from 0): every `log_every` steps of an epoch and at its end."""
-    done = step % steps_per_epoch + 1
-    return done % log_every == 0 or done == steps_per_epoch
+class StepKeys(NamedTuple):
+    """The random keys of one step: functions of (state key, step, position in the batch)."""
+
+    augment: jax.Array  # one per example [b]
+    attack: jax.Array  # one per example [b]
+    loss: jax.Array  # one per example [b]
+    dropout: jax.Array  # one per device
 
 
-def _own(data, step, options: StepOptions, info: DataInfo):
-    """This device's part of the batch, {"image", "label", "index"}, and the positions of it in the whole batch."""
-    share = options.batch_size // lax.axis_size(AXIS)
-    position = lax.axis_index(AXIS) * share + jnp.arange(share)
+class StepOutput(NamedTuple):
+    """The result of `per_device_step`, equal on all devices: all that the update needs."""
+
+    grads: Any
+    batch_stats: Any
+    method_state: Any
+    metric_sums: dict[str, Any]
+
+
+def is_log_step(step: int, steps_per_epoch: int, log_every: int) -> bool:
+    """Whether metrics are logged after step `step` (from 0): every `log_every` steps of an epoch and at its end."""
+    steps_done = step % steps_per_epoch + 1
+    return steps_done % log_every == 0 or steps_done == steps_per_epoch
+
+
+def sample_local_batch(state: TrainState, data, info: DataInfo, options: StepOptions) -> tuple[Batch, StepKeys]:
+    """Returns this device's share of the batch, augmented, and the keys of the step."""
+    size = options.batch_size // lax.axis_size(AXIS)
+    position = lax.axis_index(AXIS) * size + jnp.arange(size)  # in the batch over all devices
     if not options.streamed:
-        number = step % info.steps_per_epoch % len(data["row"])
-        own = {name: data[name][number][position] for name in ("row", "label", "index")}
-        data = {**own, "image": data["image"][own["row"]]}
-    return {**data, "image": data["image"].reshape(-1, *info.image_shape)}, position
+        row_of_table = state.step % info.steps_per_epoch % len(data["row"])
+        columns = {name: data[name][row_of_table][position] for name in ("row", "label", "index")}
+        data = {**columns, "image": data["image"][columns["row"]]}
+
+    step_key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
+    streams = [jax.random.fold_in(step_key, n) for n in range(3)]
+    keys = StepKeys(
+        *(jax.vmap(jax.random.fold_in, (None, 0))(stream, position) for stream in streams),
+        dropout=jax.random.fold_in(jax.random.fold_in(step_key, 3), lax.axis_index(AXIS)),
+    )
+
+    image = data["image"].reshape(-1, *info.image_shape)
+    image = augment.augment(options.augment, keys.augment, image, pad=options.pad)
+    image = image.astype(float) / 255
+    ones = jnp.ones_like(image[:, 0, 0, 0])
+    batch = Batch(image, data["label"], data["index"], eps=options.eps * ones, step_size=options.step_size * ones)
+    return batch, keys
 
 
 def make_train_step(
@@ -71,140 +101,121 @@ def make_train_step(
     attack_apply: Callable[..., Any] | None = None,
     sharded: Collection[str] = (),
 ) -> tuple[Callable[[TrainState, Any, Any], tuple[TrainState, Any]], Callable[[TrainState, Any, Any], Any]]:
-    """(`step(state, data, teacher) -> (state, metrics)`, `init_window(state, data, teacher)`), the first compiled once
-    and its state donated; the second gives the `window` of a state that has taken no step.
+    """Returns (`step(state, data, teacher) -> (state, metrics)`, `init_metric_sums(state, data, teacher)`).
 
-    `data` is what the stage's `feed` gives, `teacher` the frozen variables of another network or {}. `metrics` are the
-    means over the current window (see `ends_window`), on the device: fetch them at log steps only. `attack_apply`, if
-    given, is the same network in another dtype, which `method.perturb` sees instead. `sharded`: `sharding.shardings`.
+    The step is compiled once and its state donated. `init_metric_sums` gives the `metric_sums` of a state that has
+    taken no step.
 
-    Everything random is a function of (key, step, position in the whole batch): neither the number of devices nor a
-    restart changes it. (Dropout, where a network has it, is drawn by device.) Per-replica code over the axis "data":
-    the gradient of each device's loss is averaged, which is exact for plain means, and for other losses if they gather
-    first (`net.gather`).
+    `metrics` are averages over the steps since the last log step (see `is_log_step`), on the device: fetch them at log
+    steps only. Everything random is a function of (key, step, position in the batch): neither the number of devices nor
+    a restart changes it. (Dropout, where a network has it, is drawn per device.) The gradient of each device's loss is
+    averaged, which is exact for plain means, and for other losses if they gather first (`Net.gather`).
+
+    Args:
+        method: what is trained; see `lt_adv.methods`.
+        apply: `apply(variables, x, train=...)` of the network.
+        tx: the optimizer.
+        rate: its learning rate, for the metrics.
+        info: static facts of the training set.
+        options: static options of the step.
+        mesh: all devices.
+        parallel: "pmap" or "shard_map".
+        attack_apply: the same network in another dtype, for `method.perturb`; `apply` by default.
+        sharded: fields of the state that are sharded over the devices; see `sharding.shardings`.
+
+    The step's `data` come from the stage's `Feed`; `teacher` is the frozen variables of another network, or {}.
+
+    Raises:
+        ValueError: for a batch size that is not a multiple of the number of devices, or an unknown `parallel`.
     """
     if options.batch_size % mesh.size:
         raise ValueError(
             f"config.optim.batch_size = {options.batch_size} is not a multiple of the {mesh.size} devices."
         )
-    membership = _membership(options.groups, info.num_classes)
+    membership = metrics.group_membership(options.groups, info.num_classes)
 
-    def replica(state: TrainState, data, teacher, *, attack=True):
-        progress = TrainProgress(
-            step=state.step,
-            epoch=state.step // info.steps_per_epoch,
-            steps_per_epoch=info.steps_per_epoch,
-            epochs=info.epochs,
+    def per_device_step(state: TrainState, data, teacher, *, attack=True) -> StepOutput:
+        """One step of  min_theta E loss(theta; x_adv),  x_adv = perturb(theta; x)."""
+        progress = TrainProgress.at(state.step, info)
+        batch, keys = sample_local_batch(state, data, info, options)
+        network = functools.partial(
+            Net,
+            batch_stats=state.batch_stats,
+            info=info,
+            key=keys.dropout,
+            teacher=teacher,
+            freeze_batch_stats=options.freeze_batch_stats,
         )
-        own, position = _own(data, state.step, options, info)
-        step_key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
-        streams = [jax.random.fold_in(step_key, n) for n in range(3)]
-        augment_keys, attack_keys, loss_keys = (jax.vmap(jax.random.fold_in, (None, 0))(s, position) for s in streams)
-
-        image = augment.augment(options.augment, augment_keys, own["image"], pad=options.pad)
-        image = image.astype(float) / 255
-        label = own["label"]
-        full = jnp.ones_like(image[:, 0, 0, 0])
-        batch = Batch(image, label, own["index"], eps=options.eps * full, step_size=options.step_size * full)
-
-        # Varying parameters keep each device's gradient its own until the one pmean below (shard_map would sum them).
+        # Varying parameters have a gradient per device until the one pmean below: shard_map would sum the others.
         params = lax.pcast(state.params, AXIS, to="varying")
-
-        def network(p, apply=apply):
-            return Net(
-                apply,
-                p,
-                state.batch_stats,
-                info,
-                key=jax.random.fold_in(jax.random.fold_in(step_key, 3), lax.axis_index(AXIS)),
-                teacher=teacher,
-                freeze_batch_stats=options.freeze_batch_stats,
-            )
 
         x_adv = batch.image
         if attack:
-            x_adv = method.perturb(
-                attack_keys, network(params, attack_apply or apply), batch, state.method_state, progress
-            )
+            net = network(attack_apply or apply, params)
+            x_adv = method.perturb(keys.attack, net, batch, state.method_state, progress)
 
-        def objective(p):
-            net = network(p)
-            value, (method_state, metrics) = method.loss(
-                loss_keys, net, batch, lax.stop_gradient(x_adv), state.method_state, progress
-            )
-            return value, (method_state, metrics, net.batch_stats)
+        def loss_fn(params):
+            net = network(apply, params)
+            out = method.loss(keys.loss, net, batch, lax.stop_gradient(x_adv), state.method_state, progress)
+            return out.loss, (out, net.batch_stats)
 
-        value_and_gradient = with_fast_cpu_convolutions(jax.value_and_grad(objective, has_aux=True))
-        (value, (method_state, metrics, batch_stats)), gradient = value_and_gradient(params)
-        gradient = lax.pmean(gradient, AXIS)
-        ends_epoch = (state.step + 1) % info.steps_per_epoch == 0
-        method_state = jax.tree.map(
-            lambda new, old: jnp.where(ends_epoch, new, old), method.epoch_end(method_state, progress), method_state
+        value_and_grad = with_fast_cpu_convolutions(jax.value_and_grad(loss_fn, has_aux=True))
+        (loss, (out, batch_stats)), grads = value_and_grad(params)
+        grads = lax.pmean(grads, AXIS)
+
+        accuracy = metrics.is_correct(out.logits, batch.label)
+        step_metrics = {"loss": loss, "accuracy": accuracy, **out.metrics}
+        sums = metrics.sum_over_devices(step_metrics, batch.label, membership)
+        norm = optax.tree.norm(grads)
+        one = jnp.ones_like(norm)
+        sums |= {"gradient_norm": (norm, one), "learning_rate": (rate(state.step) * one, one)}
+        method_state = state.method_state if out.method_state is None else out.method_state
+        first_of_window = state.step % info.steps_per_epoch % options.log_every == 0
+        return StepOutput(
+            grads,
+            batch_stats,
+            _replicated(end_epoch(method_state, progress)),
+            metrics.accumulate(state.metric_sums, sums, restart=first_of_window),
         )
 
-        sums = _sums({"loss": value, **metrics}, label, membership)
-        norm = optax.tree.norm(gradient)
-        one = jnp.ones_like(norm)
-        sums["gradient_norm"] = (norm, one)
-        sums["learning_rate"] = (rate(state.step) * one, one)
-        starts_window = (state.step % info.steps_per_epoch) % options.log_every == 0
-        window = sums
-        if state.window:
-            window = jax.tree.map(lambda old, new: jnp.where(starts_window, 0, old) + new, state.window, sums)
-        found = (gradient, batch_stats, jax.tree.map(_same_everywhere, method_state), window)
-        return found, {name: jnp.where(weight > 0, total / weight, jnp.nan) for name, (total, weight) in window.items()}
+    def end_epoch(method_state, progress: TrainProgress):
+        """Returns `method_state`, or in the last step of an epoch what `method.epoch_end` makes of it."""
+        is_last_step = (progress.step + 1) % info.steps_per_epoch == 0
+        at_end = method.epoch_end(method_state, progress)
+        return jax.tree.map(lambda new, old: jnp.where(is_last_step, new, old), at_end, method_state)
 
-    def finish(state: TrainState, found) -> TrainState:
-        gradient, batch_stats, method_state, window = found
-        updates, opt_state = tx.update(gradient, state.opt_state, state.params)
+    def apply_gradients(state: TrainState, output: StepOutput) -> tuple[TrainState, dict[str, jax.Array]]:
+        """Returns the state after the step, and the metrics."""
+        updates, opt_state = tx.update(output.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         average = {}
         if state.average:
             w = average_weight(options.average, state.step, info.steps_per_epoch)
-            new = {"params": params, "batch_stats": batch_stats}
-            average = jax.tree.map(lambda a, p: a + w * (p - a), state.average, new)
-        return TrainState(
+            latest = {"params": params, "batch_stats": output.batch_stats}
+            average = jax.tree.map(lambda a, p: a + w * (p - a), state.average, latest)
+        state = TrainState(
             step=state.step + 1,
             params=params,
-            batch_stats=batch_stats,
+            batch_stats=output.batch_stats,
             opt_state=opt_state,
             average=average,
-            method_state=method_state,
-            window=window,
+            method_state=output.method_state,
+            metric_sums=output.metric_sums,
             key=state.key,
         )
+        return state, metrics.averages(output.metric_sums)
 
-    def init_window(state: TrainState, data, teacher):
-        """Empty sums of every metric: the state must have its final structure before the first call."""
-        short = functools.partial(replica, attack=False)
-        whole = sharding.parallelise(short, finish, mesh, parallel, sharded, options.streamed)
-        shapes = jax.eval_shape(whole, state, data, teacher)
-        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes[0].window)
+    def init_metric_sums(state: TrainState, data, teacher):
+        """Returns zeros for every metric: the state must have its final structure before the first step."""
+        without_attack = functools.partial(per_device_step, attack=False)  # only shapes are needed
+        step = sharding.parallelize(without_attack, apply_gradients, mesh, parallel, sharded, options.streamed)
+        shapes, _ = jax.eval_shape(step, state, data, teacher)
+        return jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes.metric_sums)
 
-    return sharding.parallelise(replica, finish, mesh, parallel, sharded, options.streamed), init_window
-
-
-def _membership(groups: Mapping[str, np.ndarray] | None, num_classes: int) -> dict[str, np.ndarray]:
-    """Group name -> 0/1 per class."""
-    return {name: np.isin(np.arange(num_classes), ids).astype(np.float32) for name, ids in (groups or {}).items()}
+    step = sharding.parallelize(per_device_step, apply_gradients, mesh, parallel, sharded, options.streamed)
+    return step, init_metric_sums
 
 
-def _sums(metrics: Mapping[str, Any], label: jax.Array, membership: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """Metric -> (sum, weight) over all devices; a per-example metric is also summed within each group of classes."""
-    sums = {}
-    for name, value in lax.stop_gradient(dict(metrics)).items():
-        if value.ndim == 0:  # the mean over devices, of weight one
-            share = 1 / lax.axis_size(AXIS)
-            sums[name] = (value * share, jnp.full_like(value, share))
-            continue
-        sums[name] = (jnp.sum(value), jnp.sum(jnp.ones_like(value)))
-        for group, member in membership.items():
-            inside = jnp.asarray(member, value.dtype)[label]
-            sums[f"{name}_{group}"] = (jnp.sum(value * inside), jnp.sum(inside))
-    flat, unflatten = ravel_pytree(sums)
-    return unflatten(lax.psum(flat, AXIS))  # one all-reduce for all
-
-
-def _same_everywhere(a: jax.Array) -> jax.Array:
-    """`a`, equal on all devices after a gather or a mean, in a form whose equality shard_map's type check sees."""
-    return lax.pmax(a, AXIS)
+def _replicated(tree: Any) -> Any:
+    """`tree`, equal on all devices after a gather or a mean, in a form whose equality shard_map's type check sees."""
+    return jax.tree.map(lambda a: lax.pmax(a, AXIS), tree)

@@ -1,4 +1,4 @@
-"""Accuracies during training: clean on a sample of the training images, clean and PGD-20 on the validation split."""
+"""Accuracy during training: clean on a sample of the training images, clean and PGD-20 on the validation split."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,12 +15,19 @@ from lt_adv.training.net import AXIS
 
 
 class Monitor:
-    """`monitor(variables) -> {"clean/accuracy": ..., "pgd20/accuracy_tail": ...}` on fixed images.
+    """Computes `monitor(variables) -> {"clean/accuracy": ..., "pgd20/accuracy_tail": ...}` on fixed images.
 
-    "accuracy", also by group, is the mean over images; "balanced_accuracy" that over the classes that have any.
+    "accuracy", also by group, is the mean over images; "balanced_accuracy" the mean over the classes that have images.
 
-    `apply(variables, x) -> logits` holds the post-hoc adjustment, as in the evaluation. `attack` holds the options of
-    PGD (None: clean only); images are padded to whole batches and the padding is masked.
+    Args:
+        key: key of the attack.
+        apply: `apply(variables, x) -> logits`, with the post-hoc adjustment of the evaluation.
+        image: uint8 [n, h, w, c].
+        label: int [n].
+        groups: name of a group of classes -> class ids.
+        mesh: all devices.
+        batch_size: over all devices. Images are padded to full batches and the padding is ignored.
+        attack: options of PGD; None for clean accuracy only.
     """
 
     def __init__(
@@ -38,16 +45,16 @@ class Monitor:
         size = -(-min(batch_size, len(label)) // mesh.size) * mesh.size
         padding = -len(label) % size
         self._label, self._groups = np.asarray(label), groups
-        spread = NamedSharding(mesh, PartitionSpec(None, AXIS))
+        batch_sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
         rows = np.concatenate([np.arange(len(label)), np.zeros(padding, np.int64)]).reshape(-1, size)
         image = np.asarray(image)
-        shape, image = image.shape[1:], image[rows].reshape(*rows.shape, -1)  # rows, as `device_dataset.put` has them
+        shape, image = image.shape[1:], image[rows].reshape(*rows.shape, -1)  # flat images, as in `device_dataset.put`
         label = self._label[rows]
         keys = jax.vmap(jax.random.fold_in, (None, 0))(threefry(key), jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
-        self._batches = distributed.device_put((image, label, keys), spread)
+        self._batches = distributed.device_put((image, label, keys), batch_sharding)
 
-        self._everywhere = distributed.replicated(mesh)  # every process counts
-        # Nothing is exchanged before all batches are done: programs that exchange must not be in flight side by side.
+        self._replicated = distributed.replicated(mesh)
+        # Predictions are gathered after all batches: programs with collectives must not run concurrently.
         shard = NamedSharding(mesh, PartitionSpec(AXIS))
         self._predict = jax.jit(lambda variables, x: attacks.prediction(apply(variables, x)), out_shardings=shard)
         self._attacks: dict[str, Any] = {"clean": None}
@@ -68,13 +75,13 @@ class Monitor:
             for i in range(self._batches[1].shape[0]):
                 x, y, keys = self._take(self._batches, i)
                 predictions.append(self._predict(variables, x if attack is None else attack(keys, variables, x, y)))
-            whole = [np.asarray(distributed.replicate(p, self._everywhere)) for p in predictions]
-            right = np.concatenate(whole)[: len(self._label)] == self._label
-            result[f"{name}/accuracy"] = float(right.mean())
+            predicted = np.concatenate([np.asarray(distributed.replicate(p, self._replicated)) for p in predictions])
+            correct = predicted[: len(self._label)] == self._label
+            result[f"{name}/accuracy"] = float(correct.mean())
             classes = np.unique(self._label)
-            result[f"{name}/balanced_accuracy"] = float(np.mean([right[self._label == c].mean() for c in classes]))
+            result[f"{name}/balanced_accuracy"] = float(np.mean([correct[self._label == c].mean() for c in classes]))
             for group, classes in self._groups.items():
                 member = np.isin(self._label, classes)
                 if member.any():
-                    result[f"{name}/accuracy_{group}"] = float(right[member].mean())
+                    result[f"{name}/accuracy_{group}"] = float(correct[member].mean())
         return result

@@ -1,4 +1,4 @@
-"""Every file of lt_adv/methods/addons: on eight devices what it is on one, composed, and its limits."""
+"""Every add-on: equal results on one and eight devices, composition, and limit cases."""
 
 import dataclasses
 import inspect
@@ -23,6 +23,7 @@ from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
 from lt_adv.training import stage_builder
 from lt_adv.training.net import AXIS, Net
+from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, Small, assert_same, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -50,10 +51,12 @@ def test_eight_devices_equal_one(name):
 def test_contract(name):
     method = addons.wrap(RoBal(num_steps=3, fidelity="released_code"), (name,), SETTINGS)
     assert isinstance(method, AddOn) and type(method).__doc__ and inspect.getmodule(type(method)).__doc__
-    own = {f.name for f in dataclasses.fields(method) if f.init} - {"inner"}
-    assert own == set(SETTINGS[name]) and own == set(at.get_config()[name]), "each setting is an entry of the config"
+    options = {f.name for f in dataclasses.fields(method) if f.init} - {"inner"}
+    assert options == set(SETTINGS[name]) and options == set(at.get_config()[name]), (
+        "each setting is an entry of the config"
+    )
     assert (method.num_steps, method.fidelity, method.compounding_schedule) == (3, "released_code", True)
-    assert method.attack_start == ("uniform" if name == "robustlt" else "one_sided"), "RobustLT has its own"
+    assert method.attack_start == ("uniform" if name == "robustlt" else "one_sided"), "RobustLT sets the start"
     assert hash(method) == hash(dataclasses.replace(method))
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.inner = AT()
@@ -61,12 +64,12 @@ def test_contract(name):
         dataclasses.replace(method, num_steps=1)
 
 
-def test_add_ons_are_no_methods():
+def test_add_ons_are_not_methods():
     assert set(EVERY) == set(SETTINGS) and not set(methods.names()) & {"addons", *EVERY}
 
 
-def test_everything_is_passed_on():
-    """A function that `Method` gets one day must be passed on too, or a method inside would lose its own."""
+def test_add_ons_delegate_every_function_of_a_method():
+    """Otherwise the inner method's override of a new function of `Method` would be lost."""
     functions = {name for name, f in vars(base.Method).items() if inspect.isfunction(f) and not name.startswith("__")}
     assert functions - {"pgd"} <= vars(AddOn).keys(), "pgd is what the inner method calls itself"
 
@@ -118,25 +121,26 @@ class Quartic(base.Method):
     """A loss of the weights alone, whose gradient (w - 1)^3 depends on where it is taken."""
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        return sum(jnp.sum((w - 1) ** 4) / 4 for w in jax.tree.leaves(net.params)), (method_state, {})
+        value = sum(jnp.sum((w - 1) ** 4) / 4 for w in jax.tree.leaves(net.params))
+        return base.LossOutput(value, logits=None)
 
 
-def test_awp_is_the_gradient_at_weights_moved_along_the_gradient():
+def test_awp_is_the_gradient_at_perturbed_weights():
     rng = np.random.default_rng(3)
     params = {"kernel": rng.normal(size=(3, 2)), "bias": rng.normal(size=4), "flat": np.ones((2, 2))}
 
     def gradient(_):
         def value(p):
-            return AWP(Quartic(), gamma=0.1).loss(None, Net(None, p, {}, None, key=None), None, None, {}, None)[0]
+            return AWP(Quartic(), gamma=0.1).loss(None, Net(None, p, {}, None, key=None), None, None, {}, None).loss
 
         return jax.grad(value)(jax.tree.map(jnp.asarray, params))
 
-    found = jax.tree.map(lambda a: a[0], jax.jit(jax.vmap(gradient, axis_name=AXIS))(jnp.zeros(1)))
+    gradients = jax.tree.map(lambda a: a[0], jax.jit(jax.vmap(gradient, axis_name=AXIS))(jnp.zeros(1)))
     w, g = params["kernel"], (params["kernel"] - 1) ** 3
     moved = w + 0.1 * np.linalg.norm(w) * g / np.linalg.norm(g)
-    np.testing.assert_allclose(found["kernel"], (moved - 1) ** 3, rtol=1e-12)
-    np.testing.assert_allclose(found["bias"], (params["bias"] - 1) ** 3, rtol=1e-12)  # one dimension: not moved
-    np.testing.assert_array_equal(found["flat"], 0)  # no gradient, no direction, and no division by zero
+    np.testing.assert_allclose(gradients["kernel"], (moved - 1) ** 3, rtol=1e-12)
+    np.testing.assert_allclose(gradients["bias"], (params["bias"] - 1) ** 3, rtol=1e-12)  # one dimension: not moved
+    np.testing.assert_array_equal(gradients["flat"], 0)  # no gradient, no direction, and no division by zero
 
 
 # --- RobustLT
@@ -167,16 +171,6 @@ def linear(x):
     return jnp.tanh(x.reshape(len(x), -1) - 0.5) @ WEIGHT, {}
 
 
-class Plain:
-    """A network without batch norm: evaluation and training mode are the same function."""
-
-    info = types.SimpleNamespace(class_counts=COUNTS)
-    eval = train = staticmethod(linear)
-
-    def with_batch_statistics(self):
-        return self
-
-
 def perturb(method, epoch=0, epochs=10, low=0.3, high=0.7):
     """(x, x_adv) of 16 images in [low, high]."""
     image = jnp.asarray(np.random.default_rng(5).uniform(low, high, (16, 3, 3, 1)))
@@ -184,11 +178,12 @@ def perturb(method, epoch=0, epochs=10, low=0.3, high=0.7):
     batch = base.Batch(image, LABEL, jnp.arange(16), eps=EPS * ones, step_size=STEP * ones)
     progress = base.TrainProgress(step=jnp.asarray(0), epoch=jnp.asarray(epoch), steps_per_epoch=1, epochs=epochs)
     keys = jax.vmap(partial(jax.random.fold_in, jax.random.key(6)))(jnp.arange(16))
-    return np.asarray(image), np.asarray(method.perturb(keys, Plain(), batch, {}, progress))
+    net = FakeNet(linear, info=types.SimpleNamespace(class_counts=COUNTS))
+    return np.asarray(image), np.asarray(method.perturb(keys, net, batch, {}, progress))
 
 
 @pytest.mark.parametrize("warmup", [0.0, 0.8])
-def test_robustlt_of_alpha_0_finds_the_inner_methods_examples(warmup):
+def test_robustlt_of_alpha_0_perturbs_as_the_inner_method(warmup):
     """Bit for bit, once warm: the same start, radius and step, where clipping the start changes nothing."""
     _, bare = perturb(AT(num_steps=3))
     np.testing.assert_array_equal(perturb(RobustLT(AT(num_steps=3), alpha=0.0, warmup=warmup), epoch=8)[1], bare)
@@ -205,7 +200,7 @@ class ByBatch(AT):
 
         eps = batch.eps[:, None, None, None]
         return attacks.pgd(
-            key, lambda x: net.with_batch_statistics().train(x)[0], batch.image, batch.label, eps=batch.eps,
+            key, lambda x: net.with_batch_statistics()(x, train=True)[0], batch.image, batch.label, eps=batch.eps,
             step_size=batch.step_size, num_steps=self.num_steps,
             x_init=jnp.clip(batch.image + eps * jax.vmap(noise)(key), 0, 1),
         )  # fmt: skip
@@ -238,7 +233,7 @@ def test_step_scales_as_the_radius_does():
     np.testing.assert_allclose(step, STEP * factor, rtol=1e-12)
 
 
-def test_the_start_has_the_radius_of_all_and_is_clipped():
+def test_the_start_has_the_common_radius_and_is_clipped():
     @dataclasses.dataclass(frozen=True)
     class Start(AT):
         def perturb(self, key, net, batch, method_state, progress):
@@ -253,15 +248,15 @@ def test_the_start_has_the_radius_of_all_and_is_clipped():
 
 
 @pytest.mark.parametrize("freeze", [False, True])
-def test_views_of_the_network_write_nothing(freeze):
+def test_derived_networks_do_not_update_statistics(freeze):
     model, x = Small(axis_name=None), jnp.asarray(RNG.uniform(size=(5, 6, 6, 1)))
     variables = jax.tree.map(lambda a: a.astype(float), model.init(jax.random.key(7), x, train=False))
     net = Net(model.apply, **variables, info=None, key=jax.random.key(8), freeze_batch_stats=freeze)
-    running, before = net.eval(x)[0], net.batch_stats
-    silent, by_batch = net.without_updates().train(x)[0], net.with_batch_statistics().eval(x)[0]
-    np.testing.assert_array_equal(net.without_updates().eval(x)[0], running)
-    np.testing.assert_array_equal(net.with_batch_statistics().at(net.params).train(x)[0], by_batch)
+    running, before = net(x, train=False)[0], net.batch_stats
+    silent, by_batch = net.without_updates()(x, train=True)[0], net.with_batch_statistics()(x, train=False)[0]
+    np.testing.assert_array_equal(net.without_updates()(x, train=False)[0], running)
+    np.testing.assert_array_equal(net.with_batch_statistics().with_params(net.params)(x, train=True)[0], by_batch)
     assert net.batch_stats is before
-    np.testing.assert_array_equal(net.train(x)[0], silent)
+    np.testing.assert_array_equal(net(x, train=True)[0], silent)
     np.testing.assert_array_equal(silent, by_batch)
     assert np.array_equal(by_batch, running) == freeze and (net.batch_stats is before) == freeze

@@ -1,4 +1,4 @@
-"""Every file of lt_adv/methods: documented, and in each stage on eight devices what it is on one, in float64."""
+"""Contract of every method: documented, and each stage gives equal results on one and on eight devices."""
 
 import dataclasses
 import inspect
@@ -17,15 +17,15 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 def stages():
     config = common.get("digits", epochs=200, drop_epochs=(150,), of=200)  # more epochs than any first stage takes
-    config.init_from = "a finished run"  # which is looked for when a run is built
+    config.init_from = "a finished run"  # checked only when a run is built
     for name in methods.names():
         for stage in methods.create({"name": name}, num_steps=2).stages(config):
             yield pytest.param(stage, id=name if stage.name == "train" else f"{name}-{stage.name}")
 
 
 @pytest.fixture(scope="module", params=stages())
-def one(request):
-    """(method and options of a stage, its final state and metrics on one device)."""
+def one_device(request):
+    """((method, options) of a stage, its final state and metrics on a single device)."""
     stage = request.param
     with jax.enable_x64(True):
         teacher = frozen_teacher() if stage.teacher else None
@@ -34,26 +34,26 @@ def one(request):
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
-def test_eight_devices_equal_one(one, parallel):
-    (method, options), expected = one
+def test_eight_devices_equal_one(one_device, parallel):
+    (method, options), expected = one_device
     assert_same(run(method, 8, parallel, **options), expected, 1e-9)
 
 
-def test_trains_finite_and_moves(one):
-    _, (state, rows) = one
+def test_loss_and_gradient_are_finite(one_device):
+    _, (state, rows) = one_device
     assert all(np.isfinite(row["loss"]) and np.isfinite(row["gradient_norm"]) for row in rows)
     assert all(row["gradient_norm"] > 0 for row in rows) and {"loss", "accuracy", "accuracy_tail"} - set(rows[0]) <= {
         "accuracy_tail"
     }
 
 
-def test_hyper_parameters_are_fields(one):
-    (method, _), _ = one
+def test_hyper_parameters_are_fields(one_device):
+    (method, _), _ = one_device
     assert dataclasses.is_dataclass(method) and type(method).__doc__ and inspect.getmodule(type(method)).__doc__
     with pytest.raises(dataclasses.FrozenInstanceError):
         method.num_steps = 3
     assert hash(method) == hash(dataclasses.replace(method))
-    for fidelity in ("published", "released_code"):
+    for fidelity in ("paper", "released_code"):
         dataclasses.replace(method, fidelity=fidelity)
     with pytest.raises(ValueError, match="fidelity"):
         dataclasses.replace(method, fidelity="exact")

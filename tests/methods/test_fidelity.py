@@ -1,4 +1,4 @@
-"""What every option of every method is in either fidelity, and where a value that is given goes before both."""
+"""The default of every hyper-parameter in either fidelity, which an explicit value overrides."""
 
 import dataclasses
 import importlib
@@ -18,7 +18,7 @@ from lt_adv.training import stage_builder
 from tests.test_configs import NAMES
 from tests.training.helpers import run
 
-FIDELITIES = ("published", "released_code")
+FIDELITIES = ("paper", "released_code")
 # Values as the papers and their codes have them, or ours where the codes have none. A pair: ours, and the code's.
 OPTIONS = {
     "alp": {"beta": 6.0},  # ours: the code has no config for ALP, and its default of 0 is no pairing
@@ -53,7 +53,7 @@ STARTS = {  # of the attack, (ours, the code's)
     **dict.fromkeys(("at_bsl", "mart", "taet", "trades"), ("gaussian", "gaussian")),
     **dict.fromkeys(("natural", "reat", "self_distillation"), ("uniform", "uniform")),
 }
-# What a config sets of its method otherwise than the method's own default, on CIFAR-10.
+# Values of the configs for CIFAR-10 that differ from the default of the method.
 CONFIGS = {
     "class_balanced_focal": {"beta": 0.9999, "prior_bias": False},
     "deferred_margin": {"from_epoch": 40},
@@ -64,7 +64,7 @@ CONFIGS = {
 }
 
 
-def get(name, fidelity="published", arguments="dataset=cifar10"):
+def get(name, fidelity="paper", arguments="dataset=cifar10"):
     config = importlib.import_module(f"configs.{name}").get_config(arguments)
     config.fidelity = fidelity
     return config
@@ -95,7 +95,7 @@ def test_options_of_a_method(name, fidelity):
 @pytest.mark.parametrize("fidelity", FIDELITIES)
 @pytest.mark.parametrize("name", NAMES)
 def test_options_of_a_config(name, fidelity):
-    """No config sets anew what is the fidelity's."""
+    """No config sets a hyper-parameter that depends on the fidelity."""
     config = get(name, fidelity)
     method = stage_builder.method(config)
     assert values(method) == {**expected(config.method.name, fidelity), **CONFIGS.get(name, {})}
@@ -104,16 +104,16 @@ def test_options_of_a_config(name, fidelity):
 @pytest.mark.parametrize("fidelity", FIDELITIES)
 @pytest.mark.parametrize("weight", [0.1, 0.5, 1.0, 0.0])
 def test_a_value_that_is_given_holds_in_either_fidelity(weight, fidelity):
-    """Those of the defaults, too, and from the command line."""
-    given = ["", "--config=configs/reat.py:dataset=digits", f"--config.method.tail_weight={weight}"]
-    config = flags.parse([*given, f"--config.fidelity={fidelity}"]).config
+    """Also if it equals a default, and from the command line."""
+    command = ["", "--config=configs/reat.py:dataset=digits", f"--config.method.tail_weight={weight}"]
+    config = flags.parse([*command, f"--config.fidelity={fidelity}"]).config
     schema.values(config)
     assert stage_builder.method(config).tail_weight == weight
     assert methods.create({"name": "reat", "tail_weight": weight}, fidelity=fidelity).tail_weight == weight
     assert REAT(tail_weight=weight, fidelity=fidelity).tail_weight == weight
 
 
-def test_none_is_for_options_with_two_defaults():
+def test_none_is_allowed_for_options_with_two_defaults():
     assert methods.create({"name": "reat", "tail_weight": None}, fidelity="released_code").tail_weight == 1
     with pytest.raises(ValueError, match=r"config\.method\.tail_weight must be of type float, not '1'"):
         methods.create({"name": "reat", "tail_weight": "1"})
@@ -121,9 +121,9 @@ def test_none_is_for_options_with_two_defaults():
         methods.create({"name": "reat", "tail_margin": None})
 
 
-def test_what_a_run_says_of_them(tmp_path):
-    """The report has the value; config.json leaves it open beside the fidelity that decides it."""
-    for fidelity, weight in (("published", "0.1"), ("released_code", "1")):
+def test_report_and_saved_config(tmp_path):
+    """The report has the value; config.json has None, and the fidelity that decides it."""
+    for fidelity, weight in (("paper", "0.1"), ("released_code", "1")):
         config = get("reat", fidelity)
         assert runs._method(config) == f"reat (tail_margin 1, tail_weight {weight})"
         config.addons = ("awp",)
@@ -135,8 +135,8 @@ def test_what_a_run_says_of_them(tmp_path):
 
 
 @pytest.mark.usefixtures("float64")
-def test_reat_trains_with_the_weight_of_its_code():
-    for fidelity, weight in (("published", 0.1), ("released_code", 1.0)):
+def test_reat_trains_with_the_weight_of_the_fidelity():
+    for fidelity, weight in (("paper", 0.1), ("released_code", 1.0)):
         (row,) = run(REAT(num_steps=1, fidelity=fidelity), 1, steps=1)[1]
         assert row["loss"] == pytest.approx(row["loss_balanced"] + weight * row["loss_tail"], rel=1e-12)
         assert abs(row["loss_tail"]) > 1e-6
@@ -144,7 +144,7 @@ def test_reat_trains_with_the_weight_of_its_code():
 
 @pytest.mark.parametrize("streamed", [False, True])
 @pytest.mark.parametrize("name", ["resampling", "finetune_resampling", "lws"])
-def test_class_aware_rows_draw_in_cycles_as_released(name, streamed):
+def test_class_aware_rows_sample_in_cycles_in_the_released_code(name, streamed):
     """Each of ten classes 5 to 8 times in a batch of 64, where independent draws leave that to chance."""
     for fidelity in FIDELITIES:
         config = get(name, fidelity, "dataset=digits")

@@ -1,4 +1,4 @@
-"""REAT: what is counted, what the counts do (and do not) to the attack, the limit in which it is AT-BSL."""
+"""REAT: its counts of predictions, its attack, tail alignment, and the limit that equals AT-BSL."""
 
 import dataclasses
 import types
@@ -13,6 +13,7 @@ from lt_adv import losses
 from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.reat import REAT
 from lt_adv.training import stage_builder
+from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, assert_same, make, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -20,21 +21,21 @@ pytestmark = pytest.mark.usefixtures("float64")
 
 @dataclasses.dataclass(frozen=True)
 class Spy(REAT):
-    """REAT that keeps what its last step predicted."""
+    """REAT whose state holds the predictions of the last step."""
 
-    def init(self, info):
-        return {**super().init(info), "seen": jnp.zeros(16, int)}
+    def init_state(self, info):
+        return {**super().init_state(info), "latest": jnp.zeros(16, int)}
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        seen = net.gather(jnp.argmax(net.train(x_adv)[0], -1))
-        value, (method_state, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
-        return value, ({**method_state, "seen": seen}, metrics)
+        latest = net.gather(jnp.argmax(net(x_adv, train=True)[0], -1))
+        out = super().loss(key, net, batch, x_adv, method_state, progress)
+        return out._replace(method_state={**out.method_state, "latest": latest})
 
     def epoch_end(self, method_state, progress):
         return {**method_state, **super().epoch_end(method_state, progress)}
 
 
-def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
+def test_counts_are_the_predictions_of_the_last_epoch_on_all_devices():
     step, state, feed, teacher = make(Spy(num_steps=1), 2)  # two steps are an epoch
     extras = [jax.device_get(state.method_state)]
     with feed.batches(0, 4) as batches:
@@ -43,7 +44,7 @@ def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
             extras.append(jax.device_get(state.method_state))
     np.testing.assert_array_equal(extras[0]["predicted"], COUNTS)
     for first in (1, 3):
-        once, twice = (np.bincount(extras[first + n]["seen"], minlength=4) for n in (0, 1))
+        once, twice = (np.bincount(extras[first + n]["latest"], minlength=4) for n in (0, 1))
         np.testing.assert_array_equal(extras[first]["running"], once)
         np.testing.assert_array_equal(extras[first]["predicted"], extras[first - 1]["predicted"])
         np.testing.assert_array_equal(extras[first + 1]["predicted"], once + twice)
@@ -52,7 +53,7 @@ def test_predictions_of_an_epoch_over_all_devices_become_the_counts():
 
 
 def test_without_tail_alignment_it_is_at_bsl_from_a_uniform_start():
-    """The weights of the inner loss never reach an L-inf attack: they scale a gradient whose sign is taken."""
+    """Weights of the inner loss do not change an L-inf attack, which uses only the sign of the gradient."""
     (state, rows), (expected, others) = (
         run(method, 1, steps=4) for method in (REAT(num_steps=2, tail_weight=0.0), ATBSL(num_steps=2, start="uniform"))
     )
@@ -75,13 +76,11 @@ def test_the_tail_is_the_rarest_classes(counts, tail):
     features = jax.random.normal(jax.random.key(0), (2 * len(counts), 5))
     label = jnp.arange(2 * len(counts)) % len(counts)
     info = types.SimpleNamespace(class_counts=np.array(counts), num_classes=len(counts))
-    net = types.SimpleNamespace(
-        info=info, gather=lambda tree: tree, train=lambda x: (jnp.eye(len(counts))[label], {"features": x})
-    )
+    net = FakeNet(lambda x: (jnp.eye(len(counts))[label], {"features": x}), info=info)
     method, batch = REAT(tail_weight=1.0), types.SimpleNamespace(label=label)
 
     def alignment(x):
-        return method.loss(None, net, batch, x, method.init(info), None)[1][1]["loss_tail"]
+        return method.loss(None, net, batch, x, method.init_state(info), None).metrics["loss_tail"]
 
     # Examples of other classes are contrasts, not anchors: the sum over anchors changes with each tail class.
     expected = losses.tail_alignment(
@@ -94,7 +93,7 @@ def test_the_tail_is_the_rarest_classes(counts, tail):
 def test_readings_and_weight_of_tail_alignment():
     ours, released = (
         run(REAT(num_steps=1, tail_weight=0.5, fidelity=fidelity), 1, steps=1)[1][0]
-        for fidelity in ("published", "released_code")
+        for fidelity in ("paper", "released_code")
     )
     for row in (ours, released):
         assert row["loss"] == pytest.approx(row["loss_balanced"] + 0.5 * row["loss_tail"], rel=1e-12)

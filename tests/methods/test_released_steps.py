@@ -119,9 +119,9 @@ CASES = {
     "at": Case(AT(fidelity=RELEASED), "a", lambda i, a, y: ce(a, y)),
     "at_bsl": Case(ATBSL(fidelity=RELEASED), "a", lambda i, a, y: ce(a + jnp.log(N), y)),
     "trades": Case(Trades(fidelity=RELEASED), "iai", lambda i, a, y: ce(i, y) + 6 * kl(i, a)),
-    "trades-published": Case(Trades(), "ia", lambda i, a, y: ce(i, y) + 6 * kl(i, a)),
+    "trades-paper": Case(Trades(), "ia", lambda i, a, y: ce(i, y) + 6 * kl(i, a)),
     "alp": Case(ALP(fidelity=RELEASED), "aiia", alp),
-    "alp-published": Case(ALP(), "ai", alp),
+    "alp-paper": Case(ALP(), "ai", alp),
     "robal": Case(RoBal(fidelity=RELEASED), "aiia", robal),
     "mart": Case(Mart(fidelity=RELEASED), "ia", mart),
     "reat": Case(REAT(fidelity=RELEASED), "a", reat),
@@ -132,7 +132,7 @@ CASES = {
 
 def reference(case, params, running, steps):
     """[(params, running)] after each step, of SGD as PyTorch has it and running statistics <- 0.9 of them + 0.1."""
-    data, found = split(), []
+    data, results = split(), []
     velocity = jax.tree.map(jnp.zeros_like, params)
     for step in range(steps):
         rows = device_dataset.batch_rows(jax.random.key(3), step // 2, step % 2, num_examples=len(data), batch_size=16)
@@ -140,9 +140,9 @@ def reference(case, params, running, steps):
         inputs = {"i": x, "a": adversarial(x)}
 
         def loss(params, inputs=inputs, y=y):
-            seen = {letter: forward(params, inputs[letter]) for letter in inputs}
-            first = seen["a"][1] if case.loss is reat else seen["i"][0]
-            return case.loss(first, seen["a"][0], y), seen
+            outputs = {letter: forward(params, inputs[letter]) for letter in inputs}
+            first = outputs["a"][1] if case.loss is reat else outputs["i"][0]
+            return case.loss(first, outputs["a"][0], y), outputs
 
         moved = params
         if case.gamma:
@@ -152,16 +152,16 @@ def reference(case, params, running, steps):
                 params,
                 ascent,
             )
-        gradient, seen = jax.grad(loss, has_aux=True)(moved)
+        gradient, outputs = jax.grad(loss, has_aux=True)(moved)
         for letter in case.forwards:
-            mean, variance = seen[letter][2:]
+            mean, variance = outputs[letter][2:]
             running = {"mean": 0.9 * running["mean"] + 0.1 * mean, "var": 0.9 * running["var"] + 0.1 * variance}
         # Weight decay pulls at the weights themselves, those of AWP too.
         decayed = jax.tree.map(lambda g, w: g + OPTIM["weight_decay"] * w, gradient, params)
         velocity = jax.tree.map(lambda v, d: OPTIM["momentum"] * v + d, velocity, decayed)
         params = jax.tree.map(lambda w, v: w - OPTIM["learning_rate"] * v, params, velocity)
-        found.append((params, running))
-    return found
+        results.append((params, running))
+    return results
 
 
 def close(actual, expected):
@@ -184,7 +184,7 @@ def test_three_steps(name):
             close(state.batch_stats["BatchNorm_0"], running)
 
 
-def test_the_steps_tell_the_forwards_apart():
+def test_one_forward_fewer_is_detected():
     """One forward fewer is far outside of the tolerance: after a step in the statistics."""
     case = CASES["alp"]
     start = jax.device_get(make(fixed(AT()), 1, augment="none")[1])

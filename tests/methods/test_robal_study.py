@@ -17,6 +17,7 @@ from lt_adv.methods.at import AT
 from lt_adv.methods.focal import Focal
 from lt_adv.methods.ldam import LDAM
 from lt_adv.training import optimizer, sharding, stage_builder
+from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, run
 
 # Config -> the golden logits it acts on, and the golden loss it has.
@@ -38,7 +39,7 @@ def get(name, arguments=""):
     return importlib.import_module(f"configs.{name}").get_config(arguments)
 
 
-def method_of(name, fidelity="published"):
+def method_of(name, fidelity="paper"):
     config = get(name, "dataset=cifar10")
     config.fidelity = fidelity
     (stage,) = stage_builder.stages(config)
@@ -47,12 +48,12 @@ def method_of(name, fidelity="published"):
 
 def value_and_gradient(method, arrays, source="logits", epoch=1):
     """Of the method's loss with respect to the logits, in `epoch` (from 1)."""
-    net = SimpleNamespace(
-        train=lambda x: (x, {}), gather=lambda tree: tree, info=SimpleNamespace(class_counts=arrays["class_counts"])
-    )
+    net = FakeNet(lambda x: (x, {}), info=SimpleNamespace(class_counts=arrays["class_counts"]))
     batch = SimpleNamespace(label=jnp.asarray(arrays["labels"]))
     progress = methods.TrainProgress(step=epoch - 1, epoch=jnp.asarray(epoch - 1), steps_per_epoch=1, epochs=80)
-    return jax.value_and_grad(lambda z: method.loss(None, net, batch, z, {}, progress)[0])(jnp.asarray(arrays[source]))
+    return jax.value_and_grad(lambda z: method.loss(None, net, batch, z, {}, progress).loss)(
+        jnp.asarray(arrays[source])
+    )
 
 
 @pytest.mark.parametrize("name", GOLDEN)
@@ -89,7 +90,7 @@ def test_deferred_reweighting(golden, assert_golden, epoch):
         assert_golden(value, arrays["cross_entropy.value"])
 
 
-def test_what_is_deferred_begins_with_its_epoch():
+def test_deferred_losses_start_at_their_epoch():
     """Two steps are an epoch: the first two are those of plain adversarial training, the third is not."""
     with jax.enable_x64(True):
         _, rows = run(LDAM(from_epoch=2, max_margin=3.0, num_steps=0), 1, steps=3)
@@ -108,9 +109,11 @@ def test_focal_starts_from_the_frequencies():
     assert Focal(prior_bias=False).init_params(params, info) is params and AT().init_params(params, info) is params
 
 
-def test_a_run_begins_with_the_start_of_its_method(monkeypatch):
+def test_a_run_starts_with_the_initial_parameters_of_its_method(monkeypatch):
     """And the parameters of an earlier stage go before it."""
-    monkeypatch.setattr(stage_builder.train_step, "make_train_step", lambda *_, **__: (None, lambda *_: {}))  # takes no step
+    monkeypatch.setattr(
+        stage_builder.train_step, "make_train_step", lambda *_, **__: (None, lambda *_: {})
+    )  # takes no step
     config = get("focal", "dataset=digits")
     (stage,), mesh = stage_builder.stages(config), sharding.make_mesh(jax.devices()[:1])
     dataset = data.load(config.data)
@@ -151,17 +154,17 @@ def test_start_of_the_released_code(name):
     """One-sided in all of the study, which AT-BSL is not part of."""
     image = jnp.full((8, 4, 4, 1), 0.5)
     batch = methods.Batch(image, jnp.zeros(8, int), jnp.arange(8), eps=jnp.full(8, 0.1), step_size=jnp.full(8, 0.1))
-    net = SimpleNamespace(eval=lambda x: (x.mean((1, 2)) * jnp.arange(3.0), {}))
+    net = FakeNet(lambda x: (x.mean((1, 2)) * jnp.arange(3.0), {}))
     low = {}
-    for fidelity in ("published", "released_code"):
+    for fidelity in ("paper", "released_code"):
         method = dataclasses.replace(method_of(name, fidelity), num_steps=0)
         x = method.perturb(jax.random.split(jax.random.key(0), 8), net, batch, {}, None)
         low[fidelity] = float((x - image).min())
         assert method.attack_start == ("one_sided" if low[fidelity] >= 0 else method.start)
-    assert low["published"] < 0 and (low["released_code"] >= 0) == (name != "at_bsl")
+    assert low["paper"] < 0 and (low["released_code"] >= 0) == (name != "at_bsl")
 
 
-# Config -> head, method (beside its name), sampler.
+# Config -> head, method (without its name), sampler.
 VALUES = {
     "cosine": ({"name": "cosine", "scale": 16}, {"name": "at"}),
     "margin": ({"name": "cosine", "scale": 1}, {"name": "margin", "margin": 0.2, "scale": 10}),
@@ -186,10 +189,10 @@ def test_values_of_a_row(name, dataset):
     assert config.optim.warmup_epochs == (5 if name == "focal" else 0)
     epochs, drops = (25, (15, 20)) if name == "resampling" else (80, (60, 75))
     assert (config.optim.epochs, config.optim.drop_epochs) == (epochs, drops)
-    ours, theirs = (schema.flat(c.to_dict()) for c in (config, get("at", f"dataset={dataset}")))
-    own = ("method.", "model.head.", "data.sampler", "optim.epochs", "optim.drop_epochs", "optim.warmup_epochs")
-    different = {path for path in {*ours, *theirs} if ours.get(path) != theirs.get(path)}
-    assert not {path for path in different if not path.startswith(own)}, "the rest is plain adversarial training's"
+    row, baseline = (schema.flat(c.to_dict()) for c in (config, get("at", f"dataset={dataset}")))
+    allowed = ("method.", "model.head.", "data.sampler", "optim.epochs", "optim.drop_epochs", "optim.warmup_epochs")
+    different = {path for path in {*row, *baseline} if row.get(path) != baseline.get(path)}
+    assert not {path for path in different if not path.startswith(allowed)}, "the rest is plain adversarial training's"
 
 
 def test_epochs_of_a_row_scale_with_its_length():

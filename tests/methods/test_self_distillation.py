@@ -1,4 +1,4 @@
-"""Self-distillation: the balanced set, the terms of the student's loss, and two stages that go on when interrupted."""
+"""Self-distillation: the balanced set, the terms of the loss of the student, and resuming its two stages."""
 
 import json
 import shutil
@@ -18,7 +18,7 @@ from lt_adv.training.checkpoint import read_variables
 from tests.training.helpers import Small, assert_same, frozen_teacher, run
 
 
-def test_alone_and_with_no_weight_on_its_teacher_it_is_at_bsl(float64):
+def test_without_the_teacher_it_is_at_bsl(float64):
     expected, _ = run(ATBSL(num_steps=1), 1, steps=3)
     for options, teacher in (({}, None), ({"distillation": 0.0, "matching": 0.0}, frozen_teacher())):
         state, _ = run(SelfDistillation(num_steps=1, start="gaussian", **options), 1, steps=3, teacher=teacher)
@@ -29,12 +29,12 @@ def test_terms_of_the_loss(float64):
     """Each against its equation, on the images of one step; four devices."""
 
     class Spy(SelfDistillation):
-        def init(self, info):
+        def init_state(self, info):
             return {"x": jnp.zeros((16, 6, 6, 1), float), "x_adv": jnp.zeros((16, 6, 6, 1), float)}
 
         def loss(self, key, net, batch, x_adv, method_state, progress):
-            value, (_, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
-            return value, (net.gather({"x": batch.image, "x_adv": x_adv}), metrics)
+            out = super().loss(key, net, batch, x_adv, method_state, progress)
+            return out._replace(method_state=net.gather({"x": batch.image, "x_adv": x_adv}))
 
     options = {"distillation": 2.0, "temperature": 3.0, "matching": 0.7}
     rows, images = {}, {}
@@ -124,7 +124,7 @@ def meta(stage):
     return json.loads((last(stage) / "meta" / "metadata").read_text())
 
 
-def test_the_teacher_learns_from_equal_counts_and_the_student_from_all(trained, config):
+def test_the_teacher_has_equal_counts_and_the_student_all_images(trained, config):
     teacher, student = (meta(trained / "checkpoints" / name) for name in ("0_teacher", "1_student"))
     counts = data.long_tailed(data.load(config.data), config.data).class_counts
     assert teacher["class_counts"] == [max(counts) // 2] * 10 and student["class_counts"] == list(counts)
@@ -133,7 +133,7 @@ def test_the_teacher_learns_from_equal_counts_and_the_student_from_all(trained, 
     assert all(("train/loss_matching" in row) == (row["stage"] == "1_student") for row in rows)
 
 
-def test_interrupted_in_the_first_stage_it_ends_as_the_unbroken_run(train, trained, tmp_path, capsys):
+def test_resume_in_the_first_stage_equals_the_uninterrupted_run(train, trained, tmp_path, capsys):
     again = tmp_path / "again"
     shutil.copytree(trained, again)
     shutil.rmtree(again / "checkpoints" / "1_student")

@@ -1,4 +1,4 @@
-"""TAET: two stages that are one schedule, and a loss that needs the whole batch."""
+"""TAET: two stages that are one schedule, and a loss of the batch over all devices."""
 
 import jax
 import jax.numpy as jnp
@@ -26,7 +26,7 @@ def test_protocol(dataset):
     assert (config.optim.batch_size, config.optim.weight_decay, config.optim.learning_rate) == (128, 5e-4, 0.1)
 
 
-@pytest.mark.parametrize("fidelity", ["published", "released_code"])  # plain training by itself would compound
+@pytest.mark.parametrize("fidelity", ["paper", "released_code"])  # plain training by itself would compound
 @pytest.mark.parametrize("drops", [(75, 90), (20, 60), (40,), ()])
 def test_drops_count_over_both_stages(drops, fidelity):
     config = taet.get_config("dataset=cifar10")
@@ -35,8 +35,8 @@ def test_drops_count_over_both_stages(drops, fidelity):
     for stage in stage_builder.stages(config):
         schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, per_epoch)
         rates += [float(schedule(step)) for step in range(stage.epochs * per_epoch)]
-    whole = optimizer.schedule(config.optim, per_epoch, 100)
-    np.testing.assert_allclose(rates, [whole(step) for step in range(300)], rtol=1e-5)
+    full = optimizer.schedule(config.optim, per_epoch, 100)
+    np.testing.assert_allclose(rates, [full(step) for step in range(300)], rtol=1e-5)
     assert len(set(np.round(rates, 9))) == len(drops) + 1
 
 
@@ -60,21 +60,23 @@ def test_too_few_epochs_are_one_line(epochs):
         stage_builder.stages(config)
 
 
-def test_only_the_level_is_a_mean_of_class_means():
+def test_with_a_alone_the_loss_is_the_mean_of_class_means():
     """a = 1 alone, one step: the loss against class means of the cross-entropy, from the images that it saw."""
     with jax.enable_x64(True):
 
         class Spy(TAET):
-            def init(self, info):
+            def init_state(self, info):
                 return {"values": jnp.zeros(16, float), "label": jnp.zeros(16, int)}
 
             def loss(self, key, net, batch, x_adv, method_state, progress):
-                log_p = jax.nn.log_softmax(net.train(x_adv)[0])
+                log_p = jax.nn.log_softmax(net(x_adv, train=True)[0])
                 values = -jnp.take_along_axis(log_p, batch.label[:, None], 1)[:, 0]
-                value, (_, metrics) = super().loss(key, net, batch, x_adv, method_state, progress)
-                return value, ({"values": net.gather(values), "label": net.gather(batch.label).astype(int)}, metrics)
+                out = super().loss(key, net, batch, x_adv, method_state, progress)
+                return out._replace(
+                    method_state={"values": net.gather(values), "label": net.gather(batch.label).astype(int)}
+                )
 
         state, rows = run(Spy(num_steps=1, a=1.0, b=0.0, g=0.0), 4, steps=1)
-        seen = state.method_state
-        means = [np.mean(v) if len(v := seen["values"][seen["label"] == c]) else 0.0 for c in range(4)]
+        saved = state.method_state
+        means = [np.mean(v) if len(v := saved["values"][saved["label"] == c]) else 0.0 for c in range(4)]
         assert rows[0]["loss"] == pytest.approx(np.mean(means), rel=1e-9)

@@ -1,4 +1,4 @@
-"""A network small enough for float64 on eight virtual devices, and steps built around it."""
+"""A network small enough for float64 on eight virtual devices, and training steps of it."""
 
 import flax.linen as nn
 import jax
@@ -19,11 +19,11 @@ OPTIM = {
     "schedule": "constant",
     "warmup_epochs": 0,
 }
-COUNTS = np.array([20, 12, 6, 2])  # two images of the rarest class: most shards of a batch have none
+COUNTS = np.array([20, 12, 6, 2])  # only two images of the rarest class: most shards of a batch have none
 
 
 class Small(nn.Module):
-    """Convolution, batch norm, mean pool, cosine classifier: every kind of operation that a step meets, tiny."""
+    """A tiny network with convolution, batch norm, mean pooling and a cosine classifier."""
 
     num_classes: int = 4
     axis_name: str | None = AXIS
@@ -39,7 +39,7 @@ class Small(nn.Module):
 
 
 def frozen_teacher():
-    """Variables of another `Small` than those that `make` starts from."""
+    """Returns variables of a `Small` network that differ from those of `make`."""
     variables = Small().init(jax.random.key(11), jnp.zeros((1, 6, 6, 1), float), train=False)
     return jax.tree.map(lambda a: a.astype(float), variables)
 
@@ -66,7 +66,7 @@ def make(
     cycles=False,
     **options,
 ):
-    """(step, first state, feed, teacher) over `devices` devices; `seed`: of the draws, not of the first parameters."""
+    """Returns (step, initial state, input, teacher); `seed` changes the random draws, not the initial parameters."""
     mesh = sharding.make_mesh(jax.devices()[:devices])
     batch_size = 16
     classes = device_dataset.class_table(split().label, 4) if sampler == "class_aware" else None
@@ -74,31 +74,31 @@ def make(
     info = DataInfo(class_counts=COUNTS, steps_per_epoch=per_epoch, epochs=3, image_shape=(6, 6, 1), num_features=6)
     model = Small()
     variables = model.init(jax.random.key(3), jnp.zeros((1, 6, 6, 1), float), train=False)
-    variables = jax.tree.map(lambda a: a.astype(float), variables)  # linen starts statistics in float32 whatever comes
+    variables = jax.tree.map(lambda a: a.astype(float), variables)  # linen creates running statistics in float32
     config = {**OPTIM, **(optim_options or {})}
     rate = optimizer.schedule(config, info.steps_per_epoch, info.epochs)
     tx = optimizer.create(config, rate, variables["params"], freeze)
     options = StepOptions(batch_size=batch_size, eps=0.1, step_size=0.05, pad=1, log_every=2, **options)
-    step, init_window = make_train_step(
+    step, init_metric_sums = make_train_step(
         method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply, sharded=sharded
     )
     teacher = sharding.replicate(teacher or {}, mesh)
     averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
     if options.streamed:
-        fed = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
+        feed = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
     else:
-        fed = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
-    state = sharding.replicate(train_state.create(key, variables, tx, method.init(info), averaged=averaged), mesh)
-    state = sharding.replicate(state.replace(window=init_window(state, fed.example, teacher)), mesh)
-    return step, sharding.shard_state(state, mesh, sharded), fed, teacher
+        feed = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
+    state = sharding.replicate(train_state.create(key, variables, tx, method.init_state(info), averaged=averaged), mesh)
+    state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, feed.example, teacher)), mesh)
+    return step, sharding.shard_state(state, mesh, sharded), feed, teacher
 
 
 def run(method, devices, parallel="pmap", steps=4, **options):
-    """Final state and the metrics of every step, as numpy."""
-    step, state, fed, teacher = make(method, devices, parallel, **options)
+    """Returns the final state and the metrics of every step, as numpy."""
+    step, state, feed, teacher = make(method, devices, parallel, **options)
     rows = []
-    with fed.batches(0, steps) as batches:
+    with feed.batches(0, steps) as batches:
         for data in batches:
             state, metrics = step(state, data, teacher)
             rows.append(jax.device_get(metrics))
@@ -106,7 +106,7 @@ def run(method, devices, parallel="pmap", steps=4, **options):
 
 
 def assert_same(a, b, tolerance):
-    """Equal trees, relative to the largest magnitude of each array."""
+    """Asserts that the trees are equal, relative to the largest magnitude of each array."""
     assert jax.tree.structure(a) == jax.tree.structure(b)
     for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
         x, y = np.asarray(x), np.asarray(y)

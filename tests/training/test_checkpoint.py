@@ -1,4 +1,4 @@
-"""Checkpoints: bit-equal on any number of devices, and a damaged one is found out and passed over."""
+"""Checkpoints: restored bit for bit on any number of devices; damaged ones are detected and skipped."""
 
 import pathlib
 import shutil
@@ -21,10 +21,12 @@ def state():
     import optax
 
     variables = Small().init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), train=False)
-    made = train_state.create(
+    initial = train_state.create(
         jax.random.key(5), variables, optax.sgd(0.1, momentum=0.9), {"counts": jnp.arange(4)}, averaged=False
     )
-    return sharding.replicate(made.replace(window={"loss": (jnp.float32(1.5), jnp.float32(2))}), sharding.make_mesh())
+    return sharding.replicate(
+        initial.replace(metric_sums={"loss": (jnp.float32(1.5), jnp.float32(2))}), sharding.make_mesh()
+    )
 
 
 META = {"seconds": 1.0, "class_counts": [3, 2, 1, 1]}
@@ -50,9 +52,9 @@ def host(state):
 
 
 def array_files(step):
-    found = [f for f in pathlib.Path(str(step / "state")).rglob("*") if f.is_file() and "d" in f.parent.name]
-    assert found
-    return found
+    files = [f for f in pathlib.Path(str(step / "state")).rglob("*") if f.is_file() and "d" in f.parent.name]
+    assert files
+    return files
 
 
 @pytest.mark.parametrize("devices", [8, 4, 1])
@@ -64,8 +66,8 @@ def test_restores_bit_equal_on_any_number_of_devices(saved, state, devices):
     assert jax.random.key_impl(restored.key) == jax.random.key_impl(state.key)
 
 
-def test_a_flipped_bit_is_found_and_the_step_before_taken(saved, state, caplog):
-    """Somewhere in the files a bit flips: the digest, or orbax's own decompression, must not let it through."""
+def test_a_flipped_bit_falls_back_to_the_checkpoint_before(saved, state, caplog):
+    """Either the digest or the decompression of orbax must detect it."""
     for file in array_files(saved / "2"):
         raw = bytearray(file.read_bytes())
         if len(raw) < 64:
@@ -79,8 +81,8 @@ def test_a_flipped_bit_is_found_and_the_step_before_taken(saved, state, caplog):
     assert not (saved / "2").exists() and read_variables(saved.parent.parent)[1]["step"] == 1
 
 
-def test_silent_damage_needs_the_digest(saved, state):
-    """Other numbers under an old digest: orbax restores them without a word, the digest refuses them."""
+def test_the_digest_detects_arrays_of_another_checkpoint(saved, state):
+    """Orbax restores arrays of another step without an error."""
     checkpoints = Checkpoints(saved)
     shutil.rmtree(saved / "2" / "state")
     shutil.copytree(saved / "1" / "state", saved / "2" / "state")
@@ -90,13 +92,13 @@ def test_silent_damage_needs_the_digest(saved, state):
 
 
 @pytest.mark.parametrize("content", ["{}", "[]", "{"])
-def test_damaged_words_about_a_checkpoint_are_damage(saved, state, content):
+def test_unreadable_metadata_fall_back_to_the_checkpoint_before(saved, state, content):
     (saved / "2" / "meta" / "metadata").write_text(content)
     assert Checkpoints(saved).restore_latest(state, sharding.make_mesh())[1]["step"] == 1
 
 
-def test_a_changed_word_about_a_checkpoint_is_damage(saved, state):
-    """Still JSON, and a number of seconds: only the digest of the words tells."""
+def test_the_digest_detects_changed_metadata(saved, state):
+    """The metadata are still valid JSON of the right types."""
     path = saved / "2" / "meta" / "metadata"
     path.write_text(path.read_text().replace('"seconds": 1.0', '"seconds": 9.0'))
     with pytest.raises(ValueError, match="its digest differs at meta"):
@@ -104,7 +106,7 @@ def test_a_changed_word_about_a_checkpoint_is_damage(saved, state):
     assert read_variables(saved.parent.parent)[1]["step"] == 1
 
 
-def test_a_store_that_does_not_answer_has_damaged_nothing(saved, state, monkeypatch):
+def test_a_connection_error_is_not_damage(saved, state, monkeypatch):
     checkpoints = Checkpoints(saved)
 
     def fail(*args, **options):
@@ -116,7 +118,7 @@ def test_a_store_that_does_not_answer_has_damaged_nothing(saved, state, monkeypa
     assert Checkpoints(saved).steps() == [1, 2]
 
 
-def test_a_step_set_aside_is_written_anew(saved, state):
+def test_a_damaged_step_can_be_saved_again(saved, state):
     shutil.rmtree(saved / "2" / "state")
     checkpoints = Checkpoints(saved)
     assert checkpoints.restore_latest(state, sharding.make_mesh())[1]["step"] == 1
@@ -125,7 +127,7 @@ def test_a_step_set_aside_is_written_anew(saved, state):
     assert Checkpoints(saved).restore_latest(state, sharding.make_mesh())[1]["step"] == 2
 
 
-def test_truncated_files_fall_back_and_all_damaged_refuses(saved, state):
+def test_truncated_files_fall_back_and_raise_if_all_are_damaged(saved, state):
     for file in array_files(saved / "2"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     assert Checkpoints(saved).restore_latest(state, sharding.make_mesh())[1]["step"] == 1
@@ -147,12 +149,12 @@ def test_keeps_the_latest_and_the_best(tmp_path, state):
         checkpoints.save(n, later(state, n), {**META, "step": n}, {BEST: accuracy})
     checkpoints.close()
     assert Checkpoints(stage, keep=1, best_metric=BEST).steps() == [2, 4]
-    (stage / "5.orbax-checkpoint-tmp").mkdir()  # what a run is writing while another process reads
+    (stage / "5.orbax-checkpoint-tmp").mkdir()  # a checkpoint that is being written
     assert read_variables(tmp_path, "best")[1]["step"] == 2 and (stage / "5.orbax-checkpoint-tmp").exists()
     assert read_variables(tmp_path, "best")[1]["step"] == 2 and read_variables(tmp_path)[1]["step"] == 4
 
 
-def test_reads_variables_alone_and_averages_where_kept(tmp_path, saved, state):
+def test_read_variables_returns_the_average_if_there_is_one(tmp_path, saved, state):
     variables, _ = read_variables(saved.parent.parent)
     expected = jax.device_get(later(state, 2).evaluated)
     assert expected["method_state"]["counts"].tolist() == [0, 1, 2, 3]
@@ -168,7 +170,7 @@ def test_reads_variables_alone_and_averages_where_kept(tmp_path, saved, state):
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.int32, np.uint8, "bfloat16", bool])
-def test_digest_sees_every_element_and_swaps(dtype):
+def test_digest_depends_on_every_element_and_their_order(dtype):
     a = jnp.arange(12).astype(dtype) if dtype is not bool else jnp.arange(12) % 3 == 0
     base = digest({"a": a})
     for n in (0, 5, 11):

@@ -1,4 +1,4 @@
-"""What the step is given of a set that lives on the devices: its batch, at a cost that does not grow with the set."""
+"""Input from a training set on the devices: the right batches, at a cost that does not grow with the set."""
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,11 @@ from lt_adv.methods import DataInfo
 from lt_adv.training import input_pipeline, sharding
 from tests.training.helpers import make
 
-TYPES = ("pvary", "pcast")  # operations of shard_map's type check, of which nothing is left when it is compiled
+TYPES = ("pvary", "pcast")  # operations of the type check of shard_map; they compile to nothing
 KEY, MESH = jax.random.key(3), sharding.make_mesh(jax.devices()[:2])
 
 
-def given(examples, batch_size, class_aware=False, key=KEY):
+def make_feed(examples, batch_size, class_aware=False, key=KEY):
     """(split, its class table, steps in an epoch, feed) of images 3 x 2."""
     label = np.arange(examples, dtype=np.int32) % 3
     image = np.random.RandomState(0).randint(0, 256, (examples, 3, 2, 1)).astype(np.uint8)
@@ -26,54 +26,54 @@ def given(examples, batch_size, class_aware=False, key=KEY):
 
 
 @pytest.mark.parametrize("class_aware", [False, True])
-def test_every_step_of_every_block_gets_its_batch(class_aware):
-    """Epochs of two blocks, the second not full; begun in the middle of a block, of the second epoch."""
+def test_every_step_gets_the_rows_of_its_batch(class_aware):
+    """Epochs of two blocks, the second incomplete; also when resumed within a block of the second epoch."""
     examples, batch_size = 2 * (input_pipeline.BLOCK + 9), 2
-    split, classes, steps, fed = given(examples, batch_size, class_aware)
+    split, classes, steps, feed = make_feed(examples, batch_size, class_aware)
     options = {"num_examples": examples, "batch_size": batch_size, "classes": classes}
     for first, total in ((0, steps + 1), (steps + 5, 2 * steps + 3)):
-        with fed.batches(first, total) as batches:
-            found = list(batches)
-        assert len(found) == total - first
-        for step, data in enumerate(found, first):
+        with feed.batches(first, total) as batches:
+            steps_data = list(batches)
+        assert len(steps_data) == total - first
+        for step, data in enumerate(steps_data, first):
             row = np.asarray(device_dataset.batch_rows(KEY, step // steps, step % steps, **options))
-            mine = {
+            actual = {
                 name: np.asarray(data[name])[step % steps % input_pipeline.BLOCK] for name in ("row", "label", "index")
             }
-            np.testing.assert_array_equal(mine["row"], row)
-            np.testing.assert_array_equal(mine["label"], split.label[row])
-            np.testing.assert_array_equal(mine["index"], split.index[row])
+            np.testing.assert_array_equal(actual["row"], row)
+            np.testing.assert_array_equal(actual["label"], split.label[row])
+            np.testing.assert_array_equal(actual["index"], split.index[row])
             np.testing.assert_array_equal(data["image"][row], split.image[row].reshape(batch_size, -1))
 
 
-def test_only_the_images_grow_with_the_set():
+def test_only_the_images_depend_on_the_size_of_the_set():
     for examples in (64, 4096):
-        data = given(examples, 4)[-1].example
+        data = make_feed(examples, 4)[-1].example
         assert data["image"].shape == (examples, 6)
         assert {data[name].shape for name in ("row", "label", "index")} == {(input_pipeline.BLOCK, 4)}
 
 
 def test_the_key_of_the_state_may_be_donated():
-    """It is the very key that later epochs are drawn with, and a copy on a mesh shares its buffer."""
+    """Later epochs are drawn with this key, and a replicated copy may share its buffer."""
     key = jax.random.key(3)
-    *_, steps, fed = given(8, 4, key=key)
+    *_, steps, feed = make_feed(8, 4, key=key)
     jax.block_until_ready(jax.jit(jax.random.clone, donate_argnums=0)(sharding.replicate(key, MESH)))
-    with fed.batches(steps, steps + 1) as batches:
+    with feed.batches(steps, steps + 1) as batches:
         assert set(np.asarray(next(batches)["row"][:steps]).ravel().tolist()) == set(range(8))
 
 
 def large(jaxpr, size):
     """(primitive, shapes) of all operations, at any depth, with an operand or a result of `size` elements or more."""
-    found = []
+    operations = []
     for equation in jaxpr.eqns:
         inner = [part for value in equation.params.values() for part in jax.tree.leaves(value, is_leaf=is_jaxpr)]
         inner = [getattr(part, "jaxpr", part) for part in inner if is_jaxpr(part)]
         for part in inner:
-            found += large(part, size)
+            operations += large(part, size)
         shapes = [tuple(atom.aval.shape) for atom in (*equation.invars, *equation.outvars)]
         if not inner and any(np.prod(shape, dtype=int) >= size for shape in shapes):
-            found.append((equation.primitive.name, shapes))
-    return found
+            operations.append((equation.primitive.name, shapes))
+    return operations
 
 
 def is_jaxpr(part):
@@ -81,14 +81,14 @@ def is_jaxpr(part):
 
 
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
-def test_nothing_but_the_gather_sees_the_whole_set(parallel):
-    """So a set of any size costs the same: no sort, no copy, no other layout."""
-    step, state, fed, teacher = make(methods.create({"name": "at"}, num_steps=1), 2, parallel)
+def test_only_the_gather_reads_all_images(parallel):
+    """Otherwise a step would cost more on a larger set: no sort, no copy, no change of layout."""
+    step, state, feed, teacher = make(methods.create({"name": "at"}, num_steps=1), 2, parallel)
     texts = []
     for examples in (14_009, 200_003):
-        data = {**fed.example, "image": jax.ShapeDtypeStruct((examples, 36), jnp.uint8)}
+        data = {**feed.example, "image": jax.ShapeDtypeStruct((examples, 36), jnp.uint8)}
         jaxpr = jax.make_jaxpr(step)(state, data, teacher)
-        ((name, (operand, *_)),) = [one for one in large(jaxpr.jaxpr, 14_000) if one[0] not in TYPES]
+        ((name, (operand, *_)),) = [operation for operation in large(jaxpr.jaxpr, 14_000) if operation[0] not in TYPES]
         assert name == "gather" and operand == (examples, 36)
         texts.append(str(jaxpr).replace(str(examples), "examples"))
     assert texts[0] == texts[1]

@@ -24,13 +24,13 @@ class Distil(base.Method):
     num_steps: int = 0
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        logits, _ = net.train(x_adv)
+        logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
-        metrics = {"accuracy": base.is_correct(logits, batch.label)}
+        metrics = {}
         if net.teacher is not None:
             metrics["divergence"] = losses.kl_divergence(net.teacher(batch.image)[0], logits)
             value += jnp.mean(metrics["divergence"])
-        return value, (method_state, metrics)
+        return base.LossOutput(value, logits, metrics)
 
 
 @pytest.fixture(scope="module")
@@ -87,14 +87,14 @@ def test_two_stages_and_the_frozen_teacher(teacher_and_student):
     assert all(("train/divergence" in row) == (row["stage"] == "1_student") for row in rows(workdir))
 
 
-def test_a_finished_run_started_again_trains_nothing_and_keeps_its_lines(run, teacher_and_student):
+def test_a_finished_run_is_not_trained_again(run, teacher_and_student):
     workdir, stages, _ = teacher_and_student
     before = (workdir / "metrics.jsonl").read_text()
     built = run(stages, workdir)
     assert len(built) == 2 and (workdir / "metrics.jsonl").read_text() == before
 
 
-def test_resumed_in_the_second_stage_keeps_the_lines_of_both(run, teacher_and_student, tmp_path, capsys):
+def test_resume_in_the_second_stage_keeps_the_metrics_of_both(run, teacher_and_student, tmp_path, capsys):
     workdir, stages, _ = teacher_and_student
     again = tmp_path / "again"
     shutil.copytree(workdir, again)
@@ -127,7 +127,7 @@ def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student,
     assert np.abs(before["params"]["head"]["kernel"] - after["params"]["head"]["kernel"]).max() > 1e-3
 
 
-def test_the_default_implementation_of_keys_changes_nothing(run, tmp_path):
+def test_results_do_not_depend_on_the_default_prng(run, tmp_path):
     """JAX_DEFAULT_PRNG_IMPL=rbg in the environment: the same run, bit for bit."""
     stage = base.Stage(method=Distil(), epochs=1, init="fresh")
     run((stage,), tmp_path / "threefry")
@@ -143,7 +143,7 @@ def metrics_of(workdir):
     return [{k: v for k, v in row.items() if "second" not in k and "time" not in k} for row in rows]
 
 
-def test_tensorboard_gets_the_numbers_of_the_lines(run, config, teacher_and_student, tmp_path, monkeypatch):
+def test_tensorboard_gets_the_logged_metrics(run, config, teacher_and_student, tmp_path, monkeypatch):
     """The writer is tensorboardX's; here it is a list. Without the package: one line that names the extra."""
     scalars, teacher = [], teacher_and_student[1][0]
 
@@ -167,7 +167,7 @@ def test_tensorboard_gets_the_numbers_of_the_lines(run, config, teacher_and_stud
         run((teacher,), tmp_path / "again")
 
 
-def test_merge_says_what_does_not_fit(caplog):
+def test_merge_reports_names_and_shapes_that_differ(caplog):
     fresh = {"params": {"a": np.zeros(2, np.float32), "new": np.ones(1, np.float32)}}
     merged = stage_builder.merge(fresh, {"params": {"a": np.full(2, 7.0), "old": np.zeros(3)}}, "elsewhere")
     assert merged["params"]["a"].tolist() == [7, 7] and merged["params"]["new"].tolist() == [1]

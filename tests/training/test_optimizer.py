@@ -1,4 +1,4 @@
-"""SGD against its equations, and what is frozen against what moves."""
+"""SGD against its equations, and frozen parameters."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +10,7 @@ CONFIG = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "weight_deca
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
-def test_sgd_as_pytorch_has_it(nesterov):
+def test_sgd_equals_pytorch(nesterov):
     """v <- m v + (g + wd p); p <- p - lr v, or p - lr (g + wd p + m v) with Nesterov's momentum."""
     rate = [0.1, 0.1, 0.02]
     tx = optimizer.create({**CONFIG, "nesterov": nesterov}, lambda step: jnp.asarray(rate)[step], {"w": jnp.zeros(3)})
@@ -25,7 +25,7 @@ def test_sgd_as_pytorch_has_it(nesterov):
         np.testing.assert_allclose(params["w"], p, rtol=1e-5)
 
 
-def test_frozen_tensors_get_no_update_and_no_decay():
+def test_frozen_parameters_get_no_update_and_no_decay():
     params = {"backbone": {"conv": jnp.ones(2)}, "head": {"kernel": jnp.ones(2)}}
     tx = optimizer.create(CONFIG, lambda _: 0.1, params, freeze="backbone/")
     updates, _ = tx.update(

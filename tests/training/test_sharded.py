@@ -1,4 +1,4 @@
-"""State that is cut up among the devices: what it is, that it changes no number, and how it is saved."""
+"""Train state that is sharded over the devices: its shardings, its results, and its checkpoints."""
 
 import jax
 import jax.numpy as jnp
@@ -26,32 +26,32 @@ def specs(state):
     }
 
 
-def test_the_longest_axis_that_fits_is_cut_and_only_in_the_parts_asked_for():
+def test_the_longest_divisible_axis_is_sharded_in_the_requested_fields():
     mesh = sharding.make_mesh(jax.devices()[:4])
     shapes = {"kernel": (3, 3, 8, 12), "dense": (64, 10), "bias": (6,), "scalar": (), "empty": (0, 4)}
     params = {name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in shapes.items()}
-    made = train_state.TrainState(0, params, params, params, params, {}, {}, None)
-    made = made.replace(step=jax.ShapeDtypeStruct((), jnp.int32), key=jax.ShapeDtypeStruct((4,), jnp.uint32))
-    found = sharding.shardings(made, mesh, ("opt_state", "average"))
-    assert {name: s.spec for name, s in found.opt_state.items()} == {
+    state = train_state.TrainState(0, params, params, params, params, {}, {}, None)
+    state = state.replace(step=jax.ShapeDtypeStruct((), jnp.int32), key=jax.ShapeDtypeStruct((4,), jnp.uint32))
+    result = sharding.shardings(state, mesh, ("opt_state", "average"))
+    assert {name: s.spec for name, s in result.opt_state.items()} == {
         "kernel": P(None, None, None, "data"), "dense": P("data"), "bias": P(), "scalar": P(), "empty": P(None, "data"),
     }  # fmt: skip
-    assert found.average == found.opt_state
-    whole = jax.tree.leaves([found.params, found.batch_stats, found.key, found.step])
-    assert {s.spec for s in whole} == {P()}
-    alone = sharding.shardings(made, sharding.make_mesh(jax.devices()[:1]), ALL)
+    assert result.average == result.opt_state
+    replicated = jax.tree.leaves([result.params, result.batch_stats, result.key, result.step])
+    assert {s.spec for s in replicated} == {P()}
+    alone = sharding.shardings(state, sharding.make_mesh(jax.devices()[:1]), ALL)
     assert {s.spec for s in jax.tree.leaves(alone)} == {P()}, "one device has it all"
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sharded", [("opt_state",), ALL], ids=["optimiser", "all"])
-def test_as_one_device(sharded):
+def test_sharded_training_equals_one_device(sharded):
     expected = run(METHOD, 1, average=EMA)
     for devices in (2, 4):
         assert_same(run(METHOD, devices, "shard_map", sharded=sharded, average=EMA), expected, 1e-9)
 
 
-def test_every_step_leaves_each_device_its_part(caplog):
+def test_the_state_stays_sharded_and_the_step_compiles_once(caplog):
     step, state, feed, teacher = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)
     before = specs(state)
     assert len(before) >= 3 * 2 and all(name.startswith((".params", ".opt_state", ".average")) for name in before)
@@ -77,5 +77,5 @@ def test_shards_are_restored_on_any_number_of_devices(tmp_path, devices):
     assert specs(restored) == specs(other) and bool(specs(restored)) == (devices > 1)
     stored = {name: value for name, value in meta["digest"].items() if name != "meta"}
     assert digest(restored) == digest(state) == stored != digest(other)
-    for mine, theirs in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
-        np.testing.assert_array_equal(mine, theirs)
+    for actual, expected in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):
+        np.testing.assert_array_equal(actual, expected)

@@ -1,4 +1,4 @@
-"""The fused step: one compilation, nothing crosses to the host, the same bits from anywhere it is resumed."""
+"""The training step: one compilation, no transfer to the host, bit-exact when resumed."""
 
 import dataclasses
 
@@ -15,7 +15,7 @@ from lt_adv.data import device_dataset
 from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
 from lt_adv.training import sharding, train_state
-from lt_adv.training.train_step import StepOptions, ends_window
+from lt_adv.training.train_step import StepOptions, is_log_step
 from tests.training.helpers import Small, assert_same, make, run, split
 
 GROUPS = {"head": np.array([0]), "body": np.array([1, 2]), "tail": np.array([3])}
@@ -44,13 +44,13 @@ def trained():
 
 def test_one_compilation(trained):
     _, _, counts, _ = trained
-    assert counts == [1] * 6, "the step compiled again, or something beside it did"
+    assert counts == [1] * 6, "something else than the first step was compiled"
 
 
-def test_resumed_from_the_host_is_bitwise_the_same(trained):
+def test_resume_is_bit_exact(trained):
     states, rows, _, (step, feed, teacher) = trained
     mesh = sharding.make_mesh(jax.devices()[:4])
-    state = sharding.replicate(states[3], mesh)  # in the middle of an epoch and of a metric window
+    state = sharding.replicate(states[3], mesh)  # within an epoch, between two log steps
     with feed.batches(3, 6) as batches:
         for n, data in enumerate(batches, 3):
             state, metrics = step(state, data, teacher)
@@ -79,51 +79,51 @@ def test_swa_is_the_mean_over_epoch_ends():
         state, _ = step(state, feed.example, teacher)
         if n == 5:  # where numpy looked at the state, CPU buffers cannot be reused
             assert all(a.is_deleted() for a in jax.tree.leaves((donated.params, donated.average, donated.opt_state)))
-        if n < 3:  # before the end of epoch 1, where the mean begins, the average is the weights themselves
+        if n < 3:  # before the end of epoch 1, where the mean starts, the average equals the weights
             np.testing.assert_allclose(state.average["params"]["kernel"], state.params["kernel"], rtol=1e-6)
         if n in (3, 5):  # the ends of epochs 1 and 2, counted from 0
             ends.append(np.asarray(state.params["kernel"]))
     np.testing.assert_allclose(state.average["params"]["kernel"], np.mean(ends, 0), rtol=1e-5)
 
 
-def test_a_window_sums_what_its_groups_sum_together(trained):
-    """Of per-example metrics the images, 16 a step, of others the steps; two steps are an epoch and a window."""
+def test_metrics_of_the_groups_sum_to_the_metric_of_all_images(trained):
+    """Weights are the number of images, 16 per step, or of steps; metrics restart after two steps, an epoch."""
     states, rows, _, _ = trained
-    assert [ends_window(n, 2, 2) for n in range(6)] == [False, True] * 3
+    assert [is_log_step(n, 2, 2) for n in range(6)] == [False, True] * 3
     for n, (state, row) in enumerate(zip(states[1:], rows, strict=True)):
-        steps, window = n % 2 + 1, state.window
+        steps, sums = n % 2 + 1, state.metric_sums
         for part in (0, 1):
-            together = sum(window[f"accuracy_{group}"][part] for group in GROUPS)
-            assert together == pytest.approx(window["accuracy"][part], rel=1e-6)
-        assert window["accuracy"][1] == 16 * steps and window["loss"][1] == window["gradient_norm"][1] == steps
-        for name, (total, weight) in window.items():
+            together = sum(sums[f"accuracy_{group}"][part] for group in GROUPS)
+            assert together == pytest.approx(sums["accuracy"][part], rel=1e-6)
+        assert sums["accuracy"][1] == 16 * steps and sums["loss"][1] == sums["gradient_norm"][1] == steps
+        for name, (total, weight) in sums.items():
             assert row[name] == pytest.approx(total / weight, rel=1e-6)
     assert rows[1]["learning_rate"] == pytest.approx(0.05)
     assert rows[1]["loss"] > 0 and any(0 < row["accuracy"] < 1 for row in rows)
 
 
-def test_no_image_twice_in_an_epoch_and_another_order_in_the_next():
-    seen = []
+def test_an_epoch_has_every_image_once_in_a_new_order():
+    indices = []
 
     step, state, feed, teacher = make(Draws(num_steps=0), 8)
     with feed.batches(0, 4) as batches:
         for data in batches:
             state, _ = step(state, data, teacher)
-            seen.append(np.asarray(state.method_state["index"]))
-    epochs = [np.concatenate(seen[:2]), np.concatenate(seen[2:])]
+            indices.append(np.asarray(state.method_state["index"]))
+    epochs = [np.concatenate(indices[:2]), np.concatenate(indices[2:])]
     assert all(len(set(e.tolist())) == 32 for e in epochs) and not np.array_equal(*epochs)
 
 
 @dataclasses.dataclass(frozen=True)
 class Draws(AT):
-    """AT that keeps the images of its last step."""
+    """AT whose state holds the image indices of the last step."""
 
-    def init(self, info):
+    def init_state(self, info):
         return {"index": jnp.zeros(16, int)}
 
     def loss(self, key, net, batch, x_adv, method_state, progress):
-        value, (_, metrics) = AT.loss(self, key, net, batch, x_adv, method_state, progress)
-        return value, ({"index": net.gather(batch.index)}, metrics)
+        out = AT.loss(self, key, net, batch, x_adv, method_state, progress)
+        return out._replace(method_state={"index": net.gather(batch.index)})
 
 
 @pytest.mark.parametrize(("parallel", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 8)])
@@ -132,24 +132,24 @@ def test_class_aware_draws_in_cycles_on_any_number_of_devices(parallel, devices)
     options = {"sampler": "class_aware", "cycles": True}
     step, state, feed, teacher = make(Draws(num_steps=0), devices, parallel, **options)
     classes = device_dataset.class_table(split().label, 4)
-    seen, key = [], jax.random.key(3)  # that of `make`
+    indices, key = [], jax.random.key(3)  # that of `make`
     for n in range(7):  # five steps are an epoch
         if n == 4:
             state = sharding.replicate(jax.device_get(state), sharding.make_mesh(jax.devices()[:devices]))
         with feed.batches(n, n + 1) as batches:
             state, _ = step(state, next(batches), teacher)
-        seen.append(np.asarray(state.method_state["index"]))
+        indices.append(np.asarray(state.method_state["index"]))
         expected = device_dataset.batch_rows(
             key, n // 5, n % 5, num_examples=40, batch_size=16, classes=classes, cycles=True
         )
-        np.testing.assert_array_equal(seen[-1], expected)
-        np.testing.assert_array_equal(np.bincount(split().label[seen[-1]]), [4] * 4)
-    images = np.bincount(np.concatenate(seen[:5]), minlength=40)
+        np.testing.assert_array_equal(indices[-1], expected)
+        np.testing.assert_array_equal(np.bincount(split().label[indices[-1]]), [4] * 4)
+    images = np.bincount(np.concatenate(indices[:5]), minlength=40)
     np.testing.assert_array_equal(images[split().label == 0], 1)
     np.testing.assert_array_equal(images[split().label == 3], 10)
 
 
-def test_robal_moves_statistics_twice_and_the_released_code_four_times():
+def test_robal_updates_statistics_twice_and_the_released_code_four_times():
     method = RoBal(num_steps=0, start="zero", beta=0.0)
     moves = {}
     for fidelity in methods.base.FIDELITIES:
@@ -161,15 +161,15 @@ def test_robal_moves_statistics_twice_and_the_released_code_four_times():
         state, _ = step(state, feed.example, teacher)
         moves[fidelity] = start, float(state.batch_stats["BatchNorm_0"]["var"][0]), variables
     # With x_adv = x every forward sees the same variance v: after k moves it is 0.9^k * start + (1 - 0.9^k) v.
-    start, published, variables = moves["published"]
-    v = (published - 0.81 * start) / 0.19
+    start, paper, variables = moves["paper"]
+    v = (paper - 0.81 * start) / 0.19
     _, released, _ = moves["released_code"]
     x = split().image.astype(np.float32) / 255
     _, new = Small(axis_name=None).apply(variables, x, train=True, mutable=["batch_stats"])
     assert v == pytest.approx((float(new["batch_stats"]["BatchNorm_0"]["var"][0]) - 0.9) / 0.1, rel=0.3)  # of all 40
     # The released start is one-sided: with num_steps = 0 x_adv differs from x, so v is approximate there.
     assert released == pytest.approx(0.9**4 * start + (1 - 0.9**4) * v, rel=0.05)
-    assert abs(released - published) > 0.05 * abs(start)
+    assert abs(released - paper) > 0.05 * abs(start)
 
 
 def test_bad_options():
@@ -187,7 +187,7 @@ def test_repeats_bit_for_bit_and_depends_on_the_key():
     assert not np.allclose(a.params["kernel"], c.params["kernel"], rtol=1e-3)
 
 
-def test_frozen_parts_do_not_move_on_any_number_of_devices(float64):
+def test_frozen_parameters_stay_constant_on_any_number_of_devices(float64):
     options = {"freeze": "Conv_0/", "freeze_batch_stats": True}
     (first, _), one = (run(AT(num_steps=1), 1, steps=steps, **options) for steps in (0, 4))
     for parallel in ("pmap", "shard_map"):

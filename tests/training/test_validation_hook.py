@@ -1,4 +1,4 @@
-"""The accuracies shown during training, against a count by hand."""
+"""Accuracy during training, compared with a count in numpy."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def apply(variables, x):
 
 
 @pytest.mark.parametrize("devices, batch_size", [(1, 4), (8, 256), (4, 5)])
-def test_counts_every_image_once_whatever_the_batch(devices, batch_size):
+def test_counts_every_image_once_for_any_batch_size(devices, batch_size):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     attack = {"eps": 0.05, "step_size": 0.05, "num_steps": 3}
     monitor = Monitor(
@@ -29,16 +29,16 @@ def test_counts_every_image_once_whatever_the_batch(devices, batch_size):
     thresholds = jnp.array([0.51, 0.69])
     result = monitor(sharding.replicate(thresholds, mesh))
     brightness = IMAGE.mean((1, 2, 3)) / 255
-    right = np.digitize(brightness, thresholds) == LABEL
-    assert result["clean/accuracy"] == pytest.approx(right.mean()) and 0 < right.mean() < 1
-    balanced = np.mean([right[c == LABEL].mean() for c in range(3)])
-    assert result["clean/balanced_accuracy"] == pytest.approx(balanced) and abs(balanced - right.mean()) > 0.01
+    correct = np.digitize(brightness, thresholds) == LABEL
+    assert result["clean/accuracy"] == pytest.approx(correct.mean()) and 0 < correct.mean() < 1
+    balanced = np.mean([correct[c == LABEL].mean() for c in range(3)])
+    assert result["clean/balanced_accuracy"] == pytest.approx(balanced) and abs(balanced - correct.mean()) > 0.01
     for group, classes in GROUPS.items():
-        assert result[f"clean/accuracy_{group}"] == pytest.approx(right[np.isin(LABEL, classes)].mean())
+        assert result[f"clean/accuracy_{group}"] == pytest.approx(correct[np.isin(LABEL, classes)].mean())
     assert result["pgd3/accuracy"] < result["clean/accuracy"]
 
 
-def test_nothing_is_compiled_again_when_it_is_asked_again(caplog):
+def test_compiles_once(caplog):
     mesh = sharding.make_mesh(jax.devices()[:4])
     label = np.arange(20) % 4
     image = np.zeros((20, 2, 2, 1), np.uint8)

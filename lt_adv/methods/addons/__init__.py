@@ -1,6 +1,6 @@
-"""Add-ons: what changes the training of any method. One file per paper, a dataclass around an inner method.
+"""Add-ons change the training of any method. One file per paper: a dataclass around an inner method.
 
-`config.addons` names those that are on, the outermost last; the section of an add-on's name holds its settings.
+`config.addons` lists those in use, the outermost last. The config section of the same name has the options of each.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,12 @@ from lt_adv.runtime import registry
 
 
 def names() -> list[str]:
-    """Every add-on that `config.addons` can name."""
+    """Returns the names that `config.addons` accepts."""
     return registry.names(__name__)
 
 
 def wrap(method: Method, chosen: Sequence[str], settings: Mapping[str, Mapping[str, Any]]) -> Method:
-    """`method` inside the chosen add-ons, the last outermost, each with the settings under its name."""
+    """Returns `method` inside the add-ons `chosen`, the last one outermost; `settings` has the options by name."""
     for name in chosen:
         if chosen.count(name) > 1:
             raise ValueError(f"config.addons names {name!r} twice.")

@@ -12,17 +12,17 @@ from lt_adv.methods.addons import base
 class AWP(base.AddOn):
     """min_theta L(theta + v), v_l = gamma |theta_l| g_l / |g_l| for every tensor l, g = grad L(theta): one ascent step.
 
-    L is the inner method's loss of the whole batch, at the x_adv that the inner method found at theta; v is a constant
-    to the gradient. Tensors of one dimension (biases, batch norm) are not perturbed, nor is one without gradient.
-    gamma = 0 is the inner method. A step costs one more gradient of the loss.
+    L is the loss of the inner method over the batch of all devices, at the x_adv that its attack returns at theta; v is
+    a constant for the gradient. Tensors of one dimension (biases, batch norm) and tensors with zero gradient are not
+    perturbed. gamma = 0 is the inner method. A step costs one more gradient of the loss.
 
-    Running statistics move as often as the inner method moves them, by its forwards at theta + v: those that look for v
-    normalise by the batch and write nothing, as the copy of the network does in the released code. The metrics, and
-    what the method keeps in `method_state`, are those at theta + v.
+    The forwards of the inner method at theta + v update the running statistics. The forwards that compute v normalize
+    by the batch and do not update them, as the copy of the network in the released code. The metrics and the
+    `method_state` are those at theta + v.
 
-    Differs from the released codes, under either fidelity: they take the whole optimiser step at theta + v and then
-    subtract v, so that weight decay pulls at theta + v, where ours pulls at theta; and they can wait for some epochs
-    before the first perturbation.
+    Differs from the released codes in either fidelity: they take the complete optimizer step at theta + v and then
+    subtract v, so that weight decay acts on theta + v, ours on theta; and they can delay the first perturbation by some
+    epochs.
     """
 
     gamma: float = 0.005
@@ -32,9 +32,9 @@ class AWP(base.AddOn):
             return self.inner.loss(key, net, batch, x_adv, method_state, progress)
 
         theta = jax.lax.stop_gradient(net.params)
-        ascent = net.mean(jax.grad(lambda params: inner(net.without_updates().at(params))[0])(theta))
+        ascent = net.mean(jax.grad(lambda params: inner(net.without_updates().with_params(params)).loss)(theta))
         v = jax.tree.map(self._along, theta, ascent)
-        return inner(net.at(jax.tree.map(jnp.add, net.params, v)))
+        return inner(net.with_params(jax.tree.map(jnp.add, net.params, v)))
 
     def _along(self, w, g):
         length = jnp.linalg.norm(g)

@@ -1,4 +1,4 @@
-"""What every add-on shares: it is its inner method in all that it does not change."""
+"""Base class of add-ons: it delegates everything to the inner method."""
 
 import dataclasses
 
@@ -7,10 +7,10 @@ from lt_adv.methods.base import Method
 
 @dataclasses.dataclass(frozen=True)
 class AddOn(Method):
-    """A method around an inner method, to which it passes everything on.
+    """A method around an inner method, to which it delegates by default.
 
-    What `Method` declares (the settings of the attack, what the released code does) is the inner method's and cannot be
-    given. An add-on overrides `perturb` or `loss`, and is in every stage that the inner method has.
+    The fields of `Method` (`num_steps`, `start`, `fidelity`) are copied from the inner method. An add-on overrides
+    `perturb` or `loss`, and wraps every stage of the inner method.
     """
 
     num_steps: int = dataclasses.field(init=False)
@@ -23,8 +23,8 @@ class AddOn(Method):
             object.__setattr__(self, name, getattr(self.inner, name))
         super().__post_init__()
 
-    def init(self, info):
-        return self.inner.init(info)
+    def init_state(self, info):
+        return self.inner.init_state(info)
 
     def init_params(self, params, info):
         return self.inner.init_params(params, info)

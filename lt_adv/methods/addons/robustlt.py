@@ -10,9 +10,9 @@ from lt_adv.methods.addons import base
 
 
 def class_radii(class_counts, alpha: float) -> np.ndarray:
-    """Radius of each class in units of eps, [classes]: (1 - alpha) + alpha sqrt(log K_c) / sum_k pi_k sqrt(log K_k).
+    """Returns the radius per class in units of eps: (1 - alpha) + alpha sqrt(log K_c) / sum_k pi_k sqrt(log K_k).
 
-    K_c = n_max / n_c. The mean over training images is 1, as it is for every class where all counts are equal.
+    K_c = n_max / n_c. The mean over training images is 1. With equal counts every radius is 1.
     """
     n = np.asarray(class_counts, np.float64)
     depth = np.sqrt(np.log(n.max() / n))
@@ -26,20 +26,19 @@ class RobustLT(base.AddOn):
 
     K_c = n_max / n_c: rare classes get the larger radius, its mean over training images is w eps. w = min((t - 1) /
     (warmup T), 1) in epoch t = 1 .. T of the stage, so the first epoch is without attack; warmup = 0 is none. The step
-    size scales as the radius does. alpha and warmup, published: 0.3 and 0.8 (1.0 on TAET) for CIFAR-10-LT, 0.4 and 0.6
-    for CIFAR-100-LT and Tiny-ImageNet-LT.
+    size scales as the radius does. alpha and warmup in the paper: 0.3 and 0.8 (1.0 on TAET) for CIFAR-10-LT, 0.4 and
+    0.6 for CIFAR-100-LT and Tiny-ImageNet-LT.
 
-    As in the released code, the attack starts at x + U(-eps, eps) with the radius of all, clipped to [0, 1], whatever
-    the inner method's own start; and it sees the network normalised by the statistics of the batch, in every forward of
-    the inner method's `perturb`, while the running ones stand still. Evaluation is not changed: one radius for all.
+    As in the released code, the attack starts at x + U(-eps, eps) with the common radius, clipped to [0, 1], whatever
+    the `start` of the inner method. Every forward of its `perturb` normalizes by the statistics of the batch and does
+    not update the running ones. The evaluation is unchanged: one radius for all classes.
 
-    Differs from the released code, under either fidelity, in the running statistics: there a step moves them three or
-    four times, with the forwards of the loss (one or two, by the method), and then once with x_adv and once with x for
-    its log, both in training mode with the weights that were just updated. Ours move with the forwards of the inner
-    method's loss alone.
+    Differs from the released code, in either fidelity, in the running statistics. The code updates them three or four
+    times per step: with the forwards of the loss (one or two, depending on the method), and then with x_adv and x for
+    its log, in training mode with the updated weights. Ours are updated by the forwards of the loss only.
 
-    Context that is not the add-on's: the released code trains with Nesterov momentum (`config.optim.nesterov`), and its
-    networks normalise their input by mean and deviation, which ours do not.
+    Not part of the add-on: the released code trains with Nesterov momentum (`config.optim.nesterov`), and its networks
+    normalize their input by mean and deviation, which ours do not.
     """
 
     alpha: float = 0.3
