@@ -7,19 +7,19 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark import attacked
+from experiments.benchmark import target
 from experiments.benchmark.devices import memory, process_memory, torch_device
 
 
 def jax_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **case: Any) -> dict[str, Any]:
-    """`lt_adv.attacks.autoattack` as the evaluation runs it, on all devices; `case` is that of `attacked.case`."""
+    """`lt_adv.attacks.autoattack` as the evaluation runs it, on all devices; `case` is that of `target.case`."""
     import jax
 
     from lt_adv.attacks import autoattack
     from lt_adv.runtime import environment
 
     environment.prepare(config.optim.batch_size, config.cpu_devices)
-    found = attacked.case(config, **case)
+    found = target.case(config, **case)
     logits_fn = jax.tree_util.Partial(found.apply, jax.device_put(found.variables))
     label, size = found.label, config.eval.batch_size
     if label is None:
@@ -40,7 +40,7 @@ def torch_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **cas
     torch, device, wait = torch_device()
     from experiments.pytorch_baseline import autoattack as twin
 
-    found, size = attacked.case(config, **case), config.eval.batch_size
+    found, size = target.case(config, **case), config.eval.batch_size
     net = found.torch().to(device)
     x = torch.tensor(found.image, device=device).permute(0, 3, 1, 2).contiguous()
     if found.label is None:

@@ -62,7 +62,7 @@ def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict
 
 def jax_profile(config: Any) -> dict[str, Any]:
     """{"operations": the KINDS longest kinds of a training step, "seconds" of all, summed over threads, "devices"}."""
-    from experiments.benchmark import profiled
+    from experiments.benchmark import profiling
 
     built = build(config)
     state = built.first_state()
@@ -72,7 +72,7 @@ def jax_profile(config: Any) -> dict[str, Any]:
         state, metrics = built.step(state, built.feed.example, built.teacher)
         return metrics
 
-    found = profiled.operations(step)
+    found = profiling.operations(step)
     seconds = sum(entry["ms"] for entry in found) / 1e3
     return {"operations": found[:KINDS], "seconds": seconds, "devices": built.mesh.size}
 

@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study import __main__ as door
 from experiments.study import jobs
+from experiments.study.__main__ import main
 from experiments.study.rows import ROWS, Row
-from tests.experiments.study_parts import Runs
+from tests.experiments.fake_runs import Runs
 
 ROOT = Path(__file__).parents[2]
 TABLE = {
@@ -25,14 +25,14 @@ def study(tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     rows = dict(ROWS)
     _become(TABLE)
-    monkeypatch.setattr(door, "draw", lambda *_: None)  # slow, and tested beside the tables
+    monkeypatch.setattr("experiments.study.__main__.draw", lambda *_: None)  # slow, and tested beside the tables
 
     def call(*given, **runs):
         fake = Runs()
         vars(fake).update(runs)
         monkeypatch.setattr(jobs, "execute", fake)
         usual = ["--dataset=digits", "--scales=none", f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--name=s"]
-        return door.main([*usual, *given]), fake
+        return main([*usual, *given]), fake
 
     call.folder = tmp_path / "s"
     yield call

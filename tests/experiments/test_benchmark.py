@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.benchmark import __main__ as door
-from experiments.benchmark import kinds, record, summary, timing, worker
+from experiments.benchmark import measurements, record, summary, timing, worker
+from experiments.benchmark.__main__ import main, parse
 from lt_adv import data
 from lt_adv.cli import flags
 
@@ -31,7 +31,7 @@ def measured(tmp_path_factory):
         patch.setenv("PYTHONPATH", str(folder))
         patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1")
         given = ["--runs=2", "--seconds=0.05", "--frameworks=jax,released", f"--out={folder}", "--name=tiny"]
-        code = door.main(["step", *TINY, *given])
+        code = main(["step", *TINY, *given])
     return code, json.loads((folder / "tiny.json").read_text())
 
 
@@ -158,7 +158,7 @@ def test_a_loss_that_is_no_number_is_no_measurement():
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ([], "/".join(kinds.KINDS)),
+        ([], "/".join(measurements.MEASUREMENTS)),
         (["speed"], "invalid choice: 'speed'"),
         (["step"], "--config is missing"),
         (["step", DIGITS, "--rnus=3"], "Did you mean '--runs'?"),
@@ -179,7 +179,7 @@ def test_a_loss_that_is_no_number_is_no_measurement():
 def test_bad_arguments_are_answered_in_one_line(given, expected, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(record, "launch", lambda *_, **__: pytest.fail("a process was started"))
-    assert door.main(given) == 2
+    assert main(given) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1 and expected in printed.err
 
@@ -189,10 +189,10 @@ def test_a_run_that_is_stopped_shows_what_it_has(monkeypatch, tmp_path, capsys):
         raise KeyboardInterrupt
 
     monkeypatch.chdir(ROOT)
-    for kind in kinds.KINDS:
-        monkeypatch.setitem(kinds.KINDS, kind, stopped)
+    for kind in measurements.MEASUREMENTS:
+        monkeypatch.setitem(measurements.MEASUREMENTS, kind, stopped)
         more = ["--depth=16"] if kind == "scaling" else []
-        assert door.main([kind, DIGITS, f"--out={tmp_path}", f"--name={kind}", *more]) == 1
+        assert main([kind, DIGITS, f"--out={tmp_path}", f"--name={kind}", *more]) == 1
         assert json.loads((tmp_path / f"{kind}.json").read_text())["error"] == "stopped before the last round"
         assert "Failed: benchmark: stopped" in capsys.readouterr().err
 
@@ -216,7 +216,7 @@ def measure(kind, tmp_path, monkeypatch, *given):
     works = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(record, "launch", fake(works, lambda work: 40.0 if work.startswith("torch") else 10.0))
-    assert door.main([kind, *TINY, "--runs=2", f"--out={tmp_path}", "--name=x", *given]) == 0
+    assert main([kind, *TINY, "--runs=2", f"--out={tmp_path}", "--name=x", *given]) == 0
     return works, json.loads((tmp_path / "x.json").read_text())
 
 
@@ -250,18 +250,18 @@ def test_images_are_loaded_cold_and_warm_in_every_round(monkeypatch, tmp_path, c
 
 def test_a_start_that_fails_says_why(monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)
-    answer = kinds._first_step(["--config=configs/nothing.py"], str(tmp_path / "cache"), str(tmp_path / "run"))
+    answer = measurements._first_step(["--config=configs/nothing.py"], str(tmp_path / "cache"), str(tmp_path / "run"))
     assert answer["error"].startswith("Unknown config file 'configs/nothing.py'")
 
 
 @pytest.mark.parametrize("file", ["README.md", "experiments/gpu_queue.md"])
 def test_commands_parse(file, monkeypatch):
     monkeypatch.chdir(ROOT)
-    pattern = rf"python -m experiments\.benchmark ((?:{'|'.join(kinds.KINDS)}) [^`\n]*)"
+    pattern = rf"python -m experiments\.benchmark ((?:{'|'.join(measurements.MEASUREMENTS)}) [^`\n]*)"
     found = re.findall(pattern, (ROOT / file).read_text())
     assert found
     for command in found:
-        door.parse(shlex.split(command))
+        parse(shlex.split(command))
 
 
 def test_the_queue_knows_its_entries_and_has_the_commands_of_its_page():

@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmark import __main__ as door
-from experiments.benchmark import attacked, autoattack, record, summary, tables, worker
+from experiments.benchmark import autoattack, record, summary, tables, target, worker
+from experiments.benchmark.__main__ import main
 from lt_adv import data
 from lt_adv.cli import flags
 from lt_adv.training import checkpoint
@@ -41,7 +41,7 @@ def measured(tmp_path, monkeypatch, *given):
     monkeypatch.setattr(twin, "NUM_STEPS", 5)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert door.main(["autoattack", *given, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
+    assert main(["autoattack", *given, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
     torch.set_num_threads(threads)
     found = json.loads((tmp_path / "x.json").read_text())
     ours, theirs = found["runs"][:2]
@@ -76,11 +76,11 @@ def test_both_attack_the_network_of_a_config(tmp_path, monkeypatch, capsys):
 def test_weights_of_a_run_in_both_frameworks(monkeypatch):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     config = flags.parse(["", DIGITS, "--config.data.split_seed=1"]).config
-    first = attacked.case(config, **WHAT)
+    first = target.case(config, **WHAT)
     assert first.label is None, "the labels of a network that was not trained are its own"
     stored = {**jax.tree.map(np.asarray, first.variables), "method_state": {}}
     monkeypatch.setattr(checkpoint, "read_variables", lambda workdir: (stored, {}))
-    case = attacked.case(config, **WHAT | {"workdir": "run", "images": 20})
+    case = target.case(config, **WHAT | {"workdir": "run", "images": 20})
     test = data.long_tailed(data.load(config.data), config.data).test
     assert len(case.image) == len(case.label) == 20 and case.eps == 0.1
     np.testing.assert_array_equal(case.label[:2], test.label[[0, len(test) // 20]])
@@ -97,7 +97,7 @@ def test_weights_of_a_run_in_both_frameworks(monkeypatch):
 )
 def test_what_the_twin_has_not_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        attacked.case(flags.parse(["", DIGITS, change]).config, **WHAT)
+        target.case(flags.parse(["", DIGITS, change]).config, **WHAT)
 
 
 @pytest.mark.parametrize(
@@ -118,7 +118,7 @@ def test_what_the_twin_has_not_is_refused(change, message):
 )
 def test_bad_arguments_are_answered_in_one_line(given, expected, monkeypatch, capsys):
     monkeypatch.setattr(record, "launch", lambda *_, **__: pytest.fail("a process was started"))
-    assert door.main(["autoattack", *given]) == 2
+    assert main(["autoattack", *given]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("Error: ") and printed.count("\n") == 1 and expected in printed
 

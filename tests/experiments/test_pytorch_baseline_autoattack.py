@@ -7,10 +7,10 @@ from tests.experiments import NO_TORCH
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 
-from experiments.benchmark import attacked
+from experiments.benchmark import target
 from experiments.pytorch_baseline import autoattack as twin
 
-HEADS = attacked.HEADS
+HEADS = target.HEADS
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +34,7 @@ def paths(golden):
     """`paths("linear")`: (arrays, eps, network in float64, x, y) of the forty images whose paths are known."""
 
     def load(head):
-        arrays, case = golden(f"attacks_digits_{head}"), attacked.digits(head, np.float64)
+        arrays, case = golden(f"attacks_digits_{head}"), target.digits(head, np.float64)
         index = arrays["trajectory.index"]
         x, y = channels_first(case.image[index]), torch.tensor(case.label[index]).long()
         return arrays, case.eps, twin.Network(case.torch()), x, y
@@ -66,7 +66,7 @@ def test_fab_takes_the_released_path(paths, assert_golden, head):
 
 @pytest.mark.parametrize("head", HEADS)
 def test_the_networks_are_the_golden_ones(head, golden):
-    arrays, case = golden(f"attacks_digits_{head}"), attacked.digits(head)
+    arrays, case = golden(f"attacks_digits_{head}"), target.digits(head)
     logits = case.torch()(channels_first(case.image))
     np.testing.assert_allclose(logits, arrays["logits"], atol=1e-4)
     np.testing.assert_allclose(case.apply(case.variables, case.image), arrays["logits"], atol=1e-4)
@@ -74,7 +74,7 @@ def test_the_networks_are_the_golden_ones(head, golden):
 
 def every_fourth(head):
     """(case, network, x, y), in float32."""
-    case = attacked.digits(head)
+    case = target.digits(head)
     return case, case.torch(), channels_first(case.image[::4]), torch.tensor(case.label[::4]).long()
 
 

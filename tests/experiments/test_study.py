@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study import __main__ as door
 from experiments.study import jobs
+from experiments.study.__main__ import main, parse
 from experiments.study.rows import PRESETS, ROWS, Row, with_bases
 from lt_adv.cli import flags, schema
-from tests.experiments.study_parts import option
+from tests.experiments.fake_runs import option
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,7 +33,7 @@ def test_every_row_can_be_run(name, monkeypatch, tmp_path):
     if row.evaluates:  # what the base was trained with must be given again
         assert row.share == ROWS[row.base].share and not ROWS[row.base].overrides
     for given in (["--dataset=digits", "--epochs=3"], *([f"--preset={preset}"] for preset in PRESETS)):
-        asked = door.parse([f"--rows={name}", f"--workdirs={tmp_path}", *given])
+        asked = parse([f"--rows={name}", f"--workdirs={tmp_path}", *given])
         config = flags.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
         schema.values(config)
 
@@ -44,7 +44,7 @@ def test_titles_are_told_apart():
 
 def test_the_cpu_budget_is_one_for_all(monkeypatch):
     monkeypatch.chdir(ROOT)
-    asked = door.parse(["--preset=cpu", "--config.data.path=some/images"])
+    asked = parse(["--preset=cpu", "--config.data.path=some/images"])
     assert (asked.name, asked.seeds, asked.epochs, asked.part) == ("cpu", (0, 1), 10, "subset")
     assert asked.rows == tuple(name for name in ROWS if not ROWS[name].varies)
     assert asked.workdirs == Path("workdirs/cpu")
@@ -62,7 +62,7 @@ def test_the_cpu_budget_is_one_for_all(monkeypatch):
 
 def test_choices_of_ours_never_see_the_test_set(monkeypatch):
     monkeypatch.chdir(ROOT)
-    asked = door.parse(["--preset=ablation", "--config.data.path=some/images"])
+    asked = parse(["--preset=ablation", "--config.data.path=some/images"])
     for name in asked.rows:
         config = flags.parse(jobs.command(asked, jobs.Job(name, 0, asked.part))[1:]).config
         assert config.eval.split == "validation" and config.data.validation_per_class == 100
@@ -225,7 +225,7 @@ def test_a_process_is_told_to_save_when_the_study_is_stopped(tmp_path, monkeypat
 def test_bad_arguments_are_answered_in_one_line(given, expected, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jobs, "execute", lambda *_: pytest.fail("a process was started"))
-    assert door.main([*given, f"--out={tmp_path}"]) == 2
+    assert main([*given, f"--out={tmp_path}"]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1 and expected in printed.err
     assert not list(tmp_path.iterdir())
@@ -249,10 +249,12 @@ def test_a_real_run_of_a_row_that_cannot_be(tmp_path, monkeypatch):
     """Not a stand-in: the process answers, and its line is kept."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setitem(ROWS, "odd", Row("Odd", "at", "variant=Q"))
-    asked = door.parse(["--rows=odd", "--dataset=digits", f"--out={tmp_path}", f"--workdirs={tmp_path}/runs"])
+    asked = parse(["--rows=odd", "--dataset=digits", f"--out={tmp_path}", f"--workdirs={tmp_path}/runs"])
     (answer,) = {reason for _, reason in jobs.run(asked)}
     assert "config argument 'variant=Q'" in answer and "\n" not in answer and sys.executable not in answer
 
 
-def test_presets_are_described():
-    assert all(f"--preset={name}" in door.__doc__ for name in PRESETS)
+def test_help_describes_every_preset(capsys):
+    assert main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"--preset={name}" in printed for name in PRESETS)

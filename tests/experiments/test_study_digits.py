@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study import __main__ as door
 from experiments.study import jobs
+from experiments.study.__main__ import main, parse
 
 ROOT = Path(__file__).parents[2]
 
@@ -19,9 +19,9 @@ def test_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
     given += [f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--config.eval.only=('pgd20',)"]
     given += ["--config.eval.subset_per_class=20", "--config.attack.num_steps=1"]
     given += ["--config.eval.attacks.pgd20.num_steps=2", "--config.log.clean_per_class=0"]
-    assert door.main([*given, "--rows=tau_norm", "--scales=none"]) == 0, capfd.readouterr()
+    assert main([*given, "--rows=tau_norm", "--scales=none"]) == 0, capfd.readouterr()
     assert capfd.readouterr().out.startswith("2 of 2 runs are left.")
-    assert door.main([*given, "--rows=at", "--scales=10"]) == 0, capfd.readouterr()
+    assert main([*given, "--rows=at", "--scales=10"]) == 0, capfd.readouterr()
     assert capfd.readouterr().out.startswith("1 of 2 runs are left."), "the network is there, the sweep is new"
     folder = tmp_path / "small"
     table = json.loads((folder / "table.json").read_text())
@@ -46,7 +46,7 @@ def test_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
 def test_a_damaged_result_is_made_again(tmp_path, content):
-    study = door.parse(["--rows=at", "--dataset=digits", "--scales=none", f"--out={tmp_path}", "--name=s"])
+    study = parse(["--rows=at", "--dataset=digits", "--scales=none", f"--out={tmp_path}", "--name=s"])
     (job,) = study.jobs()
     jobs.result_path(study, job).parent.mkdir()
     jobs.result_path(study, job).write_text(content)

@@ -11,7 +11,7 @@ from experiments import tables as readme
 from experiments.study import plots, summary, sweep, tables
 from experiments.study.rows import ROWS, Row
 from lt_adv.evaluation.plots import png
-from tests.experiments.study_parts import COUNTS, report
+from tests.experiments.fake_runs import COUNTS, report
 
 PUBLISHED = {"at": "clean 58.25, PGD-20 27.28", "robal": "clean 72.73"}
 WORST_AND_PGD = ("Worst case", "PGD-20")

@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments.benchmark import attacked, summary
 from experiments.benchmark import record as records
+from experiments.benchmark import summary, target
 
 Record = dict[str, Any]
 Save = Callable[[], None]
@@ -96,7 +96,7 @@ def autoattack(record: Record, config: Sequence[str], options: Namespace, save: 
     if options.golden:
         record["config"] |= {"dataset": "digits", "network": f"golden digit network, {options.golden} head"}
         if not options.images and options.queries == 5000:
-            record["official"] = attacked.official(options.golden)
+            record["official"] = target.official(options.golden)
 
     def finish() -> None:
         pairs = {name: (f"torch {name}", f"jax {name}") for name in series}
@@ -216,6 +216,6 @@ def _brief(found: Mapping[str, Any]) -> str:
     return found["error"] if "error" in found else f"{found['seconds']:.2f} s"
 
 
-KINDS: Mapping[str, Callable[..., None]] = {
+MEASUREMENTS: Mapping[str, Callable[..., None]] = {
     k.__name__: k for k in (step, profile, data, attack, autoattack, start, scaling)
 }

@@ -17,7 +17,7 @@ from lt_adv.data import cache, load
 from lt_adv.evaluation import plots, records
 from lt_adv.training.checksums import known
 from tests.bad_input.conftest import DIGITS, ROOT
-from tests.bad_input.test_runs import TINY
+from tests.bad_input.test_resume import TINY
 
 
 @pytest.mark.parametrize("entry", ["config.init_from", "config.eval.baseline", "workdir"])

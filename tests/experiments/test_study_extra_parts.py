@@ -9,7 +9,7 @@ import pytest
 from experiments.study import sweep
 from lt_adv.cli import flags
 from tests.experiments.conftest import ROOT
-from tests.experiments.study_parts import option
+from tests.experiments.fake_runs import option
 
 
 def test_autoattack_is_of_the_first_seed_and_of_fewer_images(study):
