@@ -25,7 +25,7 @@ class Trainer:
     """Network, data and optimiser of `config` in PyTorch; `step()` trains on one batch.
 
     released  eager and float32, every forward of the authors' code (`methods.RELEASED`), gradients of the
-              attack by torch.autograd.grad in a Python loop, torch.optim.SGD, PyTorch's own defaults (on a GPU these
+              attack by torch.autograd.grad in a Python loop, torch.optim.SGD, PyTorch's defaults (on a GPU these
               allow TF32 in convolutions).
     tuned     each forward once, parameters frozen during the attack, attack gradient and loss through torch.compile,
               fused SGD. On a GPU also channels_last, bfloat16 autocast around the backbone, TF32 for float32,

@@ -15,7 +15,7 @@ from experiments.benchmark import record
 from experiments.study import sweep
 from experiments.study.rows import ROWS, with_bases
 
-SWEEP, AUTOATTACK, VERDICT = "scales", "autoattack", "verdict"  # parts beside the main evaluation, for the first seed
+SWEEP, AUTOATTACK, VERDICT = "scales", "autoattack", "verdict"  # additional parts, of the first seed
 
 
 @dataclasses.dataclass(frozen=True)

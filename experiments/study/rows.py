@@ -12,7 +12,7 @@ class Row:
     Attributes:
         title: first column of the table.
         config: file of configs/ without ".py".
-        arguments: arguments of the config, beside dataset and epochs. "{base}" is the working directory of `base`.
+        arguments: arguments of the config, besides dataset and epochs. "{base}" is the working directory of `base`.
         overrides: flags of the form --config.x.y=z.
         base: row whose network this row starts from.
         evaluates: the row only evaluates the network of `base`, with its adjustment; it trains nothing.

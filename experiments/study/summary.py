@@ -77,7 +77,7 @@ def autoattack_metrics(metrics: Mapping[str, float | None]) -> dict[str, float |
 
 
 def autoattack_images(results: Results) -> dict[str, Any]:
-    """Returns the number of images of AutoAttack, if it was a part of its own."""
+    """Returns the number of images of AutoAttack, if it was a separate part."""
     counts = {run["report"]["header"]["images"] for runs in results.values() for run in runs}
     return {"autoattack_images": max(counts)} if counts else {}
 

@@ -30,8 +30,8 @@ def measured(tmp_path_factory):
         patch.chdir(ROOT)
         patch.setenv("PYTHONPATH", str(folder))
         patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1")
-        given = ["--runs=2", "--seconds=0.05", "--frameworks=jax,released", f"--out={folder}", "--name=tiny"]
-        code = main(["step", *TINY, *given])
+        arguments = ["--runs=2", "--seconds=0.05", "--frameworks=jax,released", f"--out={folder}", "--name=tiny"]
+        code = main(["step", *TINY, *arguments])
     return code, json.loads((folder / "tiny.json").read_text())
 
 
@@ -156,7 +156,7 @@ def test_nan_loss_is_refused():
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("arguments", "expected"),
     [
         ([], "/".join(measurements.MEASUREMENTS)),
         (["speed"], "invalid choice: 'speed'"),
@@ -176,10 +176,10 @@ def test_nan_loss_is_refused():
         (["step", DIGITS, "--config.optim.batch_size=0"], "config.optim.batch_size must be a whole number"),
     ],
 )
-def test_bad_arguments_give_one_line(given, expected, monkeypatch, capsys):
+def test_bad_arguments_give_one_line(arguments, expected, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(record, "launch", lambda *_, **__: pytest.fail("a process was started"))
-    assert main(given) == 2
+    assert main(arguments) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1 and expected in printed.err
 
@@ -212,11 +212,11 @@ def fake_launch(tasks, ms=lambda name: 10.0):
     return launch
 
 
-def run_measurement(kind, tmp_path, monkeypatch, *given):
+def run_measurement(kind, tmp_path, monkeypatch, *arguments):
     tasks = []
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(record, "launch", fake_launch(tasks, lambda task: 40.0 if task.startswith("torch") else 10.0))
-    assert main([kind, *TINY, "--runs=2", f"--out={tmp_path}", "--name=x", *given]) == 0
+    assert main([kind, *TINY, "--runs=2", f"--out={tmp_path}", "--name=x", *arguments]) == 0
     return tasks, json.loads((tmp_path / "x.json").read_text())
 
 
@@ -230,8 +230,8 @@ def test_attacks_alternate_for_each_number_of_steps(monkeypatch, tmp_path, capsy
 
 
 def test_scaling_changes_one_thing_at_a_time(monkeypatch, tmp_path, capsys):
-    given = ["--batch-size=8,32", "--depth=16", "--num-steps=3", "--devices=2"]
-    tasks, result = run_measurement("scaling", tmp_path, monkeypatch, *given)
+    arguments = ["--batch-size=8,32", "--depth=16", "--num-steps=3", "--devices=2"]
+    tasks, result = run_measurement("scaling", tmp_path, monkeypatch, *arguments)
     steps = [(options.get("devices"), config[len(TINY) :]) for task, options, config in tasks if task == "jax_step"]
     per_round = [(None, ["--config.optim.batch_size=8"]), (None, ["--config.optim.batch_size=32"])]
     per_round += [(None, ["--config.model.depth=16"]), (None, ["--config.attack.num_steps=3"]), (2, [])]

@@ -32,7 +32,7 @@ def in_this_process(task, config, environment=None, **options):
     return json.loads(json.dumps(worker.TASKS[task](flags.parse(["worker", *config]).config, **options)))
 
 
-def measured(tmp_path, monkeypatch, *given):
+def measured(tmp_path, monkeypatch, *arguments):
     """Returns (record, JAX run, PyTorch run) of a small measurement with a twentieth of the steps."""
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     from experiments.pytorch_baseline import autoattack as pytorch
@@ -41,7 +41,7 @@ def measured(tmp_path, monkeypatch, *given):
     monkeypatch.setattr(pytorch, "NUM_STEPS", 5)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert main(["autoattack", *given, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
+    assert main(["autoattack", *arguments, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
     torch.set_num_threads(threads)
     result = json.loads((tmp_path / "x.json").read_text())
     jax_run, torch_run = result["runs"][:2]
@@ -64,8 +64,8 @@ def test_both_attack_a_golden_network(short, tmp_path, monkeypatch):
 
 
 def test_both_attack_the_network_of_a_config(tmp_path, monkeypatch, capsys):
-    given = [DIGITS, "--eps=0.02", "--attacks=square", "--queries=6"]
-    result, jax_run, torch_run = measured(tmp_path, monkeypatch, *given)
+    arguments = [DIGITS, "--eps=0.02", "--attacks=square", "--queries=6"]
+    result, jax_run, torch_run = measured(tmp_path, monkeypatch, *arguments)
     assert jax_run["eps"] == 0.02 and jax_run["accuracy"]["clean"] == 1 and not result["trained"]
     for run in (jax_run, torch_run):
         forwards, gradients = run["evaluations"]["square"]
@@ -77,7 +77,7 @@ def test_weights_of_a_run_in_both_frameworks(monkeypatch):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     config = flags.parse(["", DIGITS, "--config.data.split_seed=1"]).config
     first = target.make_target(config, **NO_OPTIONS)
-    assert first.label is None, "the labels of a network that was not trained are its own"
+    assert first.label is None, "an untrained network predicts its labels"
     stored = {**jax.tree.map(np.asarray, first.variables), "method_state": {}}
     monkeypatch.setattr(checkpoint, "read_variables", lambda workdir: (stored, {}))
     case = target.make_target(config, **NO_OPTIONS | {"workdir": "run", "images": 20})
@@ -104,7 +104,7 @@ def test_unsupported_config_is_refused(change, message):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("arguments", "expected"),
     [
         ([], "--config is missing"),
         ([DIGITS, "--attacks=apgd"], "Unknown attack 'apgd'"),
@@ -119,9 +119,9 @@ def test_unsupported_config_is_refused(change, message):
         ([DIGITS, "--querys=5"], "Did you mean '--queries'?"),
     ],
 )
-def test_bad_arguments_give_one_line(given, expected, monkeypatch, capsys):
+def test_bad_arguments_give_one_line(arguments, expected, monkeypatch, capsys):
     monkeypatch.setattr(record, "launch", lambda *_, **__: pytest.fail("a process was started"))
-    assert main(["autoattack", *given]) == 2
+    assert main(["autoattack", *arguments]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("Error: ") and printed.count("\n") == 1 and expected in printed
 

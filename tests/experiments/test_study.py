@@ -209,7 +209,7 @@ def test_stopped_study_terminates_its_process(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("arguments", "expected"),
     [
         (["--rows=at,robbal"], "Did you mean 'robal'?"),
         (["--rows="], "Unknown row ''"),
@@ -229,10 +229,10 @@ def test_stopped_study_terminates_its_process(tmp_path, monkeypatch):
         (["--rows=at", "--dataset=digits,epochs=3"], "--dataset: must be of letters"),
     ],
 )
-def test_bad_arguments_give_one_line(given, expected, monkeypatch, capsys, tmp_path):
+def test_bad_arguments_give_one_line(arguments, expected, monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(ROOT)
     monkeypatch.setattr(jobs, "execute", lambda *_: pytest.fail("a process was started"))
-    assert main([*given, f"--out={tmp_path}"]) == 2
+    assert main([*arguments, f"--out={tmp_path}"]) == 2
     printed = capsys.readouterr()
     assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1 and expected in printed.err
     assert not list(tmp_path.iterdir())
