@@ -1,4 +1,4 @@
-"""Command lines of the experiments: what an option may be, and one line for what it cannot be."""
+"""Option types for the command lines of the experiments, with one-line errors."""
 
 import argparse
 import re
@@ -9,14 +9,14 @@ from lt_adv.runtime import registry
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises ValueError where argparse would print and exit."""
+    """An argument parser that raises ValueError instead of printing and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
 
 def positive(kind: type) -> Callable[[str], Any]:
-    """A number above 0 of the type `kind`, and no infinity."""
+    """Returns a converter to a finite number above 0 of the type `kind`."""
 
     def convert(text: str) -> Any:
         try:
@@ -31,14 +31,14 @@ def positive(kind: type) -> Callable[[str], Any]:
 
 
 def some(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    """Of "64,128" [64, 128]; nothing twice."""
+    """Returns a converter of comma-separated values, "64,128" to [64, 128], without duplicates."""
     return lambda text: list(dict.fromkeys(kind(part) for part in text.split(",")))
 
 
 def one_of(kind: str, choices: Collection[Any], convert: Callable[[str], Any] = str) -> Callable[[str], Any]:
-    """One of `choices`; for anything else the message names them as of this `kind`, and the nearest."""
+    """Returns a converter that accepts `choices`; its error names the `kind`, the nearest choice and all of them."""
 
-    def chosen(text: str) -> Any:
+    def choose(text: str) -> Any:
         try:
             value = convert(text)
         except ValueError:
@@ -47,11 +47,11 @@ def one_of(kind: str, choices: Collection[Any], convert: Callable[[str], Any] = 
             raise argparse.ArgumentTypeError(str(registry.unknown(kind, value, map(str, choices))))
         return value
 
-    return chosen
+    return choose
 
 
 def name(text: str) -> str:
-    """Of a file or folder: no ".." among them."""
+    """Returns `text` if it is a valid name of a file or folder; ".." is not."""
     if not re.fullmatch(r"[\w-][\w.-]*", text):
         raise argparse.ArgumentTypeError(f"must be of letters, digits, '_', '-' and, not first, '.', not {text!r}")
     return text

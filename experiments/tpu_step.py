@@ -1,16 +1,16 @@
-"""What a training step is for a TPU, and what of it grows with the set: compiled by libtpu, on a machine without a TPU.
+"""Compiles a training step for TPU on a machine without one, and lists what in it grows with the data set.
 
     python -m experiments.tpu_step [--examples=14000,200000] [--topology=v5e:2x2] [--compiler='{"xla_...": 0}']
 
-For each size of the set a line: the cycles that XLA's cost model expects of all instructions together (bodies of loops
-once, collectives not at all), bytes of temporaries, and the instructions with an operand or a result as large as the
-set, which should be the one that gathers the batch. One more may be there: a set that fits into a chip's own memory
-(43 of the 128 MiB of a v5e for 14,000 images) XLA may fetch ahead of the next step, as copy-start and copy-done, unless
-`--compiler='{"xla_max_cross_program_prefetches": 0}'` forbids it.
+Prints a line for each size of the data set: the cycles of all instructions in XLA's cost model (loop bodies once, no
+collectives), the bytes of temporaries, and the instructions with an operand or result as large as the data set. The
+only such instruction should be the gather of the batch. If the data set fits into the chip's own memory (43 of the 128
+MiB of a v5e for 14,000 images), XLA may also prefetch it for the next step with copy-start and copy-done, which
+`--compiler='{"xla_max_cross_program_prefetches": 0}'` disables.
 
-AT on WRN-10-1 in bfloat16, images 32 x 32, 64 a chip; a minute or more of compiling for each size. Needs
-`pip install -e '.[tpu]'`, and no more than one such process at a time. The test suite looks at the traced step instead
-(tests/training/test_input_pipeline.py): libtpu is 684 MB, and most machines lack it.
+The step is AT on WRN-10-1 in bfloat16, images 32 x 32, 64 per chip; each size compiles for a minute or more. Needs
+`pip install -e '.[tpu]'`, and only one such process can run at a time. The test suite checks the traced step instead
+(tests/training/test_input_pipeline.py), because libtpu has 684 MB.
 """
 
 import argparse
@@ -28,8 +28,8 @@ NETWORK = {"name": "wide_resnet", "depth": 10, "width": 1, "dtype": "bfloat16", 
 OPTIM = {"learning_rate": 0.1, "momentum": 0.9, "nesterov": False, "weight_decay": 5e-4, "schedule": "constant"}
 
 
-def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
-    """The step for a set of so many images; `options` are the compiler's."""
+def compile_step(examples: int, topology: str, options: dict[str, Any]) -> Any:
+    """Returns the compiled step for `examples` training images; `options` are those of the compiler."""
     import jax
     import jax.numpy as jnp
     import numpy as np
@@ -42,7 +42,7 @@ def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
     from lt_adv.training.train_step import StepOptions, make_train_step
 
     mesh = Mesh(np.array(topologies.get_topology_desc(platform="tpu", topology_name=topology).devices), (AXIS,))
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    replicated = NamedSharding(mesh, PartitionSpec())
     steps = examples // BATCH
     info = methods.DataInfo(np.full(10, examples // 10), steps, epochs=1, image_shape=SHAPE, num_features=64)
     method = methods.create({"name": "at"}, num_steps=2)
@@ -54,28 +54,28 @@ def compiled(examples: int, topology: str, options: dict[str, Any]) -> Any:
     static = StepOptions(BATCH, eps=8 / 255, step_size=2 / 255)
     step, init_metric_sums = make_train_step(method, model.apply, tx, rate, info, static, mesh, "shard_map")
 
-    def first(variables: Any) -> train_state.TrainState:
+    def create_state(variables: Any) -> train_state.TrainState:
         return train_state.create(jax.random.key(0), variables, tx, method.init_state(info), averaged=False)
 
-    def placed(tree: Any) -> Any:
-        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=everywhere), tree)
+    def with_sharding(tree: Any) -> Any:
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=replicated), tree)
 
     data = {name: jax.ShapeDtypeStruct((input_pipeline.BLOCK, BATCH), np.int32) for name in ("row", "label", "index")}
     data["image"] = jax.ShapeDtypeStruct((examples, math.prod(SHAPE)), np.uint8)
-    state, data = placed(jax.eval_shape(first, variables)), placed(data)
-    state = placed(state.replace(metric_sums=jax.eval_shape(init_metric_sums, state, data, {})))
+    state, data = with_sharding(jax.eval_shape(create_state, variables)), with_sharding(data)
+    state = with_sharding(state.replace(metric_sums=jax.eval_shape(init_metric_sums, state, data, {})))
     return step.trace(state, data, {}).lower(lowering_platforms=("tpu",)).compile(compiler_options=options)
 
 
-def large(text: str, examples: int) -> Iterator[str]:
-    """The operations, of all computations, with an operand or a result that has an axis of so many examples, or as many
-    elements as their images."""
-    of_set: set[str] = set()
+def data_set_operations(text: str, examples: int) -> Iterator[str]:
+    """Yields the operations of all computations with an operand or result as large as the data set: one with an axis of
+    length `examples`, or with as many elements as their images."""
+    names: set[str] = set()
     for name, result, operation, operands in re.findall(r"(%[\w.-]+) = (.+?) ([\w-]+)\(([^)]*)\)", text):
         shapes = [list(map(int, filter(None, s.split(",")))) for s in re.findall(r"\w+\[([\d,]*)\]", result)]
         if any(examples in shape or math.prod(shape) >= examples * math.prod(SHAPE) for shape in shapes):
-            of_set.add(name)
-        if operation != "parameter" and of_set & {name, *re.findall(r"%[\w.-]+", operands)}:
+            names.add(name)
+        if operation != "parameter" and names & {name, *re.findall(r"%[\w.-]+", operands)}:
             yield f"{operation} {name}"
 
 
@@ -88,18 +88,18 @@ def main() -> int:
     os.environ |= {"JAX_PLATFORMS": "cpu", "TPU_SKIP_MDS_QUERY": "1"}
     import jax
 
-    # The form that convolutions have on CPU is chosen by it.
+    # lt_adv chooses the form of convolutions by the backend.
     jax.default_backend = lambda: "tpu"
     for examples in map(int, options.examples.split(",")):
         try:
-            program = compiled(examples, options.topology, options.compiler)
+            program = compile_step(examples, options.topology, options.compiler)
         except (RuntimeError, ValueError) as error:  # no libtpu, or no such topology
             print("Error:", str(error).splitlines()[0], file=sys.stderr)
             return 2
         text = program.as_text()
         cycles = sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text)))
         temporaries = program.memory_analysis().temp_size_in_bytes
-        of_set = list(large(text, examples))
+        of_set = list(data_set_operations(text, examples))
         print(json.dumps({"examples": examples, "cycles": cycles, "temporary_bytes": temporaries, "of_set": of_set}))
     return 0
 

@@ -22,7 +22,7 @@ from lt_adv.data.dataset import Source, SplitReader
 from lt_adv.runtime import atomic_io
 from lt_adv.training import sharding, train_state
 from lt_adv.training.checkpoint import Checkpoints
-from tests.bad_input.test_runs import TINY
+from tests.bad_input.test_resume import TINY
 
 
 class Calls:

@@ -1,4 +1,4 @@
-"""Runs as a user starts them: processes of `lt_adv.main` on real images, killed, resumed, and looked at."""
+"""Runs processes of `lt_adv.main` on real images: killed and resumed, and trained to the accuracy of the README."""
 
 import json
 import os
@@ -20,7 +20,7 @@ SHORT = [
     "--config.eval.only=('fgsm',)",
 ]
 
-# The same door, with a signal to the process itself just before a step, or while its checkpoint is written.
+# lt_adv.main that signals its own process before a step, or while a checkpoint is written.
 DRIVER = """
 import os, sys
 import jax
@@ -60,56 +60,56 @@ def launch(tmp_path_factory):
     environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
 
     def start(config, workdir, *arguments, interrupt=None):
-        door = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]
-        command = [sys.executable, *door, f"--config={config}", f"--workdir={workdir}", *arguments]
+        program = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]
+        command = [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 
     return start
 
 
-def final(workdir):
-    """Every array of the last checkpoint, by path."""
+def last_checkpoint(workdir):
+    """Returns (step, path -> array) of the last checkpoint."""
     stage = workdir / "checkpoints" / "0_train"
     last = max((d for d in stage.iterdir() if d.name.isdigit()), key=lambda d: int(d.name))
     handler = ocp.PyTreeCheckpointHandler()
     tree = handler.metadata(last / "state").tree
-    whole = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # whatever devices it was saved from
-    tree = handler.restore(last / "state", args=ocp.args.PyTreeRestore(item=tree, restore_args=whole))
+    restore_args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)  # for any number of devices
+    tree = handler.restore(last / "state", args=ocp.args.PyTreeRestore(item=tree, restore_args=restore_args))
     tree["key"] = jax.random.key_data(tree["key"])
     return int(last.name), {
         jax.tree_util.keystr(p): np.asarray(a) for p, a in jax.tree_util.tree_leaves_with_path(tree)
     }
 
 
-def test_killed_twice_and_terminated_once_is_bit_for_bit_an_unbroken_run(launch, tmp_path):
+def test_resume_after_kills_and_sigterm_is_bit_exact(launch, tmp_path):
     config = "configs/robal.py:dataset=digits,epochs=4"
-    whole, broken = tmp_path / "whole", tmp_path / "broken"
-    assert launch(config, whole, *SHORT).returncode == 0
-    # 483 images after the cut, 7 steps an epoch. Kill in the middle of the second epoch; then while its checkpoint (14)
-    # is being written; terminate in the fourth, which saves; then run to the end.
+    uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
+    assert launch(config, uninterrupted, *SHORT).returncode == 0
+    # 483 training images, 7 steps per epoch. Kill in the second epoch, kill while its checkpoint (14) is written,
+    # terminate in the fourth epoch, which saves, then run to the end.
     for interrupt, code in ((("step", 10, 9), -9), (("save", 14, 9), -9), (("step", 24, 15), 0)):
-        result = launch(config, broken, *SHORT, interrupt=interrupt)
+        result = launch(config, interrupted, *SHORT, interrupt=interrupt)
         assert result.returncode == code, result.stderr
-    assert "SIGTERM: saved at step 25 of 28" in result.stdout and not (broken / "report.json").exists()
-    result = launch(config, broken, *SHORT)
+    assert "SIGTERM: saved at step 25 of 28" in result.stdout and not (interrupted / "report.json").exists()
+    result = launch(config, interrupted, *SHORT)
     assert result.returncode == 0 and "Resumed 0_train at step 25 of 28" in result.stdout, result.stderr
-    (step, expected), (other, actual) = final(whole), final(broken)
+    (step, expected), (other, actual) = last_checkpoint(uninterrupted), last_checkpoint(interrupted)
     assert step == other == 28 and expected.keys() == actual.keys()
     for name in ("params", "batch_stats", "opt_state", "average", "metric_sums", "key"):
         assert any(name in path for path in expected), name
     different = [path for path in expected if expected[path].tobytes() != actual[path].tobytes()]
     assert not different
-    assert (whole / "metrics.jsonl").read_text() == (broken / "metrics.jsonl").read_text()
-    rows = [json.loads(line) for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert (uninterrupted / "metrics.jsonl").read_text() == (interrupted / "metrics.jsonl").read_text()
+    rows = [json.loads(line) for line in (uninterrupted / "metrics.jsonl").read_text().splitlines()]
     assert [row["step"] for row in rows] == [3, 6, 7, 10, 13, 14, 17, 20, 21, 24, 27, 28]
     assert {"valid/clean/accuracy", "valid/pgd20/accuracy_tail", "train/clean/balanced_accuracy"} <= rows[-1].keys()
-    reports = [json.loads((run / "report.json").read_text())["metrics"] for run in (whole, broken)]
+    reports = [json.loads((run / "report.json").read_text())["metrics"] for run in (uninterrupted, interrupted)]
     assert reports[0] == reports[1]
 
-    chosen = ("--mode=eval", "--config.eval.split=validation", "--config.eval.report=valid", *SHORT)
-    result = launch(config, whole, *chosen)
+    validation = ("--mode=eval", "--config.eval.split=validation", "--config.eval.report=valid", *SHORT)
+    result = launch(config, uninterrupted, *validation)
     assert result.returncode == 0, result.stderr
-    header = json.loads((whole / "reports" / "valid" / "report.json").read_text())["header"]
+    header = json.loads((uninterrupted / "reports" / "valid" / "report.json").read_text())["header"]
     assert header["images_per_class"] == [2] * 10 and header["subset"] == "the whole validation split"
     assert header["split"] == "validation"
 
@@ -128,7 +128,7 @@ def test_robal_lifts_the_tail_of_digits(launch, tmp_path):
             assert (workdir / "plots" / f"{plot}.png").stat().st_size > 10_000
         assert "PGD-20" in result.stdout
     for row in metrics.values():
-        # Neither at chance nor saturated: the attack bites, the network learnt.
+        # The network learnt, and its robust accuracy is neither at chance nor saturated.
         assert row["eval/clean/balanced_accuracy"] > 0.9 and 0.5 < row["eval/pgd20/balanced_accuracy"] < 0.9
         assert row["eval/worst/accuracy"] <= min(row["eval/pgd20/accuracy"], row["eval/cw20/accuracy"])
     gain = metrics["robal"]["eval/pgd20/accuracy_tail"] - metrics["at"]["eval/pgd20/accuracy_tail"]

@@ -1,1 +1,1 @@
-"""How fast, against what, and how far from the device's own limit: `python -m experiments.benchmark`, see __main__."""
+"""Speed measurements: `python -m experiments.benchmark`, described in __main__.py."""

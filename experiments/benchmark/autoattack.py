@@ -1,4 +1,4 @@
-"""AutoAttack on one network, by JAX and by the PyTorch twin: two works of `worker`, in the same words."""
+"""AutoAttack on one network in JAX and in the PyTorch baseline: two tasks of `worker` with the same result."""
 
 import contextlib
 import time
@@ -7,67 +7,73 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmark import attacked
-from experiments.benchmark.devices import memory, process_memory, torch_device
+from experiments.benchmark.devices import jax_memory, torch_device, torch_memory
+from experiments.benchmark.target import make_target
 
 
-def jax_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **case: Any) -> dict[str, Any]:
-    """`lt_adv.attacks.autoattack` as the evaluation runs it, on all devices; `case` is that of `attacked.case`."""
+def jax_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **options: Any) -> dict[str, Any]:
+    """Times `lt_adv.attacks.autoattack` on all devices, called as the evaluation calls it.
+
+    `options` are the keyword arguments of `make_target`.
+    """
     import jax
 
     from lt_adv.attacks import autoattack
     from lt_adv.runtime import environment
 
     environment.prepare(config.optim.batch_size, config.cpu_devices)
-    found = attacked.case(config, **case)
-    logits_fn = jax.tree_util.Partial(found.apply, jax.device_put(found.variables))
-    label, size = found.label, config.eval.batch_size
+    target = make_target(config, **options)
+    logits_fn = jax.tree_util.Partial(target.apply, jax.device_put(target.variables))
+    label, size = target.label, config.eval.batch_size
     if label is None:
-        parts = np.split(found.image, range(size, len(found.image), size))
-        label = np.concatenate([np.asarray(jax.jit(logits_fn)(part)).argmax(-1) for part in parts])
-    key, options = jax.random.key(config.eval.seed), {"eps": found.eps, "version": tuple(attacks), "batch_size": size}
-    options["num_queries"] = queries
-    with compiling() as spans:
+        batches = np.split(target.image, range(size, len(target.image), size))
+        label = np.concatenate([np.asarray(jax.jit(logits_fn)(batch)).argmax(-1) for batch in batches])
+    settings = {"eps": target.eps, "version": tuple(attacks), "batch_size": size, "num_queries": queries}
+    with compile_spans() as spans:
         start = time.perf_counter()
-        result = autoattack(key, logits_fn, found.image, label, **options)
-        taken = time.perf_counter() - start
-    made = report(taken - union(spans), union(spans), found.eps, result)
-    return made | {"devices": jax.local_device_count(), "memory": memory()}
+        result = autoattack(jax.random.key(config.eval.seed), logits_fn, target.image, label, **settings)
+        seconds = time.perf_counter() - start
+    compile_seconds = union_length(spans)
+    measured = summarise(seconds - compile_seconds, compile_seconds, target.eps, result)
+    return measured | {"devices": jax.local_device_count(), "memory": jax_memory()}
 
 
-def torch_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **case: Any) -> dict[str, Any]:
-    """The twin's, eager and in float32, with cuDNN's choices as they come."""
+def torch_autoattack(config: Any, *, attacks: Sequence[str], queries: int, **options: Any) -> dict[str, Any]:
+    """Times AutoAttack of the PyTorch baseline, eager and in float32, with the default algorithms of cuDNN."""
     torch, device, wait = torch_device()
-    from experiments.pytorch_baseline import autoattack as twin
+    from experiments.pytorch_baseline import autoattack as pytorch
 
-    found, size = attacked.case(config, **case), config.eval.batch_size
-    net = found.torch().to(device)
-    x = torch.tensor(found.image, device=device).permute(0, 3, 1, 2).contiguous()
-    if found.label is None:
-        y = torch.cat([net(part).argmax(-1) for part in x.split(size)])
+    target, size = make_target(config, **options), config.eval.batch_size
+    net = target.torch().to(device)
+    x = torch.tensor(target.image, device=device).permute(0, 3, 1, 2).contiguous()
+    if target.label is None:
+        y = torch.cat([net(batch).argmax(-1) for batch in x.split(size)])
     else:
-        y = torch.tensor(found.label, dtype=torch.int64, device=device)
+        y = torch.tensor(target.label, dtype=torch.int64, device=device)
     first = []
-    for _ in range(2):  # what is only done once in a process
+    for _ in range(2):  # the first call initialises libraries
         start = time.perf_counter()
-        wait(twin.Network(net).gradient(x[:size], lambda logits: logits.amax(-1)))
+        wait(pytorch.CountingNetwork(net).gradient(x[:size], lambda logits: logits.amax(-1)))
         first.append(time.perf_counter() - start)
     generator = torch.Generator(device).manual_seed(config.eval.seed)
-    options = {"eps": found.eps, "attacks": attacks, "batch_size": size, "queries": queries, "generator": generator}
+    settings = {"eps": target.eps, "attacks": attacks, "batch_size": size, "queries": queries, "generator": generator}
     start = time.perf_counter()
-    result = twin.autoattack(net, x, y, **options)
+    result = pytorch.autoattack(net, x, y, **settings)
     wait(result)
-    taken = time.perf_counter() - start
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_memory()
-    return report(taken, max(0.0, first[0] - first[1]), found.eps, result) | {"memory": peak}
+    seconds = time.perf_counter() - start
+    measured = summarise(seconds, max(0.0, first[0] - first[1]), target.eps, result)
+    return measured | {"memory": torch_memory(device)}
 
 
-def report(taken: float, compiled: float, eps: float, result: Any) -> dict[str, Any]:
-    """What both say: seconds as one block of `timing`; "robust" has a bit for each image, from the first one on."""
+def summarise(seconds: float, compile_seconds: float, eps: float, result: Any) -> dict[str, Any]:
+    """Returns the result of one AutoAttack run as plain data.
+
+    "ms" is a list of one block, as in `timing.measure`; "robust" is hexadecimal, one bit per image in their order.
+    """
     robust = np.asarray(result.robust.cpu() if hasattr(result.robust, "cpu") else result.robust)
     return {
-        "ms": [1e3 * taken],
-        "compile_seconds": compiled,
+        "ms": [1e3 * seconds],
+        "compile_seconds": compile_seconds,
         "images": len(robust),
         "eps": eps,
         "accuracy": result.accuracy,
@@ -77,27 +83,27 @@ def report(taken: float, compiled: float, eps: float, result: Any) -> dict[str, 
 
 
 @contextlib.contextmanager
-def compiling() -> Iterator[list[tuple[float, float]]]:
-    """The times, from and to, in which JAX traces and compiles; one may lie within another."""
+def compile_spans() -> Iterator[list[tuple[float, float]]]:
+    """Yields a list that fills with (start, end) of everything JAX traces and compiles; spans may be nested."""
     import jax
 
     spans: list[tuple[float, float]] = []
 
-    def note(event: str, seconds: float, **_: Any) -> None:
+    def record(event: str, seconds: float, **_: Any) -> None:
         if event.startswith("/jax/core/compile/"):
             spans.append((time.perf_counter() - seconds, time.perf_counter()))
 
-    jax.monitoring.register_event_duration_secs_listener(note)
+    jax.monitoring.register_event_duration_secs_listener(record)
     try:
         yield spans
     finally:
-        jax.monitoring.unregister_event_duration_listener(note)
+        jax.monitoring.unregister_event_duration_listener(record)
 
 
-def union(spans: Sequence[tuple[float, float]]) -> float:
-    """Seconds that lie in at least one of the spans."""
-    total, reached = 0.0, float("-inf")
+def union_length(spans: Sequence[tuple[float, float]]) -> float:
+    """Returns the seconds covered by at least one of the spans."""
+    total, covered_until = 0.0, float("-inf")
     for start, end in sorted(spans):
-        total += max(0.0, end - max(start, reached))
-        reached = max(reached, end)
+        total += max(0.0, end - max(start, covered_until))
+        covered_until = max(covered_until, end)
     return total

@@ -1,9 +1,9 @@
 """Model FLOPs: the multiplications and additions of convolutions and matrix products, counted in a jaxpr.
 
-What is counted is the work of the mathematics, not of a compiled program: element-wise operations, normalisation and
-random numbers are left out, zeros that a strided convolution's gradient inserts are no work, and an equation that
-stands there twice with the same operands counts once, as a compiler shares it (RoBal's released code repeats two
-forwards in that way). Padding counts as pixels do, and so does what is traced and never used.
+The count follows the mathematics, not a compiled program. Left out are element-wise operations, normalisation, random
+numbers, and the zeros that the gradient of a strided convolution inserts. An equation that appears twice with the same
+operands counts once, as a compiler shares it (RoBal's released code repeats two forwards in this way). Padding counts
+like pixels, and so do traced results that are never used.
 """
 
 import math
@@ -21,15 +21,18 @@ CALLS = ("jit", "pjit", "closed_call", "core_call", "custom_jvp_call", "custom_v
 
 
 def count(jaxpr: core.ClosedJaxpr) -> int:
-    """FLOPs of a closed jaxpr, 2 per multiply-add; of a `cond` its longest branch, on all devices of a `shard_map`.
+    """Returns the FLOPs of a closed jaxpr, 2 per multiply-add.
 
-    ValueError where the number of turns of a loop that holds such work cannot be known.
+    A `cond` counts its most expensive branch, a `shard_map` all its devices.
+
+    Raises:
+        ValueError: a loop with convolutions or products has an unknown number of iterations.
     """
     return _inline(jaxpr, [object() for _ in jaxpr.in_avals], {})[0]
 
 
-def _inline(jaxpr: Any, inputs: Sequence[Any], seen: dict[Any, list[Any]]) -> tuple[int, list[Any]]:
-    """(FLOPs, names of the results), where equal names are equal values; `seen` maps an equation to its results."""
+def _inline(jaxpr: Any, inputs: Sequence[Any], known: dict[Any, list[Any]]) -> tuple[int, list[Any]]:
+    """Returns (FLOPs, names of the results). Equal names are equal values; `known` maps an equation to its results."""
     jaxpr, consts = (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, core.ClosedJaxpr) else (jaxpr, [])
     name = dict(zip(jaxpr.constvars, map(id, consts), strict=True)) | dict(zip(jaxpr.invars, inputs, strict=True))
     total = 0
@@ -37,35 +40,35 @@ def _inline(jaxpr: Any, inputs: Sequence[Any], seen: dict[Any, list[Any]]) -> tu
         operands = [
             ("literal", str(v.val), str(v.aval)) if isinstance(v, core.Literal) else name[v] for v in equation.invars
         ]
-        flops, results = _equation(equation, operands, seen)
+        flops, results = _equation(equation, operands, known)
         total += flops
         name.update(zip(equation.outvars, results, strict=True))
     return total, [str(v.val) if isinstance(v, core.Literal) else name[v] for v in jaxpr.outvars]
 
 
-def _equation(equation: Any, operands: list[Any], seen: dict[Any, list[Any]]) -> tuple[int, list[Any]]:
+def _equation(equation: Any, operands: list[Any], known: dict[Any, list[Any]]) -> tuple[int, list[Any]]:
     primitive, params = equation.primitive.name, equation.params
     inner = [j for value in params.values() for j in _jaxprs(value)]
     if primitive in CALLS:
-        return _inline(inner[0], operands, seen)
+        return _inline(inner[0], operands, known)
     if primitive == "shard_map":
-        flops, results = _inline(inner[0], operands, seen)
+        flops, results = _inline(inner[0], operands, known)
         return params["mesh"].size * flops, results
     inner = [j if isinstance(j, core.ClosedJaxpr) else core.ClosedJaxpr(j, ()) for j in inner]
     key = (primitive, str(params), *(id(c) for j in inner for c in j.consts), *operands)
-    if key in seen:
-        return 0, seen[key]
-    seen[key] = [object() for _ in equation.outvars]
+    if key in known:
+        return 0, known[key]
+    known[key] = [object() for _ in equation.outvars]
     if primitive == "conv_general_dilated":
-        return _convolution(equation), seen[key]
+        return _convolution(equation), known[key]
     if primitive == "dot_general":
-        return _product(equation), seen[key]
+        return _product(equation), known[key]
     bodies = [count(j) for j in inner]
     if primitive == "scan":
-        return params["length"] * sum(bodies), seen[key]
+        return params["length"] * sum(bodies), known[key]
     if primitive != "cond" and any(bodies):
         raise ValueError(f"How often {primitive} runs its convolutions or matrix products cannot be known.")
-    return max(bodies, default=0), seen[key]
+    return max(bodies, default=0), known[key]
 
 
 def _jaxprs(value: Any) -> list[Any]:
@@ -87,15 +90,15 @@ def _product(equation: Any) -> int:
 
 
 def forward(model_config: Mapping[str, Any], image_shape: Sequence[int], num_classes: int) -> int:
-    """FLOPs of one evaluation-mode forward of one image [h, w, c]."""
+    """Returns the FLOPs of an evaluation-mode forward of one image [h, w, c]."""
     model = models.create(model_config, num_classes)
     image = jax.ShapeDtypeStruct((1, *image_shape), float)
     variables = jax.eval_shape(model.init, jax.random.key(0), image)
     return count(jax.make_jaxpr(model.apply)(variables, image))
 
 
-def step(built: StageProgram) -> float:
-    """FLOPs of one training step, attack and update, per image of the batch: counted in the program that trains."""
-    state = jax.eval_shape(built.first_state)
-    jaxpr = jax.make_jaxpr(built.step)(state, built.feed.example, built.teacher)
-    return count(jaxpr) / built.config.optim.batch_size
+def step(program: StageProgram) -> float:
+    """Returns the FLOPs per image of one training step, attack and update, counted in the training program itself."""
+    state = jax.eval_shape(program.first_state)
+    jaxpr = jax.make_jaxpr(program.step)(state, program.feed.example, program.teacher)
+    return count(jaxpr) / program.config.optim.batch_size

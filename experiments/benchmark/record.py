@@ -1,4 +1,4 @@
-"""What a measurement says of itself, and the fresh processes it is made in."""
+"""Benchmark records: the description of a measurement, and the processes that it runs in."""
 
 import json
 import os
@@ -23,7 +23,7 @@ NETWORKS = {"resnet18": "ResNet-18", "preact_resnet18": "PreActResNet-18"}
 
 
 def new(kind: str, command: Sequence[str], config: Any) -> dict[str, Any]:
-    """The head of a record: what is about to be measured, where, and at which commit."""
+    """Returns an empty record with its command, commit, machine, versions and config."""
     return {
         "kind": kind,
         "command": portable(shlex.join(["python", "-m", "experiments.benchmark", *command])),
@@ -39,11 +39,12 @@ def new(kind: str, command: Sequence[str], config: Any) -> dict[str, Any]:
 
 
 def describe(config: Any) -> dict[str, Any]:
+    """Returns the entries of a config that its measurements depend on."""
     model = config.model
-    sized = f"WRN-{model.get('depth')}-{model.get('width')}"
+    wide_resnet = f"WRN-{model.get('depth')}-{model.get('width')}"
     return {
         "dataset": config.data.title,
-        "network": NETWORKS.get(model.name, sized),
+        "network": NETWORKS.get(model.name, wide_resnet),
         "dtype": model.dtype,
         "attack_dtype": config.attack.dtype or model.dtype,
         "method": config.method.name,
@@ -56,14 +57,14 @@ def describe(config: Any) -> dict[str, Any]:
 
 
 def machine() -> dict[str, Any]:
-    """Processor, the cores that this process may use, the load before anything is measured, the GPU's driver."""
-    found = {"cpu": _cpu(), "cores": cores(), "load_average": list(os.getloadavg())}
+    """Returns the processor, the cores that this process may use, the load average, and the driver of an NVIDIA GPU."""
+    facts = {"cpu": _cpu(), "cores": cores(), "load_average": list(os.getloadavg())}
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True)
-    except OSError:  # no such GPU here
-        return found
-    return found | ({"driver": answer.stdout.split()[0]} if answer.returncode == 0 and answer.stdout.strip() else {})
+    except OSError:  # no NVIDIA driver
+        return facts
+    return facts | ({"driver": answer.stdout.split()[0]} if answer.returncode == 0 and answer.stdout.strip() else {})
 
 
 def _cpu() -> str:
@@ -73,30 +74,31 @@ def _cpu() -> str:
 
 
 def versions() -> dict[str, str]:
-    found = {"python": platform.python_version()}
+    """Returns package -> version of Python and the installed PACKAGES."""
+    installed = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def portable(text: str) -> str:
-    """`text` without the folders of this machine: /data/jpeg/train becomes .../train."""
+    """Returns `text` without absolute paths: /data/jpeg/train becomes .../train."""
     return re.sub(r"(?<![\w.:/])/(?:[\w.+~-]+/)+", ".../", text)
 
 
 def write(path: Path, record: Mapping[str, Any]) -> None:
-    """As JSON, all or nothing; after each process, so that what was measured outlives a time limit."""
+    """Writes a record as JSON, atomically. Called after each process, so that results survive a time limit."""
     atomic_io.write_atomically(path, json.dumps(record, indent=1) + "\n")
 
 
 def launch(
-    work: str, config: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
+    task: str, config: Sequence[str], environment: Mapping[str, str] | None = None, **options: Any
 ) -> dict[str, Any]:
-    """The result of a work of `worker.py` in a fresh process, or {"error": one line}."""
-    command = [sys.executable, "-m", "experiments.benchmark.worker", work, json.dumps(options), *config]
+    """Returns the result of a task of `worker.py` in a fresh process, or {"error": one line}."""
+    command = [sys.executable, "-m", "experiments.benchmark.worker", task, json.dumps(options), *config]
     done = subprocess.run(command, env={**os.environ, **(environment or {})}, capture_output=True, text=True)
     if done.returncode == 0:
         return json.loads(done.stdout.splitlines()[-1])
@@ -104,7 +106,7 @@ def launch(
 
 
 def failure(code: int, stderr: str) -> str:
-    """One line for a process that failed: the last it said, or the signal that ended it."""
+    """Returns one line for a failed process: the last line of its stderr, or the signal that ended it."""
     if code < 0:
         return f"ended by {signal.Signals(-code).name}"
     lines = stderr.strip().splitlines() or [f"exit code {code}"]
@@ -112,7 +114,7 @@ def failure(code: int, stderr: str) -> str:
 
 
 def caches(folder: str | os.PathLike) -> dict[str, str]:
-    """The environment in which what is compiled is kept in `folder`: by JAX, by PyTorch's compiler, by Triton."""
+    """Returns environment variables that put the compile caches of JAX, PyTorch's compiler and Triton into `folder`."""
     return {
         "JAX_ENABLE_COMPILATION_CACHE": "true",
         "JAX_COMPILATION_CACHE_DIR": f"{folder}/jax",

@@ -1,4 +1,4 @@
-"""Arithmetic on the runs of a record: medians, spread, rates, ratios. No measurement happens here."""
+"""Statistics over the runs of a record: medians, spread, rates, ratios."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -10,15 +10,18 @@ Runs = Sequence[Mapping[str, Any]]
 
 
 def series(runs: Runs) -> dict[str, dict[str, Any]]:
-    """Per series, over its runs: the median of their medians in ms, with the lowest and highest of these; the compile
-    time of the first run, and of the later ones that found it in the cache; the median of peak memory; the error.
+    """Returns the summary of each series over its runs.
+
+    "ms" is the median of the runs' medians, "ms_min" and "ms_max" are their extremes, "memory" is the median of peak
+    memory. "compile_cold_seconds" is the compile time of the first round, "compile_warm_seconds" the median over later
+    rounds, which load from the cache. "error" is the first error.
     """
-    found: dict[str, dict[str, Any]] = {}
+    summaries: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(run["series"] for run in runs):
-        own = [run for run in runs if run["series"] == name]
-        good = [run for run in own if "error" not in run]
-        failed = [run["error"] for run in own if "error" in run]
-        entry = found[name] = {"error": failed[0]} if failed else {}
+        of_series = [run for run in runs if run["series"] == name]
+        good = [run for run in of_series if "error" not in run]
+        failed = [run["error"] for run in of_series if "error" in run]
+        entry = summaries[name] = {"error": failed[0]} if failed else {}
         if any("ms" in run for run in good):
             entry |= spread("ms", [statistics.median(run["ms"]) for run in good])
             entry["memory"] = statistics.median(run["memory"] for run in good)
@@ -27,16 +30,16 @@ def series(runs: Runs) -> dict[str, dict[str, Any]]:
             entry["compile_warm_seconds"] = statistics.median(compiling.values()) if compiling else None
         elif good:
             entry |= spread("seconds", [run["seconds"] for run in good])
-    return found
+    return summaries
 
 
 def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """{"ms": median, "ms_min", "ms_max"}"""
+    """Returns {"ms": median, "ms_min", "ms_max"} for the name "ms"."""
     return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
-def rates(entry: dict[str, Any], images: int, flops: float | None, peak: float | None) -> None:
-    """Adds images/s, and with `flops` per image the model FLOP/s and their share of `peak` FLOP/s, where known."""
+def add_rates(entry: dict[str, Any], images: int, flops: float | None, peak: float | None) -> None:
+    """Adds images/s to `entry`; with `flops` per image also the model FLOP/s, and their share of `peak` FLOP/s."""
     if "ms" not in entry:
         return
     entry["images_per_second"] = images / (entry["ms"] / 1e3)
@@ -47,9 +50,9 @@ def rates(entry: dict[str, Any], images: int, flops: float | None, peak: float |
 
 
 def ratio(runs: Runs, slower: str, faster: str) -> dict[str, float] | None:
-    """How many times faster: {"median": ratio of the medians over rounds, "min" and "max" of the ratios by round}.
+    """Returns the speed-up {"median": ratio of the medians over rounds, "min", "max": extremes of the ratios by round}.
 
-    None where the two were not measured in the same round.
+    None if no round has both series.
     """
     medians: dict[str, dict[int, float]] = {slower: {}, faster: {}}
     for run in runs:
@@ -64,10 +67,10 @@ def ratio(runs: Runs, slower: str, faster: str) -> dict[str, float] | None:
 
 
 def agreement(runs: Runs, torch: str, jax: str) -> dict[str, Any]:
-    """Of the first round that has both series: how many images are robust in both, and in one of them alone.
+    """Returns how many images are robust in "both", only in "jax" and only in "torch", in the first common round.
 
-    With an "error" where these two differ by more than three standard deviations of a fair coin: each image that the
-    two attacks disagree about is as likely to be on either side if they are equally strong.
+    Equally strong attacks leave an image on which they disagree robust with equal probability. "error" is set where
+    the two counts differ by more than three standard deviations of that coin.
     """
     robust: dict[str, dict[int, np.ndarray]] = {torch: {}, jax: {}}
     for run in runs:
@@ -77,25 +80,27 @@ def agreement(runs: Runs, torch: str, jax: str) -> dict[str, Any]:
     both = sorted(robust[torch].keys() & robust[jax].keys())
     if not both:
         return {}
-    theirs, ours = (robust[name][both[0]] for name in (torch, jax))
-    found = {"both": theirs & ours, "jax": ours & ~theirs, "torch": theirs & ~ours}
-    counts: dict[str, Any] = {name: int(mask.sum()) for name, mask in found.items()}
+    in_torch, in_jax = (robust[name][both[0]] for name in (torch, jax))
+    masks = {"both": in_torch & in_jax, "jax": in_jax & ~in_torch, "torch": in_torch & ~in_jax}
+    counts: dict[str, Any] = {name: int(mask.sum()) for name, mask in masks.items()}
     if abs(counts["jax"] - counts["torch"]) > 3 * (counts["jax"] + counts["torch"]) ** 0.5:
-        shares = " and ".join(f"{100 * mask.mean():.2f} %" for mask in (ours, theirs))
+        shares = " and ".join(f"{100 * mask.mean():.2f} %" for mask in (in_jax, in_torch))
         counts["error"] = f"robust accuracies of JAX and PyTorch, {shares}, differ by more than noise"
     return counts
 
 
 def peak(record: Mapping[str, Any]) -> float | None:
-    """FLOP/s of a matrix product in the dtype of the network, the faster of two if the attack has another; None where
-    unmeasured."""
+    """Returns the measured peak FLOP/s in the dtype of the network, or in that of the attack if it is faster.
+
+    None if one of them was not measured.
+    """
     rates = record["peak"].get("matmul_flops_per_second", {})
-    found = [rates.get(record["config"][name]) for name in ("dtype", "attack_dtype")]
-    return None if None in found else max(found)
+    peaks = [rates.get(record["config"][name]) for name in ("dtype", "attack_dtype")]
+    return None if None in peaks else max(peaks)
 
 
 def errors(record: Mapping[str, Any]) -> list[str]:
-    """Everything that failed, a line each, as "what: why"."""
+    """Returns one line "measurement: reason" for everything that failed."""
     parts = {"benchmark": record} | {name: record[name] for name in ("peak", "flops") if name in record}
     parts |= {f"flops of {name}": entry for name, entry in record.get("flops_of", {}).items()}
     parts |= {f"agreement on {name}": entry for name, entry in record.get("agreement", {}).items()}

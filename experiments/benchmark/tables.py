@@ -1,4 +1,4 @@
-"""The records under experiments/results/benchmark/ as rows of the README's tables."""
+"""Tables of the records under experiments/results/benchmark/."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 Record = Mapping[str, Any]
 Rows = tuple[list[str], list[list[str]]]
 UNKNOWN = "–"
-LONGEST = 8
+MAX_OPERATIONS = 8
 STANDARD = "apgd-ce+apgd-t+fab-t+square"
 COMMANDS = {
     "step": "step --config=configs/at_bsl.py:dataset=cifar10",
@@ -22,16 +22,16 @@ COMMANDS = {
 
 
 def read(folder: Path) -> dict[str, list[Record]]:
-    """Kind -> its records, in the order of their names."""
-    found: dict[str, list[Record]] = {}
+    """Returns kind -> its records, sorted by file name."""
+    records: dict[str, list[Record]] = {}
     for path in sorted(folder.glob("*.json")):
         record = json.loads(path.read_text())
-        found.setdefault(record["kind"], []).append(record)
-    return found
+        records.setdefault(record["kind"], []).append(record)
+    return records
 
 
 def number(value: float | None, unit: float = 1) -> str:
-    """Three digits, or all that stand before the point; a dash for what is not known."""
+    """Formats a number with three digits, or with all digits before the point; None is a dash."""
     if value is None:
         return UNKNOWN
     value /= unit
@@ -40,7 +40,7 @@ def number(value: float | None, unit: float = 1) -> str:
 
 
 def times(ratio: Mapping[str, float] | None) -> str:
-    """1.24x (1.20 to 1.31): the ratio of the medians, and those of the single rounds, where there are several."""
+    """Formats a speed-up as 1.24x (1.20 to 1.31): the ratio of the medians, and the range over the rounds."""
     if not ratio:
         return UNKNOWN
     spread = f" ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio["min"] < ratio["max"] else ""
@@ -48,19 +48,20 @@ def times(ratio: Mapping[str, float] | None) -> str:
 
 
 def rounds(record: Record) -> str:
-    """How many: in each, everything was measured once."""
+    """Returns the number of rounds."""
     return str(len({run["round"] for run in record["runs"]}))
 
 
 def device(record: Record) -> str:
-    """What it ran on: "2 cores of AMD EPYC" or "NVIDIA H200"; several devices are counted."""
-    found, machine = record["peak"], record["machine"]
-    if found.get("platform") == "cpu":
+    """Returns "2 cores of AMD EPYC", "NVIDIA H200" or "8 x NVIDIA H200"."""
+    peak, machine = record["peak"], record["machine"]
+    if peak.get("platform") == "cpu":
         return f"{machine['cores']} core{'s' * (machine['cores'] > 1)} of {machine['cpu']}"
-    return f"{found['devices']} x {found['device']}" if found.get("devices", 1) > 1 else found.get("device", UNKNOWN)
+    return f"{peak['devices']} x {peak['device']}" if peak.get("devices", 1) > 1 else peak.get("device", UNKNOWN)
 
 
-def what(record: Record) -> list[str]:
+def setup_cells(record: Record) -> list[str]:
+    """Returns device, network, and method with its attack steps."""
     config = record["config"]
     return [device(record), config["network"], f"{config['method']}, {config['num_steps']}"]
 
@@ -70,7 +71,7 @@ def precision(config: Mapping[str, Any]) -> str:
 
 
 def step(records: Sequence[Record]) -> Rows:
-    """JAX beside the twin; memory and compile times in the order JAX / as released / tuned."""
+    """Compares JAX with the PyTorch baseline; memory and compile times are JAX / as released / tuned."""
     head = ["Device", "Network", "Method, attack steps", "Precision", "Batch", "JAX, ms", "PyTorch as released, ms"]
     head += ["PyTorch tuned, ms", "Speed-up over released", "Speed-up over tuned", "JAX, images/s", "Share of peak"]
     head += ["Peak memory, GiB", "Compile, s", "Compile with cache, s", "Rounds"]
@@ -78,7 +79,7 @@ def step(records: Sequence[Record]) -> Rows:
     for record in records:
         entries = [record["summary"].get(name, {}) for name in ("jax", "released", "tuned")]
         share, ratio = entries[0].get("share_of_peak"), record["ratio"]
-        row = [*what(record), precision(record["config"]), str(record["config"]["batch_size"])]
+        row = [*setup_cells(record), precision(record["config"]), str(record["config"]["batch_size"])]
         row += [number(entry.get("ms")) for entry in entries]
         row += [times(ratio.get(name)) for name in ("released", "tuned")]
         row += [number(entries[0].get("images_per_second")), UNKNOWN if share is None else f"{100 * share:.0f} %"]
@@ -89,14 +90,14 @@ def step(records: Sequence[Record]) -> Rows:
 
 
 def profile(records: Sequence[Record]) -> Rows:
-    """The LONGEST kinds of operation of the first process that worked."""
+    """Lists the longest kinds of operations in the first run without an error."""
     head = ["Device", "Network", "Method, attack steps", "Operation", "Share", "ms per step, of all threads", "Times"]
     rows = []
     for record in records:
         run = next((run for run in record["runs"] if "operations" in run), None)
-        for entry in run["operations"][:LONGEST] if run else []:
+        for entry in run["operations"][:MAX_OPERATIONS] if run else []:
             share = f"{100 * entry['ms'] / (1e3 * run['seconds']):.0f} %"
-            rows.append([*what(record), entry["name"], share, number(entry["ms"]), number(entry["count"])])
+            rows.append([*setup_cells(record), entry["name"], share, number(entry["ms"]), number(entry["count"])])
     return head, rows
 
 
@@ -106,14 +107,14 @@ def attack(records: Sequence[Record]) -> Rows:
     for record in records:
         for steps, ratio in record["ratio"].items():
             jax, torch = (record["summary"].get(f"{name} {steps}", {}) for name in ("jax", "torch"))
-            row = [*what(record)[:2], str(record["images"]), f"PGD-{steps}"]
+            row = [*setup_cells(record)[:2], str(record["images"]), f"PGD-{steps}"]
             row += [number(jax.get("ms_per_step")), number(torch.get("ms_per_step")), times(ratio)]
             rows.append([*row, number(jax.get("images_per_second")), rounds(record)])
     return [*head, "JAX, images/s", "Rounds"], rows
 
 
 def autoattack(records: Sequence[Record]) -> Rows:
-    """Robust accuracy, evaluations per image and compile time are those of JAX / PyTorch."""
+    """Compares AutoAttack; robust accuracy, evaluations per image and compile time are JAX / PyTorch."""
     head = ["Device", "Network", "Images", "Attacks", "JAX, s", "PyTorch eager, s", "Speed-up", "Robust accuracy, %"]
     head += ["Official", "Forward passes per image", "Gradients per image", "Compile, s", "Rounds"]
     rows = []
@@ -133,8 +134,8 @@ def autoattack(records: Sequence[Record]) -> Rows:
             official = record.get("official", {}).get(names)
             row.append(UNKNOWN if official is None else f"{100 * sum(official) / len(official):.2f}")
             for kind in (0, 1):
-                each = [run and sum(count[kind] for count in run["evaluations"].values()) / images for run in runs]
-                row.append(" / ".join(map(number, each)))
+                per_image = [run and sum(count[kind] for count in run["evaluations"].values()) / images for run in runs]
+                row.append(" / ".join(map(number, per_image)))
             row.append(" / ".join(number(entry.get("compile_cold_seconds")) for entry in entries))
             rows.append([*row, rounds(record)])
     return head, rows
@@ -157,7 +158,7 @@ def start(records: Sequence[Record]) -> Rows:
     rows = []
     for record in records:
         entries = (record["summary"].get(name, {}) for name in ("cold", "warm"))
-        rows.append([*what(record), *(number(entry.get("seconds")) for entry in entries), rounds(record)])
+        rows.append([*setup_cells(record), *(number(entry.get("seconds")) for entry in entries), rounds(record)])
     return [*head, "Rounds"], rows
 
 
@@ -166,12 +167,12 @@ def scaling(records: Sequence[Record]) -> Rows:
     for record in records:
         for name, entry in record["summary"].items():
             option, value = name.split()
-            row = [*what(record)[:2], record["config"]["method"], f"{option.replace('_', ' ')} {value}"]
+            row = [*setup_cells(record)[:2], record["config"]["method"], f"{option.replace('_', ' ')} {value}"]
             row += [number(entry.get("ms")), number(entry.get("images_per_second"))]
             rows.append([*row, number(entry.get("flops_per_second"), 1e9), rounds(record)])
     return ["Device", "Network", "Method", "Changed", "ms per step", "Images/s", "GFLOP/s", "Rounds"], rows
 
 
 TABLES: Mapping[str, Callable[[Sequence[Record]], Rows]] = {
-    t.__name__: t for t in (step, profile, data, attack, autoattack, start, scaling)
+    table.__name__: table for table in (step, profile, data, attack, autoattack, start, scaling)
 }

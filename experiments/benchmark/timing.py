@@ -1,4 +1,4 @@
-"""How a step is timed: JAX's and PyTorch's in the same way."""
+"""The timing loop of every benchmark, the same for JAX and PyTorch."""
 
 import math
 import statistics
@@ -6,25 +6,31 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-WARM_UP = 6  # steps: what compiles in pieces, or records a CUDA graph after three steps, has done so by then
-BLOCK = 0.25  # seconds of steps between two looks at the clock, so that the wait for a device is a small part
-FEWEST = 3  # blocks
+WARM_UP_STEPS = 6  # PyTorch compiles in pieces and records its CUDA graph in the fourth step
+BLOCK_SECONDS = 0.25  # the clock is read once a block, so that waiting for the device is a small part of the time
+MIN_BLOCKS = 3
 
 
 def measure(step: Callable[[], Any], wait: Callable[[Any], Any], seconds: float) -> dict[str, Any]:
-    """Times `step() -> handle`, which need not be done before `wait(handle)` returns.
+    """Times a step that may run asynchronously.
 
-    {"first": seconds of each step of the warm-up, "steps": in a block, "ms": per step, of each block}; as many blocks
-    as fill `seconds`. {"compile_seconds"}: how much longer than the median the first step took, and those after it that
-    took more than twice the median; what a step of seconds varies by is in it.
+    Args:
+        step: starts a step and returns a handle.
+        wait: blocks until the step of a handle is done.
+        seconds: how long to measure after the warm-up, in whole blocks of steps.
+
+    Returns:
+        {"first": seconds of each warm-up step, "steps": steps per block, "ms": milliseconds per step of each block,
+        "compile_seconds": time of the first step beyond the median, and that of later warm-up steps that took more than
+        twice the median. For steps that last seconds it includes their ordinary variation}
     """
     first = []
-    for _ in range(WARM_UP):
+    for _ in range(WARM_UP_STEPS):
         start = time.perf_counter()
         wait(step())
         first.append(time.perf_counter() - start)
-    steps = max(1, round(BLOCK / first[-1]))
-    blocks = max(FEWEST, math.ceil(seconds / (steps * first[-1])))
+    steps = max(1, round(BLOCK_SECONDS / first[-1]))
+    blocks = max(MIN_BLOCKS, math.ceil(seconds / (steps * first[-1])))
     ms = []
     for _ in range(blocks):
         start = time.perf_counter()
@@ -32,6 +38,6 @@ def measure(step: Callable[[], Any], wait: Callable[[Any], Any], seconds: float)
             handle = step()
         wait(handle)
         ms.append(1e3 * (time.perf_counter() - start) / steps)
-    usual = statistics.median(ms) / 1e3
-    compiling = [first[0] - usual] + [taken - usual for taken in first[1:] if taken > 2 * usual]
+    median = statistics.median(ms) / 1e3
+    compiling = [first[0] - median] + [duration - median for duration in first[1:] if duration > 2 * median]
     return {"first": first, "steps": steps, "ms": ms, "compile_seconds": max(0.0, sum(compiling))}

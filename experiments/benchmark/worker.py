@@ -1,8 +1,8 @@
-"""A process that measures one thing once and prints it as one line of JSON.
+"""Runs one measuring task in a process of its own and prints its result as one line of JSON.
 
-    python -m experiments.benchmark.worker <work> <options as JSON> --config=... [--config.x.y=z ...]
+    python -m experiments.benchmark.worker <task> <options as JSON> --config=... [--config.x.y=z ...]
 
-Seconds are wall time, memory is in bytes. A failure is one line on stderr and exit code 1.
+Seconds are wall time, memory is in bytes. A failure prints one line on stderr and exits with code 1.
 """
 
 import functools
@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark.autoattack import jax_autoattack, torch_autoattack
-from experiments.benchmark.devices import memory, process_memory, torch_device
+from experiments.benchmark.devices import jax_memory, torch_device, torch_memory
 from experiments.benchmark.timing import measure
 from lt_adv.cli import flags
 
-KINDS = 20  # of operations that a profile keeps
+MAX_OPERATIONS = 20  # in the result of a profile
 
 
 def build(config: Any, devices: int | None = None) -> Any:
-    """The training program of the config's first stage, on as many devices as `lt_adv.main` takes, or on `devices`."""
+    """Returns the training program of the config's first stage, by default on the devices of `lt_adv.main`."""
     import jax
 
     from lt_adv import data
@@ -33,74 +33,78 @@ def build(config: Any, devices: int | None = None) -> Any:
 
     environment.prepare(config.optim.batch_size, devices or config.cpu_devices)
     if devices and devices > jax.device_count():
-        raise ValueError(f"{devices} devices are asked for, there is {jax.device_count()}.")
+        raise ValueError(f"{devices} devices requested, {jax.device_count()} available.")
     mesh = sharding.make_mesh(jax.devices()[:devices])
     return stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh)
 
 
 def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict[str, Any]:
-    """The fused training step as the training loop runs it: state donated, two steps in flight, no metric fetched."""
+    """Times the training step as the training loop runs it: state donated, two steps in flight, no metric fetched."""
     import jax
 
-    built = build(config, devices)
-    state = built.first_state()
+    program = build(config, devices)
+    state = program.first_state()
     metrics: Any = None
-    behind: Any = None
+    previous: Any = None
 
     def step() -> Any:
-        nonlocal state, metrics, behind
-        jax.block_until_ready(behind)
-        behind = metrics
+        nonlocal state, metrics, previous
+        jax.block_until_ready(previous)
+        previous = metrics
         with jax.transfer_guard("disallow"):
-            state, metrics = built.step(state, built.feed.example, built.teacher)
+            state, metrics = program.step(state, program.feed.example, program.teacher)
         return metrics
 
-    found = measure(step, jax.block_until_ready, seconds)
-    loss = finite(float(metrics["loss"]))
-    return found | {"loss": loss, "devices": built.mesh.size, "memory": memory(), "xla": xla_costs()}
+    times = measure(step, jax.block_until_ready, seconds)
+    loss = require_finite(float(metrics["loss"]))
+    return times | {"loss": loss, "devices": program.mesh.size, "memory": jax_memory(), "xla": xla_costs()}
 
 
 def jax_profile(config: Any) -> dict[str, Any]:
-    """{"operations": the KINDS longest kinds of a training step, "seconds" of all, summed over threads, "devices"}."""
-    from experiments.benchmark import profiled
+    """Profiles a training step.
 
-    built = build(config)
-    state = built.first_state()
+    Returns:
+        {"operations": the longest kinds of operations, "seconds": time of all operations, summed over threads,
+        "devices"}
+    """
+    from experiments.benchmark import profiling
+
+    program = build(config)
+    state = program.first_state()
 
     def step() -> Any:
         nonlocal state
-        state, metrics = built.step(state, built.feed.example, built.teacher)
+        state, metrics = program.step(state, program.feed.example, program.teacher)
         return metrics
 
-    found = profiled.operations(step)
-    seconds = sum(entry["ms"] for entry in found) / 1e3
-    return {"operations": found[:KINDS], "seconds": seconds, "devices": built.mesh.size}
+    operations = profiling.operations(step)
+    seconds = sum(entry["ms"] for entry in operations) / 1e3
+    return {"operations": operations[:MAX_OPERATIONS], "seconds": seconds, "devices": program.mesh.size}
 
 
 def torch_step(config: Any, *, setting: str, seconds: float) -> dict[str, Any]:
-    """The same step of the PyTorch twin, `setting` "released" or "tuned"."""
-    torch, device, wait = torch_device()
+    """Times the same step of the PyTorch baseline, `setting` "released" or "tuned"."""
+    _, device, wait = torch_device()
     from experiments.pytorch_baseline.step import Trainer
     from lt_adv import data
 
     trainer = Trainer(config, data.long_tailed(data.load(config.data), config.data), setting=setting, device=device)
-    last: Any = None
+    loss: Any = None
 
     def step() -> Any:
-        nonlocal last
-        last = trainer.step()
-        return last
+        nonlocal loss
+        loss = trainer.step()
+        return loss
 
-    found = measure(step, wait, seconds)
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_memory()
-    return found | {"loss": finite(float(last)), "memory": peak}
+    times = measure(step, wait, seconds)
+    return times | {"loss": require_finite(float(loss)), "memory": torch_memory(device)}
 
 
 def peak(config: Any, *, seconds: float) -> dict[str, Any]:
-    """What the devices are, and the FLOP/s of a product of two square matrices on all of them, at best.
+    """Returns the devices and the best FLOP/s of a product of two square matrices, summed over the devices.
 
-    bfloat16 and float32, at the precision that JAX takes by default (on recent NVIDIA GPUs TF32); on CPU float32 alone,
-    with all cores. Of several accelerators one is measured.
+    Measured in bfloat16 and float32 at JAX's default precision (TF32 on recent NVIDIA GPUs), on CPU only in float32
+    with all cores. With several accelerators, one is measured and multiplied by their number.
     """
     import jax
     import jax.numpy as jnp
@@ -112,24 +116,24 @@ def peak(config: Any, *, seconds: float) -> dict[str, Any]:
     for dtype in ("float32",) if device.platform == "cpu" else ("bfloat16", "float32"):
         a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in range(2))
         product = jax.jit(jnp.matmul)
-        found = measure(functools.partial(product, a, b), jax.block_until_ready, seconds)
-        rates[dtype] = jax.device_count() * 2 * size**3 / (min(found["ms"]) / 1e3)
+        times = measure(functools.partial(product, a, b), jax.block_until_ready, seconds)
+        rates[dtype] = jax.device_count() * 2 * size**3 / (min(times["ms"]) / 1e3)
     names = {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count()}
     return {**names, "matmul_size": size, "matmul_flops_per_second": rates}
 
 
 def flops(config: Any) -> dict[str, Any]:
-    """Model FLOPs per image of one evaluation-mode forward and of one whole training step."""
-    from experiments.benchmark import flops as counted
+    """Returns model FLOPs per image of an evaluation-mode forward and of a training step, and their ratio."""
+    from experiments.benchmark import flops as flop_counter
 
-    built = build(config)
-    forward = counted.forward(built.config.model, built.info.image_shape, built.info.num_classes)
-    step = counted.step(built)
+    program = build(config)
+    forward = flop_counter.forward(program.config.model, program.info.image_shape, program.info.num_classes)
+    step = flop_counter.step(program)
     return {"forward": forward, "step": step, "passes": step / forward}
 
 
 def pipeline(config: Any, *, seconds: float) -> dict[str, Any]:
-    """Gather of a batch (always of a uniform draw), augmentation and conversion, alone in one program."""
+    """Times gathering, augmenting and converting a batch (always from a uniform draw), compiled as one program."""
     import jax
     import jax.numpy as jnp
 
@@ -157,58 +161,58 @@ def pipeline(config: Any, *, seconds: float) -> dict[str, Any]:
 
     def step() -> Any:
         nonlocal number
-        number, made = batch(number, on_device)
-        return made
+        number, result = batch(number, on_device)
+        return result
 
-    return measure(step, jax.block_until_ready, seconds) | {"memory": memory()}
+    return measure(step, jax.block_until_ready, seconds) | {"memory": jax_memory()}
 
 
 def load(config: Any, *, folder: str) -> dict[str, Any]:
-    """Seconds that the images take with `folder` as data_dir: empty, they are decoded from their files or archives.
+    """Returns the seconds to load the images with `folder` as data_dir; from an empty folder they are decoded first.
 
-    What the system has read from disk before it may still have in memory.
+    The page cache of the system is not cleared.
     """
     from lt_adv import data
 
-    usual = Path(config.data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
+    default = Path(config.data.data_dir or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets").expanduser()
     downloads = Path(folder) / "downloads"
-    if (usual / "downloads").is_dir() and not downloads.exists():
+    if (default / "downloads").is_dir() and not downloads.exists():
         downloads.parent.mkdir(parents=True)
-        downloads.symlink_to((usual / "downloads").absolute())
+        downloads.symlink_to((default / "downloads").absolute())
     config.data.data_dir = folder
     start = time.perf_counter()
     dataset = data.load(config.data)
     return {"seconds": time.perf_counter() - start, "images": len(dataset.train) + len(dataset.test)}
 
 
-def attack_setting(config: Any, num_steps: int) -> dict[str, Any]:
-    """PGD at the radius of the evaluation's PGD-20."""
+def pgd_options(config: Any, num_steps: int) -> dict[str, Any]:
+    """Returns the options of PGD with `num_steps` steps at the radius and step size of the evaluation's PGD-20."""
     spec = config.eval.attacks.pgd20
     return {"eps": spec.eps, "step_size": spec.step_size, "num_steps": num_steps}
 
 
 def jax_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, Any]:
-    """PGD as the evaluation runs it: `attacks.jit` on a batch of test images, shared among the devices."""
+    """Times PGD as the evaluation runs it: `attacks.jit` on a batch of test images, sharded over the devices."""
     import jax
     import numpy as np
     from jax.sharding import NamedSharding, PartitionSpec
 
     from lt_adv import attacks
 
-    built = build(config)
-    images = min(config.eval.batch_size, len(built.data.test)) // built.mesh.size * built.mesh.size
-    variables, test = built.first_state().variables, built.data.test.take(np.arange(images))
-    shared = NamedSharding(built.mesh, PartitionSpec("data"))
-    x, y = jax.device_put((test.image.astype(np.float32) / 255, test.label), shared)
-    pgd = attacks.jit(attacks.pgd, built.apply, **attack_setting(config, num_steps))
+    program = build(config)
+    images = min(config.eval.batch_size, len(program.data.test)) // program.mesh.size * program.mesh.size
+    variables, test = program.first_state().variables, program.data.test.take(np.arange(images))
+    data_sharding = NamedSharding(program.mesh, PartitionSpec("data"))
+    x, y = jax.device_put((test.image.astype(np.float32) / 255, test.label), data_sharding)
+    pgd = attacks.jit(attacks.pgd, program.apply, **pgd_options(config, num_steps))
     key = jax.random.key(config.eval.seed)
-    found = measure(lambda: pgd(key, variables, x, y), jax.block_until_ready, seconds)
-    return found | {"images": images, "devices": built.mesh.size, "memory": memory()}
+    times = measure(lambda: pgd(key, variables, x, y), jax.block_until_ready, seconds)
+    return times | {"images": images, "devices": program.mesh.size, "memory": jax_memory()}
 
 
 def torch_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, Any]:
-    """The twin's PGD, a loop of eager steps in float32, on a batch of the same size through the same network, which has
-    weights of its own."""
+    """Times PGD of the PyTorch baseline, a loop of eager float32 steps, at the same batch size through the same network
+    with other random weights."""
     torch, device, wait = torch_device()
     import numpy as np
 
@@ -226,18 +230,17 @@ def torch_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, An
         return torch.nn.functional.cross_entropy(net(x_adv), y, reduction="sum")
 
     def pgd() -> Any:
-        setting = attack_setting(config, num_steps)
-        noise = torch.empty_like(x).uniform_(-setting["eps"], setting["eps"])
-        return attack.pgd(objective, x, noise, **setting)
+        options = pgd_options(config, num_steps)
+        noise = torch.empty_like(x).uniform_(-options["eps"], options["eps"])
+        return attack.pgd(objective, x, noise, **options)
 
-    peak = torch.cuda.max_memory_allocated if device == "cuda" else process_memory
-    return measure(pgd, wait, seconds) | {"images": len(y), "memory": peak()}
+    return measure(pgd, wait, seconds) | {"images": len(y), "memory": torch_memory(device)}
 
 
 def xla_costs() -> dict[str, float]:
-    """XLA's own count for the largest program: {"flops", "bytes"}, where the backend gives them.
+    """Returns XLA's cost analysis of the largest compiled program: {"flops", "bytes"}, where the backend has them.
 
-    It sees the compiled program: of a rolled loop one turn, of a library's convolution possibly nothing.
+    XLA counts one iteration of a rolled loop, and possibly nothing for convolutions in a library.
     """
     import jax
 
@@ -248,15 +251,15 @@ def xla_costs() -> dict[str, float]:
     return {name: largest[entry] for name, entry in names.items() if entry in largest}
 
 
-def finite(loss: float) -> float:
+def require_finite(loss: float) -> float:
     if not math.isfinite(loss):
-        raise ValueError(f"The loss is {loss}: what was timed is not training.")
+        raise ValueError(f"The loss is {loss}: training diverged, so its time means nothing.")
     return loss
 
 
-WORKS = {
-    work.__name__: work
-    for work in (
+TASKS = {
+    task.__name__: task
+    for task in (
         *(jax_step, jax_profile, torch_step, peak, flops, pipeline, load),
         *(jax_attack, torch_attack, jax_autoattack, torch_autoattack),
     )
@@ -266,7 +269,7 @@ WORKS = {
 def main(argv: Sequence[str]) -> int:
     name, options, *config = argv[1:]
     try:
-        result = WORKS[name](flags.parse(["worker", *config]).config, **json.loads(options))
+        result = TASKS[name](flags.parse(["worker", *config]).config, **json.loads(options))
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         kind = "Error" if isinstance(error, (ValueError, ImportError, OSError)) else type(error).__name__

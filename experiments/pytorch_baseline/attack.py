@@ -1,4 +1,4 @@
-"""PGD in the L-inf ball, a Python loop around torch.autograd.grad. Pixels in [0, 1], lengths in units of that range."""
+"""PGD in the L-inf ball as a Python loop around torch.autograd.grad. Pixels are in [0, 1], radii in the same units."""
 
 from collections.abc import Callable
 
@@ -8,9 +8,9 @@ from torch import Tensor
 GAUSSIAN_SCALE = 0.001
 
 
-def starting_noise(like: Tensor, start: str, eps: float, generator: torch.Generator) -> Tensor:
-    """Noise added to the images before the first step, of their shape; starts as in `lt_adv.attacks.initialization`."""
-    noise = torch.empty_like(like)
+def starting_noise(x: Tensor, start: str, eps: float, generator: torch.Generator) -> Tensor:
+    """Returns noise [b, c, h, w] for the start `x + noise`; starts as in `lt_adv.attacks.initialization`."""
+    noise = torch.empty_like(x)
     if start == "uniform":
         return noise.uniform_(-eps, eps, generator=generator)
     if start == "one_sided":
@@ -25,10 +25,13 @@ def starting_noise(like: Tensor, start: str, eps: float, generator: torch.Genera
 def pgd(
     objective: Callable[[Tensor], Tensor], x: Tensor, noise: Tensor, *, eps: float, step_size: float, num_steps: int
 ) -> Tensor:
-    """x_{t+1} = clip(x_t + a sign(grad objective(x_t))), into the ball around x, then into the box; x_0 = x + noise.
+    """Returns adversarial images: x_{t+1} = clip(x_t + a sign(grad objective(x_t))), x_0 = x + noise.
 
-    `objective` is a scalar, a sum over the images; which mode the network is in is the caller's business. As in
-    `lt_adv.attacks.pgd` the start is not clipped before the first step. No gradient flows through the result.
+    The clip projects onto the ball around x, then onto the box. As in `lt_adv.attacks.pgd` the start is not clipped
+    before the first step. No gradient flows through the result.
+
+    Args:
+        objective: x -> scalar, the sum over the images; the caller sets the mode of the network.
     """
     low, high = x - eps, x + eps
     x_adv = x + noise

@@ -1,4 +1,4 @@
-"""Batches drawn and augmented on the device, from uint8 images that stay there."""
+"""Batches drawn and augmented on the device, where the uint8 images stay."""
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +8,7 @@ from lt_adv.data import Split
 
 
 class Batches:
-    """`draw() -> (image [b, c, h, w] in [0, 1], label [b])`: whole batches of a new permutation in every epoch."""
+    """Draws full batches (image [b, c, h, w] in [0, 1], label [b]) from a new permutation in every epoch."""
 
     def __init__(self, split: Split, batch_size: int, *, pad: int, generator: torch.Generator, dtype: torch.dtype):
         device = generator.device
@@ -18,11 +18,11 @@ class Batches:
         self._rows: list[Tensor] = []
 
     def draw(self) -> tuple[Tensor, Tensor]:
-        """`pad` > 0: zero padding, a crop of the original size at a uniform place, mirrored with probability 1/2."""
+        """Returns the next batch; with `pad` > 0 zero-padded, randomly cropped and flipped with probability 1/2."""
         if not self._rows:
             order = torch.randperm(len(self._label), generator=self._generator, device=self._label.device)
-            whole = len(order) // self._size * self._size
-            self._rows = list(order[:whole].split(self._size))
+            num_used = len(order) // self._size * self._size
+            self._rows = list(order[:num_used].split(self._size))
         rows = self._rows.pop()
         image = self._image[rows]
         if self._pad:
@@ -31,7 +31,7 @@ class Batches:
 
 
 def pad_crop_flip(image: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """[b, h, w, c] -> the same shape and dtype; one gather for crop and flip."""
+    """Crops and flips [b, h, w, c] with one gather; shape and dtype stay the same."""
     (batch, height, width, _), device = image.shape, image.device
     offset = torch.randint(2 * pad + 1, (2, batch, 1), generator=generator, device=device)
     flip = torch.rand(batch, 1, generator=generator, device=device) < 0.5

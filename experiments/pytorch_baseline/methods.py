@@ -1,12 +1,12 @@
-"""AT, AT-BSL, TRADES and RoBal: what the attack maximises and what training minimises.
+"""AT, AT-BSL, TRADES and RoBal: the objective that the attack maximises and the loss that training minimises.
 
-`net(x) -> logits`, in evaluation mode inside the attack and in training mode in the loss; `options` are the
-hyper-parameters, the fields of the dataclass in lt_adv/methods; `class_counts` [classes] has the dtype of the logits.
+`net(x)` returns logits, in evaluation mode inside the attack and in training mode in the loss. `options` is the method
+of lt_adv/methods, whose fields are the hyper-parameters. `class_counts` [classes] has the dtype of the logits.
 
-SHARED makes each forward once, in the order of lt_adv. RELEASED makes every forward that the authors' code makes, with
-the same loss and gradient, and so moves the running statistics more often: RoBal x_adv, x, x, x_adv (the second for a
-clean cross-entropy of weight 0, which is differentiated all the same), TRADES x, x_adv, x and x once more in each step
-of the attack.
+SHARED runs each forward once, in the order of lt_adv. RELEASED runs every forward of the authors' code, with the same
+loss and gradient but more updates of the running statistics: RoBal runs x_adv, x, x, x_adv (the second for a clean
+cross-entropy of weight 0, which is differentiated nevertheless), TRADES runs x, x_adv, x, and x in each attack
+step.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +20,7 @@ Network = Callable[[Tensor], Tensor]
 
 
 class Method(NamedTuple):
-    target: Callable[[Network, Tensor, Tensor], Tensor]  # (net, x, y) -> what the attack compares with
+    target: Callable[[Network, Tensor, Tensor], Tensor]  # (net, x, y) -> target of the objective
     objective: Callable[[Network, Tensor, Tensor], Tensor]  # (net, x_adv, target) -> sum over the images
     loss: Callable[..., Tensor]  # (net, x, x_adv, y, options, class_counts) -> mean over the images
 
@@ -52,7 +52,7 @@ def divergence_from_image(net: Network, x_adv: Tensor, x: Tensor) -> Tensor:
 
 
 def kl(p_logits: Tensor, q_logits: Tensor, epsilon: float = 0.0) -> Tensor:
-    """Mean over the images of KL(p || q) = sum_c p_c (log p_c - log(q_c + epsilon)), gradient through both."""
+    """Returns the mean over images of KL(p || q) = sum_c p_c (log p_c - log(q_c + epsilon)), gradient through both."""
     log_q = (F.softmax(q_logits, -1) + epsilon).log() if epsilon else F.log_softmax(q_logits, -1)
     return F.kl_div(log_q, F.log_softmax(p_logits, -1), reduction="batchmean", log_target=True)
 
@@ -68,7 +68,7 @@ def at_bsl(net: Network, x: Tensor, x_adv: Tensor, y: Tensor, options: Any, clas
 def trades(net: Network, x: Tensor, x_adv: Tensor, y: Tensor, options: Any, class_counts: Tensor) -> Tensor:
     clean, logits = net(x), net(x_adv)
     if options.fidelity == "released_code":
-        with torch.no_grad():  # the values are known, the running statistics move
+        with torch.no_grad():  # only updates the running statistics
             net(x)
     return F.cross_entropy(clean, y) + options.beta * kl(clean, logits)
 
@@ -87,14 +87,14 @@ def margin_loss(logits: Tensor, y: Tensor, options: Any, class_counts: Tensor) -
 
 
 def log_epsilon(options: Any) -> float:
-    """Of the regulariser in RoBal's released code alone: the TRADES codes take log_softmax."""
+    """Returns the epsilon in the logarithm of RoBal's regulariser, which is 0 but in its released code."""
     return 1e-12 if options.fidelity == "released_code" else 0.0
 
 
 def robal(net: Network, x: Tensor, x_adv: Tensor, y: Tensor, options: Any, class_counts: Tensor) -> Tensor:
     logits, clean = net(x_adv), net(x)
     if options.fidelity == "released_code":
-        with torch.no_grad():  # the values are known, the running statistics move
+        with torch.no_grad():  # only updates the running statistics
             net(x)
             net(x_adv)
     divergence = kl(clean, logits, log_epsilon(options))

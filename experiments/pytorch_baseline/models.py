@@ -1,6 +1,6 @@
 """The networks of lt_adv.models in PyTorch: image [batch, channels, height, width] -> logits [batch, classes].
 
-The same layers under the same names, so that `weights` only has to turn kernels around.
+Layers and their names are the same, so `weights` only transposes kernels.
 """
 
 from collections.abc import Mapping
@@ -20,7 +20,9 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 def relu(x: Tensor) -> Tensor:
-    return F.relu(x, inplace=True)  # only ever of a sum or a batch norm, whose gradients do not need their result
+    return F.relu(
+        x, inplace=True
+    )  # safe: only applied to sums and batch norms, whose gradients do not need their outputs
 
 
 def pool(x: Tensor) -> Tensor:
@@ -60,7 +62,7 @@ class PreActivationBlock(nn.Module):
 
 
 class ResNet(nn.Module):
-    """Stem, stages of residual blocks and pooling; the batch norm outside the blocks stands where the blocks' do."""
+    """Stem, stages of residual blocks and pooling; the last batch norm comes after the stem or after the blocks."""
 
     def __init__(self, block: type[nn.Module], stem: int, widths: tuple[int, ...], blocks: int, channels: int):
         super().__init__()
@@ -100,7 +102,7 @@ class Cosine(nn.Module):
 
 
 def length(x: Tensor) -> Tensor:
-    """Euclidean length of each row, 1 for a row of zeros."""
+    """Returns the Euclidean length of each row, 1 for a row of zeros."""
     squares = (x * x).sum(-1, keepdim=True)
     return torch.where(squares > 0, squares, 1).sqrt()
 
@@ -117,32 +119,34 @@ class Classifier(nn.Module):
 
 
 def create(config: Mapping[str, Any], num_classes: int, channels: int = 3) -> Classifier:
-    """The network of `config.model`, in float32; its first weights come from torch's global generator.
+    """Returns the network of `config.model` in float32, initialised from torch's global generator.
 
-    Names, options, defaults and the errors about them are those of `lt_adv.models.create`, initial distributions too;
-    ValueError for a head that the twin does not have.
+    Names, options, defaults, initial distributions and errors are those of `lt_adv.models.create`.
+
+    Raises:
+        ValueError: the PyTorch baseline does not have the head.
     """
-    described = models.create(config, num_classes)
-    backbone = _backbone(described.backbone, channels)
-    return Classifier(backbone, _head(described.head, backbone.features, num_classes))
+    flax_model = models.create(config, num_classes)
+    backbone = _backbone(flax_model.backbone, channels)
+    return Classifier(backbone, _head(flax_model.head, backbone.features, num_classes))
 
 
-def _backbone(like: Any, channels: int) -> ResNet:
-    if isinstance(like, wide_resnet.WideResNet):
-        widths = (16 * like.width, 32 * like.width, 64 * like.width)
-        network = ResNet(PreActivationBlock, 16, widths, (like.depth - 4) // 6, channels)
+def _backbone(flax_backbone: Any, channels: int) -> ResNet:
+    if isinstance(flax_backbone, wide_resnet.WideResNet):
+        widths = (16 * flax_backbone.width, 32 * flax_backbone.width, 64 * flax_backbone.width)
+        network = ResNet(PreActivationBlock, 16, widths, (flax_backbone.depth - 4) // 6, channels)
         for module in network.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out")
         return network
-    # Convolutions stay as PyTorch makes them, U(+-1/sqrt(fan_in)).
-    block = PreActivationBlock if isinstance(like, resnet.PreActResNet18) else Block
+    # Convolutions keep PyTorch's default initialisation, U(+-1/sqrt(fan_in)).
+    block = PreActivationBlock if isinstance(flax_backbone, resnet.PreActResNet18) else Block
     return ResNet(block, resnet.WIDTHS[0], resnet.WIDTHS, 2, channels)
 
 
-def _head(like: Any, features: int, num_classes: int) -> nn.Module:
-    if isinstance(like, heads.Cosine):
-        return Cosine(features, num_classes, like.scale, like.gamma, like.eta)
-    if isinstance(like, heads.Linear):
-        return nn.Linear(features, num_classes, bias=like.use_bias)
-    raise ValueError(f"The PyTorch twin has linear and cosine heads, no {type(like).__name__}.")
+def _head(flax_head: Any, features: int, num_classes: int) -> nn.Module:
+    if isinstance(flax_head, heads.Cosine):
+        return Cosine(features, num_classes, flax_head.scale, flax_head.gamma, flax_head.eta)
+    if isinstance(flax_head, heads.Linear):
+        return nn.Linear(features, num_classes, bias=flax_head.use_bias)
+    raise ValueError(f"The PyTorch baseline has linear and cosine heads, not {type(flax_head).__name__}.")

@@ -1,4 +1,4 @@
-"""One training step in PyTorch, as the authors' code takes it and as well as we know how to in PyTorch."""
+"""One training step in PyTorch: as in the authors' code, and as fast as we can make it in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,29 +17,40 @@ from lt_adv.runtime import registry
 from lt_adv.training import optimizer, stage_builder
 
 SETTINGS = ("released", "tuned")
-# Entries of a config of which the twin has one value alone.
+# Config entries with only one supported value.
 FIXED = {"data.sampler": "uniform", "average.name": "none", "model.dropout": 0.0}
 
 
 class Trainer:
-    """Network, data and optimiser of `config` in PyTorch, `step` after `step`.
+    """Network, data and optimiser of `config` in PyTorch; `step()` trains on one batch.
 
-    released  eager and float32, every forward that the authors' code makes (`methods.RELEASED`), gradients of the
-              attack by torch.autograd.grad in a Python loop, torch.optim.SGD, PyTorch's own defaults (on a GPU these
+    released  eager and float32, every forward of the authors' code (`methods.RELEASED`), gradients of the
+              attack by torch.autograd.grad in a Python loop, torch.optim.SGD, PyTorch's defaults (on a GPU these
               allow TF32 in convolutions).
     tuned     each forward once, parameters frozen during the attack, attack gradient and loss through torch.compile,
-              fused SGD. On a GPU also channels_last, bfloat16 autocast around the backbone, TF32 for what is float32,
-              cudnn.benchmark, and the whole step as one CUDA graph. On a CPU autocast where config.model.dtype is
+              fused SGD. On a GPU also channels_last, bfloat16 autocast around the backbone, TF32 for float32,
+              cudnn.benchmark, and the full step as one CUDA graph. On a CPU autocast where config.model.dtype is
               "bfloat16".
 
-    Both keep the uint8 images on the device and draw, crop and flip there, which is kinder to PyTorch than the authors'
-    DataLoader on the host. Logits and losses are at least float32. Of dtypes in the config only model.dtype counts, as
-    said above, and "float64" for comparisons: all is float64 then. Random numbers are the twin's own: batches and
-    starts are not those of lt_adv.
+    Both keep the uint8 images on the device and draw, crop and flip there, which is faster than the authors' DataLoader
+    on the host. Logits and losses are at least float32. model.dtype is the only dtype of the config that is read: as
+    described above, and "float64" makes everything float64, for comparisons. Batches and starts are random and differ
+    from those of lt_adv.
 
-    `variables` are flax variables to start from, by default the twin's own of `seed`. `compiled=False` leaves
-    torch.compile and the CUDA graph out. Start the process with JAX_PLATFORMS=cpu: jax only evaluates the learning
-    rate here, and would take most of a GPU's memory for it. ValueError for a config that the twin does not have.
+    Start the process with JAX_PLATFORMS=cpu: jax only evaluates the learning rate, but would reserve most of the GPU's
+    memory.
+
+    Args:
+        config: a config of lt_adv.
+        split: the long-tailed data.
+        setting: "released" or "tuned".
+        device: "cpu" or "cuda".
+        variables: flax variables to start from; by default new weights from `seed`.
+        seed: of the weights, batches and starts.
+        compiled: False leaves out torch.compile and the CUDA graph.
+
+    Raises:
+        ValueError: the PyTorch baseline does not support the config.
     """
 
     def __init__(
@@ -54,15 +65,15 @@ class Trainer:
         compiled: bool = True,
     ):
         if setting not in SETTINGS:
-            raise registry.unknown("setting of the PyTorch twin:", setting, SETTINGS)
+            raise registry.unknown("setting of the PyTorch baseline:", setting, SETTINGS)
         self.options = options_of(config)
         self.device, self._tuned = torch.device(device), setting == "tuned"
         self.steps, self.steps_per_epoch = 0, stage_builder.steps_per_epoch(config, split, 1)
         self._rates = learning_rates(config, self.options, self.steps_per_epoch)
         self._radius = {"eps": config.attack.eps, "step_size": config.attack.step_size}
-        on_gpu, wide = self.device.type == "cuda", config.model.dtype == "float64"
-        dtype = torch.float64 if wide else torch.float32
-        self._autocast = self._tuned and not wide and (on_gpu or config.model.dtype == "bfloat16")
+        on_gpu, use_float64 = self.device.type == "cuda", config.model.dtype == "float64"
+        dtype = torch.float64 if use_float64 else torch.float32
+        self._autocast = self._tuned and not use_float64 and (on_gpu or config.model.dtype == "bfloat16")
         self._layout = torch.channels_last if self._tuned and on_gpu else torch.contiguous_format
         if self._tuned and on_gpu:
             torch.backends.cudnn.benchmark = True
@@ -78,7 +89,7 @@ class Trainer:
         self._generator = torch.Generator(self.device).manual_seed(seed)
         pad = config.data.pad if config.data.augment == "crop_flip" else 0
         self._batches = Batches(split.train, config.optim.batch_size, pad=pad, generator=self._generator, dtype=dtype)
-        # A rate that lives on the device can change under a CUDA graph; PyTorch's kernel wants it in float32.
+        # A CUDA graph sees changes of a rate only if it is on the device; PyTorch's kernel needs float32.
         rate = torch.tensor(self._rates[0], device=self.device) if self._tuned and on_gpu else self._rates[0]
         self._optimiser = torch.optim.SGD(
             self.model.parameters(),
@@ -90,7 +101,7 @@ class Trainer:
         )
         self._method = (methods.SHARED if self._tuned else methods.RELEASED)[config.method.name]
         self._target, self._objective, self._loss = self._attack_target, self._attack_objective, self._training_loss
-        self._update: Callable[..., Tensor] = self._ordinary_update
+        self._update: Callable[..., Tensor] = self._eager_update
         if self._tuned and compiled:
             self._target, self._objective, self._loss = (
                 torch.compile(part, fullgraph=True, dynamic=False)
@@ -100,13 +111,13 @@ class Trainer:
                 self._update = Graphed(self._update)
 
     def step(self) -> Tensor:
-        """One step on the next batch: its loss, on the device, without waiting for it."""
+        """Trains on the next batch and returns the loss on the device, without waiting for it."""
         image, label = self._batches.draw()
         noise = attack.starting_noise(image, self.options.attack_start, self._radius["eps"], self._generator)
         return self.step_on(image, label, noise)
 
     def step_on(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
-        """One step on images [b, c, h, w] in [0, 1] and labels [b]; the attack starts at `image + noise`."""
+        """Trains on images [b, c, h, w] in [0, 1] and labels [b]; the attack starts at `image + noise`."""
         rate = self._rates[min(self.steps, len(self._rates) - 1)]
         for group in self._optimiser.param_groups:
             if isinstance(group["lr"], Tensor):
@@ -118,19 +129,19 @@ class Trainer:
         return self._update(image, label, noise)
 
     def logits(self, image: Tensor) -> Tensor:
-        """Logits in evaluation mode, with the running statistics."""
+        """Returns logits in evaluation mode, with the running statistics."""
         self.model.eval()
         with torch.no_grad():
             return self._logits(image.contiguous(memory_format=self._layout))
 
     def variables(self) -> dict[str, Any]:
-        """The weights and running statistics as flax variables, numpy arrays."""
+        """Returns the weights and running statistics as flax variables of numpy arrays."""
         return weights.to_flax(self.model.state_dict())
 
     def _logits(self, x: Tensor) -> Tensor:
         if not self._autocast:
             return self.model(x)
-        # The cache would keep casts from one call to the next, which a CUDA graph must not see.
+        # The autocast cache would keep casts between calls, which breaks a CUDA graph.
         with torch.autocast(self.device.type, torch.bfloat16, cache_enabled=False):
             features = self.model.backbone(x)
         return self.model.head(features)
@@ -144,7 +155,7 @@ class Trainer:
     def _training_loss(self, image: Tensor, x_adv: Tensor, label: Tensor) -> Tensor:
         return self._method.loss(self._logits, image, x_adv, label, self.options, self._counts)
 
-    def _ordinary_update(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
+    def _eager_update(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
         self.model.eval().requires_grad_(not self._tuned)
         target = self._target(image, label)
         x_adv = attack.pgd(
@@ -161,8 +172,8 @@ class Trainer:
 class Graphed:
     """`update(*tensors) -> loss` as one CUDA graph.
 
-    The first three calls are ordinary ones on a side stream: they compile, choose algorithms and allocate what stays.
-    The fourth is recorded, which computes nothing, and from then on replayed. Shapes must stay the same.
+    The first three calls run eagerly on a side stream: they compile, choose algorithms and allocate buffers. The fourth
+    call records the graph, which computes nothing, and replays it, as all later calls do. Shapes must stay the same.
     """
 
     WARM_UP = 3
@@ -184,31 +195,37 @@ class Graphed:
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):
                 self._loss = self._run(*self._inputs)
-        for kept, new in zip(self._inputs, inputs, strict=True):
-            kept.copy_(new)
+        for buffer, new in zip(self._inputs, inputs, strict=True):
+            buffer.copy_(new)
         self._graph.replay()
         return self._loss.clone()
 
 
 def options_of(config: ml_collections.ConfigDict) -> Any:
-    """The method of lt_adv, whose fields are the hyper-parameters; ValueError for what the twin does not have."""
+    """Returns the method of lt_adv, whose fields are the hyper-parameters.
+
+    Raises:
+        ValueError: the PyTorch baseline does not support the config.
+    """
     name = config.method.name
     if name not in methods.SHARED:
-        raise registry.unknown("method of the PyTorch twin:", name, methods.SHARED)
+        raise registry.unknown("method of the PyTorch baseline:", name, methods.SHARED)
     for path, value in FIXED.items():
         section, entry = path.split(".")
-        if (found := config[section].get(entry, value)) != value:
-            raise ValueError(f"config.{path} = {found!r}: the PyTorch twin has {value!r} alone.")
+        if (actual := config[section].get(entry, value)) != value:
+            raise ValueError(f"config.{path} = {actual!r}: the PyTorch baseline supports only {value!r}.")
     if config.data.augment in augment.POLICIES:
-        raise ValueError(f"config.data.augment = {config.data.augment!r}: the PyTorch twin has crop_flip or none.")
+        raise ValueError(
+            f"config.data.augment = {config.data.augment!r}: the PyTorch baseline supports crop_flip and none."
+        )
     if config.addons:
-        raise ValueError(f"config.addons = {config.addons!r}: the PyTorch twin has none.")
+        raise ValueError(f"config.addons = {config.addons!r}: the PyTorch baseline supports none.")
     (stage,) = stage_builder.stages(config)
     return stage.method
 
 
 def learning_rates(config: ml_collections.ConfigDict, options: Any, steps_per_epoch: int) -> list[float]:
-    """The rate of every step of the run, from lt_adv's own schedule."""
+    """Returns the learning rate of every step of the run, from the schedule of lt_adv."""
     compounding = options.compounding_schedule and config.fidelity == "released_code"
     with jax.enable_x64(True):  # PyTorch takes the rate as a double
         rate = optimizer.schedule(config.optim, steps_per_epoch, config.optim.epochs, compounding)

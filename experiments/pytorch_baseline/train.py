@@ -1,15 +1,15 @@
-"""Trains a config in PyTorch, on the same images, for lt_adv's own evaluator.
+"""Trains a config in PyTorch on the same images; lt_adv evaluates the result.
 
     python -m experiments.pytorch_baseline.train --config=configs/robal.py:dataset=digits --workdir=workdirs/robal-torch
     python -m lt_adv.main --config=configs/robal.py:dataset=digits --workdir=workdirs/robal-torch --mode=eval
 
 --config, --config.x.y=z    as of lt_adv.main
---workdir=PATH              a new one; the stage in its report says that PyTorch trained, and how
+--workdir=PATH              a new folder; the stage in its report names PyTorch and the setting
 --setting=released|tuned    see experiments/pytorch_baseline/step.py [tuned]
---device=cpu|cuda           [cuda where there is one]
+--device=cpu|cuda           [cuda where available]
 
-A run that was interrupted begins anew, in another working directory. The running variances that are handed over are
-PyTorch's, which are unbiased: the network was trained with them.
+An interrupted run cannot be resumed: start again in another working directory. Checkpoints hold PyTorch's running
+variances, which are unbiased, as the network was trained with them.
 """
 
 import argparse
@@ -28,12 +28,12 @@ DEVICES = ("cpu", "cuda")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code: 0, or 2 after one line that begins with "Error:"."""
+    """Returns the exit code: 0, or 2 after one line that begins with "Error:"."""
     argv = list(sys.argv if argv is None else argv)
     if {"-h", "--help"} & set(argv[1:]):
         print(__doc__)
         return 0
-    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # it only writes checkpoints here; the GPU is PyTorch's
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX only writes checkpoints; the GPU is for PyTorch
     try:
         train(*parse(argv))
     except (ValueError, OSError, ImportError, FloatingPointError) as error:
@@ -46,35 +46,40 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def parse(argv: Sequence[str]) -> tuple[flags.Arguments, str, str]:
-    """(what lt_adv.main would be asked for, setting, device)"""
+    """Returns (arguments as of lt_adv.main, setting, device)."""
     try:
         import torch
     except ImportError:
-        raise ImportError("The PyTorch twin needs PyTorch: pip install '.[torch]'.") from None
+        raise ImportError("The PyTorch baseline needs PyTorch: pip install '.[torch]'.") from None
     from experiments.pytorch_baseline.step import SETTINGS
 
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     parser.add_argument("--setting", default="tuned")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     try:
-        mine, rest = parser.parse_known_args(list(argv[1:]))
+        options, rest = parser.parse_known_args(list(argv[1:]))
     except argparse.ArgumentError as error:
         raise ValueError(str(error)) from error
-    given = flags.parse([argv[0], *rest])
-    for what, value, choices in (("setting", mine.setting, SETTINGS), ("device", mine.device, DEVICES)):
+    arguments = flags.parse([argv[0], *rest])
+    for name, value, choices in (("setting", options.setting, SETTINGS), ("device", options.device, DEVICES)):
         if value not in choices:
-            raise registry.unknown(f"--{what}", value, choices)
-    if mine.device == "cuda" and not torch.cuda.is_available():
+            raise registry.unknown(f"--{name}", value, choices)
+    if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device=cuda: PyTorch sees no GPU here.")
     if not any(arg.lstrip("-").startswith("workdir") for arg in rest):
         raise ValueError("--workdir is missing: the default one is that of lt_adv.main.")
-    if given.mode != "train":
-        raise ValueError("The PyTorch twin only trains; python -m lt_adv.main --mode=eval evaluates.")
-    return given, mine.setting, mine.device
+    if arguments.mode != "train":
+        raise ValueError("The PyTorch baseline only trains; python -m lt_adv.main --mode=eval evaluates.")
+    return arguments, options.setting, options.device
 
 
-def train(given: flags.Arguments, setting: str, device: str) -> None:
-    """All epochs; FloatingPointError if the loss is no longer a number, ValueError for what cannot be trained."""
+def train(arguments: flags.Arguments, setting: str, device: str) -> None:
+    """Trains all epochs and writes checkpoints and metrics.
+
+    Raises:
+        FloatingPointError: the loss is not finite.
+        ValueError: the config or the working directory cannot be used.
+    """
     import torch
 
     from experiments.pytorch_baseline.step import Trainer
@@ -83,10 +88,10 @@ def train(given: flags.Arguments, setting: str, device: str) -> None:
     from lt_adv.training import metric_logging
     from lt_adv.training.checkpoint import Checkpoints
 
-    config, workdir = given.config, given.workdir
+    config, workdir = arguments.config, arguments.workdir
     schema.values(config)
     if (workdir / "checkpoints").exists():
-        raise ValueError(f"{workdir} has checkpoints, and the PyTorch twin resumes none: use another --workdir.")
+        raise ValueError(f"{workdir} has checkpoints, which the PyTorch baseline cannot resume: use another --workdir.")
     workdirs.compare(config, workdir, training=True)
     split = data.long_tailed(data.load(config.data), config.data)
     schema.fits(config, split, 1)
@@ -107,14 +112,14 @@ def train(given: flags.Arguments, setting: str, device: str) -> None:
         checkpoints = Checkpoints(workdir / "checkpoints" / "0_train", keep=config.checkpoint.keep)
         seconds = 0.0
         for epoch in range(1, epochs + 1):
-            began = time.perf_counter()
+            start = time.perf_counter()
             loss = float(torch.stack([trainer.step() for _ in range(per_epoch)]).mean())
-            taken = time.perf_counter() - began
-            seconds += taken
+            duration = time.perf_counter() - start
+            seconds += duration
             if not math.isfinite(loss):
                 raise FloatingPointError(f"The loss is {loss} in epoch {epoch}.")
             lines.add({"stage": meta["stage"], "step": trainer.steps, "epoch": epoch, "train/loss": loss})
-            rate = per_epoch * config.optim.batch_size / taken
+            rate = per_epoch * config.optim.batch_size / duration
             metric_logging.console.print(f"epoch {epoch}/{epochs}  {rate:,.0f} img/s  loss {loss:.3f}")
             if epoch == epochs or epoch % config.checkpoint.every_epochs == 0:
                 checkpoints.save(

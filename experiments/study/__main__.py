@@ -1,27 +1,27 @@
-"""Many methods, one budget, one table.
+"""Trains and evaluates many methods with one budget and tabulates the results.
 
     python -m experiments.study --rows=at,robal --seeds=0,1 --dataset=digits [--epochs=3] [--config.x.y=z ...]
     python -m experiments.study --preset=cpu --config.data.path=<folder with train/<class>/*.jpg, test/<class>/*.jpg>
 
---rows=...         rows of experiments/study/rows.py, or all of the preset [all]; a row that another one needs is run
-                   before it
+--rows=...         rows of experiments/study/rows.py, or all rows of the preset [all]; a row runs after the row that it
+                   starts from
 --seeds=0,1        [0, or the preset's]
 --dataset=NAME     as in dataset= of the configs [cifar10, or the preset's]
---epochs=10        of every row, fine-tuning apart [each config's own, or the preset's]
+--epochs=10        epochs of every row but the fine-tuned ones [those of each config, or of the preset]
 --preset=cpu       a budget: WRN-10-1, images of 16 x 16, 10 epochs, 1,000 test images
---preset=ablation  the same budget for our own choices, and 1,000 validation images: the test set is not seen
---config.x.y=z     another value for an entry of all configs
---scales=0.1,1,10  scales of the logits at which PGD-20 is swept on the first seed, or none [all of sweep.py]
---autoattack=30    images of each class that AutoAttack is run on, for the first seed, or none [none]
---baseline=at      the row that the others are held against, for the first seed: is a gain over it real? [none]
---name=NAME        of the study [that of the preset or data set]
---workdirs=PATH    where the runs are [workdirs/<name>]
---out=PATH         where the results are [experiments/results]
+--preset=ablation  the same budget for the choices of our recipe, on 1,000 validation images instead of the test set
+--config.x.y=z     overrides an entry in all configs
+--scales=0.1,1,10  PGD-20 on logits multiplied by these scales, for the first seed, or none [all of sweep.py]
+--autoattack=30    images per class for AutoAttack, for the first seed, or none [none]
+--baseline=at      checks each gain over this row for gradient masking, for the first seed [none]
+--name=NAME        name of the study [that of the preset or data set]
+--workdirs=PATH    folder of the working directories [workdirs/<name>]
+--out=PATH         folder of the results [experiments/results]
 
-Each run is a process of lt_adv.main that writes to <workdirs>/<row>-seed<n>-<part>.log. The same command goes on where
-it was stopped; what is finished is not run again. <out>/<name> gets a result per run, table.md, table.json and plots.
-What fails is recorded with its reason, the rest goes on, and the exit code is 1 at the end; 2, after one line, for
-arguments that cannot be meant.
+Each run is a process of lt_adv.main that logs to <workdirs>/<row>-seed<n>-<part>.log. The same command resumes a
+stopped study without repeating finished runs. <out>/<name> gets one result per run, table.md, table.json and plots. A
+failure is recorded with its reason, the remaining runs continue, and the exit code is 1. Invalid arguments give one
+line and exit code 2.
 """
 
 import argparse
@@ -32,17 +32,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments import tables as readme
 from experiments.benchmark import record
 from experiments.options import Parser, name, one_of, positive, some
 from experiments.study import findings, jobs, summary, sweep, tables
 from experiments.study.rows import PRESETS, ROWS, with_bases
+from experiments.tables import CONFIGS, RESULTS, fields
 from lt_adv.cli import flags
 from lt_adv.evaluation.report import table
 from lt_adv.main import one_line
 from lt_adv.runtime import atomic_io, registry
-
-RESULTS = readme.RESULTS
 
 
 def seed(text: str) -> int:
@@ -60,7 +58,11 @@ def images(text: str) -> int:
 
 
 def parse(argv: Sequence[str]) -> jobs.Study:
-    """What the command line asks for; ValueError of one line for what is not clear."""
+    """Returns the study that the command line describes.
+
+    Raises:
+        ValueError: one line, for an invalid command line.
+    """
     parser = Parser(prog="python -m experiments.study", allow_abbrev=False, add_help=False)
     parser.add_argument("--rows", type=some(one_of("row", [*ROWS, "all"])), default=["all"])
     parser.add_argument("--seeds", type=some(seed))
@@ -74,16 +76,16 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     parser.add_argument("--workdirs", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
     options, overrides = parser.parse_known_args(argv)
-    for given in overrides:
-        if not re.match(flags.OVERRIDE, given):
+    for argument in overrides:
+        if not re.match(flags.OVERRIDE, argument):
             known = [f"--{option}" for option in vars(options)]
-            raise registry.unknown("option", given.partition("=")[0], [*known, "--config.x.y=z"])
+            raise registry.unknown("option", argument.partition("=")[0], [*known, "--config.x.y=z"])
     preset = PRESETS.get(options.preset)
-    everything = preset and preset.rows or tuple(row for row in ROWS if not ROWS[row].varies)
-    title = options.name or options.preset or options.dataset or "cifar10"
+    all_rows = preset and preset.rows or tuple(row for row in ROWS if not ROWS[row].varies)
+    study_name = options.name or options.preset or options.dataset or "cifar10"
     return jobs.Study(
-        name=title,
-        rows=tuple(everything if "all" in options.rows else options.rows),
+        name=study_name,
+        rows=tuple(all_rows if "all" in options.rows else options.rows),
         seeds=tuple(options.seeds or (preset.seeds if preset else (0,))),
         dataset=options.dataset or (preset.dataset if preset else "cifar10"),
         epochs=options.epochs or (preset.epochs if preset else None),
@@ -91,50 +93,51 @@ def parse(argv: Sequence[str]) -> jobs.Study:
         scales=tuple(sorted(options.scales)),
         autoattack=options.autoattack,
         baseline=options.baseline or "",
-        workdirs=options.workdirs or Path("workdirs") / title,
+        workdirs=options.workdirs or Path("workdirs") / study_name,
         out=options.out,
     )
 
 
 def check(study: jobs.Study) -> None:
-    """ValueError where not one of the rows can be what is asked for; a row that cannot alone fails alone."""
+    """Raises ValueError if no row has a valid config; a single invalid row fails later, when it runs."""
     import jax
 
     from lt_adv.cli import schema
 
-    jax.config.update("jax_platforms", "cpu")  # of this process: devices belong to the runs
-    refused = []
+    jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to the runs
+    errors = []
     for row in with_bases(study.rows):
         try:
             schema.values(flags.parse(jobs.command(study, jobs.Job(row, study.seeds[0], study.part))[1:]).config)
             return
         except ValueError as error:
-            refused.append(f"row {row}: {error}")
-    raise ValueError(refused[0])
+            errors.append(f"row {row}: {error}")
+    raise ValueError(errors[0])
 
 
 def tabulate(study: jobs.Study) -> dict[str, Any]:
-    """Write table.json and table.md of all that there is; returns the summary."""
-    claims = {path.stem: readme.fields(path).get("Expected", "") for path in readme.CONFIGS.glob("*.py")}
-    main, *beside = (jobs.results(study, part) for part in (study.part, jobs.SWEEP, jobs.AUTOATTACK, jobs.VERDICT))
-    sweeps, autoattack, verdicts = beside
+    """Writes table.json and table.md from all results; returns the summary."""
+    claims = {path.stem: fields(path).get("Expected", "") for path in CONFIGS.glob("*.py")}
+    parts = (study.part, jobs.SWEEP, jobs.AUTOATTACK, jobs.VERDICT)
+    results, sweeps, autoattack, verdicts = (jobs.results(study, part) for part in parts)
     failed = jobs.failures(study)
-    made = {"study": study.name, **summary.summarise(main, sweeps, failed, claims, autoattack, verdicts)}
-    record.write(study.folder / "table.json", made)
-    pictures = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
-    found = [tables.all_images(made), *tables.slices(made), *tables.verdicts(made), *findings.tables(made)]
-    text = tables.page(made, found, pictures)
+    data = {"study": study.name, **summary.summarise(results, sweeps, failed, claims, autoattack, verdicts)}
+    record.write(study.folder / "table.json", data)
+    plot_links = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
+    blocks = [tables.all_images(data), *tables.slices(data), *tables.verdicts(data), *findings.tables(data)]
+    text = tables.page(data, blocks, plot_links)
     atomic_io.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
-    return made
+    return data
 
 
-def draw(study: jobs.Study, made: dict[str, Any]) -> None:
+def draw(study: jobs.Study, data: dict[str, Any]) -> None:
+    """Writes the plots of a summary."""
     from experiments.study import plots  # imports jax
     from lt_adv.evaluation.plots import png
 
     folder = study.folder / "plots"
     folder.mkdir(parents=True, exist_ok=True)
-    for file, figure in plots.draw(made).items():
+    for file, figure in plots.draw(data).items():
         (folder / f"{file}.png").write_bytes(png(figure))
 
 
@@ -149,7 +152,7 @@ def main(argv: Sequence[str]) -> int:
         print("Error:", one_line(error), file=sys.stderr)
         return 2
     try:
-        for folder in (study.workdirs, study.folder):  # now, and not after the first run
+        for folder in (study.workdirs, study.folder):  # fails before the first run
             folder.mkdir(parents=True, exist_ok=True)
         return run(study)
     except OSError as error:
@@ -158,23 +161,23 @@ def main(argv: Sequence[str]) -> int:
 
 
 def run(study: jobs.Study) -> int:
-    """Run what is left, and show all that there is; the exit code."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # stopped as by Ctrl-C: what is there is shown
-    code, left = 0, len(jobs.due(study))
-    print(f"{left} of {len(study.jobs())} runs are left.", flush=True)
+    """Runs the remaining jobs and writes tables and plots; returns the exit code."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
+    code, remaining = 0, len(jobs.remaining_jobs(study))
+    print(f"{remaining} of {len(study.jobs())} runs to do.", flush=True)
     try:
         for job, reason in jobs.run(study):
             print(f"{job}: {reason or 'done'}", flush=True)
             code = code or int(reason is not None)
             tabulate(study)
     except KeyboardInterrupt:
-        print("Stopped: the same command goes on.", file=sys.stderr)
+        print("Stopped: the same command resumes.", file=sys.stderr)
         code = 130
-    made = tabulate(study)
-    if made["rows"]:
-        draw(study, made)
-        tabulate(study)  # with the pictures
-    print(table(*tables.all_images(made)))
+    data = tabulate(study)
+    if data["rows"]:
+        draw(study, data)
+        tabulate(study)  # again, with the plots
+    print(table(*tables.all_images(data)))
     print(study.folder / "table.md")
     return code
 

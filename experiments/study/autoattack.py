@@ -1,4 +1,4 @@
-"""Another config, whose AutoAttack follows the radius of its pgd20.
+"""Wraps another config: AutoAttack at the radius of its pgd20.
 
 python -m lt_adv.main --mode=eval --config=experiments/study/autoattack.py:configs/at.py:dataset=digits
     --config.eval.only="('autoattack',)" --workdir=...

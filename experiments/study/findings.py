@@ -1,15 +1,15 @@
-"""What the papers found, and what we claim, looked for in a study's summary: held, not held, or undecided."""
+"""Checks claims of the papers and our own against the summary of a study: held, not held or undecided."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 Rows = Mapping[str, Mapping[str, Any]]
-Finding = tuple[str, str, str]  # the claim, what was measured, the verdict
+Finding = tuple[str, str, str]  # (claim, measurement in words, verdict)
 
 BASELINE, OURS, WORST = "at", "lt_adv", "eval/worst/accuracy"
 RESCALING = ("cdt", "posthoc_cdt", "tau_norm")
-LONG_TAIL = (  # methods of long-tailed recognition put on AT: those of RoBal's study
+LONG_TAIL = (  # methods of long-tailed recognition combined with AT, as in the study of RoBal
     *("cosine", "margin", "ldam", "cdt", "logit_adjustment", "focal", "class_balanced_focal", "resampling"),
     *("deferred_reweighting", "deferred_margin", "finetune_resampling", "finetune_reweighting", "lws"),
     *("posthoc_cdt", "tau_norm", "posthoc_logit_adjustment", "tde"),
@@ -17,37 +17,40 @@ LONG_TAIL = (  # methods of long-tailed recognition put on AT: those of RoBal's 
 
 
 def findings(summary: Mapping[str, Any]) -> list[Finding]:
-    """A claim whose rows were not all measured is left out; of a family, the rows that were count."""
+    """Returns the findings of a summary; a claim about missing rows is left out, a family counts its measured rows."""
     rows: Rows = summary["rows"]
     if BASELINE not in rows:
         return []
     images, classes = summary["about"]["images"], len(rows[BASELINE]["classes"])
-    whole, tail = Noise(images), Noise(images * (classes // 3) / classes)  # as the tail is the last third
-    found: list[Finding | None] = [
-        easy(rows),
-        rescaled(rows),
-        boundary(rows),
-        above(rows, whole, "robal", "RoBal-N is the most robust of the study's methods", WORST),
-        above(rows, tail, "robal", "RoBal-N has the most robust tail of the study's methods", f"{WORST}_tail"),
-        lifts(rows, tail, "reat", "REAT lifts the tail above AT-BSL"),
-        lifts(rows, tail, "self_distillation", "The self-teacher lifts the tail above AT-BSL"),
-        best(rows, whole, "Our recipe is the most robust of all rows", WORST),
-        best(rows, tail, "Our recipe has the most robust tail of all rows", f"{WORST}_tail"),
+    overall, tail = Noise(images), Noise(images * (classes // 3) / classes)  # the tail is the last third of the classes
+    candidates: list[Finding | None] = [
+        natural_gains_exceed_robust(rows),
+        rescaling_gains_only_under_pgd(rows),
+        natural_error_becomes_boundary_error(rows),
+        exceeds_long_tail_methods(rows, overall, "robal", "RoBal-N is the most robust of the study's methods", WORST),
+        exceeds_long_tail_methods(
+            rows, tail, "robal", "RoBal-N has the most robust tail of the study's methods", f"{WORST}_tail"
+        ),
+        lifts_tail_above_at_bsl(rows, tail, "reat", "REAT lifts the tail above AT-BSL"),
+        lifts_tail_above_at_bsl(rows, tail, "self_distillation", "The self-teacher lifts the tail above AT-BSL"),
+        exceeds_all_rows(rows, overall, "Our recipe is the most robust of all rows", WORST),
+        exceeds_all_rows(rows, tail, "Our recipe has the most robust tail of all rows", f"{WORST}_tail"),
     ]
-    return [finding for finding in found if finding]
+    return [finding for finding in candidates if finding]
 
 
 class Noise:
-    """Two standard errors of the difference of two accuracies over `images` images, taken as independent."""
+    """Compares accuracies over `images` images; differences below two standard errors are undecided."""
 
     def __init__(self, images: float):
         self.images = images
 
-    def verdict(self, mine: float, other: float, seeds: int) -> str:
-        variance = (mine * (1 - mine) + other * (1 - other)) / max(self.images * seeds, 1)
-        if abs(mine - other) <= 2 * math.sqrt(variance):
+    def verdict(self, accuracy: float, other: float, seeds: int) -> str:
+        """Returns whether `accuracy` exceeds `other`; both are taken as independent."""
+        variance = (accuracy * (1 - accuracy) + other * (1 - other)) / max(self.images * seeds, 1)
+        if abs(accuracy - other) <= 2 * math.sqrt(variance):
             return "undecided"
-        return "held" if mine > other else "not held"
+        return "held" if accuracy > other else "not held"
 
 
 def mean(rows: Rows, name: str, metric: str) -> float:
@@ -55,17 +58,19 @@ def mean(rows: Rows, name: str, metric: str) -> float:
 
 
 def gain(rows: Rows, name: str, metric: str) -> float:
-    """Over the baseline, in points."""
+    """Returns the gain over the baseline in percentage points."""
     return 100 * (mean(rows, name, metric) - mean(rows, BASELINE, metric))
 
 
 def measured(rows: Rows, names: Sequence[str], *metrics: str) -> list[str]:
-    """Those of `names` that have these metrics; none of them where the baseline has not."""
-    there = [name for name in (BASELINE, *names) if name in rows and all(m in rows[name]["figures"] for m in metrics)]
-    return there[1:] if BASELINE in there else []
+    """Returns those of `names` that have these metrics, or none if the baseline lacks one."""
+    complete = [
+        name for name in (BASELINE, *names) if name in rows and all(m in rows[name]["figures"] for m in metrics)
+    ]
+    return complete[1:] if BASELINE in complete else []
 
 
-def easy(rows: Rows) -> Finding | None:
+def natural_gains_exceed_robust(rows: Rows) -> Finding | None:
     metrics = ("eval/clean/accuracy", WORST)
     if not (names := measured(rows, LONG_TAIL, *metrics)):
         return None
@@ -79,8 +84,8 @@ def easy(rows: Rows) -> Finding | None:
     return "Natural accuracy is easy to gain, robust accuracy is not", text, "held" if held else "not held"
 
 
-def rescaled(rows: Rows) -> Finding | None:
-    """Only what gains under PGD can be called unreal: no such gain, no verdict on it."""
+def rescaling_gains_only_under_pgd(rows: Rows) -> Finding | None:
+    """Undecided unless some row gains under PGD."""
     names = measured(rows, RESCALING, "eval/pgd20/accuracy", "eval/cw20/accuracy", WORST)
     if not names:
         return None
@@ -94,7 +99,7 @@ def rescaled(rows: Rows) -> Finding | None:
     return "Temperatures and rescaled classifiers gain under PGD only", "; ".join(parts), verdict
 
 
-def boundary(rows: Rows) -> Finding | None:
+def natural_error_becomes_boundary_error(rows: Rows) -> Finding | None:
     metrics = ("eval/natural_error", "eval/boundary_error")
     names = [name for name in measured(rows, LONG_TAIL, *metrics) if gain(rows, name, metrics[0]) < 0]
     if not names:
@@ -107,7 +112,7 @@ def boundary(rows: Rows) -> Finding | None:
     return claim, text, "held" if 2 * up > len(names) and edge > 0 else "not held"
 
 
-def above(rows: Rows, noise: Noise, name: str, claim: str, metric: str) -> Finding | None:
+def exceeds_long_tail_methods(rows: Rows, noise: Noise, name: str, claim: str, metric: str) -> Finding | None:
     others = measured(rows, LONG_TAIL, metric)
     if not others or name not in measured(rows, [name], metric):
         return None
@@ -115,14 +120,14 @@ def above(rows: Rows, noise: Noise, name: str, claim: str, metric: str) -> Findi
     return claim, *_against(rows, noise, name, best, metric)
 
 
-def best(rows: Rows, noise: Noise, claim: str, metric: str) -> Finding | None:
+def exceeds_all_rows(rows: Rows, noise: Noise, claim: str, metric: str) -> Finding | None:
     names = measured(rows, [name for name in rows if name not in (OURS, BASELINE)], metric)
     if not measured(rows, [OURS], metric):
         return None
-    return claim, *_against(rows, noise, OURS, max([BASELINE, *names], key=lambda it: mean(rows, it, metric)), metric)
+    return claim, *_against(rows, noise, OURS, max([BASELINE, *names], key=lambda row: mean(rows, row, metric)), metric)
 
 
-def lifts(rows: Rows, noise: Noise, name: str, claim: str) -> Finding | None:
+def lifts_tail_above_at_bsl(rows: Rows, noise: Noise, name: str, claim: str) -> Finding | None:
     metric = f"{WORST}_tail"
     if len(measured(rows, [name, "at_bsl"], metric)) < 2:
         return None
@@ -130,12 +135,12 @@ def lifts(rows: Rows, noise: Noise, name: str, claim: str) -> Finding | None:
 
 
 def _against(rows: Rows, noise: Noise, name: str, other: str, metric: str) -> tuple[str, str]:
-    mine, theirs = mean(rows, name, metric), mean(rows, other, metric)
-    text = f"worst case {100 * mine:.1f}, {rows[other]['title']} {100 * theirs:.1f}"
-    return text, noise.verdict(mine, theirs, min(len(rows[name]["seeds"]), len(rows[other]["seeds"])))
+    accuracy, other_accuracy = mean(rows, name, metric), mean(rows, other, metric)
+    text = f"worst case {100 * accuracy:.1f}, {rows[other]['title']} {100 * other_accuracy:.1f}"
+    return text, noise.verdict(accuracy, other_accuracy, min(len(rows[name]["seeds"]), len(rows[other]["seeds"])))
 
 
 def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]], int]]:
-    """One of all findings, its columns set left; none where there is no finding."""
+    """Returns the table of all findings with its number of left-aligned columns, or nothing without a finding."""
     rows = [list(finding) for finding in findings(summary)]
     return [(["Claim", "Measured here, in points", "Verdict"], rows, 3)] if rows else []

@@ -1,4 +1,4 @@
-"""Pictures of a study, from its summary alone, in the style of a report's."""
+"""Plots of a study's summary, in the style of a report."""
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,26 +17,27 @@ from lt_adv.evaluation.plots import ACCENT, DARK, INK, LIGHT, MIDDLE, PALE, SOFT
 from lt_adv.evaluation.records import CLEAN, WORST
 
 BASELINE = "at"
-COLUMNS = 5  # of small panels
+COLUMNS = 5  # of small panels in a figure
 GROUPS = {"": "all", "_head": "head", "_body": "body", "_tail": "tail"}
-STRONGEST = ("autoattack", WORST)  # the first that all rows have
+STRONGEST = ("autoattack", WORST)  # by preference; the first that all rows have is plotted
 
 Rows = Mapping[str, Mapping[str, Any]]
 
 
 def draw(summary: Mapping[str, Any]) -> dict[str, Figure]:
-    """File name -> picture; the sweep is left out where there was none."""
+    """Returns file name -> figure, without that of the sweep if no row was swept."""
     rows = summary["rows"]
     drawn = {"robustness": robustness(rows), "classes": classes(rows), "errors": errors(rows)}
     return drawn | ({"logit_scale": scales(rows)} if any(row["scales"] for row in rows.values()) else {})
 
 
 def strongest(rows: Rows) -> str:
+    """Returns the strongest attack that all rows have."""
     return next(c for c in STRONGEST if all(f"eval/{c}/accuracy" in row["figures"] for row in rows.values()))
 
 
 def robustness(rows: Rows) -> Figure:
-    """Clean accuracy against that under the strongest attack, over all classes and over the tail; a point per row."""
+    """Plots accuracy under the strongest attack against clean accuracy, for all classes and for the tail."""
     attack = strongest(rows)
     metrics = {"all classes": "accuracy"}
     if all(f"eval/{attack}/accuracy_tail" in row["figures"] for row in rows.values()):
@@ -62,7 +63,7 @@ def robustness(rows: Rows) -> Figure:
         kinds["another row's network, adjusted"] = "white"
     point = {"marker": "o", "markersize": 5, "color": DARK, "linestyle": ""}
     _legend(figure, [Line2D([], [], label=kind, markerfacecolor=fill, **point) for kind, fill in kinds.items()])
-    figure.canvas.draw()  # the layout is settled: labels can be placed
+    figure.canvas.draw()  # computes the layout, which the labels need
     figure.set_layout_engine("none")
     for axes, metric in zip(panels, metrics.values(), strict=True):
         points = {
@@ -74,30 +75,30 @@ def robustness(rows: Rows) -> Figure:
 
 
 def _label(axes: Axes, points: Mapping[str, Sequence[float]]) -> None:
-    """A name beside each point, where it covers the least of other names and points; further off, with a line to it."""
+    """Labels each point where the label covers the least of other labels and points; distant labels get a line."""
     places = {name: axes.transData.transform(point) for name, point in points.items()}
-    taken = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
+    occupied = [Bbox.from_bounds(x - 5, y - 5, 10, 10) for x, y in places.values()]
     frame, pixels = axes.get_window_extent(), axes.get_figure().dpi / 72
     for name in sorted(points, key=lambda name: -points[name][1]):
         probe = axes.annotate(name, points[name], fontsize=7.5)
         size = probe.get_window_extent()
         probe.remove()
-        tried = []
+        candidates = []
         for distance, angle in itertools.product((6, 14, 26, 42, 62, 86), np.arange(0, 2 * np.pi, np.pi / 12)):
             shift = np.array([size.width / 2 + distance * pixels, size.height / 2 + distance * pixels])
             centre = places[name] + shift * [np.cos(angle), np.sin(angle)]
             box = Bbox.from_bounds(centre[0] - size.width / 2, centre[1] - size.height / 2, size.width, size.height)
-            covered = sum(_overlap(box, other) for other in taken) + size.width * size.height - _overlap(box, frame)
-            tried.append((covered, distance, box))
+            covered = sum(_overlap(box, other) for other in occupied) + size.width * size.height - _overlap(box, frame)
+            candidates.append((covered, distance, box))
             if covered < 1:
                 break
-        _, distance, box = min(tried, key=lambda it: it[:2])
+        _, distance, box = min(candidates, key=lambda candidate: candidate[:2])
         offset = (np.array([(box.x0 + box.x1) / 2, (box.y0 + box.y1) / 2]) - places[name]) / pixels
         axes.annotate(
             name, points[name], offset, textcoords="offset points", ha="center", va="center", fontsize=7.5, color=INK,
             arrowprops={"arrowstyle": "-", "color": PALE, "linewidth": 0.6} if distance > 6 else None,
         )  # fmt: skip
-        taken.append(box)
+        occupied.append(box)
 
 
 def _overlap(a: Bbox, b: Bbox) -> float:
@@ -106,7 +107,7 @@ def _overlap(a: Bbox, b: Bbox) -> float:
 
 
 def classes(rows: Rows) -> Figure:
-    """Accuracy by class, from the most frequent one: clean and worst case of each row, the baseline's beside them."""
+    """Plots accuracy by class, the most frequent first: clean and worst case of each row and of the baseline."""
 
     def panel(axes: Axes, row: Mapping[str, Any], baseline: Mapping[str, Any]) -> None:
         for condition, colour in ((CLEAN, MIDDLE), (WORST, DARK)):
@@ -122,7 +123,7 @@ def classes(rows: Rows) -> Figure:
 
 
 def scales(rows: Rows) -> Figure:
-    """PGD-20 on rescaled logits: where the line falls below its value at scale 1, that value was no robustness."""
+    """Plots PGD-20 on rescaled logits: a line below its value at scale 1 shows gradient masking by the scale."""
     swept = {name: row for name, row in rows.items() if row["scales"]}
     attack = strongest(swept)
 
@@ -146,8 +147,8 @@ def _baseline(rows: Rows) -> Mapping[str, Any]:
 
 
 def _panels(rows: Rows, panel: Callable[..., None], text: str, words: Sequence[tuple[str, str]]) -> Figure:
-    """A small panel per row, all to one scale, in lines of COLUMNS."""
-    columns = min(COLUMNS, max(len(rows), 3))  # room for the title
+    """Draws a small panel per row with shared axes, COLUMNS in a line."""
+    columns = min(COLUMNS, max(len(rows), 3))  # at least three, to fit the title
     lines = -(-len(rows) // columns)
     figure = blank(2.5 * columns, 0.5 + 1.9 * lines)
     grid = list(figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flat)
@@ -156,7 +157,7 @@ def _panels(rows: Rows, panel: Callable[..., None], text: str, words: Sequence[t
         style(axes)
         axes.tick_params(labelsize=7)
         if axes in grid[len(rows) - columns : len(rows)]:
-            axes.tick_params(labelbottom=True)  # nothing stands below
+            axes.tick_params(labelbottom=True)  # the last panel of its column
         axes.set_title(row["title"], loc="left", fontsize=8.5, color=INK)
     for axes in grid[len(rows) :]:
         axes.set_axis_off()
@@ -172,9 +173,9 @@ def _legend(figure: Figure, handles: Sequence[Artist]) -> None:
 
 
 def errors(rows: Rows) -> Figure:
-    """Natural and boundary error of each row, stacked to the robust error: over all images, and for each group."""
-    everywhere = set.intersection(*(set(row["figures"]) for row in rows.values()))
-    groups = {group: word for group, word in GROUPS.items() if f"eval/natural_error{group}" in everywhere}
+    """Plots natural and boundary error of each row, stacked to the robust error, for all images and each group."""
+    common = set.intersection(*(set(row["figures"]) for row in rows.values()))
+    groups = {group: word for group, word in GROUPS.items() if f"eval/natural_error{group}" in common}
     figure = blank(2 + 2.6 * len(groups), 1.2 + 0.27 * len(rows))
     panels = figure.subplots(1, len(groups), sharey=True, squeeze=False)[0]
     for axes, (group, word) in zip(panels, groups.items(), strict=True):

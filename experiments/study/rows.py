@@ -1,4 +1,4 @@
-"""The rows of the study, and its presets. Every file of configs/ has a row here, which a test asserts."""
+"""The rows and presets of the study. A test asserts that every file of configs/ has a row."""
 
 import dataclasses
 import re
@@ -7,16 +7,22 @@ from collections.abc import Iterable
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """A line of the table: a file of configs/ with arguments and overrides.
+    """A row of the table: a file of configs/ with arguments and overrides.
 
-    One that `evaluates` looks at the network of its `base`, another row, in its own way. Any other one with a base is
-    trained from that network: "{base}" in its arguments is the working directory. `share` of the study's epochs are its
-    own; 0 leaves it the number of its config. One that `varies` another differs from it in one choice, which is ours.
+    Attributes:
+        title: first column of the table.
+        config: file of configs/ without ".py".
+        arguments: arguments of the config, besides dataset and epochs. "{base}" is the working directory of `base`.
+        overrides: flags of the form --config.x.y=z.
+        base: row whose network this row starts from.
+        evaluates: the row only evaluates the network of `base`, with its adjustment; it trains nothing.
+        share: share of the study's epochs; 0 keeps the number of the config.
+        varies: row from which this one differs in one choice of ours.
     """
 
     title: str
     config: str
-    arguments: str = ""  # beside dataset and epochs
+    arguments: str = ""
     overrides: tuple[str, ...] = ()
     base: str | None = None
     evaluates: bool = False
@@ -25,7 +31,7 @@ class Row:
 
     @property
     def published(self) -> bool:
-        """Whether it is what its config's docstring speaks of."""
+        """Whether the published numbers in the docstring of the config are about this row."""
         return self.varies is None and not any("config.addons" in override for override in self.overrides)
 
 
@@ -33,7 +39,7 @@ def posthoc(title: str, adjustment: str) -> Row:
     return Row(title, "posthoc", f"adjustment={adjustment}", base="at", evaluates=True)
 
 
-def tuned(title: str, config: str) -> Row:
+def fine_tuned(title: str, config: str) -> Row:
     return Row(title, config, "baseline={base}", base="at", share=0)
 
 
@@ -55,13 +61,13 @@ ROWS = {
     "logit_adjustment": Row("Logit adjustment", "logit_adjustment"),
     "focal": Row("Focal", "focal"),
     "class_balanced_focal": Row("Class-balanced focal", "class_balanced_focal"),
-    "resampling": Row("Re-sampling", "resampling", share=25 / 80),  # its epochs are longer
+    "resampling": Row("Re-sampling", "resampling", share=25 / 80),  # its epochs have more steps
     "deferred_reweighting": Row("Deferred re-weighting", "deferred_reweighting"),
     "deferred_margin": Row("Deferred margin", "deferred_margin"),
     # by fine-tuning
-    "finetune_resampling": tuned("Re-sampling, fine-tuned", "finetune_resampling"),
-    "finetune_reweighting": tuned("Re-weighting, fine-tuned", "finetune_reweighting"),
-    "lws": tuned("LWS, fine-tuned", "lws"),
+    "finetune_resampling": fine_tuned("Re-sampling, fine-tuned", "finetune_resampling"),
+    "finetune_reweighting": fine_tuned("Re-weighting, fine-tuned", "finetune_reweighting"),
+    "lws": fine_tuned("LWS, fine-tuned", "lws"),
     # at inference
     "posthoc_cdt": posthoc("CDT, post hoc", "cdt"),
     "tau_norm": posthoc("Tau-normalisation", "tau_norm"),
@@ -82,19 +88,19 @@ ROWS = {
 
 
 def variants(of: str, **choices: Iterable[object]) -> dict[str, Row]:
-    """Rows that differ from the row `of` in one entry of its config: method__temperature=(1.0, 2.0) is two of them."""
-    row, found = ROWS[of], {}
+    """Returns rows that differ from `of` in one config entry: method__temperature=(1.0, 2.0) gives two rows."""
+    row, variant_rows = ROWS[of], {}
     for path, values in choices.items():
         option = path.removesuffix("__name").rpartition("__")[2]
         for value in values:
             override = f"--config.{path.replace('__', '.')}={value}".replace(" ", "")
             title = f"{row.title}, {option.replace('_', ' ')} {value}"
             name = re.sub(r"[^\w.]", "", f"{of}_{option}_{value}")
-            found[name] = dataclasses.replace(row, title=title, overrides=(*row.overrides, override), varies=of)
-    return found
+            variant_rows[name] = dataclasses.replace(row, title=title, overrides=(*row.overrides, override), varies=of)
+    return variant_rows
 
 
-# What the papers, and our own recipe, leave open: each a choice by the validation split of the preset "ablation".
+# Hyper-parameters that the papers leave open and those of our recipe, chosen on the validation split of "ablation".
 ABLATIONS = {
     **variants(
         "self_distillation",
@@ -121,9 +127,9 @@ ROWS |= ABLATIONS
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """What a study is asked for where the command line says nothing else; its overrides come before given ones.
+    """Defaults of the command line; its overrides come before those of the command line.
 
-    No `rows`: all that vary no other one.
+    Without `rows`, all rows but the variants.
     """
 
     dataset: str
@@ -134,8 +140,8 @@ class Preset:
 
 
 ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa")
-# One network, optimiser and radius for all rows, at half the size of the images. What belongs to a method stays its
-# own: the start of its attack, when the learning rate drops, and the epochs of a teacher, which come on top.
+# One network, optimiser and radius for all rows, with images of half the size. Methods keep the start of their attack,
+# the epochs in which the learning rate drops, and the additional epochs of a teacher.
 CPU = (
     "--config.data.name=image_folder",
     "--config.data.title=CIFAR-10-LT (JPEG copy, 16 x 16)",
@@ -172,7 +178,7 @@ PRESETS = {
 
 
 def with_bases(names: Iterable[str]) -> tuple[str, ...]:
-    """The rows in the order they were asked for, each after the row that it needs."""
+    """Returns `names` in their order, each after the row that it starts from."""
     ordered: dict[str, None] = {}
 
     def add(name: str) -> None:

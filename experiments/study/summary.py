@@ -1,4 +1,4 @@
-"""What the results of a study say: plain data, from which tables and plots are made."""
+"""Summarises the results of a study as plain data, for tables and plots."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,23 @@ def summarise(
     autoattack: Results | None = None,
     verdicts: Results | None = None,
 ) -> dict:
-    """`published`: what each config expects. Beside the results: `autoattack`, on fewer images, and `verdicts` on a
-    gain over a baseline. Accuracies and errors are in [0, 1]; curves are means over the seeds."""
+    """Returns the summary of a study.
+
+    Args:
+        results: of the main evaluation.
+        sweeps: of PGD-20 on rescaled logits.
+        failed: job -> reason.
+        published: config -> its published numbers in words.
+        autoattack: of AutoAttack, on fewer images.
+        verdicts: on the gain over a baseline.
+
+    Returns:
+        {"about": common facts, "rows": row -> its figures, "failed"}. Accuracies and errors are in [0, 1]; accuracies
+        by class are means over the seeds.
+    """
     autoattack, verdicts = autoattack or {}, verdicts or {}
     return {
-        "about": about(results) | autoattacked(autoattack) | judged(verdicts),
+        "about": common_facts(results) | autoattack_images(autoattack) | verdict_facts(verdicts),
         "rows": {
             name: {
                 "title": ROWS[name].title,
@@ -32,7 +44,7 @@ def summarise(
                 "evaluates": ROWS[name].base if ROWS[name].evaluates else None,
                 "seeds": [run["seed"] for run in runs],
                 "figures": figures([run["report"]["metrics"] for run in runs])
-                | figures([under_autoattack(run["report"]["metrics"]) for run in autoattack.get(name, [])]),
+                | figures([autoattack_metrics(run["report"]["metrics"]) for run in autoattack.get(name, [])]),
                 "training_seconds": spread([run["training_seconds"] for run in runs]),
                 "published": published.get(ROWS[name].config, "") if ROWS[name].published else "",
                 "commits": sorted({run["commit"] for run in runs if run["commit"]}),
@@ -48,70 +60,72 @@ def summarise(
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
-    """The mean, and the deviation of a sample where there is more than one."""
+    """Returns mean, values, and the sample standard deviation, None for a single value."""
     deviation = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "deviation": deviation, "values": list(values)}
 
 
 def figures(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str, Any]]:
-    """Each metric over the seeds; one that a seed lacks is left out."""
-    names = [name for name in (metrics[0] if metrics else ()) if all(found.get(name) is not None for found in metrics)]
-    return {name: spread([found[name] for found in metrics]) for name in names}  # type: ignore[misc]
+    """Returns each metric over the seeds; a metric that a seed lacks is left out."""
+    names = [name for name in (metrics[0] if metrics else ()) if all(m.get(name) is not None for m in metrics)]
+    return {name: spread([m[name] for m in metrics]) for name in names}  # type: ignore[misc]
 
 
-def under_autoattack(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Those of AutoAttack alone: the others stand for more images."""
+def autoattack_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
+    """Returns the metrics of AutoAttack; the main evaluation has the others, on more images."""
     return {name: value for name, value in metrics.items() if name.startswith("eval/autoattack/")}
 
 
-def autoattacked(results: Results) -> dict[str, Any]:
-    """On how many images AutoAttack was run, where it was not a part of the main evaluation."""
+def autoattack_images(results: Results) -> dict[str, Any]:
+    """Returns the number of images of AutoAttack, if it was a separate part."""
     counts = {run["report"]["header"]["images"] for runs in results.values() for run in runs}
     return {"autoattack_images": max(counts)} if counts else {}
 
 
-def judged(verdicts: Results) -> dict[str, Any]:
-    """On how many images gains were judged, and which row is the baseline."""
-    found = [run["report"]["reliability"] for runs in verdicts.values() for run in runs]
-    if not found:
+def verdict_facts(verdicts: Results) -> dict[str, Any]:
+    """Returns the number of images behind the verdicts, and the title of the baseline."""
+    reports = [run["report"]["reliability"] for runs in verdicts.values() for run in runs]
+    if not reports:
         return {}
-    name = Path(found[0]["baseline_run"]).name.rpartition("-seed")[0]
-    return {"judged_images": found[0]["protocol"]["images"], "baseline": ROWS[name].title if name in ROWS else name}
+    name = Path(reports[0]["baseline_run"]).name.rpartition("-seed")[0]
+    return {"judged_images": reports[0]["protocol"]["images"], "baseline": ROWS[name].title if name in ROWS else name}
 
 
 def classes(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """Name, training images and accuracies of each class, from the most frequent one."""
+    """Returns name, training images and accuracies of each class, the most frequent first."""
     return [
         {
-            "name": seen[0]["name"],
-            "class_count": seen[0]["class_count"],
+            "name": entries[0]["name"],
+            "class_count": entries[0]["class_count"],
             "accuracy": {
-                condition: statistics.fmean([row["accuracy"][condition] for row in seen])
-                for condition in seen[0]["accuracy"]
-                if all(row["accuracy"].get(condition) is not None for row in seen)
+                condition: statistics.fmean([row["accuracy"][condition] for row in entries])
+                for condition in entries[0]["accuracy"]
+                if all(row["accuracy"].get(condition) is not None for row in entries)
             },
         }
-        for seen in zip(*(report["classes"] for report in reports), strict=True)
+        for entries in zip(*(report["classes"] for report in reports), strict=True)
     ]
 
 
 def scales(report: Mapping[str, Any]) -> list[list[float]]:
-    """[scale of the logits, accuracy under PGD on it], ascending."""
-    names = {attack["logit_scale"]: name for name, attack in report["header"]["attacks"].items() if swept(name)}
+    """Returns [scale of the logits, accuracy under PGD on them], ascending."""
+    names = {
+        attack["logit_scale"]: name for name, attack in report["header"]["attacks"].items() if is_scale_attack(name)
+    }
     return [[scale, report["metrics"][f"eval/{names[scale]}/accuracy"]] for scale in sorted(names)]
 
 
-def swept(name: str) -> bool:
-    return name in map(sweep.name, sweep.SCALES)
+def is_scale_attack(name: str) -> bool:
+    return name in map(sweep.attack_name, sweep.SCALES)
 
 
 def network(header: Mapping[str, Any]) -> str:
-    """wide_resnet-10-1, head linear, float32 -> WRN-10-1"""
+    """Returns the short name of a network: WRN-10-1 for "wide_resnet-10-1, head linear, float32"."""
     return header["model"].partition(",")[0].replace("wide_resnet", "WRN")
 
 
-def about(results: Results) -> dict[str, Any]:
-    """What the rows have in common: of each fact what most of them say."""
+def common_facts(results: Results) -> dict[str, Any]:
+    """Returns the most frequent value of each fact in the headers, and which facts differ between rows."""
     headers = [run["report"]["header"] for runs in results.values() for run in runs]
     if not headers:
         return {}

@@ -1,9 +1,9 @@
-"""A config to attack another one's network with PGD-20 on CE(s z), for several scales s of the logits.
+"""Wraps another config: PGD-20 on CE(s z) for several scales s of the logits z.
 
     python -m lt_adv.main --mode=eval --config=experiments/study/sweep.py:configs/at.py:dataset=digits --workdir=...
 
-PGD that becomes stronger on rescaled logits was held up by their scale, not by robustness: its accuracy at s = 1 is no
-evidence of any. Radius, step and number of steps are those of pgd20, and follow it.
+If PGD becomes stronger on rescaled logits, their scale masked the gradient: the accuracy at s = 1 is no evidence of
+robustness. Radius, step size and number of steps follow those of pgd20.
 """
 
 from lt_adv.cli import flags
@@ -11,16 +11,16 @@ from lt_adv.cli import flags
 SCALES = (0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0)
 
 
-def name(scale: float) -> str:
-    """Of the attack at this scale; ConfigDict takes no dots."""
+def attack_name(scale: float) -> str:
+    """Returns the name of the attack at this scale; ConfigDict allows no dots."""
     return f"scale_{scale:g}".replace(".", "p")
 
 
 def get_config(arg=None):
     c = flags.load(arg or "")
     pgd = c.eval.attacks.pgd20
-    followed = {option: pgd.get_ref(option) for option in ("eps", "step_size", "num_steps")}
+    references = {option: pgd.get_ref(option) for option in ("eps", "step_size", "num_steps")}
     for scale in SCALES:
-        c.eval.attacks[name(scale)] = {**pgd.to_dict(), **followed, "logit_scale": scale}
-    c.eval.only = tuple(map(name, SCALES))
+        c.eval.attacks[attack_name(scale)] = {**pgd.to_dict(), **references, "logit_scale": scale}
+    c.eval.only = tuple(map(attack_name, SCALES))
     return c

@@ -1,4 +1,4 @@
-"""The summary of a study as tables, heads and rows of text, and as a page of them."""
+"""Tables of a study's summary, each (head, rows of text), and the markdown page of them."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -10,7 +10,7 @@ from lt_adv.evaluation.report import table
 
 CONDITIONS = (CLEAN, "fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa", "autoattack")
 GROUPS = ("head", "body", "tail")
-SLICES = {  # what is counted -> the metric's name
+SLICES = {  # caption -> metric
     "Balanced: mean over classes": "balanced_accuracy",
     **{group.capitalize(): f"accuracy_{group}" for group in GROUPS},
 }
@@ -19,7 +19,7 @@ Table = tuple[list[str], list[list[str]]]
 
 
 def percent(spread: Mapping[str, Any] | None) -> str:
-    """42.0 ± 1.4, or "" for what was not measured."""
+    """Formats per cent as 42.0 ± 1.4; None is ""."""
     return "" if spread is None else _spread(spread, 100, 1)
 
 
@@ -30,23 +30,23 @@ def _spread(spread: Mapping[str, Any], factor: float, digits: int) -> str:
 
 
 def ordered(conditions: Iterable[str]) -> list[str]:
-    """As in CONDITIONS, then further ones, and the worst case last; none twice."""
+    """Sorts conditions as in CONDITIONS, then others, the worst case last, without duplicates."""
 
-    def place(condition: str) -> tuple[bool, int]:
+    def position(condition: str) -> tuple[bool, int]:
         known = condition in CONDITIONS
         return condition == WORST, CONDITIONS.index(condition) if known else len(CONDITIONS)
 
-    return sorted(dict.fromkeys(conditions), key=place)
+    return sorted(dict.fromkeys(conditions), key=position)
 
 
 def conditions(summary: Summary) -> list[str]:
-    """Those that some row was evaluated under."""
+    """Returns the conditions under which at least one row was evaluated."""
     names = [name.split("/") for row in summary["rows"].values() for name in row["figures"]]
     return ordered(name[1] for name in names if name[-1] == "accuracy")
 
 
 def accuracies(summary: Summary, caption: str, metrics: Mapping[str, str]) -> Table:
-    """A row per method; of `metrics`, head -> name, a column for each that some row has."""
+    """Returns a table with a row per method and a column for each of `metrics` (head -> name) that some row has."""
     rows = summary["rows"].values()
     columns = {head: name for head, name in metrics.items() if any(name in row["figures"] for row in rows)}
     body = [[row["title"], *(percent(row["figures"].get(name)) for name in columns.values())] for row in rows]
@@ -54,49 +54,51 @@ def accuracies(summary: Summary, caption: str, metrics: Mapping[str, str]) -> Ta
 
 
 def all_images(summary: Summary, published: bool = True) -> Table:
-    """Of all images, under every condition; with the verdict on the gain over the baseline where there is one, the
-    number of seeds, the seconds and what is published."""
+    """Returns accuracies on all images under every condition, with verdict, seeds, seconds and published numbers."""
     head, rows = accuracies(summary, "All images", {title(c): f"eval/{c}/accuracy" for c in conditions(summary)})
-    judged = any(row.get("verdict") for row in summary["rows"].values())
-    head += ["Verdict"] * judged
+    has_verdicts = any(row.get("verdict") for row in summary["rows"].values())
+    head += ["Verdict"] * has_verdicts
     for cells, row in zip(rows, summary["rows"].values(), strict=True):
-        cells += [verdict(row)] * judged
+        cells += [verdict(row)] * has_verdicts
         cells += [str(len(row["seeds"])), _spread(row["training_seconds"], 1, 0)]
         cells += [row["published"] or "–"] * published
     return [*head, "Seeds", "Training in s", *["Published (source: the config)"] * published], rows
 
 
 def verdict(row: Mapping[str, Any]) -> str:
-    """In a word, with the classes whose gain is not real; "" where there is none."""
-    found = row.get("verdict")
-    if not found or found["trustworthy"]:
-        return "trustworthy" if found else ""
-    groups = dict.fromkeys(gain["group"] or "all" for gain in found["gains"] if not gain["real"])
+    """Returns the verdict on a gain over the baseline, with the groups of classes whose gain is not real."""
+    entry = row.get("verdict")
+    if not entry or entry["trustworthy"]:
+        return "trustworthy" if entry else ""
+    groups = dict.fromkeys(gain["group"] or "all" for gain in entry["gains"] if not gain["real"])
     return f"**not real: {', '.join(groups)}**" if groups else "**not trustworthy**"
 
 
 def verdicts(summary: Summary) -> list[Table]:
-    """Why rows are not trustworthy, where some are not."""
+    """Returns a table with the reasons of every verdict that has some, or nothing."""
     rows = [row for row in summary["rows"].values() if row.get("verdict")]
     reasons = [[row["title"], *row["verdict"]["reasons"]] for row in rows if row["verdict"]["reasons"]]
     return [(["Not trustworthy", "Why"], [[name, " ".join(why)] for name, *why in reasons])] if reasons else []
 
 
 def slices(summary: Summary) -> list[Table]:
-    """Of the mean over classes, and of each group that there is, under every condition."""
-    found = conditions(summary)
-    made = [accuracies(summary, it, {title(c): f"eval/{c}/{name}" for c in found}) for it, name in SLICES.items()]
-    return [(head, rows) for head, rows in made if len(head) > 1]
+    """Returns the balanced accuracy and that of each group of classes, under every condition."""
+    names = conditions(summary)
+    tables = [
+        accuracies(summary, caption, {title(c): f"eval/{c}/{metric}" for c in names})
+        for caption, metric in SLICES.items()
+    ]
+    return [(head, rows) for head, rows in tables if len(head) > 1]
 
 
 def groups(summary: Summary) -> Table:
-    """Head, body and tail, in the worst case and under PGD-20."""
+    """Returns accuracies of head, body and tail, in the worst case and under PGD-20."""
     metrics = {f"{title(c)}, {group}": f"eval/{c}/accuracy_{group}" for c in (WORST, "pgd20") for group in GROUPS}
     return accuracies(summary, "By group", metrics)
 
 
 def choices(summary: Summary) -> Table:
-    """Rows that vary another one after it: of all images and of the tail."""
+    """Returns accuracies of all images and of the tail, with the variants of a row below it."""
     rows = summary["rows"]
     ordered = {name: rows[name] for name in sorted(rows, key=lambda name: rows[name].get("varies") or name)}
     metrics = {title(c): f"eval/{c}/accuracy" for c in (CLEAN, "pgd20", "cw20", WORST)}
@@ -105,16 +107,16 @@ def choices(summary: Summary) -> Table:
 
 
 def page(summary: Summary, tables: Iterable[Table], pictures: Iterable[str] = ()) -> str:
-    """What was measured in words, these tables, what has failed, and pictures by their links: markdown."""
-    blocks = [sentence(summary), *(table(*it) for it in tables)]
+    """Returns a markdown page: the sentence, the tables, failures, and links to the pictures."""
+    blocks = [sentence(summary), *(table(*columns) for columns in tables)]
     if summary["failed"]:
-        blocks.append(table(["Failed", "Reason"], [list(it) for it in summary["failed"].items()], left=2))
+        blocks.append(table(["Failed", "Reason"], [list(item) for item in summary["failed"].items()], left=2))
     blocks += [f"![{Path(picture).stem.replace('_', ' ')}]({picture})" for picture in pictures]
     return "\n\n".join(blocks)
 
 
 def sentence(summary: Summary) -> str:
-    """What was measured, in words."""
+    """Returns one paragraph about data, network, budget, attacks and device of the study."""
     about = summary["about"]
     if not about:
         return "No row has a result."

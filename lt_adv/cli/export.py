@@ -1,11 +1,11 @@
-"""A trained network to take away: a folder that jax reads where this project is not installed.
+"""Exports a trained network to a folder that jax can load without this project.
 
-network.jax          the network as it is evaluated, (weights, images) -> logits: StableHLO, written by `jax.export`
-weights.safetensors  its weights, under flat names such as "params/head/kernel"
-config.json          what it was trained with
-README.md            the model card, with the lines that load it
+network.jax          the evaluated network, (weights, images) -> logits: StableHLO, written by `jax.export`
+weights.safetensors  the weights, under flat names such as "params/head/kernel"
+config.json          the config of the training
+README.md            the model card, with the lines that load the network
 
-The weights are an argument of the network and stand beside it: others can look at them, or put theirs in their place.
+The weights are an argument of the network and a separate file, so they can be inspected and replaced.
 """
 
 import importlib.metadata
@@ -16,7 +16,7 @@ from typing import Any
 
 import flax
 import jax
-import jax.export  # a module of its own, which `import jax` leaves out
+import jax.export  # `import jax` does not import it
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -45,14 +45,14 @@ logits = predict(weights, x)
 """
 
 GRADIENT = """\
-towards = jax.grad(lambda x: predict(weights, x)[:, 0].sum())(x)  # where the first class gains
+gradient = jax.grad(lambda x: predict(weights, x)[:, 0].sum())(x)  # of the first logit
 """
 
 CARD = """\
 # {title}
 
-A classifier of images [{shape}] in {number} classes of unequal size, trained with lt_adv to withstand small changes of
-its input.
+A classifier of images [{shape}] with {number} classes of unequal size, trained with lt_adv to be robust against small
+perturbations of its input.
 
 {facts}
 
@@ -63,9 +63,9 @@ With `pip install jax flatbuffers safetensors`, in this folder:
 ```python
 {example}```
 
-`x` is [batch, {shape}], float32, pixels in [0, 1] and not normalised; `logits` is [batch, {number}]. `weights` are
-arrays by name, and others of the same shapes can take their place. For attacks there are gradients, in the images as in
-the weights:
+`x` is [batch, {shape}], float32, pixels in [0, 1] and not normalised; `logits` is [batch, {number}]. `weights` maps
+names to arrays, which can be replaced by others of the same shapes. Gradients exist with respect to images and weights,
+for example for attacks:
 
 ```python
 {gradient}```
@@ -77,28 +77,35 @@ the weights:
 {results}
 ## Limits
 
-- Robustness was looked for under the attacks above, if there are any, at their radii, on images of this data set: not
-  under stronger or adaptive attacks, in other norms, under corruptions or on other data.
-- It is made for {platforms}, and other platforms refuse it. Tests run such files on a CPU alone; on accelerators
-  logits differ by rounding.
-- Newer versions of jax promise to read such a file for six months, older ones promise nothing; after that, export the
+- Robustness was measured only under the attacks above, if any, at their radii, on images of this data set: not under
+  stronger or adaptive attacks, in other norms, under corruptions or on other data.
+- The file runs on {platforms} and on no other platform. It is tested on CPU; on accelerators logits differ by rounding.
+- jax guarantees to load such a file for six months in newer versions, and not in older ones. After that, export the
   checkpoint again. The weights stay readable.
-- There are gradients, but no second derivatives, no `vmap` and no empty batch.
+- Gradients exist, but not second derivatives, `vmap` or empty batches.
 
 ## Licence
 
-The code that made this, lt_adv, is under Apache-2.0. What may be done with the weights depends on the data set, too.
+The code of lt_adv is licensed under Apache-2.0. The licence of the data set may restrict the use of the weights.
 """
 
 
 def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str) -> None:
-    """Write `<workdir>/export`, whole or not at all; the same checkpoint and versions give the same bytes.
+    """Writes the folder `<workdir>/export` atomically; the same checkpoint and versions give the same bytes.
 
-    Of a report that has a name, `eval.report`, it is reports/<name>/export: the card shows the report beside it.
-    The network is the one that --mode=eval evaluates: `eval.checkpoint`, averaged weights, `eval.dtype`,
-    `eval.adjustment`. `command` is how the run was started, for the card. Errors: ImportError without the packages of
-    the extra; ValueError where training is not finished, or the config not that of the run, or while another process
-    works there; FileNotFoundError where there is no checkpoint.
+    With a report name, `eval.report`, the folder is reports/<name>/export and the card shows that report. The network
+    is the one that --mode=eval evaluates: `eval.checkpoint`, averaged weights, `eval.dtype`, `eval.adjustment`.
+
+    Args:
+        config: the config of the run.
+        workdir: the working directory of the run.
+        command: the command that started the run, for the card.
+
+    Raises:
+        ImportError: packages of the extra `export` are missing.
+        ValueError: training is not finished, the config differs from that of the run, or another process uses the
+            working directory.
+        FileNotFoundError: there is no checkpoint.
     """
     if missing := [package for package in EXTRA if importlib.util.find_spec(package) is None]:
         raise ImportError(f"--mode=export needs {' and '.join(missing)}: pip install -e '.[export]'.")
@@ -106,45 +113,50 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
 
     if schema.imports(config):
         raise ValueError(
-            "config.init_from names others' weights: --mode=export is for networks that were trained here."
+            "config.init_from names external weights: --mode=export only exports networks trained by lt_adv."
         )
     variables, meta, split = run.load_trained(config, workdir)
     if jax.process_count() > 1:
-        raise ValueError("--mode=export is done by one process: start a single one.")
+        raise ValueError("--mode=export runs in one process: start a single one.")
     facts = run.header(config, split, meta, subset="")
     if facts["training"] != "finished":
         where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
-        raise ValueError(f"{workdir} is at {where}, not at the end of training: let it finish, then export it.")
-    weights = flat(posthoc.select_variables(config.eval.adjustment, variables))
+        raise ValueError(f"{workdir} is at {where}: let the training finish, then export it.")
+    weights = flatten(posthoc.select_variables(config.eval.adjustment, variables))
     shape = tuple(split.train.image.shape[1:])
-    wanted = {"weights_digest": evaluation.weights_digest(variables)}
-    wanted |= {name: facts[name] for name in ("model", "adjustment", "split", "dataset_digest")}
+    expected = {"weights_digest": evaluation.weights_digest(variables)}
+    expected |= {name: facts[name] for name in ("model", "adjustment", "split", "dataset_digest")}
     directory = run.report_directory(config, workdir)
     contents = {
-        "network.jax": bytes(serialised(stage_builder.evaluated(config, split), weights, shape)),
+        "network.jax": bytes(serialise(stage_builder.evaluated(config, split), weights, shape)),
         "weights.safetensors": save(weights),
         "config.json": (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode(),
-        "README.md": card(facts, command, split, *measured(directory, wanted)).encode(),
+        "README.md": card(facts, command, split, *read_report(directory, expected)).encode(),
     }
     with workdirs.locked(workdir):
         atomic_io.replace_folder(directory / "export", contents)
     size = sum(map(len, contents.values())) / 1e6
     metric_logging.console.print(
-        f"Export: {directory / 'export' / 'README.md'} says how to use it, {size:.1f} MB in all.", soft_wrap=True
+        f"Export: {directory / 'export'}, {size:.1f} MB; README.md shows how to load it.", soft_wrap=True
     )
 
 
-def flat(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """{"params/head/kernel": array, ...}"""
+def flatten(variables: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the arrays of `variables` under flat names, {"params/head/kernel": array, ...}."""
     leaves = flax.traverse_util.flatten_dict(dict(variables), sep="/")
     return {name: np.ascontiguousarray(leaf) for name, leaf in leaves.items()}
 
 
-def serialised(apply: Callable[..., jax.Array], weights: Mapping[str, np.ndarray], shape: Sequence[int]) -> bytearray:
-    """`(weights, x [batch, *shape] float32) -> logits [batch, classes]` for `jax.export.deserialize`.
+def serialise(apply: Callable[..., jax.Array], weights: Mapping[str, np.ndarray], shape: Sequence[int]) -> bytearray:
+    """Returns the bytes of the network for `jax.export.deserialize`.
 
-    `apply(variables, x)` is the network. For any batch of one image or more, on each of `PLATFORMS`, and with its first
-    derivative in both arguments.
+    The network is `(weights, x [batch, *shape] float32) -> logits [batch, classes]`, for any batch of at least one
+    image, on each of `PLATFORMS`, with its first derivative in both arguments.
+
+    Args:
+        apply: `(variables, x) -> logits`.
+        weights: arrays under flat names.
+        shape: of an image.
     """
 
     def network(weights: Mapping[str, jax.Array], x: jax.Array) -> jax.Array:
@@ -154,50 +166,50 @@ def serialised(apply: Callable[..., jax.Array], weights: Mapping[str, np.ndarray
         return jax.vjp(network, weights, x)[1](cotangent)
 
     def backward(inputs: Any, cotangent: Any) -> Any:
-        # Nobody can rewrite an exported program, and attacks are loops: see convolutions.py.
+        # An exported program cannot be rewritten later, and attacks are loops: see cpu_convolutions.py.
         on_cpu = cpu_convolutions.rewrite_convolutions(gradient)
         return jax.lax.platform_dependent(*inputs, cotangent, cpu=on_cpu, default=gradient)
 
-    shipped = jax.custom_vjp(network)
-    shipped.defvjp(lambda *inputs: (network(*inputs), inputs), backward)
+    differentiable = jax.custom_vjp(network)
+    differentiable.defvjp(lambda *inputs: (network(*inputs), inputs), backward)
     images = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
     arguments = jax.tree.map(jax.typeof, dict(weights)), jax.ShapeDtypeStruct(images, jnp.float32)
-    # Where each line of code lies would go along: paths of this machine, and other bytes on another one.
+    # Source locations would put paths of this machine into the file, and give other bytes elsewhere.
     limit = jax.config.jax_traceback_in_locations_limit
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
-        return jax.export.export(jax.jit(shipped), platforms=PLATFORMS)(*arguments).serialize(vjp_order=1)
+        return jax.export.export(jax.jit(differentiable), platforms=PLATFORMS)(*arguments).serialize(vjp_order=1)
     finally:
         jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
-def measured(directory: epath.Path, wanted: Mapping[str, str]) -> tuple[Mapping[str, Any] | None, str]:
-    """(report.json of a directory, ""), or (None, why not) where it is missing, or its header not as `wanted`."""
+def read_report(directory: epath.Path, expected: Mapping[str, str]) -> tuple[Mapping[str, Any] | None, str]:
+    """Returns (report.json of a directory, ""), or (None, reason) if it is missing or its header is another."""
     path = directory / "report.json"
     if not path.exists():
-        return None, "there was no report"
+        return None, "there is no report"
     try:
         summary = json.loads(path.read_text())
     except ValueError as error:
         why = atomic_io.reason(path, error, atomic_io.JSON)
         raise ValueError(f"{path} is damaged ({why}): write it again with --mode=eval.") from error
     header = summary["header"]
-    if other := [name for name in wanted if header.get(name) != wanted[name]]:
-        return None, f"the report that was there is of another {other[0].replace('_', ' ')}"
+    if different := [name for name in expected if header.get(name) != expected[name]]:
+        return None, f"the report is of another {different[0].replace('_', ' ')}"
     return summary, ""
 
 
 def card(
     facts: Mapping[str, Any], command: str, split: data.LongTailed, summary: Mapping[str, Any] | None, missing: str
 ) -> str:
-    """The model card, in markdown: what the network is, how to use it, what was measured, and what was not."""
+    """Returns the model card in markdown: description, use, classes, results and limits of the network."""
     commit = f" ({environment.commit()})" if environment.commit() else ""
     versions = [f"lt_adv {facts['lt_adv_version']}{commit}", f"python {facts['python_version']}"]
     versions += [f"{name} {importlib.metadata.version(name)}" for name in ("jax", "flax", "numpy")]
     lines = {
         "Method": facts["method"],
         "Network": facts["model"],
-        "Adjustment after training": f"{facts['adjustment']} (it is in the logits)",
+        "Adjustment after training": f"{facts['adjustment']} (included in the logits)",
         "Data set": f"{facts['dataset']}, imbalance ratio {max(split.class_counts) / min(split.class_counts):.4g}",
         "Training": f"{facts['epochs']} epochs, seed {facts['seed']}, fidelity {facts['fidelity']}",
         "Training attack": facts["training_attack"],
@@ -218,13 +230,13 @@ def card(
         gradient=GRADIENT,
         number=len(names),
         classes=evaluation.table(["Index", "Class", "Training images"], classes, left=2),
-        results=results(summary) if summary else f"## Accuracy\n\nNot evaluated: {missing}.\n",
+        results=results_section(summary) if summary else f"## Accuracy\n\nNot evaluated: {missing}.\n",
         platforms=", ".join(PLATFORMS),
     )
 
 
-def results(summary: Mapping[str, Any]) -> str:
-    """What the report says of accuracy and attacks, and on what they were measured."""
-    known = evaluation.facts(summary)
-    where = [f"- **{name}:** {known[name]}" for name in ("Images", "Device", "Versions", "Commit") if name in known]
-    return "\n".join([*evaluation.warned(summary), *evaluation.accuracies(summary), "Measured on:", "", *where, ""])
+def results_section(summary: Mapping[str, Any]) -> str:
+    """Returns warnings and accuracies of the report, and the setup of the measurement."""
+    facts = evaluation.facts(summary)
+    setup = [f"- **{name}:** {facts[name]}" for name in ("Images", "Device", "Versions", "Commit") if name in facts]
+    return "\n".join([*evaluation.warned(summary), *evaluation.accuracies(summary), "Measured on:", "", *setup, ""])

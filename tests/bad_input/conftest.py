@@ -1,4 +1,4 @@
-"""What every test of bad input asserts."""
+"""Fixtures for bad input: `answer` checks the exit code and the one-line error."""
 
 from pathlib import Path
 
@@ -13,20 +13,20 @@ DIGITS = "--config=configs/robal.py:dataset=digits"
 
 @pytest.fixture
 def answer(capsys, tmp_path, monkeypatch):
-    """`answer(*arguments)`: the one line that `main` prints, after checking all that holds for every such line."""
+    """Returns `answer(*arguments)` -> the error line of `main`, after the checks that hold for every such line."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
 
-    def call(*given):
+    def call(*arguments):
         workdir = tmp_path / "run"
-        was_there = workdir.exists()
-        named = any(arg.startswith("--workdir") for arg in given)
-        code = main.main(["main", *([] if named else [f"--workdir={workdir}"]), *given])
+        existed = workdir.exists()
+        has_workdir = any(arg.startswith("--workdir") for arg in arguments)
+        code = main.main(["main", *([] if has_workdir else [f"--workdir={workdir}"]), *arguments])
         printed = capsys.readouterr()
         assert code == 2, printed
         assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1, printed.err
         assert len(printed.err) < 1000 and "Traceback" not in printed.err + printed.out
-        assert workdir.exists() == was_there
+        assert workdir.exists() == existed
         return printed.err
 
     return call
@@ -34,7 +34,7 @@ def answer(capsys, tmp_path, monkeypatch):
 
 @pytest.fixture
 def no_training(monkeypatch):
-    """Training that is reached, and goes no further."""
+    """Stops where training would begin."""
 
     def reached(*_):
         raise loop.Preempted("training is reached")

@@ -1,4 +1,4 @@
-"""Bad arguments and config entries through `main`: one line on stderr that says what is wrong, and exit code 2."""
+"""Bad arguments and config entries through `main` give one line on stderr and exit code 2."""
 
 import re
 import subprocess
@@ -12,7 +12,7 @@ from lt_adv.cli import run as runs
 from lt_adv.training import loop
 from tests.bad_input.conftest import DIGITS, ROOT
 
-# (arguments, what the line says), as regular expressions; --config is DIGITS where none is given.
+# (arguments, regular expression of the error line).
 COMMAND_LINES = [
     ([], r"--config is missing, for example --config=configs/robal\.py"),
     (["--config="], r"--config is missing"),
@@ -149,18 +149,20 @@ VALUES = [
 ]
 
 
-@pytest.mark.parametrize(("given", "line"), COMMAND_LINES, ids=[" ".join(given) for given, _ in COMMAND_LINES])
-def test_command_line(answer, given, line):
-    assert re.search(line, answer(*given))
+@pytest.mark.parametrize(
+    ("arguments", "line"), COMMAND_LINES, ids=[" ".join(arguments) for arguments, _ in COMMAND_LINES]
+)
+def test_bad_command_line(answer, arguments, line):
+    assert re.search(line, answer(*arguments))
 
 
 @pytest.mark.parametrize(("override", "line"), VALUES, ids=[override for override, _ in VALUES])
-def test_value(answer, no_training, override, line):
+def test_bad_config_value(answer, no_training, override, line):
     assert re.search(line, answer(DIGITS, f"--config.{override}"))
 
 
-# At the edge, and yet of use.
-GOOD = [
+# Values at the limits of their ranges.
+LIMITS = [
     "data.imbalance_ratio=1",
     "attack.eps=1.0",
     "attack.step_size=1",
@@ -185,8 +187,8 @@ GOOD = [
 ]
 
 
-@pytest.mark.parametrize("override", GOOD)
-def test_edge_is_accepted(no_training, capsys, tmp_path, monkeypatch, override):
+@pytest.mark.parametrize("override", LIMITS)
+def test_value_at_the_limit_is_accepted(no_training, capsys, tmp_path, monkeypatch, override):
     monkeypatch.chdir(ROOT)
     assert main.main(["main", f"--config.{override}", DIGITS, f"--workdir={tmp_path / 'run'}"]) == 0
     printed = capsys.readouterr()
@@ -194,7 +196,9 @@ def test_edge_is_accepted(no_training, capsys, tmp_path, monkeypatch, override):
     assert (tmp_path / "run" / "config.json").exists()
 
 
-GET = "from configs import common\ndef get_config():\n    c = common.get('digits', epochs=1, drop_epochs=(), of=1)\n"
+CONFIG_START = (
+    "from configs import common\ndef get_config():\n    c = common.get('digits', epochs=1, drop_epochs=(), of=1)\n"
+)
 
 
 @pytest.mark.parametrize(
@@ -205,20 +209,20 @@ GET = "from configs import common\ndef get_config():\n    c = common.get('digits
         ("def get_config():\n    return {}['a']", r"mine\.py: KeyError: 'a'"),
         ("def get_config():\n    raise ValueError('two\\nlines')", r"mine\.py: two lines"),
         ("def get_config():\n    pass", r"mine\.py must have a function get_config that returns a ConfigDict"),
-        (GET + "    c.optim.epohcs = 1\n    return c", r"Unknown entry of config: 'optim\.epohcs'\."),
-        (GET + "    del c.optim.epochs\n    return c", r"config\.optim\.epochs is missing"),
-        (GET + "    c.attack.eps = None\n    return c", r"config\.attack\.eps must be .*not None"),
-        (GET + "    c.method.f = print\n    return c", r"config\.method\.f must be of type"),
+        (CONFIG_START + "    c.optim.epohcs = 1\n    return c", r"Unknown entry of config: 'optim\.epohcs'\."),
+        (CONFIG_START + "    del c.optim.epochs\n    return c", r"config\.optim\.epochs is missing"),
+        (CONFIG_START + "    c.attack.eps = None\n    return c", r"config\.attack\.eps must be .*not None"),
+        (CONFIG_START + "    c.method.f = print\n    return c", r"config\.method\.f must be of type"),
     ],
 )
-def test_config_file(answer, tmp_path, source, line):
+def test_bad_config_file(answer, tmp_path, source, line):
     path = tmp_path / "mine.py"
     path.write_text(source + "\n")
     assert re.search(line, answer(f"--config={path}"))
 
 
 @pytest.mark.parametrize("bug", [TypeError, KeyError, AssertionError, RuntimeError])
-def test_a_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
+def test_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
     def train(*_):
         raise bug("a bug")
 
@@ -232,26 +236,26 @@ LOST = r"Another process of this run has ended or cannot be reached \(INTERNAL: 
 
 
 @pytest.mark.parametrize(
-    ("error", "words"),
+    ("error", "line"),
     [
         (MemoryError("Unable to allocate 59.6 GiB"), MEMORY),
         (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.\nTrace: ..."), MEMORY),
         (jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer\nTrace: ..."), LOST),
     ],
 )
-def test_what_the_machine_does(answer, monkeypatch, tmp_path, error, words):
+def test_machine_failure_gives_one_line(answer, monkeypatch, tmp_path, error, line):
     def train(*_):
         raise error
 
     (tmp_path / "run").mkdir()
     monkeypatch.setattr(loop, "train", train)
-    monkeypatch.setattr("lt_adv.runtime.distributed.is_distributed", lambda: words == LOST)
+    monkeypatch.setattr("lt_adv.runtime.distributed.is_distributed", lambda: line == LOST)
     monkeypatch.setattr(main, "skip_jax_shutdown_barrier", lambda _: None)
     printed = answer(DIGITS)
-    assert re.search(words, printed) and "Trace" not in printed
+    assert re.search(line, printed) and "Trace" not in printed
 
 
-def test_interrupt(monkeypatch, capsys, tmp_path):
+def test_interrupt_exits_with_130(monkeypatch, capsys, tmp_path):
     def train(*args):
         raise KeyboardInterrupt
 
@@ -266,21 +270,21 @@ def test_traceback_on_demand(monkeypatch):
         main.main(["main"])
 
 
-def test_help(capsys):
+def test_help_lists_flags(capsys):
     assert main.main(["main", "--help"]) == 0
     assert "--config=FILE" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("given", "line"),
+    ("arguments", "line"),
     [
         ([DIGITS, "--config.optim.epohcs=3"], r"Error: Unknown entry .* Did you mean 'epochs'\?.*\n"),
         ([DIGITS, "--config.attack.eps=8"], r"Error: config\.attack\.eps must be .*8/255 is 0\.03137\.\n"),
     ],
 )
-def test_as_a_process(tmp_path, given, line):
-    """Exit code and stderr as a shell sees them."""
-    command = [sys.executable, "-m", "lt_adv.main", *given, f"--workdir={tmp_path / 'run'}"]
+def test_exit_code_of_a_process(tmp_path, arguments, line):
+    """Checks exit code and stderr of a real process."""
+    command = [sys.executable, "-m", "lt_adv.main", *arguments, f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 2 and not done.stdout and re.fullmatch(line, done.stderr)
     assert not (tmp_path / "run").exists()

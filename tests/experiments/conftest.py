@@ -1,13 +1,13 @@
-"""A study of few rows whose runs are not run."""
+"""Fixtures: a study with few rows and fake processes; PyTorch on one thread."""
 
 from pathlib import Path
 
 import pytest
 
-from experiments.study import __main__ as door
 from experiments.study import jobs
+from experiments.study.__main__ import main
 from experiments.study.rows import ROWS, Row
-from tests.experiments.study_parts import Runs
+from tests.experiments.fake_runs import FakeRuns
 
 ROOT = Path(__file__).parents[2]
 TABLE = {
@@ -21,25 +21,34 @@ TABLE = {
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """`study(*arguments)`: (exit code, the runs of this call), with the rows of TABLE."""
+    """Returns `study(*arguments)` -> (exit code, the fake runs of this call), with the rows of TABLE."""
     monkeypatch.chdir(ROOT)
     rows = dict(ROWS)
-    _become(TABLE)
-    monkeypatch.setattr(door, "draw", lambda *_: None)  # slow, and tested beside the tables
+    _set_rows(TABLE)
+    monkeypatch.setattr("experiments.study.__main__.draw", lambda *_: None)  # slow, and tested in test_study_summary
 
-    def call(*given, **runs):
-        fake = Runs()
-        vars(fake).update(runs)
+    def call(*arguments, **attributes):
+        fake = FakeRuns()
+        vars(fake).update(attributes)
         monkeypatch.setattr(jobs, "execute", fake)
-        usual = ["--dataset=digits", "--scales=none", f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--name=s"]
-        return door.main([*usual, *given]), fake
+        defaults = ["--dataset=digits", "--scales=none", f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--name=s"]
+        return main([*defaults, *arguments]), fake
 
     call.folder = tmp_path / "s"
     yield call
-    _become(rows)
+    _set_rows(rows)
 
 
-def _become(rows):
-    """ROWS in the order of `rows`, which the tables of other tests follow: monkeypatch would restore it reversed."""
+def _set_rows(rows):
+    """Sets ROWS in the order of `rows`, which other tests depend on; monkeypatch would restore it reversed."""
     ROWS.clear()
     ROWS.update(rows)
+
+
+@pytest.fixture
+def one_torch_thread():
+    torch = pytest.importorskip("torch")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

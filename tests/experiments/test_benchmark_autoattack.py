@@ -1,4 +1,4 @@
-"""The kind `autoattack` of the benchmark: both works on the same network, and what is made of their numbers."""
+"""The measurement `autoattack`: both frameworks on the same network, the summary and the table."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ import jax
 import numpy as np
 import pytest
 
-from experiments.benchmark import __main__ as door
-from experiments.benchmark import attacked, autoattack, record, summary, tables, worker
+from experiments.benchmark import autoattack, record, summary, tables, target, worker
+from experiments.benchmark.__main__ import main
 from lt_adv import data
 from lt_adv.cli import flags
 from lt_adv.training import checkpoint
@@ -16,7 +16,7 @@ from tests.experiments import NO_TORCH
 
 ROOT = Path(__file__).parents[2]
 DIGITS = "--config=configs/at.py:dataset=digits"
-WHAT = {"golden": None, "images": None, "workdir": None, "eps": None}
+NO_OPTIONS = {"golden": None, "images": None, "workdir": None, "eps": None}
 
 
 @pytest.fixture(autouse=True)
@@ -24,50 +24,50 @@ def at_root(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
-def in_this_process(work, config, environment=None, **options):
-    """`record.launch` without the process, which would start jax and torch anew."""
-    if work == "peak":
+def in_this_process(task, config, environment=None, **options):
+    """Replaces `record.launch`, without the time to import jax and torch in a new process."""
+    if task == "peak":
         return {"device": "cpu", "platform": "cpu", "devices": 1, "matmul_flops_per_second": {"float32": 1e12}}
     options = json.loads(json.dumps(options))
-    return json.loads(json.dumps(worker.WORKS[work](flags.parse(["worker", *config]).config, **options)))
+    return json.loads(json.dumps(worker.TASKS[task](flags.parse(["worker", *config]).config, **options)))
 
 
-def measured(tmp_path, monkeypatch, *given):
-    """The record of a tiny measurement with a twentieth of the steps."""
+def measured(tmp_path, monkeypatch, *arguments):
+    """Returns (record, JAX run, PyTorch run) of a small measurement with a twentieth of the steps."""
     torch = pytest.importorskip("torch", reason=NO_TORCH)
-    from experiments.pytorch_baseline import autoattack as twin
+    from experiments.pytorch_baseline import autoattack as pytorch
 
     monkeypatch.setattr(record, "launch", in_this_process)
-    monkeypatch.setattr(twin, "NUM_STEPS", 5)
+    monkeypatch.setattr(pytorch, "NUM_STEPS", 5)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    assert door.main(["autoattack", *given, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
+    assert main(["autoattack", *arguments, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
     torch.set_num_threads(threads)
-    found = json.loads((tmp_path / "x.json").read_text())
-    ours, theirs = found["runs"][:2]
-    assert ours["images"] == theirs["images"] == 16 and ours["eps"] == theirs["eps"]
-    assert ours["accuracy"]["clean"] == theirs["accuracy"]["clean"] > 0.5, "the same weights and images"
-    assert all(entry["jax"] + entry["torch"] <= 4 for entry in found["agreement"].values())
-    assert all(ratio["median"] > 0 for ratio in found["ratio"].values())
-    return found, ours, theirs
+    result = json.loads((tmp_path / "x.json").read_text())
+    jax_run, torch_run = result["runs"][:2]
+    assert jax_run["images"] == torch_run["images"] == 16 and jax_run["eps"] == torch_run["eps"]
+    assert jax_run["accuracy"]["clean"] == torch_run["accuracy"]["clean"] > 0.5, "the same weights and images"
+    assert all(entry["jax"] + entry["torch"] <= 4 for entry in result["agreement"].values())
+    assert all(ratio["median"] > 0 for ratio in result["ratio"].values())
+    return result, jax_run, torch_run
 
 
 def test_both_attack_a_golden_network(short, tmp_path, monkeypatch):
-    found, ours, theirs = measured(tmp_path, monkeypatch, "--golden=linear", "--attacks=apgd-ce,apgd-dlr")
+    result, jax_run, torch_run = measured(tmp_path, monkeypatch, "--golden=linear", "--attacks=apgd-ce,apgd-dlr")
     names = ["jax apgd-ce", "torch apgd-ce", "jax apgd-dlr", "torch apgd-dlr"]
-    assert [run["series"] for run in found["runs"]] == names, "each alone, in turn"
-    forwards, gradients = theirs["evaluations"]["apgd-ce"]
-    assert forwards == gradients == 6 * round(16 * theirs["accuracy"]["clean"])
-    assert 0 < ours["evaluations"]["apgd-ce"][0] <= forwards
-    assert ours["eps"] == 0.15 and found["config"]["network"] == "golden digit network, linear head"
-    assert "official" not in found, "it is of all images"
+    assert [run["series"] for run in result["runs"]] == names, "each alone, in turn"
+    forwards, gradients = torch_run["evaluations"]["apgd-ce"]
+    assert forwards == gradients == 6 * round(16 * torch_run["accuracy"]["clean"])
+    assert 0 < jax_run["evaluations"]["apgd-ce"][0] <= forwards
+    assert jax_run["eps"] == 0.15 and result["config"]["network"] == "golden digit network, linear head"
+    assert "official" not in result, "it is of all images"
 
 
 def test_both_attack_the_network_of_a_config(tmp_path, monkeypatch, capsys):
-    given = [DIGITS, "--eps=0.02", "--attacks=square", "--queries=6"]
-    found, ours, theirs = measured(tmp_path, monkeypatch, *given)
-    assert ours["eps"] == 0.02 and ours["accuracy"]["clean"] == 1 and not found["trained"]
-    for run in (ours, theirs):
+    arguments = [DIGITS, "--eps=0.02", "--attacks=square", "--queries=6"]
+    result, jax_run, torch_run = measured(tmp_path, monkeypatch, *arguments)
+    assert jax_run["eps"] == 0.02 and jax_run["accuracy"]["clean"] == 1 and not result["trained"]
+    for run in (jax_run, torch_run):
         forwards, gradients = run["evaluations"]["square"]
         assert 16 <= forwards <= 16 * 7 and gradients == 0
     assert "| WRN-10-1, untrained | 16 | square |" in capsys.readouterr().out
@@ -76,11 +76,11 @@ def test_both_attack_the_network_of_a_config(tmp_path, monkeypatch, capsys):
 def test_weights_of_a_run_in_both_frameworks(monkeypatch):
     torch = pytest.importorskip("torch", reason=NO_TORCH)
     config = flags.parse(["", DIGITS, "--config.data.split_seed=1"]).config
-    first = attacked.case(config, **WHAT)
-    assert first.label is None, "the labels of a network that was not trained are its own"
+    first = target.make_target(config, **NO_OPTIONS)
+    assert first.label is None, "an untrained network predicts its labels"
     stored = {**jax.tree.map(np.asarray, first.variables), "method_state": {}}
     monkeypatch.setattr(checkpoint, "read_variables", lambda workdir: (stored, {}))
-    case = attacked.case(config, **WHAT | {"workdir": "run", "images": 20})
+    case = target.make_target(config, **NO_OPTIONS | {"workdir": "run", "images": 20})
     test = data.long_tailed(data.load(config.data), config.data).test
     assert len(case.image) == len(case.label) == 20 and case.eps == 0.1
     np.testing.assert_array_equal(case.label[:2], test.label[[0, len(test) // 20]])
@@ -91,17 +91,20 @@ def test_weights_of_a_run_in_both_frameworks(monkeypatch):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("--config.eval.dtype=bfloat16", "config.eval.dtype = 'bfloat16': the PyTorch twin's AutoAttack has 'float32'"),
+        (
+            "--config.eval.dtype=bfloat16",
+            "config.eval.dtype = 'bfloat16': AutoAttack of the PyTorch baseline supports",
+        ),
         ("--config.eval.adjustment.name=logit_adjustment", "config.eval.adjustment.name = 'logit_adjustment'"),
     ],
 )
-def test_what_the_twin_has_not_is_refused(change, message):
+def test_unsupported_config_is_refused(change, message):
     with pytest.raises(ValueError, match=message):
-        attacked.case(flags.parse(["", DIGITS, change]).config, **WHAT)
+        target.make_target(flags.parse(["", DIGITS, change]).config, **NO_OPTIONS)
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"),
+    ("arguments", "expected"),
     [
         ([], "--config is missing"),
         ([DIGITS, "--attacks=apgd"], "Unknown attack 'apgd'"),
@@ -110,41 +113,41 @@ def test_what_the_twin_has_not_is_refused(change, message):
         ([DIGITS, "--queries=many"], "--queries: must be a number of type int"),
         ([DIGITS, "--eps=-0.1"], "--eps: must be above 0"),
         ([DIGITS, "--workdir=nowhere"], "--workdir: there is no folder 'nowhere'"),
-        ([DIGITS, "--golden=linear"], "--golden has a network and images of its own"),
-        (["--golden=linear", "--workdir=configs"], "--golden has a network and images of its own"),
+        ([DIGITS, "--golden=linear"], "--golden brings its network and images"),
+        (["--golden=linear", "--workdir=configs"], "--golden brings its network and images"),
         (["--golden=robal"], "Unknown head 'robal'"),
         ([DIGITS, "--querys=5"], "Did you mean '--queries'?"),
     ],
 )
-def test_bad_arguments_are_answered_in_one_line(given, expected, monkeypatch, capsys):
+def test_bad_arguments_give_one_line(arguments, expected, monkeypatch, capsys):
     monkeypatch.setattr(record, "launch", lambda *_, **__: pytest.fail("a process was started"))
-    assert door.main(["autoattack", *given]) == 2
+    assert main(["autoattack", *arguments]) == 2
     printed = capsys.readouterr().err
     assert printed.startswith("Error: ") and printed.count("\n") == 1 and expected in printed
 
 
-def test_time_of_nested_spans_counts_once():
-    assert autoattack.union([(5, 6), (0, 4), (1, 2), (3, 4.5)]) == 5.5 and autoattack.union([]) == 0
+def test_nested_spans_count_once():
+    assert autoattack.union_length([(5, 6), (0, 4), (1, 2), (3, 4.5)]) == 5.5 and autoattack.union_length([]) == 0
 
 
-def test_what_jax_compiles_is_told_apart():
-    with autoattack.compiling() as spans:
+def test_compile_time_is_measured_apart():
+    with autoattack.compile_spans() as spans:
         jax.jit(lambda x: jax.jit(lambda x: x * 3.125)(x) + 1)(1.0)
-    seen = len(spans)
-    assert seen >= 3 and 0 < autoattack.union(spans) <= sum(end - start for start, end in spans) + 1e-9
+    count = len(spans)
+    assert count >= 3 and 0 < autoattack.union_length(spans) <= sum(end - start for start, end in spans) + 1e-9
     jax.jit(lambda x: x * 3.25)(1.0)
-    assert len(spans) == seen, "it listens no more"
+    assert len(spans) == count, "the listener is removed"
 
 
-def runs(ours, theirs):
+def runs(jax_robust, torch_robust):
     def run(series, robust):
         bits = np.packbits(np.asarray(robust, bool)).tobytes().hex()
         return {"round": 0, "series": series, "robust": bits, "images": len(robust), "accuracy": {"clean": 1, "a": 0.5}}
 
-    return [run("jax a", ours), run("torch a", theirs), {"round": 1, "series": "jax a", "error": "killed"}]
+    return [run("jax a", jax_robust), run("torch a", torch_robust), {"round": 1, "series": "jax a", "error": "killed"}]
 
 
-def test_both_agree_within_noise_or_the_record_says_so():
+def test_disagreement_beyond_noise_is_an_error():
     near = summary.agreement(runs([1, 1, 0, 1] * 25 + [0], [1, 0, 1, 1] * 25 + [0]), "torch a", "jax a")
     assert near == {"both": 50, "jax": 25, "torch": 25}
     far = summary.agreement(runs([1] * 100, [1] * 90 + [0] * 10), "torch a", "jax a")
@@ -154,8 +157,8 @@ def test_both_agree_within_noise_or_the_record_says_so():
     assert summary.agreement(runs([1], [1])[1:], "torch a", "jax a") == {}
 
 
-def test_a_row_of_the_table():
-    found = {
+def test_table_row():
+    result = {
         "machine": {"cpu": "Some CPU", "cores": 2},
         "peak": {"platform": "cpu"},
         "config": {"network": "WRN-34-10"},
@@ -166,13 +169,13 @@ def test_a_row_of_the_table():
         "ratio": {"a": {"median": 2.0251, "min": 2.0251, "max": 2.0251}},
         "agreement": {"a": {"error": "they differ"}},
     }
-    head, (row,) = tables.autoattack([found])
+    head, (row,) = tables.autoattack([result])
     shown = dict(zip(head, row, strict=True))
     assert (shown["Device"], shown["Images"], shown["Attacks"]) == ("2 cores of Some CPU", "8", "a")
     assert (shown["JAX, s"], shown["PyTorch eager, s"], shown["Speed-up"]) == ("12.3", "25.0", "2.03x")
     assert shown["Robust accuracy, %"] == "50.00 / 50.00 (differ)" and shown["Official"] == "51.00"
     assert shown["Forward passes per image"] == "101 / 101" and shown["Gradients per image"] == "50.5 / 50.5"
     assert shown["Compile, s"] == "4.00 / –" and shown["Rounds"] == "2"
-    found |= {"runs": [{"round": 0, "series": "jax a", "error": "out of memory"}], "summary": {}, "ratio": {"a": None}}
-    _, (row,) = tables.autoattack([found])
+    result |= {"runs": [{"round": 0, "series": "jax a", "error": "out of memory"}], "summary": {}, "ratio": {"a": None}}
+    _, (row,) = tables.autoattack([result])
     assert dict(zip(head, row, strict=True))["Robust accuracy, %"] == "– / – (differ)"

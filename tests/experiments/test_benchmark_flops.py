@@ -1,4 +1,4 @@
-"""The FLOPs of small functions by hand, and of the networks whose cost is known."""
+"""FLOP counts of small functions, computed by hand, and of networks with known cost."""
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ from lt_adv.cli import flags
 from lt_adv.training import sharding, stage_builder
 
 
-def of(function, *shapes):
+def flops_of(function, *shapes):
     return flops.count(jax.make_jaxpr(function)(*(jnp.zeros(shape) for shape in shapes)))
 
 
@@ -24,62 +24,64 @@ def convolution(x, w, stride=1, groups=1):
     )
 
 
-def test_a_product_by_hand():
-    assert of(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
-    assert of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
-    assert of(lambda a: jnp.tanh(a) + a.sum(), (3, 5)) == 0
+def test_matrix_products():
+    assert flops_of(lambda a, b: a @ b, (3, 5), (5, 7)) == 2 * 3 * 5 * 7
+    assert flops_of(lambda a, b: jnp.einsum("bij,bjk->bik", a, b), (4, 3, 5), (4, 5, 7)) == 4 * 2 * 3 * 5 * 7
+    assert flops_of(lambda a: jnp.tanh(a) + a.sum(), (3, 5)) == 0
 
 
 @pytest.mark.parametrize("stride", [1, 2])
-def test_a_convolution_and_its_gradients_cost_the_same(stride):
+def test_convolution_and_its_gradients_cost_the_same(stride):
     x, w = (2, 8, 8, 3), (3, 3, 3, 5)
     forward = 2 * 2 * (8 // stride) ** 2 * 5 * 3 * 3 * 3
-    assert of(lambda x, w: convolution(x, w, stride), x, w) == forward
+    assert flops_of(lambda x, w: convolution(x, w, stride), x, w) == forward
     for argument in (0, 1):  # the forward is traced as well
-        assert of(jax.grad(lambda x, w: convolution(x, w, stride).sum(), argument), x, w) == 2 * forward
-    assert of(jax.grad(lambda x, w: (convolution(x, w, stride) ** 2).sum(), (0, 1)), x, w) == 3 * forward
+        assert flops_of(jax.grad(lambda x, w: convolution(x, w, stride).sum(), argument), x, w) == 2 * forward
+    assert flops_of(jax.grad(lambda x, w: (convolution(x, w, stride) ** 2).sum(), (0, 1)), x, w) == 3 * forward
 
 
-def test_a_grouped_convolution_is_cheaper():
-    assert of(lambda x, w: convolution(x, w, groups=3), (1, 4, 4, 6), (3, 3, 2, 9)) == 2 * 16 * 9 * 9 * 2
+def test_grouped_convolution():
+    assert flops_of(lambda x, w: convolution(x, w, groups=3), (1, 4, 4, 6), (3, 3, 2, 9)) == 2 * 16 * 9 * 9 * 2
 
 
 def test_loops_and_branches():
-    w, one = jnp.eye(6), 2 * 6 * 6 * 6
+    w, product = jnp.eye(6), 2 * 6 * 6 * 6
 
-    def turn(_, a):
+    def body(_, a):
         return a @ w
 
-    assert of(lambda a: lax.fori_loop(0, 7, turn, a), (6, 6)) == 7 * one
-    assert of(lambda a: lax.fori_loop(0, 7, turn, a, unroll=True), (6, 6)) == 7 * one
-    assert of(lambda a: lax.scan(lambda a, _: (a @ w @ w, None), a, length=3)[0], (6, 6)) == 6 * one
-    assert of(lambda a: lax.cond(a.sum() > 0, lambda a: a @ w, lambda a: a @ w @ w, a), (6, 6)) == 2 * one
-    assert of(lambda a: lax.while_loop(lambda a: a.sum() < 9, lambda a: a + 1, a) @ w, (6, 6)) == one
+    assert flops_of(lambda a: lax.fori_loop(0, 7, body, a), (6, 6)) == 7 * product
+    assert flops_of(lambda a: lax.fori_loop(0, 7, body, a, unroll=True), (6, 6)) == 7 * product
+    assert flops_of(lambda a: lax.scan(lambda a, _: (a @ w @ w, None), a, length=3)[0], (6, 6)) == 6 * product
+    assert flops_of(lambda a: lax.cond(a.sum() > 0, lambda a: a @ w, lambda a: a @ w @ w, a), (6, 6)) == 2 * product
+    assert flops_of(lambda a: lax.while_loop(lambda a: a.sum() < 9, lambda a: a + 1, a) @ w, (6, 6)) == product
     with pytest.raises(ValueError, match="How often while"):
-        of(lambda a: lax.while_loop(lambda a: a.sum() < 9, lambda a: a @ w, a), (6, 6))
+        flops_of(lambda a: lax.while_loop(lambda a: a.sum() < 9, lambda a: a @ w, a), (6, 6))
 
 
-def test_calls_are_entered_and_equal_work_counts_once():
-    one = 2 * 6 * 6 * 6
+def test_calls_are_counted_and_equal_equations_count_once():
+    product = 2 * 6 * 6 * 6
 
     @jax.custom_vjp
     def squared(a):
         return a @ a
 
     squared.defvjp(lambda a: (a @ a, a), lambda a, g: (g @ a.T + a.T @ g,))
-    assert of(squared, (6, 6)) == one and of(jax.grad(lambda a: squared(a).sum()), (6, 6)) == 3 * one
-    assert of(jax.jit(lambda a: jax.checkpoint(lambda a: a @ a)(a)), (6, 6)) == one
-    assert of(lambda a: jax.jit(lambda a: a @ a)(a) + a @ a, (6, 6)) == one
-    assert of(lambda a, b: a @ b + b @ a, (6, 6), (6, 6)) == 2 * one
+    assert (
+        flops_of(squared, (6, 6)) == product and flops_of(jax.grad(lambda a: squared(a).sum()), (6, 6)) == 3 * product
+    )
+    assert flops_of(jax.jit(lambda a: jax.checkpoint(lambda a: a @ a)(a)), (6, 6)) == product
+    assert flops_of(lambda a: jax.jit(lambda a: a @ a)(a) + a @ a, (6, 6)) == product
+    assert flops_of(lambda a, b: a @ b + b @ a, (6, 6), (6, 6)) == 2 * product
     first, second = np.eye(6), np.ones((6, 6))
-    assert of(lambda a: a @ first + a @ second, (6, 6)) == 2 * one
+    assert flops_of(lambda a: a @ first + a @ second, (6, 6)) == 2 * product
 
 
 @pytest.mark.parametrize("devices", [1, 4])
-def test_devices_share_the_work(devices):
+def test_shard_map_counts_all_devices(devices):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     share = jax.shard_map(lambda a, b: a @ b, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"))
-    assert of(share, (8, 5), (5, 7)) == 2 * 8 * 5 * 7
+    assert flops_of(share, (8, 5), (5, 7)) == 2 * 8 * 5 * 7
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +95,8 @@ def build():
     images = data.Dataset("random", split(1000), split(10), tuple("abcdefghij"), "digest")
 
     def build(config, *entries):
-        given = ["", f"--config=configs/{config}", "--config.optim.batch_size=16", *entries]
-        config = flags.parse(given).config
+        arguments = ["", f"--config=configs/{config}", "--config.optim.batch_size=16", *entries]
+        config = flags.parse(arguments).config
         return stage_builder.build(
             0, stage_builder.stages(config)[0], config, images, sharding.make_mesh(jax.devices()[:1])
         )
@@ -102,8 +104,8 @@ def build():
     return build
 
 
-def by_hand(depth, width):
-    """Multiply-adds of a WRN on 32 x 32 images, layer by layer."""
+def wide_resnet_multiply_adds(depth, width):
+    """Returns the multiply-adds of a WRN on 32 x 32 images, layer by layer."""
     total, inputs, side = 32 * 32 * 9 * 3 * 16, 16, 32
     for stage, channels in enumerate((16 * width, 32 * width, 64 * width)):
         side //= 2 if stage else 1
@@ -115,14 +117,16 @@ def by_hand(depth, width):
 
 
 @pytest.mark.parametrize(("depth", "width"), [(10, 2), (28, 10), (34, 10)])
-def test_the_forward_of_a_wide_resnet(depth, width):
+def test_forward_of_a_wide_resnet(depth, width):
     config = {"name": "wide_resnet", "depth": depth, "width": width}
-    assert flops.forward(config, (32, 32, 3), 10) == 2 * by_hand(depth, width)
-    assert flops.forward({**config, "dtype": "bfloat16"}, (32, 32, 3), 10) == 2 * by_hand(depth, width)
+    assert flops.forward(config, (32, 32, 3), 10) == 2 * wide_resnet_multiply_adds(depth, width)
+    assert flops.forward({**config, "dtype": "bfloat16"}, (32, 32, 3), 10) == 2 * wide_resnet_multiply_adds(
+        depth, width
+    )
 
 
-# (config, entries, GFLOP an image of a step, forwards that this is worth): per attack step a forward and a gradient to
-# the image; in the update per forward two gradients, less the image's.
+# (config, entries, GFLOP of a step per image, equivalent number of forwards). An attack step is a forward and an image
+# gradient; the update has two gradients per forward, except that of the image.
 STEPS = [
     ("at_bsl.py:dataset=cifar10", [], 25.6, 23),
     ("robal.py:dataset=cifar10", ["--config.model.depth=28"], 168, 16),
@@ -132,10 +136,10 @@ STEPS = [
 
 
 @pytest.mark.parametrize(("config", "entries", "expected", "passes"), STEPS)
-def test_the_cost_of_a_step(build, config, entries, expected, passes):
-    built = build(config, *entries)
-    step = flops.step(built)
-    forward = flops.forward(built.config.model, (32, 32, 3), 10)
+def test_cost_of_a_step(build, config, entries, expected, passes):
+    program = build(config, *entries)
+    step = flops.step(program)
+    forward = flops.forward(program.config.model, (32, 32, 3), 10)
     assert step / forward == pytest.approx(passes, rel=0.01) and step < passes * forward
     if expected:
         assert step / 1e9 == pytest.approx(expected, rel=0.01)
@@ -144,14 +148,14 @@ def test_the_cost_of_a_step(build, config, entries, expected, passes):
 SMALL = ["--config.model.depth=10", "--config.model.width=1"]
 
 
-def test_each_attack_step_is_a_forward_and_a_gradient(build):
+def test_attack_step_is_a_forward_and_a_gradient(build):
     def step(number):
         return flops.step(build("robal.py:dataset=cifar10", *SMALL, f"--config.attack.num_steps={number}"))
 
-    forward = 2 * by_hand(10, 1)
+    forward = 2 * wide_resnet_multiply_adds(10, 1)
     assert step(1) - step(0) == 2 * forward and step(3) - step(0) == 3 * 2 * forward
 
 
-def test_what_the_released_code_repeats_counts_once(build):
+def test_repeated_forwards_of_the_released_code_count_once(build):
     released = build("robal.py:dataset=cifar10", *SMALL, "--config.fidelity=released_code")
     assert flops.step(released) == flops.step(build("robal.py:dataset=cifar10", *SMALL))

@@ -1,11 +1,11 @@
-"""Records of speed become the README's tables."""
+"""Benchmark records become tables of the documentation."""
 
 import json
 
 import pytest
 
 from experiments import tables
-from experiments.benchmark import tables as speed
+from experiments.benchmark import tables as benchmark_tables
 
 STEP = {
     "kind": "step",
@@ -36,7 +36,7 @@ STEP = {
 }
 
 
-def row(folder):
+def step_rows(folder):
     head, _, *rows = tables.benchmark("step", folder).splitlines()
     return [dict(zip(cells(head), cells(line), strict=True)) for line in rows]
 
@@ -51,12 +51,12 @@ def results(tmp_path):
     return tmp_path
 
 
-def test_a_step_is_a_row(results):
+def test_step_record_is_a_row(results):
     (results / "benchmark" / "a.json").write_text(json.dumps(STEP))
     gpu = {**STEP, "peak": {"device": "Some GPU", "platform": "gpu", "devices": 2}}
     gpu["config"] = {**STEP["config"], "attack_dtype": "bfloat16"}
     (results / "benchmark" / "b.json").write_text(json.dumps(gpu))
-    cpu, gpu = row(results)
+    cpu, gpu = step_rows(results)
     assert cpu["Device"] == "2 cores of Some CPU" and gpu["Device"] == "2 x Some GPU"
     assert cpu["Network"] == "WRN-16-2" and cpu["Method, attack steps"] == "robal, 5" and cpu["Batch"] == "64"
     assert cpu["Precision"] == "float32" and gpu["Precision"] == "float32, attack bfloat16"
@@ -69,18 +69,18 @@ def test_a_step_is_a_row(results):
 
 
 def test_one_round_has_no_range():
-    assert speed.times({"median": 1.5, "min": 1.5, "max": 1.5}) == "1.50x"
+    assert benchmark_tables.times({"median": 1.5, "min": 1.5, "max": 1.5}) == "1.50x"
 
 
-@pytest.mark.parametrize("kind", speed.TABLES)
-def test_what_is_not_measured_is_said_with_its_command(kind, results):
+@pytest.mark.parametrize("kind", benchmark_tables.TABLES)
+def test_missing_measurement_names_its_command(kind, results):
     text = tables.benchmark(kind, results)
     assert text.startswith(f"`{kind}`: not measured yet; `python -m experiments.benchmark {kind} --")
 
 
-def test_every_kind_has_a_table_in_the_readme():
-    assert {f"benchmark_{kind}" for kind in speed.TABLES} < tables.TABLES.keys()
-    assert speed.TABLES.keys() == speed.COMMANDS.keys()
+def test_every_measurement_has_a_table():
+    assert {f"benchmark_{kind}" for kind in benchmark_tables.TABLES} < tables.TABLES.keys()
+    assert benchmark_tables.TABLES.keys() == benchmark_tables.COMMANDS.keys()
 
 
 @pytest.mark.parametrize(
@@ -88,4 +88,4 @@ def test_every_kind_has_a_table_in_the_readme():
     [(None, "–"), (0.0375, "0.04"), (0.9, "0.90"), (1.237, "1.24"), (12.34, "12.3"), (123.4, "123"), (12345, "12,345")],
 )
 def test_numbers_have_three_digits(value, shown):
-    assert speed.number(value) == shown
+    assert benchmark_tables.number(value) == shown

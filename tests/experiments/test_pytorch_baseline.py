@@ -1,4 +1,4 @@
-"""The PyTorch twin against lt_adv: from the same weights, images and starts, one step is the same step in float64."""
+"""The PyTorch baseline and lt_adv take the same step in float64 from the same weights, images and starts."""
 
 import dataclasses
 import functools
@@ -40,12 +40,7 @@ COUNTS = (11, 7, 4, 2)
 BATCH = 8
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 def make_config(name: str, network: str = "wrn_10_1", **changes) -> ml_collections.ConfigDict:
@@ -61,7 +56,7 @@ def make_config(name: str, network: str = "wrn_10_1", **changes) -> ml_collectio
 
 @functools.cache
 def dataset(side: int) -> Dataset:
-    """Four classes, long-tailed as they come; each a colour, in noise."""
+    """Returns four long-tailed classes, each of one colour with noise."""
     rng = np.random.default_rng(0)
     label = np.repeat(np.arange(len(COUNTS)), COUNTS).astype(np.int32)
     colour = rng.uniform(60, 190, (len(COUNTS), 1, 1, 3))
@@ -75,25 +70,25 @@ def images_of(config: ml_collections.ConfigDict):
     return long_tailed(dataset(side), config.data)
 
 
-def make_twin(config: ml_collections.ConfigDict, setting: str = "tuned", **options) -> Trainer:
+def make_trainer(config: ml_collections.ConfigDict, setting: str = "tuned", **options) -> Trainer:
     return Trainer(config, images_of(config), setting=setting, **{"device": "cpu", "compiled": False, **options})
 
 
 def first_variables(config: ml_collections.ConfigDict) -> dict:
-    """Weights and statistics as of a network that has trained: no scale is 1, no mean is 0."""
+    """Returns weights and statistics like those of a trained network: no scale is 1, no mean is 0."""
     rng = np.random.default_rng(1)
 
-    def moved(path, array):
+    def perturbed(path, array):
         if path[-1].key == "var":
             return array * rng.uniform(0.5, 1.5, array.shape)
         return array + rng.normal(0, 0.1, array.shape) * (array.ndim < 2)
 
-    return jax.tree_util.tree_map_with_path(moved, make_twin(config).variables())
+    return jax.tree_util.tree_map_with_path(perturbed, make_trainer(config).variables())
 
 
 @dataclasses.dataclass
 class Step:
-    """One step of lt_adv: what it started from, the batch and start that it drew, and what came out."""
+    """One step of lt_adv: the variables before and after, the batch, the start of the attack and the loss."""
 
     before: dict
     image: np.ndarray
@@ -103,7 +98,7 @@ class Step:
     loss: float
 
 
-def our_step(config: ml_collections.ConfigDict) -> Step:
+def lt_adv_step(config: ml_collections.ConfigDict) -> Step:
     split, mesh, key = images_of(config), sharding.make_mesh(jax.devices()[:1]), jax.random.key(5)
     train, (stage,), before = split.train, stage_builder.stages(config), first_variables(config)
     counts = np.array(split.class_counts)
@@ -115,7 +110,7 @@ def our_step(config: ml_collections.ConfigDict) -> Step:
         num_features=stage_builder.shapes(config, split)[1],
     )
     with jax.enable_x64(True):
-        # What the step draws from its keys.
+        # The random numbers of the step, from its keys.
         epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
         rows = device_dataset.batch_indices(epoch_key, 0, num_examples=len(train), batch_size=BATCH)
         image = train.image[rows].astype(float) / 255
@@ -147,43 +142,45 @@ def take(trainer: Trainer, step: Step) -> float:
 
 
 def values_per_channel(trainer: Trainer, image: np.ndarray) -> dict:
-    """Path of a running variance -> how many values of the batch it is taken over."""
-    found, handles = {}, []
+    """Returns path of a running variance -> number of batch values per channel."""
+    counts, handles = {}, []
     for name, module in trainer.model.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             path = (*name.split("."), "var")
-            handles.append(module.register_forward_pre_hook(lambda m, x, p=path: found.update({p: x[0][:, 0].numel()})))
+            handles.append(
+                module.register_forward_pre_hook(lambda m, x, p=path: counts.update({p: x[0][:, 0].numel()}))
+            )
     trainer.logits(nchw(image))
     for handle in handles:
         handle.remove()
-    return found
+    return counts
 
 
 def assert_same_change(actual, expected, before, tolerance=1e-9):
-    """From `before`, relative to the largest change of each array."""
+    """Compares changes from `before`, relative to the largest change of each array."""
     actual, expected, before = (flax.traverse_util.flatten_dict(tree) for tree in (actual, expected, before))
     assert actual.keys() == expected.keys()
-    for path, ours in expected.items():
-        assert actual[path].dtype == ours.dtype == np.float64
-        change = np.abs(ours - before[path]).max()
+    for path, value in expected.items():
+        assert actual[path].dtype == value.dtype == np.float64
+        change = np.abs(value - before[path]).max()
         assert change > 0, path
-        error = np.abs(actual[path] - ours).max() / change
+        error = np.abs(actual[path] - value).max() / change
         assert error < tolerance, f"{'/'.join(path)}: {error:.1e}"
 
 
 def biased(after, before, per_channel, forwards):
-    """PyTorch's statistics after `forwards` train-mode forwards as flax has them: the batches' share of each running
-    variance, which is unbiased, made biased."""
+    """Converts PyTorch's statistics after `forwards` train-mode forwards to those of flax: the part of each running
+    variance that comes from the batches is unbiased in PyTorch and biased in flax."""
     after, before = (flax.traverse_util.flatten_dict(tree) for tree in (after, before))
     for path, n in per_channel.items():
-        kept = 0.9**forwards * before[path]
-        after[path] = kept + (after[path] - kept) * (n - 1) / n
+        initial = 0.9**forwards * before[path]
+        after[path] = initial + (after[path] - initial) * (n - 1) / n
     return flax.traverse_util.unflatten_dict(after)
 
 
 def assert_same_step(config, setting, step, forwards):
-    """`forwards`: how many move the running statistics in both, 0 if not the same ones do."""
-    trainer = make_twin(config, setting, variables=step.before)
+    """`forwards` is the number of forwards that update the running statistics, 0 where the two differ in it."""
+    trainer = make_trainer(config, setting, variables=step.before)
     assert take(trainer, step) == pytest.approx(step.loss, rel=1e-9)
     after = trainer.variables()
     assert_same_change(after["params"], step.after["params"], step.before["params"])
@@ -199,27 +196,27 @@ def assert_same_step(config, setting, step, forwards):
     [("at", "wrn_10_1"), ("at_bsl", "wrn_10_1"), ("trades", "wrn_10_1"), ("robal_n", "wrn_10_1")]
     + [("at_bsl", "resnet18"), ("robal_n", "resnet18")],
 )
-def test_one_step_is_the_same_step(name, network):
+def test_one_step_equals_that_of_lt_adv(name, network):
     config = make_config(name, network)
-    step, forwards = our_step(config), {"at": 1, "at_bsl": 1}.get(name, 2)
+    step, forwards = lt_adv_step(config), {"at": 1, "at_bsl": 1}.get(name, 2)
     assert_same_step(config, "tuned", step, forwards)
     assert_same_step(config, "released", step, forwards if forwards == 1 else 0)
 
 
 @pytest.mark.parametrize(("name", "forwards"), [("robal_r", 4), ("trades", 3)])
-def test_statistics_as_released_move_with_every_forward(name, forwards):
-    """With the start, the KL term and the forwards of the released code."""
+def test_released_code_updates_statistics_in_every_forward(name, forwards):
+    """Uses the start, the KL term and the forwards of the released code."""
     config = make_config(name, fidelity="released_code")
-    step = our_step(config)
+    step = lt_adv_step(config)
     for setting in ("tuned", "released"):
         assert_same_step(config, setting, step, forwards)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_both_settings_have_the_same_loss(name):
-    """With batch, augmentation and start drawn by the twin itself."""
+    """The trainer draws batch, augmentation and start."""
     config = make_config(name, **{"data.augment": "crop_flip", "data.pad": 1})
-    losses = [make_twin(config, setting, seed=2).step().item() for setting in ("released", "tuned")]
+    losses = [make_trainer(config, setting, seed=2).step().item() for setting in ("released", "tuned")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-12)
-    other = make_twin(config, seed=3).step().item()
+    other = make_trainer(config, seed=3).step().item()
     assert abs(other - losses[0]) > 1e-3  # the seed counts

@@ -1,4 +1,4 @@
-"""Networks, weights, attack, batches and settings of the PyTorch twin, each for itself."""
+"""Networks, weights, attack, batches and settings of the PyTorch baseline."""
 
 import flax
 import jax
@@ -14,7 +14,7 @@ from experiments.pytorch_baseline import attack, data, models, weights
 from lt_adv.data import Split
 from lt_adv.models import create
 from lt_adv.training import optimizer
-from tests.experiments.test_pytorch_baseline import make_config, make_twin
+from tests.experiments.test_pytorch_baseline import make_config, make_trainer
 from tests.models.test_backbones import NETWORKS as GOLDEN
 from tests.models.test_backbones import flax_path, golden_variables
 
@@ -23,8 +23,8 @@ HEADS = ("linear", "linear_no_bias", "cosine", "cosine_plus")
 
 
 @pytest.mark.parametrize("name", GOLDEN)
-def test_networks_are_the_released_ones(name, golden, assert_golden):
-    """Logits in both modes, and PyTorch's own running statistics, of the authors' networks."""
+def test_networks_equal_the_released_ones(name, golden, assert_golden):
+    """Compares logits in both modes and running statistics with the authors' networks."""
     config, classes, images, batch, averaged = GOLDEN[name]
     reference, (variables, bias) = golden("models"), golden_variables(name)
     network = models.create(config, classes).double()
@@ -41,28 +41,28 @@ def test_networks_are_the_released_ones(name, golden, assert_golden):
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_heads_are_those_of_lt_adv(head):
+def test_heads_equal_those_of_lt_adv(head):
     config = {"name": "wide_resnet", "depth": 10, "width": 1, "dtype": "float64", "head": {"name": head}}
     features = np.random.default_rng(0).normal(size=(5, 64))
     features[2] = 0  # a length of zero
-    twin = models.create(config, 7, channels=1).double()
+    network = models.create(config, 7, channels=1).double()
     with jax.enable_x64(True):
-        variables = {"params": weights.to_flax(twin.state_dict())["params"]["head"]}
+        variables = {"params": weights.to_flax(network.state_dict())["params"]["head"]}
         expected = create(config, 7).head.apply(variables, jnp.asarray(features))
-    np.testing.assert_allclose(twin.head(torch.from_numpy(features)).detach(), expected, rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(network.head(torch.from_numpy(features)).detach(), expected, rtol=1e-12, atol=1e-14)
 
 
 @pytest.mark.parametrize("config", NETWORKS, ids=lambda c: c["name"])
-def test_weights_there_and_back(config):
+def test_weights_survive_a_round_trip(config):
     shapes = jax.eval_shape(create(config, 7).init, jax.random.key(0), jnp.zeros((1, 8, 8, 3)))
     rng = np.random.default_rng(0)
     variables = jax.tree.map(lambda a: rng.normal(size=a.shape).astype(np.float32), flax.core.unfreeze(shapes))
-    twin = models.create(config, 7)
-    twin.load_state_dict(weights.to_torch(variables))
-    jax.tree.map(np.testing.assert_array_equal, weights.to_flax(twin.state_dict()), variables)
+    network = models.create(config, 7)
+    network.load_state_dict(weights.to_torch(variables))
+    jax.tree.map(np.testing.assert_array_equal, weights.to_flax(network.state_dict()), variables)
 
 
-def test_first_weights_have_the_distributions_of_lt_adv():
+def test_initial_weights_have_the_distributions_of_lt_adv():
     torch.manual_seed(0)
     wide, residual = (models.create(config, 10).backbone for config in NETWORKS[:2])
     kernel = wide.stage3_block0.conv1.weight  # normal, variance 2 / fan_out
@@ -70,13 +70,13 @@ def test_first_weights_have_the_distributions_of_lt_adv():
     kernel, bound = residual.stage2_block0.conv1.weight, (9 * 64) ** -0.5  # U(+-1/sqrt(fan_in))
     assert 0.99 * bound < kernel.abs().max() <= bound and abs(kernel.std().item() / (bound / 3**0.5) - 1) < 0.02
     for head in HEADS:
-        found = models.create({**NETWORKS[1], "head": {"name": head}}, 200).head
-        for leaf in found.parameters():
+        layer = models.create({**NETWORKS[1], "head": {"name": head}}, 200).head
+        for leaf in layer.parameters():
             assert 0.95 * 512**-0.5 < leaf.abs().max() <= 512**-0.5
-        assert (getattr(found, "bias", None) is not None) == (head == "linear")
+        assert (getattr(layer, "bias", None) is not None) == (head == "linear")
 
 
-def test_starts():
+def test_starting_noise_has_its_distribution():
     x, generator = torch.zeros(50, 3, 8, 8), torch.Generator().manual_seed(0)
     noise = {
         name: attack.starting_noise(x, name, 0.1, generator) for name in ("uniform", "one_sided", "gaussian", "zero")
@@ -138,57 +138,57 @@ def test_crops_are_crops_of_the_padded_image_and_half_are_mirrored():
 
 def test_bfloat16_stays_in_the_backbone():
     config = make_config("robal_n", **{"model.dtype": "bfloat16"})
-    twin, seen = make_twin(config), {}
-    conv, head = twin.model.backbone.stage2_block0.conv2, twin.model.head
-    conv.register_forward_hook(lambda module, inputs, y: seen.update(conv=y.dtype))
-    head.register_forward_hook(lambda module, inputs, y: seen.update(features=inputs[0].dtype, logits=y.dtype))
-    loss = twin.step().item()
-    assert seen == {"conv": torch.bfloat16, "features": torch.float32, "logits": torch.float32}
-    assert {p.dtype for p in twin.model.parameters()} == {torch.float32}
-    exact = make_twin(make_config("robal_n", **{"model.dtype": "float32"})).step().item()
+    trainer, dtypes = make_trainer(config), {}
+    conv, head = trainer.model.backbone.stage2_block0.conv2, trainer.model.head
+    conv.register_forward_hook(lambda module, inputs, y: dtypes.update(conv=y.dtype))
+    head.register_forward_hook(lambda module, inputs, y: dtypes.update(features=inputs[0].dtype, logits=y.dtype))
+    loss = trainer.step().item()
+    assert dtypes == {"conv": torch.bfloat16, "features": torch.float32, "logits": torch.float32}
+    assert {p.dtype for p in trainer.model.parameters()} == {torch.float32}
+    exact = make_trainer(make_config("robal_n", **{"model.dtype": "float32"})).step().item()
     assert loss != exact and loss == pytest.approx(exact, rel=0.02)
-    released = make_twin(config, "released").step().item()  # float32 whatever the config says
+    released = make_trainer(config, "released").step().item()  # float32 whatever the config says
     assert released == pytest.approx(exact, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["robal_n", "trades"])
-def test_what_is_compiled_is_the_same_step(name, monkeypatch):
-    """Traced whole, without a graph break, and differentiated ahead of time; inductor would take a minute."""
-    compile_whole, compiled = torch.compile, []
+def test_compiled_step_equals_the_eager_one(name, monkeypatch):
+    """Traces without a graph break and differentiates ahead of time; inductor would take a minute."""
+    torch_compile, compiled = torch.compile, []
 
     def compile_quickly(part, **options):
         assert options["fullgraph"]
         compiled.append(part)
-        return compile_whole(part, **options, backend="aot_eager")
+        return torch_compile(part, **options, backend="aot_eager")
 
     monkeypatch.setattr(torch, "compile", compile_quickly)
     config = make_config(name, **{"attack.num_steps": 1})
-    ordinary, twin = make_twin(config), make_twin(config, compiled=True)
+    eager, trainer = make_trainer(config), make_trainer(config, compiled=True)
     for _ in range(2):
-        assert twin.step().item() == pytest.approx(ordinary.step().item(), rel=1e-9)
+        assert trainer.step().item() == pytest.approx(eager.step().item(), rel=1e-9)
     assert len(compiled) == 3
     torch._dynamo.reset()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("name", ["at_bsl", "robal_n", "trades"])
-def test_the_cuda_graph_takes_the_same_steps(name):
-    """Six steps: three ordinary ones, three of the graph at another learning rate."""
+def test_cuda_graph_takes_the_same_steps(name):
+    """Takes three eager steps and three of the graph at another learning rate."""
     config = make_config(name, **{"optim.drop_epochs": (2,), "optim.epochs": 2})
     losses = []
     for compiled in (False, True):
-        twin = make_twin(config, device="cuda", compiled=compiled)
-        losses.append([twin.step().item() for _ in range(6)])
+        trainer = make_trainer(config, device="cuda", compiled=compiled)
+        losses.append([trainer.step().item() for _ in range(6)])
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-6)
 
 
-def test_the_rate_follows_the_schedule_of_lt_adv():
+def test_learning_rate_follows_the_schedule_of_lt_adv():
     config = make_config("at", **{"optim.drop_epochs": (2,), "optim.epochs": 2, "optim.warmup_epochs": 1})
-    twin = make_twin(config)
-    rate = optimizer.schedule(config.optim, twin.steps_per_epoch, 2)
-    for step_number in range(2 * twin.steps_per_epoch):
-        twin.step()
-        assert twin._optimiser.param_groups[0]["lr"] == pytest.approx(float(rate(step_number)), rel=1e-6)
+    trainer = make_trainer(config)
+    rate = optimizer.schedule(config.optim, trainer.steps_per_epoch, 2)
+    for step_number in range(2 * trainer.steps_per_epoch):
+        trainer.step()
+        assert trainer._optimiser.param_groups[0]["lr"] == pytest.approx(float(rate(step_number)), rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -197,16 +197,16 @@ def test_the_rate_follows_the_schedule_of_lt_adv():
         ({"data.sampler": "class_aware"}, "config.data.sampler = 'class_aware'"),
         ({"average.name": "ema"}, "config.average.name = 'ema'"),
         ({"model.depth": 11}, "depth is 6 n"),
-        ({"model.head.name": "lws"}, "linear and cosine heads, no LearnableScale"),
+        ({"model.head.name": "lws"}, "linear and cosine heads, not LearnableScale"),
         ({"data.augment": "randaugment"}, "config.data.augment = 'randaugment'"),
         ({"method.name": "at_ldam"}, "at_ldam"),
     ],
 )
-def test_what_the_twin_does_not_have_is_refused(changes, message):
+def test_unsupported_config_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
-        make_twin(make_config("at", **changes))
+        make_trainer(make_config("at", **changes))
 
 
-def test_an_unknown_setting_is_refused():
+def test_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="fast"):
-        make_twin(make_config("at"), "fast")
+        make_trainer(make_config("at"), "fast")

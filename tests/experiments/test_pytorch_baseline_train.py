@@ -1,4 +1,4 @@
-"""A run of the PyTorch twin, evaluated by lt_adv, and what it answers to bad input."""
+"""Training with the PyTorch baseline, evaluation by lt_adv, and refusal of bad input."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ CONFIG = "--config=configs/at_bsl.py:dataset=digits,epochs=2"
 SHORT = [CONFIG, "--config.attack.num_steps=1", "--config.eval.only=('fgsm',)", "--config.eval.subset_per_class=12"]
 
 
-def test_lt_adv_evaluates_what_pytorch_trained(tmp_path, capsys):
+def test_lt_adv_evaluates_a_network_trained_in_pytorch(tmp_path, capsys):
     options = [*SHORT, f"--workdir={tmp_path / 'run'}"]
     assert train.main(["train", *options, "--setting=released", "--device=cpu"]) == 0
     printed = capsys.readouterr().out
@@ -30,7 +30,7 @@ def test_lt_adv_evaluates_what_pytorch_trained(tmp_path, capsys):
     assert header["stage"] == f"0_train by PyTorch {torch.__version__}, released, on cpu"
     assert header["training"] == "finished" and header["checkpoint_step"] == 2 * (len(split.train) // 64)
 
-    # The very network: the same clean predictions from PyTorch.
+    # PyTorch predicts the same classes with these weights.
     variables, _ = checkpoint.read_variables(workdir)
     test = split.test.take(evaluation.balanced_subset(split.test.label, 12))
     network = models.create(config.model, 10, channels=1).eval()
@@ -41,7 +41,7 @@ def test_lt_adv_evaluates_what_pytorch_trained(tmp_path, capsys):
     rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["train/loss"] < rows[0]["train/loss"]
 
-    assert train.main(["train", *options]) == 2  # nothing is trained over it
+    assert train.main(["train", *options]) == 2
     assert "use another --workdir" in capsys.readouterr().err
 
 
@@ -57,7 +57,7 @@ def test_lt_adv_evaluates_what_pytorch_trained(tmp_path, capsys):
         (["--workdir=x"], "--config is missing"),
     ],
 )
-def test_bad_input_is_answered_in_one_line(argv, message, tmp_path, capsys, monkeypatch):
+def test_bad_input_gives_one_line(argv, message, tmp_path, capsys, monkeypatch):
     where = tmp_path / "x"
     assert train.main(["train", *(arg.replace("=x", f"={where}") for arg in argv)]) == 2
     error = capsys.readouterr().err
@@ -65,7 +65,7 @@ def test_bad_input_is_answered_in_one_line(argv, message, tmp_path, capsys, monk
     assert not where.exists()
 
 
-def test_without_torch_the_extra_is_named(monkeypatch, capsys):
+def test_missing_torch_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "torch", None)
     assert train.main(["train", CONFIG, "--workdir=x"]) == 2
-    assert capsys.readouterr().err == "Error: The PyTorch twin needs PyTorch: pip install '.[torch]'.\n"
+    assert capsys.readouterr().err == "Error: The PyTorch baseline needs PyTorch: pip install '.[torch]'.\n"

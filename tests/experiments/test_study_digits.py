@@ -1,4 +1,4 @@
-"""A study of digits, as a user starts it: real processes, small ones."""
+"""A study of digits with real, small processes."""
 
 import json
 import re
@@ -6,23 +6,23 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study import __main__ as door
 from experiments.study import jobs
+from experiments.study.__main__ import main, parse
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
+def test_study_of_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
-    given = ["--dataset=digits", "--epochs=2", "--name=small"]
-    given += [f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--config.eval.only=('pgd20',)"]
-    given += ["--config.eval.subset_per_class=20", "--config.attack.num_steps=1"]
-    given += ["--config.eval.attacks.pgd20.num_steps=2", "--config.log.clean_per_class=0"]
-    assert door.main([*given, "--rows=tau_norm", "--scales=none"]) == 0, capfd.readouterr()
-    assert capfd.readouterr().out.startswith("2 of 2 runs are left.")
-    assert door.main([*given, "--rows=at", "--scales=10"]) == 0, capfd.readouterr()
-    assert capfd.readouterr().out.startswith("1 of 2 runs are left."), "the network is there, the sweep is new"
+    arguments = ["--dataset=digits", "--epochs=2", "--name=small"]
+    arguments += [f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--config.eval.only=('pgd20',)"]
+    arguments += ["--config.eval.subset_per_class=20", "--config.attack.num_steps=1"]
+    arguments += ["--config.eval.attacks.pgd20.num_steps=2", "--config.log.clean_per_class=0"]
+    assert main([*arguments, "--rows=tau_norm", "--scales=none"]) == 0, capfd.readouterr()
+    assert capfd.readouterr().out.startswith("2 of 2 runs to do.")
+    assert main([*arguments, "--rows=at", "--scales=10"]) == 0, capfd.readouterr()
+    assert capfd.readouterr().out.startswith("1 of 2 runs to do."), "the network exists, the sweep is new"
     folder = tmp_path / "small"
     table = json.loads((folder / "table.json").read_text())
     assert list(table["rows"]) == ["at", "tau_norm"] and not table["failed"]
@@ -45,9 +45,9 @@ def test_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
-def test_a_damaged_result_is_made_again(tmp_path, content):
-    study = door.parse(["--rows=at", "--dataset=digits", "--scales=none", f"--out={tmp_path}", "--name=s"])
+def test_damaged_result_is_made_again(tmp_path, content):
+    study = parse(["--rows=at", "--dataset=digits", "--scales=none", f"--out={tmp_path}", "--name=s"])
     (job,) = study.jobs()
     jobs.result_path(study, job).parent.mkdir()
     jobs.result_path(study, job).write_text(content)
-    assert jobs.due(study) == [job] and jobs.results(study, study.part) == {}
+    assert jobs.remaining_jobs(study) == [job] and jobs.results(study, study.part) == {}

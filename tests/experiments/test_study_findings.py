@@ -1,4 +1,4 @@
-"""Findings follow the figures: each verdict is turned round by changing what it is about."""
+"""Findings follow the figures: each test changes the figures that a verdict depends on."""
 
 import copy
 
@@ -9,7 +9,7 @@ from experiments.study.rows import ROWS
 from lt_adv.evaluation.report import table
 
 AT = {"clean": 0.30, "pgd20": 0.20, "cw20": 0.20, "worst": 0.19, "tail": 0.01}
-SHOWN = {  # the picture of the papers
+PUBLISHED_PATTERN = {  # figures with which all claims of the papers hold
     "at": AT,
     "cosine": {"clean": 0.35, "pgd20": 0.20, "cw20": 0.20, "worst": 0.19, "tail": 0.02},
     "cdt": {"clean": 0.36, "pgd20": 0.24, "cw20": 0.19, "worst": 0.18, "tail": 0.02},
@@ -26,10 +26,10 @@ OURS = {"clean": 0.40, "pgd20": 0.30, "cw20": 0.28, "worst": 0.27, "tail": 0.25}
 
 def summary(accuracies, images=10000, seeds=1):
     rows = {}
-    for name, found in accuracies.items():
-        metrics = {f"eval/{c}/accuracy": found[c] for c in ("clean", "pgd20", "cw20", "worst")}
-        metrics |= {"eval/worst/accuracy_tail": found["tail"], "eval/natural_error": 1 - found["clean"]}
-        metrics["eval/boundary_error"] = found["clean"] - found["worst"]
+    for name, values in accuracies.items():
+        metrics = {f"eval/{c}/accuracy": values[c] for c in ("clean", "pgd20", "cw20", "worst")}
+        metrics |= {"eval/worst/accuracy_tail": values["tail"], "eval/natural_error": 1 - values["clean"]}
+        metrics["eval/boundary_error"] = values["clean"] - values["worst"]
         figures = {metric: {"mean": value} for metric, value in metrics.items()}
         rows[name] = {"title": ROWS[name].title, "figures": figures, "seeds": [*range(seeds)], "classes": [{}] * 10}
     return {"rows": rows, "about": {"images": images}}
@@ -40,16 +40,16 @@ def verdicts(accuracies, **options):
 
 
 def changed(**rows):
-    found = copy.deepcopy(SHOWN)
+    accuracies = copy.deepcopy(PUBLISHED_PATTERN)
     for name, values in rows.items():
-        found[name] |= values
-    return found
+        accuracies[name] |= values
+    return accuracies
 
 
-def test_the_picture_of_the_papers():
-    found = findings.findings(summary(SHOWN))
-    assert [verdict for *_, verdict in found] == [*["held"] * 5, "undecided", "held"]
-    text = {claim: measured for claim, measured, _ in found}
+def test_claims_of_the_papers_hold():
+    results = findings.findings(summary(PUBLISHED_PATTERN))
+    assert [verdict for *_, verdict in results] == [*["held"] * 5, "undecided", "held"]
+    text = {claim: measured for claim, measured, _ in results}
     assert text["Natural accuracy is easy to gain, robust accuracy is not"] == (
         "of 3 long-tail methods on AT 3 gain clean accuracy (mean +6.0), 0 worst-case robust accuracy (mean -1.0)"
     )
@@ -75,12 +75,12 @@ def test_the_picture_of_the_papers():
         (6, {"self_distillation": {"tail": 0.01}}, "not held"),
     ],
 )
-def test_a_verdict_follows_its_figures(position, rows, verdict):
+def test_verdict_follows_its_figures(position, rows, verdict):
     assert verdicts(changed(**rows))[position] == verdict
 
 
 @pytest.mark.parametrize(
-    ("change", "found"),
+    ("change", "expected"),
     [
         ({}, ["held", "held"]),
         ({"worst": 0.25}, ["undecided", "held"]),
@@ -88,13 +88,13 @@ def test_a_verdict_follows_its_figures(position, rows, verdict):
         ({"tail": 0.15}, ["held", "not held"]),
     ],
 )
-def test_ours_is_judged_beside_the_best_of_all_others(change, found):
-    made = findings.findings(summary({**SHOWN, "lt_adv": {**OURS, **change}}))
-    assert [verdict for *_, verdict in made[-2:]] == found
+def test_our_recipe_is_compared_with_the_best_other_row(change, expected):
+    made = findings.findings(summary({**PUBLISHED_PATTERN, "lt_adv": {**OURS, **change}}))
+    assert [verdict for *_, verdict in made[-2:]] == expected
     assert [text.partition(", ")[2] for _, text, _ in made[-2:]] == ["RoBal-N 24.0", "Self-distillation 20.0"]
 
 
-def test_more_images_and_seeds_decide():
+def test_more_images_and_seeds_decide_a_verdict():
     small = changed(reat={"tail": 0.08})
     assert [verdicts(small, images=n, seeds=s)[5] for n, s in ((1000, 1), (1000, 8), (8000, 1))] == [
         *("undecided", "held", "held")
@@ -102,16 +102,16 @@ def test_more_images_and_seeds_decide():
 
 
 def test_what_was_not_measured_is_left_out():
-    assert len(verdicts({name: SHOWN[name] for name in ("at", "cosine")})) == 2
-    assert verdicts({"robal": SHOWN["robal"]}) == []
-    partly = summary(SHOWN)
+    assert len(verdicts({name: PUBLISHED_PATTERN[name] for name in ("at", "cosine")})) == 2
+    assert verdicts({"robal": PUBLISHED_PATTERN["robal"]}) == []
+    partly = summary(PUBLISHED_PATTERN)
     del partly["rows"]["reat"]["figures"]["eval/worst/accuracy_tail"]
     assert len(findings.findings(partly)) == 6
 
 
 def test_findings_are_a_table_of_a_study():
-    (made,) = findings.tables(summary(SHOWN))
+    (made,) = findings.tables(summary(PUBLISHED_PATTERN))
     text = table(*made)
     assert text.splitlines()[1] == "| :-- | :-- | :-- |" and len(text.splitlines()) == 9
     assert text.endswith("| worst case 20.0, AT-BSL 5.0 | held |")
-    assert findings.tables(summary({"robal": SHOWN["robal"]})) == []
+    assert findings.tables(summary({"robal": PUBLISHED_PATTERN["robal"]})) == []

@@ -1,4 +1,4 @@
-"""The study's arithmetic, tables and pictures, from reports whose figures are known."""
+"""Statistics, tables and plots of a study from reports with known figures."""
 
 import io
 import json
@@ -11,7 +11,7 @@ from experiments import tables as readme
 from experiments.study import plots, summary, sweep, tables
 from experiments.study.rows import ROWS, Row
 from lt_adv.evaluation.plots import png
-from tests.experiments.study_parts import COUNTS, report
+from tests.experiments.fake_runs import COUNTS, report
 
 PUBLISHED = {"at": "clean 58.25, PGD-20 27.28", "robal": "clean 72.73"}
 WORST_AND_PGD = ("Worst case", "PGD-20")
@@ -19,8 +19,7 @@ ADJUSTED = {"at_shifted": Row("AT, shifted", "posthoc", base="at", evaluates=Tru
 
 
 def run(seed, seconds=60.0, **figures):
-    found = {"report": report(seed, **figures), "seed": seed, "training_seconds": seconds, "commit": "0123456789ab"}
-    return found
+    return {"report": report(seed, **figures), "seed": seed, "training_seconds": seconds, "commit": "0123456789ab"}
 
 
 @pytest.fixture
@@ -40,15 +39,15 @@ def made(results):
     return {"study": "s", **summary.summarise(results, sweeps, {"cdt-seed0-full": "no such thing"}, PUBLISHED)}
 
 
-def test_autoattack_on_fewer_images_has_a_column_and_is_said(results):
-    less = run(0, robust=0.4)
-    less["report"]["header"]["images"] = 12
-    metrics = less["report"]["metrics"]
+def test_autoattack_on_fewer_images_has_a_column_and_a_sentence(results):
+    smaller = run(0, robust=0.4)
+    smaller["report"]["header"]["images"] = 12
+    metrics = smaller["report"]["metrics"]
     metrics |= {"eval/autoattack/accuracy": 0.25, "eval/autoattack/accuracy_tail": 0.125, "eval/worst/accuracy": 0.2}
-    made = summary.summarise(results, {}, {}, PUBLISHED, {"at": [less]})
+    made = summary.summarise(results, {}, {}, PUBLISHED, {"at": [smaller]})
     figures = made["rows"]["at"]["figures"]
     assert figures["eval/autoattack/accuracy"]["values"] == [0.25]
-    assert figures["eval/worst/accuracy"]["values"] != [0.2], "of all images"
+    assert figures["eval/worst/accuracy"]["values"] != [0.2], "on all images"
     assert "eval/autoattack/accuracy" not in made["rows"]["robal"]["figures"]
     head, rows = tables.all_images(made)
     assert [row[head.index("AutoAttack")] for row in rows] == ["25.0", "", ""]
@@ -62,12 +61,12 @@ def test_mean_and_deviation_of_a_sample():
         "values": [0.4, 0.5, 0.75],
     }
     assert summary.spread([0.4])["deviation"] is None
-    found = summary.figures([{"a": 0.25, "b": None, "c": 1.0}, {"a": 0.75, "b": 0.5}])
-    assert set(found) == {"a"}, "a mean over fewer seeds would not be that of the row"
-    assert (found["a"]["mean"], found["a"]["deviation"]) == (0.5, pytest.approx(0.125**0.5))
+    result = summary.figures([{"a": 0.25, "b": None, "c": 1.0}, {"a": 0.75, "b": 0.5}])
+    assert set(result) == {"a"}, "a mean over fewer seeds would not be that of the row"
+    assert (result["a"]["mean"], result["a"]["deviation"]) == (0.5, pytest.approx(0.125**0.5))
 
 
-def test_the_summary_is_plain_and_complete(made, results):
+def test_summary_is_json_and_complete(made, results):
     assert json.loads(json.dumps(made, allow_nan=False)) == made
     at = made["rows"]["at"]
     for metric in ("eval/worst/accuracy_tail", "eval/clean/balanced_accuracy", "eval/boundary_error_head"):
@@ -76,28 +75,28 @@ def test_the_summary_is_plain_and_complete(made, results):
         assert at["figures"][metric]["mean"] == pytest.approx(sum(values) / 2)
     assert at["seeds"] == [0, 1] and at["training_seconds"]["mean"] == 65 and at["commits"] == ["0123456789ab"]
     assert [c["class_count"] for c in at["classes"]] == list(COUNTS)
-    seen = [run["report"]["classes"][3]["accuracy"]["worst"] for run in results["at"]]
-    assert at["classes"][3]["accuracy"]["worst"] == pytest.approx(sum(seen) / 2)
+    accuracies = [run["report"]["classes"][3]["accuracy"]["worst"] for run in results["at"]]
+    assert at["classes"][3]["accuracy"]["worst"] == pytest.approx(sum(accuracies) / 2)
     assert [scale for scale, _ in at["scales"]] == list(sweep.SCALES) and made["rows"]["at_shifted"]["scales"] == []
     assert at["scales"][-1][1] == run(0, swept=True)["report"]["metrics"]["eval/scale_100/accuracy"]
     assert at["published"] == PUBLISHED["at"] and made["rows"]["at_shifted"]["published"] == ""
     assert made["rows"]["at_shifted"]["evaluates"] == "at" and at["evaluates"] is None
 
 
-def test_what_the_rows_have_in_common(results):
-    found = summary.about(results)
-    assert (found["epochs"], found["network"], found["eps"], found["different"]) == (3, "WRN-10-1", 0.1, [])
+def test_common_facts_of_the_rows(results):
+    result = summary.common_facts(results)
+    assert (result["epochs"], result["network"], result["eps"], result["different"]) == (3, "WRN-10-1", 0.1, [])
     results["robal"][0]["report"]["header"]["epochs"] = 80
-    assert summary.about(results) == {**found, "different": ["epochs"]}
-    assert "Not the same for all rows: epochs." in tables.sentence({"about": summary.about(results)})
-    assert tables.sentence({"about": summary.about({})}) == "No row has a result."
+    assert summary.common_facts(results) == {**result, "different": ["epochs"]}
+    assert "Not the same for all rows: epochs." in tables.sentence({"about": summary.common_facts(results)})
+    assert tables.sentence({"about": summary.common_facts({})}) == "No row has a result."
 
 
 def cells(head, row):
     return dict(zip(head, row, strict=True))
 
 
-def test_the_main_table(made, results):
+def test_main_table(made, results):
     head, rows = tables.all_images(made)
     assert head[:7] == ["All images", "Clean", "FGSM", "PGD-20", "CW-20", "LSA", "Worst case"]
     at, robal, shifted = (cells(head, row) for row in rows)
@@ -111,7 +110,7 @@ def test_the_main_table(made, results):
     assert tables.all_images(made, published=False) == (head[:-1], [row[:-1] for row in rows])
 
 
-def test_a_condition_that_one_row_has_is_a_column(made):
+def test_condition_of_one_row_is_a_column(made):
     for condition in ("autoattack", "own", "pgd100", "mim20"):
         made["rows"]["robal"]["figures"][f"eval/{condition}/accuracy"] = summary.spread([0.125])
     head, rows = tables.all_images(made)
@@ -121,10 +120,10 @@ def test_a_condition_that_one_row_has_is_a_column(made):
         assert cells(head, rows[1])[name] == "12.5" and cells(head, rows[0])[name] == ""
 
 
-def test_slices(made):
-    found = {head[0]: (head, rows) for head, rows in tables.slices(made)}
-    assert list(found) == ["Balanced: mean over classes", "Head", "Body", "Tail"]
-    head, rows = found["Tail"]
+def test_tables_of_groups_of_classes(made):
+    result = {head[0]: (head, rows) for head, rows in tables.slices(made)}
+    assert list(result) == ["Balanced: mean over classes", "Head", "Body", "Tail"]
+    head, rows = result["Tail"]
     assert head == ["Tail", "Clean", "FGSM", "PGD-20", "CW-20", "LSA", "Worst case"]
     tail = made["rows"]["robal"]["figures"]["eval/pgd20/accuracy_tail"]["mean"]
     assert cells(head, rows[1])["PGD-20"] == f"{100 * tail:.1f}"
@@ -134,7 +133,7 @@ def test_slices(made):
     assert tables.groups(made)[0] == ["By group", *(f"{c}, {g}" for c in WORST_AND_PGD for g in ("head", "tail"))]
 
 
-def test_pictures_show_every_row(made):
+def test_plots_show_every_row(made):
     drawn = plots.draw(made)
     assert set(drawn) == {"robustness", "classes", "errors", "logit_scale"}
     for name, figure in drawn.items():
@@ -149,11 +148,11 @@ def test_pictures_show_every_row(made):
     assert [label.get_text() for label in drawn["errors"].axes[0].get_yticklabels()] == titles
 
 
-def test_pictures_show_the_figures(made):
+def test_plots_show_the_figures(made):
     drawn = plots.draw(made)
     robal = made["rows"]["robal"]["figures"]
-    whole, tail = drawn["robustness"].axes
-    for axes, suffix in ((whole, ""), (tail, "_tail")):
+    overall, tail = drawn["robustness"].axes
+    for axes, suffix in ((overall, ""), (tail, "_tail")):
         (x,), (y,) = axes.containers[1].lines[0].get_data()
         assert x == 100 * robal[f"eval/clean/accuracy{suffix}"]["mean"]
         assert y == 100 * robal[f"eval/worst/accuracy{suffix}"]["mean"]
@@ -166,7 +165,7 @@ def test_pictures_show_the_figures(made):
     assert worst[-1] == 100 * made["rows"]["robal"]["classes"][-1]["accuracy"]["worst"]
 
 
-def test_no_sweep_no_picture_of_it(results):
+def test_without_a_sweep_there_is_no_plot_of_it(results):
     assert "logit_scale" not in plots.draw(summary.summarise(results, {}, {}, {}))
 
 
@@ -180,28 +179,30 @@ def test_labels_do_not_cover_each_other(made, monkeypatch):
         rows[f"r{i}"] = {"title": f"A method {i}", "figures": figures, "evaluates": None, "scales": []}
     (axes,) = plots.robustness(rows).axes
     for text in axes.texts:
-        text.arrow_patch = None  # its line is not part of a name
+        text.arrow_patch = None  # the extent excludes the line
     boxes = [text.get_window_extent() for text in axes.texts]
     assert len(boxes) == 25
     covered = sum(plots._overlap(a, b) for i, a in enumerate(boxes) for b in boxes[:i])
     assert covered < 0.02 * sum(box.width * box.height for box in boxes)
 
 
-def test_more_rows_than_a_line_of_panels_holds(made):
+def test_panels_in_several_lines(made):
     rows = {f"r{i}": {**made["rows"]["at"], "title": f"Method {i}"} for i in range(7)}
     for draw, labels in ((plots.classes, 0), (plots.scales, 4)):
         axes = draw(rows).axes
         assert [it.get_title("left") for it in axes[:7]] == [f"Method {i}" for i in range(7)] and len(axes) == 10
-        assert [len(it.get_xticklabels()) for it in axes[:7]] == [0, 0, *[labels] * 5], "what nothing stands below"
+        assert [len(it.get_xticklabels()) for it in axes[:7]] == [0, 0, *[labels] * 5], (
+            "only the last panel of a column has labels"
+        )
 
 
-def test_many_classes():
+def test_plot_of_many_classes():
     rows = {"at": [run(0, classes=100)], "robal": [run(1, classes=100)]}
     figure = plots.draw(summary.summarise(rows, {}, {}, {}))["classes"]
     assert len(figure.axes[0].lines[0].get_xdata()) == 100 and len(png(figure)) > 10_000
 
 
-def test_the_readme_has_the_studies(made, tmp_path):
+def test_documentation_has_the_studies(made, tmp_path):
     assert "not measured yet" in readme.study(tmp_path)
     (tmp_path / "s" / "plots").mkdir(parents=True)
     (tmp_path / "s" / "plots" / "robustness.png").touch()
@@ -217,7 +218,7 @@ def test_the_readme_has_the_studies(made, tmp_path):
     assert "Published" not in text and PUBLISHED["robal"] not in text
 
 
-def test_the_readme_has_the_ablations(made, tmp_path):
+def test_documentation_has_the_ablations(made, tmp_path):
     assert "--preset=ablation --config.data.path=<folder of images>` measures it" in readme.ablation(tmp_path)
     rows = made["rows"]
     rows["at_twice"] = {**rows["at"], "title": "AT, twice", "varies": "at"}
@@ -238,7 +239,7 @@ def test_the_readme_has_the_ablations(made, tmp_path):
     assert body[3][1:] == [f"{100 * rows['robal']['figures'][f'eval/{m}']['mean']:.1f}" for m in metrics]
 
 
-def test_a_summary_says_what_a_row_varies(monkeypatch):
+def test_summary_names_the_varied_row(monkeypatch):
     monkeypatch.setitem(ROWS, "at_twice", Row("AT, twice", "at", varies="at"))
     rows = summary.summarise({"at": [run(0)], "at_twice": [run(1)]}, {}, {}, {})["rows"]
     assert (rows["at"]["varies"], rows["at_twice"]["varies"]) == (None, "at")

@@ -1,10 +1,10 @@
-"""The program that compiles a step for TPU: what it reads out of a compiled text, and its line without libtpu."""
+"""experiments.tpu_step: parsing of the compiled program, and its error without libtpu."""
 
 import subprocess
 import sys
 from pathlib import Path
 
-from experiments.tpu_step import large
+from experiments.tpu_step import data_set_operations
 
 TEXT = """
 %fused (p0: u8[5000,3072], p1: s32[64]) -> u8[64,3072] {
@@ -24,12 +24,17 @@ ENTRY %main (image: u8[5000,3072]) -> f32[] {
 """
 
 
-def test_operations_on_the_whole_set():
-    assert list(large(TEXT, 5000)) == ["gather %gather.1", "copy %copy.2", "copy-start %copy-start", "bitcast %flat"]
+def test_finds_operations_as_large_as_the_data_set():
+    assert list(data_set_operations(TEXT, 5000)) == [
+        "gather %gather.1",
+        "copy %copy.2",
+        "copy-start %copy-start",
+        "bitcast %flat",
+    ]
 
 
-def test_an_unknown_slice_is_one_line():
-    """As every slice is where libtpu is missing."""
+def test_unknown_topology_gives_one_line():
+    """Without libtpu every topology is unknown."""
     command = [sys.executable, "-m", "experiments.tpu_step", "--topology=v0:9x9"]
     done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("Error: ") and not done.stdout

@@ -1,4 +1,4 @@
-"""What `experiments.fuzz` found, each by itself: bad input that once had a traceback, an unclear line, or no end."""
+"""Regressions found by `experiments.fuzz`: input that once gave a traceback, an unclear line, or no end."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from lt_adv.data import cache, load
 from lt_adv.evaluation import plots, records
 from lt_adv.training.checksums import known
 from tests.bad_input.conftest import DIGITS, ROOT
-from tests.bad_input.test_runs import TINY
+from tests.bad_input.test_resume import TINY
 
 
 @pytest.mark.parametrize("entry", ["config.init_from", "config.eval.baseline", "workdir"])
@@ -29,23 +29,22 @@ from tests.bad_input.test_runs import TINY
         ("http://x/y", r"'http://x/y' is not a valid path: http:// is not supported; buckets are gs://"),
     ],
 )
-def test_what_is_no_path(answer, entry, path, line):
+def test_invalid_path(answer, entry, path, line):
     assert re.search(f"{entry} {line}", answer(DIGITS, f"--{entry}={path}"))
 
 
-def test_a_name_that_looks_like_markup(no_training, tmp_path, capsys):
-    """Of rich, which writes to the terminal."""
+def test_name_that_looks_like_rich_markup(no_training, tmp_path, capsys):
     assert main.main(["main", DIGITS, f"--workdir={tmp_path}/[/b]"]) == 0
     assert "[/b]" in capsys.readouterr().out
 
 
-def test_no_folder_is_left_of_a_path_that_cannot_be(answer, tmp_path):
+def test_uncreatable_path_leaves_no_folder(answer, tmp_path):
     assert "cannot be written" in answer(DIGITS, f"--workdir={tmp_path}/new/{'x' * 300}")
     assert not (tmp_path / "new").exists()
 
 
 @pytest.mark.parametrize("entry", ["eval.dtype", "model.dtype", "attack.dtype", "optim.schedule"])
-def test_a_list_where_a_name_should_be(answer, tmp_path, entry):
+def test_list_instead_of_a_name(answer, tmp_path, entry):
     (tmp_path / "mine.py").write_text(
         "from configs import at\ndef get_config(arg=None):\n    c = at.get_config(arg)\n"
         f"    with c.ignore_type():\n        c.update_from_flattened_dict({{{entry!r}: ['float32']}})\n    return c\n"
@@ -55,18 +54,18 @@ def test_a_list_where_a_name_should_be(answer, tmp_path, entry):
 
 
 @pytest.mark.parametrize("version", ["'best'", "5"])
-def test_the_versions_that_can_be_asked_for(answer, version):
-    """The one for randomised networks is not among them."""
+def test_autoattack_version_must_be_known(answer, version):
+    """The version for randomised networks is not supported."""
     spec = f"{{'a':{{'attack':'autoattack','eps':0.1,'version':{version}}}}}"
     line = answer(DIGITS, f"--config.eval.attacks={spec}")
     assert re.search(rf"Unknown version of autoattack {version}\. .*There are: plus, standard\.", line)
 
 
-def test_images_that_no_memory_holds(answer, no_training, monkeypatch):
+def test_images_larger_than_memory(answer, no_training, monkeypatch):
     assert "config.data.image_size must be a whole number in [1, 8192]" in answer(
         DIGITS, "--config.data.image_size=9999"
     )
-    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 16)  # pages of as many bytes: 4 GiB
+    monkeypatch.setattr(os, "sysconf", lambda name: 1 << 16)  # page size and number of pages: 4 GiB
     printed = answer(DIGITS, "--config.data.image_size=2000")
     assert "config.data.image_size 2000 makes 4 GiB of images, and this machine has 4 GiB of memory" in printed
 
@@ -84,27 +83,27 @@ def read(folder):
     return load({"name": "image_folder", "path": str(folder), "data_dir": str(folder.parent)})
 
 
-def test_a_pipe_is_not_waited_for(folder):
+def test_named_pipe_does_not_block(folder):
     os.mkfifo(folder / "train" / "cat" / "1.png")
     with pytest.raises(ValueError, match=r"cat/1\.png is not a regular file"):
         read(folder)
 
 
-def test_a_class_whose_name_is_no_text(folder):
+def test_class_name_must_be_utf8(folder):
     for split in ("train", "test"):
         (folder / split / "cat").rename(os.fsdecode(os.fsencode(folder / split) + b"/\xff"))
     with pytest.raises(ValueError, match=r"class name '\\udcff' is not UTF-8"):
         read(folder)
 
 
-def test_a_full_disk_is_noticed_before_it_is_filled(folder, monkeypatch):
+def test_cache_checks_free_space_before_writing(folder, monkeypatch):
     monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: namedtuple("Usage", "free")(free=100))
     with pytest.raises(ValueError, match="Cannot write the cache .*No space left on device"):
         read(folder)
     assert not list((folder.parent / "lt_adv_cache").iterdir())
 
 
-def test_a_member_that_is_no_array(tmp_path):
+def test_npz_member_must_be_an_array(tmp_path):
     with zipfile.ZipFile(tmp_path / "a.npz", "w") as file:
         for name in ("train_image", "train_label", "test_image", "test_label"):
             file.writestr(f"{name}.npy", b"no array")
@@ -112,15 +111,14 @@ def test_a_member_that_is_no_array(tmp_path):
         load({"name": "npz", "path": str(tmp_path / "a.npz"), "data_dir": str(tmp_path)})
 
 
-def test_a_log_that_is_no_text(tmp_path):
-    """The curves are drawn of the lines that can be read."""
+def test_unreadable_metric_lines_are_skipped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    lost = b'{"step": []}\n{"step": 1, "epoch": "x"}\n{"step": 1, "stage": {}}\n{"step": NaN}\n'
-    path.write_bytes(lost + b'{"step": 1}\n\xff{"step": 2}\n' + b"[" * 100_000 + b'\n{"step": 3}\n')
+    unreadable = b'{"step": []}\n{"step": 1, "epoch": "x"}\n{"step": 1, "stage": {}}\n{"step": NaN}\n'
+    path.write_bytes(unreadable + b'{"step": 1}\n\xff{"step": 2}\n' + b"[" * 100_000 + b'\n{"step": 3}\n')
     assert [row["step"] for row in plots.read_metrics(path)] == [1, 3]
 
 
-FORGED = [
+BAD_PREDICTIONS = [
     (np.array([0, 1, 2]), "classes that do not exist"),
     (np.array([0, -2, 1]), "classes that do not exist"),  # -1: logits that were not finite
     (np.array([[0], [1], [0]]), r"holds int64 \(3, 1\)"),
@@ -128,11 +126,11 @@ FORGED = [
 ]
 
 
-@pytest.mark.parametrize(("column", "line"), FORGED)
-def test_forged_predictions(tmp_path, column, line):
+@pytest.mark.parametrize(("column", "line"), BAD_PREDICTIONS)
+def test_invalid_predictions_are_refused(tmp_path, column, line):
     records.write_header(tmp_path, {"class_names": ["a", "b"], "images": 3})
-    whole = {"index": np.arange(3), "label": np.array([0, 1, 1])}
-    records.write_batch(tmp_path, 0, {**whole, "clean": np.array([0, 1, 1]), "attack/pgd": column})
+    columns = {"index": np.arange(3), "label": np.array([0, 1, 1])}
+    records.write_batch(tmp_path, 0, {**columns, "clean": np.array([0, 1, 1]), "attack/pgd": column})
     with pytest.raises(ValueError, match=rf"batch-00000\.npz.*{line}"):
         records.read_batch(tmp_path, 0)
     records.write_column(tmp_path, "autoattack", column)
@@ -140,7 +138,7 @@ def test_forged_predictions(tmp_path, column, line):
         records.read_column(tmp_path, "autoattack")
 
 
-def test_a_column_of_too_few_predictions(tmp_path):
+def test_column_with_too_few_predictions(tmp_path):
     records.write_header(tmp_path, {"class_names": ["a", "b"], "images": 3})
     records.write_column(tmp_path, "autoattack", np.array([0, 1]))
     with pytest.raises(ValueError, match="where predictions should be"):
@@ -148,7 +146,7 @@ def test_a_column_of_too_few_predictions(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"{"])
-def test_json_that_is_none(answer, tmp_path, content):
+def test_invalid_json_is_damaged(answer, tmp_path, content):
     (tmp_path / "run").mkdir()
     for name in ("run/config.json", "header.json"):
         (tmp_path / name).write_bytes(content)
@@ -157,7 +155,7 @@ def test_json_that_is_none(answer, tmp_path, content):
         records.read_header(tmp_path)
 
 
-def test_known_entries_of_a_checkpoint():
+def test_checkpoint_metadata_is_checked():
     meta = {"step": 1, "total_steps": 2, "stage": "0_train", "seconds": 0.5, "class_counts": [1, 2], "digest": {}}
     assert known(meta) is meta and known({**meta, "stages": 1})
     for other in ([], None, 3):
@@ -169,8 +167,8 @@ def test_known_entries_of_a_checkpoint():
             known(json.loads(json.dumps({**meta, name: value})))
 
 
-def test_a_damaged_checkpoint_says_one_line(tmp_path):
-    """As a process: the reads that were on their way had a traceback each, of threads that no test hears."""
+def test_damaged_checkpoint_gives_one_line(tmp_path):
+    """Runs a process: pending reads printed tracebacks from threads, which no fixture captures."""
     command = [sys.executable, "-m", "lt_adv.main", *TINY, f"--workdir={tmp_path / 'run'}"]
     assert subprocess.run(command, cwd=ROOT, capture_output=True).returncode == 0
     for file in (tmp_path / "run" / "checkpoints" / "0_train" / "2" / "state" / "d").iterdir():

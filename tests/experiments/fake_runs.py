@@ -1,4 +1,4 @@
-"""What the tests of the study share: a report that nobody had to train for, and a run that writes it."""
+"""Fake runs for the tests of the study: reports without training, and processes that write them."""
 
 import json
 from pathlib import Path
@@ -12,16 +12,17 @@ COUNTS = (50, 30, 20, 10)
 
 
 def report(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
-    """A report of 25 images a class, `right` of them right clean and `robust` under attack; rarer classes less so."""
+    """Returns a report of 25 images per class; `right` and `robust` are the accuracies of the most frequent class."""
     rng = np.random.default_rng(seed)
     label = np.repeat(np.arange(classes, dtype=np.int32), 25)
     wrong = (label + 1) % classes
-    ease = 1 - 0.5 * label / classes
+    class_factor = 1 - 0.5 * label / classes
     draws = rng.random(len(label))
-    names = [sweep.name(scale) for scale in sweep.SCALES] if swept else ["fgsm", "pgd20", "cw20", "lsa"]
+    names = [sweep.attack_name(scale) for scale in sweep.SCALES] if swept else ["fgsm", "pgd20", "cw20", "lsa"]
     spec = {"attack": "pgd", "eps": 0.1, "step_size": 0.025, "num_steps": 20}
     columns = {
-        name: np.where(draws < robust * ease - 0.01 * i, label, wrong).astype(np.int32) for i, name in enumerate(names)
+        name: np.where(draws < robust * class_factor - 0.01 * i, label, wrong).astype(np.int32)
+        for i, name in enumerate(names)
     }
     header = {
         "class_names": [f"class {c}" for c in range(classes)],
@@ -35,70 +36,70 @@ def report(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
         "jax_version": "0.10.2",
     }
     for scale in sweep.SCALES * swept:
-        header["attacks"][sweep.name(scale)]["logit_scale"] = scale
-    clean = np.where(draws < right * ease, label, wrong).astype(np.int32)
+        header["attacks"][sweep.attack_name(scale)]["logit_scale"] = scale
+    clean = np.where(draws < right * class_factor, label, wrong).astype(np.int32)
     records = Records(header, np.arange(len(label)), label, clean, columns)
     counts = COUNTS if classes == len(COUNTS) else [classes - c for c in range(classes)]
     return {**summarise(records, counts), "context": {"commit": "0123456789ab", "class_counts": list(counts)}}
 
 
-def judged(baseline, trustworthy):
-    """What `lt_adv.cli.baseline.judge` would say."""
+def reliability(baseline, trustworthy):
+    """Returns what `lt_adv.cli.baseline.judge` would return."""
     reasons = [] if trustworthy else ["The gain is not real.", "Of it, nothing is left."]
     gains = [{"group": group, "real": trustworthy or group == "head"} for group in ("", "", "head", "tail")]
     verdict = {"trustworthy": trustworthy, "words": "", "reasons": reasons, "notes": [], "gains": gains}
     return {"verdict": verdict, "protocol": {"images": 25}, "baseline_run": str(baseline)}
 
 
-def option(given, name):
-    """The last value of --name=..., as that is the one that holds; None without one."""
-    return ([part.partition("=")[2] for part in given if part.startswith(f"--{name}=")] or [None])[-1]
+def option(command, name):
+    """Returns the last value of --name=..., which takes precedence, or None."""
+    return ([part.partition("=")[2] for part in command if part.startswith(f"--{name}=")] or [None])[-1]
 
 
-def written(given):
-    """Where the run of this command writes its report."""
-    name = option(given, "config.eval.report")
-    return Path(option(given, "workdir")) / (f"reports/{name}" if name else "") / "report.json"
+def report_path(command):
+    """Returns the path of the report that this command writes."""
+    name = option(command, "config.eval.report")
+    return Path(option(command, "workdir")) / (f"reports/{name}" if name else "") / "report.json"
 
 
-class Runs:
-    """Stands for the processes: notes each command and writes what a run would leave.
+class FakeRuns:
+    """Replaces `jobs.execute`: records each command and writes the files of a run.
 
-    `fails` is row -> (exit code, last words); the rows of `silent` end without a report.
+    `fails` is row -> (exit code, last line); the rows of `silent` end without a report.
     """
 
     def __init__(self):
-        self.given, self.fails, self.silent = [], {}, set()
+        self.commands, self.fails, self.silent = [], {}, set()
 
-    def __call__(self, given, log):
-        self.given.append(given)
-        workdir = Path(option(given, "workdir"))
+    def __call__(self, command, log):
+        self.commands.append(command)
+        workdir = Path(option(command, "workdir"))
         row = log.name.partition("-seed")[0]
         if row in self.fails:
             return self.fails[row]
         if row in self.silent:
             return 0, "SIGTERM: saved at step 3 of 9. The same command goes on from there."
-        if option(given, "mode") != "eval":
+        if option(command, "mode") != "eval":
             (workdir / "checkpoints").mkdir(parents=True, exist_ok=True)
             lines = [("0_teacher", 1.5), ("1_train", 3.5), ("1_train", 5.5)]
             text = "".join(json.dumps({"stage": stage, "seconds": seconds}) + "\n" for stage, seconds in lines)
             (workdir / "timing.jsonl").write_text(text)
         else:
             assert (workdir / "checkpoints").exists(), "the network is evaluated before it is trained"
-        path = written(given)
+        path = report_path(command)
         path.parent.mkdir(parents=True, exist_ok=True)
-        found = report(int(option(given, "config.seed")), swept="sweep.py" in option(given, "config"))
-        if where := option(given, "config.eval.baseline"):
-            assert (Path(where) / "checkpoints").exists(), "the baseline is not there yet"
-            found["reliability"] = judged(where, trustworthy=row == "robal")
-        path.write_text(json.dumps(found))
+        summary = report(int(option(command, "config.seed")), swept="sweep.py" in option(command, "config"))
+        if baseline := option(command, "config.eval.baseline"):
+            assert (Path(baseline) / "checkpoints").exists(), "the baseline is not trained yet"
+            summary["reliability"] = reliability(baseline, trustworthy=row == "robal")
+        path.write_text(json.dumps(summary))
         return 0, ""
 
     @property
     def names(self):
-        """at, at/scales, ...: what was run, in order."""
-        found = []
-        for given in self.given:
-            name = Path(option(given, "workdir")).name
-            found.append("/".join(filter(None, (name, option(given, "config.eval.report")))))
-        return found
+        """The runs in their order: at, at/scales, ..."""
+        names = []
+        for command in self.commands:
+            name = Path(option(command, "workdir")).name
+            names.append("/".join(filter(None, (name, option(command, "config.eval.report")))))
+        return names

@@ -1,4 +1,4 @@
-"""Runs that cannot go on, or whose files were damaged: one line, and nothing lost."""
+"""Runs that cannot be resumed, or have damaged files, give one line and lose nothing."""
 
 import asyncio
 import errno
@@ -24,13 +24,13 @@ from lt_adv.training import loop
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """Compiling for eight takes twice as long."""
+    """Uses one device: compiling for eight takes twice as long."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         yield
 
 
-# A run of two epochs of one step: small enough to be made once, and to be gone on with.
+# A run of two epochs with one step each.
 TINY = [
     "--config=configs/at.py:dataset=digits,epochs=2",
     "--config.data.imbalance=balanced",
@@ -45,9 +45,9 @@ TINY = [
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """Its working directory. Programs are cached, for the tests that go on with it."""
-    folder = tmp_path_factory.mktemp("made")
+def finished_run(tmp_path_factory):
+    """Returns the working directory of a TINY run, and caches compiled programs for the tests that resume it."""
+    folder = tmp_path_factory.mktemp("finished")
     options = {"jax_compilation_cache_dir": str(folder / "programs"), "jax_persistent_cache_min_compile_time_secs": 0.0}
     before = {name: getattr(jax.config, name) for name in options}
     for name, value in options.items():
@@ -59,9 +59,9 @@ def made(tmp_path_factory):
 
 
 @pytest.fixture
-def run(made, tmp_path):
-    """A copy of it, where `answer` works."""
-    return Path(shutil.copytree(made, tmp_path / "run"))
+def run(finished_run, tmp_path):
+    """Returns a copy of the finished run, in the working directory of `answer`."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
 
 
 def tree(folder):
@@ -74,7 +74,7 @@ def truncate(checkpoint):
             os.truncate(file, 10)
 
 
-def test_another_config(answer, run):
+def test_changed_config_is_refused(answer, run):
     before = tree(run)
     for mode in ("train", "eval"):
         printed = answer(*TINY, "--config.seed=1", "--config.method={'name':'at_bsl'}", f"--mode={mode}")
@@ -85,10 +85,10 @@ def test_another_config(answer, run):
         assert "config.json is damaged" in answer(*TINY)
 
 
-def test_only_what_cannot_change_the_run_may_change(run, no_training, monkeypatch, tmp_path):
+def test_entries_without_effect_on_the_run_may_change(run, no_training, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "evaluate", lambda *_, **__: None)
-    free = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
-    assert main.main(["main", *TINY, *free, f"--workdir={run}"]) == 0
+    overrides = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
+    assert main.main(["main", *TINY, *overrides, f"--workdir={run}"]) == 0
     assert json.loads((run / "config.json").read_text())["eval"]["groups"] == "reat"
 
 
@@ -104,7 +104,7 @@ def test_all_checkpoints_damaged(answer, run, mode):
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
 def test_newest_checkpoint_damaged(run, mode, caplog, capsys):
-    """One warning; training repeats the lost step to the very same numbers."""
+    """Gives one warning; training repeats the lost step with the same numbers."""
     lines = (run / "metrics.jsonl").read_text()
     truncate(run / "checkpoints" / "0_train" / "2")
     assert main.main(["main", *TINY, f"--mode={mode}", f"--workdir={run}"]) == 0
@@ -115,7 +115,7 @@ def test_newest_checkpoint_damaged(run, mode, caplog, capsys):
 
 
 def test_checkpoint_of_another_network(answer, run):
-    (run / "config.json").unlink()  # which would be refused first
+    (run / "config.json").unlink()  # a changed config would be refused first
     other = [*TINY, "--config.model.head.name=cosine"]
     printed = answer(*other, "--mode=eval")
     assert "run holds another network: params/head/bias is (10,) there, absent by config.model" in printed
@@ -127,16 +127,16 @@ def test_checkpoint_of_another_network(answer, run):
 
 
 @pytest.mark.parametrize("text", ['{"stage": "0_tr', "3", "[]", '{"step": 1}', "", None])
-def test_damaged_metrics_are_put_back_from_the_checkpoint(run, caplog, text):
+def test_damaged_metrics_are_restored_from_the_checkpoint(run, caplog, text):
     path = run / "metrics.jsonl"
-    whole = path.read_text()
+    content = path.read_text()
     path.unlink() if text is None else path.write_text(text)
     assert main.main(["main", *TINY, f"--workdir={run}"]) == 0
-    assert path.read_text() == whole and ("metrics.jsonl is damaged in line 1" in caplog.text) == bool(text)
+    assert path.read_text() == content and ("metrics.jsonl is damaged in line 1" in caplog.text) == bool(text)
 
 
-def test_reads_that_nobody_waits_for_say_nothing(caplog):
-    """A damaged checkpoint fails in each of its arrays, and asyncio has a traceback for every one but the first."""
+def test_unawaited_reads_log_nothing(caplog):
+    """A damaged checkpoint fails in each array, and asyncio logs a traceback for all but the first."""
 
     async def fail():
         raise ValueError("DATA_LOSS")
@@ -150,15 +150,15 @@ def test_reads_that_nobody_waits_for_say_nothing(caplog):
     assert "never retrieved" in caplog.text and not any(map(main.is_shown, caplog.records))
 
 
-def test_arrays_whose_event_loop_is_closed_say_nothing(monkeypatch):
-    """As tensorstore has it printed, once for every array that was under way when another one failed."""
+def test_closed_event_loop_prints_nothing(monkeypatch):
+    """tensorstore raises this once for every pending array when another one fails."""
     printed = []
     monkeypatch.setattr(sys, "__unraisablehook__", printed.append)
     texts = ("Event loop is closed", "another")
-    said = [types.SimpleNamespace(exc_value=RuntimeError(text), object=None) for text in texts]
-    for one in said:
-        main.unraisable(one)
-    assert printed == said[1:]
+    events = [types.SimpleNamespace(exc_value=RuntimeError(text), object=None) for text in texts]
+    for event in events:
+        main.unraisable(event)
+    assert printed == events[1:]
 
 
 READ = """
@@ -170,12 +170,12 @@ async def read(forever):
 """
 
 
-def test_reads_that_are_thrown_away_say_nothing(monkeypatch):
-    """Orbax answers the end of a read for which nobody waits with an exception that nobody can get. What a coroutine
-    from elsewhere says is printed."""
+def test_discarded_reads_print_nothing(monkeypatch):
+    """Orbax raises an exception that nothing can catch when an unawaited read ends. Exceptions of other coroutines are
+    printed."""
     printed = []
     monkeypatch.setattr(sys, "unraisablehook", main.unraisable)
-    monkeypatch.setattr(sys, "__unraisablehook__", lambda found: printed.append(found.object.cr_code.co_filename))
+    monkeypatch.setattr(sys, "__unraisablehook__", lambda event: printed.append(event.object.cr_code.co_filename))
     for file in (ocp.__file__, "elsewhere.py"):
         space: dict = {}
         exec(compile(READ, file, "exec"), space)
@@ -186,8 +186,8 @@ def test_reads_that_are_thrown_away_say_nothing(monkeypatch):
     assert printed == ["elsewhere.py"]
 
 
-def test_a_single_process_has_lost_no_other(monkeypatch, tmp_path):
-    """Whatever its error looks like: it is a bug, and keeps its traceback."""
+def test_single_process_keeps_the_traceback_of_a_runtime_error(monkeypatch, tmp_path):
+    """Only a run of several processes can lose a peer."""
 
     def train(*_):
         raise jax.errors.JaxRuntimeError("UNAVAILABLE: no answer")
@@ -197,8 +197,8 @@ def test_a_single_process_has_lost_no_other(monkeypatch, tmp_path):
         main.main(["main", *TINY, f"--workdir={tmp_path / 'run'}"])
 
 
-def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):
-    """As orbax says it; the checkpoint before stays as it was."""
+def test_disk_full_while_writing_a_checkpoint(answer, run, monkeypatch):
+    """Raises the error of orbax; the previous checkpoint stays unchanged."""
 
     def full(*_, **__):
         raise ValueError(
@@ -214,7 +214,7 @@ def test_disk_full_at_a_checkpoint(answer, run, monkeypatch):
     assert tree(run / "checkpoints") == before
 
 
-def test_disk_full_at_a_metric(answer, monkeypatch, tmp_path):
+def test_disk_full_while_writing_metrics(answer, monkeypatch, tmp_path):
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
 
@@ -223,7 +223,7 @@ def test_disk_full_at_a_metric(answer, monkeypatch, tmp_path):
     assert "metrics.jsonl: No space left on device. Nothing is half written" in answer(*TINY)
 
 
-def test_loss_that_is_no_number(answer, tmp_path):
+def test_loss_that_is_not_finite(answer, tmp_path):
     (tmp_path / "run").mkdir()
     printed = answer(*TINY, "--config.optim.epochs=30", "--config.optim.learning_rate=1e10")
     assert re.search(r"train/\w+ is (nan|inf) in the steps before step \d+\. The last good .* is step \d", printed)
@@ -231,14 +231,14 @@ def test_loss_that_is_no_number(answer, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_a_pointer_in_place_of_a_checkpoint(answer, run, mode):
-    """A working directory that was cloned without its large files."""
+def test_git_lfs_pointer_instead_of_a_checkpoint(answer, run, mode):
+    """The working directory was cloned without its large files."""
     for path in (run / "checkpoints").rglob("*"):
         if path.is_file() and path.suffix != ".json":
             path.write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
     assert "is a Git LFS pointer in place of the file: fetch it with git lfs pull" in answer(*TINY, f"--mode={mode}")
 
 
-def test_a_pointer_in_place_of_a_config(answer, run):
+def test_git_lfs_pointer_instead_of_a_config(answer, run):
     (run / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
     assert "config.json is damaged (it is a Git LFS pointer in place of the file" in answer(*TINY)

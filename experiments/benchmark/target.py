@@ -1,4 +1,4 @@
-"""What the kind `autoattack` attacks: one network in JAX and in PyTorch with the same weights, images and labels."""
+"""The target of the measurement `autoattack`: a network in JAX and PyTorch with the same weights, images and labels."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -12,27 +12,39 @@ HEADS = ("linear", "cosine")  # of the golden digit networks
 STRIDES = (1, 2, 2)
 
 
-class Case(NamedTuple):
+class Target(NamedTuple):
     image: np.ndarray  # float32 [n, h, w, c] in [0, 1]
-    label: np.ndarray | None  # int32 [n]; None: what the network itself predicts
+    label: np.ndarray | None  # int32 [n]; None: the predictions of the network
     eps: float
     apply: Callable[[Any, Any], Any]  # (variables, x [b, h, w, c]) -> logits, in JAX
     variables: Any
-    torch: Callable[[], Any]  # makes (x [b, c, h, w]) -> logits, float32 on CPU, in evaluation mode
+    torch: Callable[[], Any]  # returns a network (x [b, c, h, w]) -> logits, float32 on CPU, in evaluation mode
 
 
-def case(config: Any, *, golden: str | None, images: int | None, workdir: str | None, eps: float | None) -> Case:
-    """A golden network, else that of the config, with the weights of the run in `workdir` or with its first ones; on so
-    many test images, evenly spread, or on all. `eps` is the config's or the golden one if it is not given."""
-    found = digits(golden) if golden else configured(config, workdir)
-    rows = np.arange(min(images or len(found.image), len(found.image)))
-    rows = rows * len(found.image) // len(rows)
-    label = None if found.label is None else found.label[rows]
-    return found._replace(image=found.image[rows], label=label, eps=eps or found.eps)
+def make_target(
+    config: Any, *, golden: str | None, images: int | None, workdir: str | None, eps: float | None
+) -> Target:
+    """Returns the golden digits network or the network of the config, with test images.
+
+    Args:
+        golden: head of a golden network; None takes the network of the config.
+        images: number of test images, evenly spaced; None takes all.
+        workdir: run whose last weights are used; None takes the initial weights.
+        eps: radius; None takes that of the golden file or of the config.
+    """
+    target = golden_digits(golden) if golden else from_config(config, workdir)
+    rows = np.arange(min(images or len(target.image), len(target.image)))
+    rows = rows * len(target.image) // len(rows)
+    label = None if target.label is None else target.label[rows]
+    return target._replace(image=target.image[rows], label=label, eps=eps or target.eps)
 
 
-def configured(config: Any, workdir: str | None) -> Case:
-    """The evaluated network of a config; ValueError for what the twin has not."""
+def from_config(config: Any, workdir: str | None) -> Target:
+    """Returns the evaluated network of a config.
+
+    Raises:
+        ValueError: the PyTorch baseline does not support the config.
+    """
     import jax
 
     from lt_adv import data, models
@@ -40,9 +52,9 @@ def configured(config: Any, workdir: str | None) -> Case:
     from lt_adv.training import checkpoint, stage_builder
 
     if (dtype := config.eval.dtype) != "float32":
-        raise ValueError(f"config.eval.dtype = {dtype!r}: the PyTorch twin's AutoAttack has 'float32' alone.")
+        raise ValueError(f"config.eval.dtype = {dtype!r}: AutoAttack of the PyTorch baseline supports only 'float32'.")
     if (name := config.eval.adjustment.name) != "none":
-        raise ValueError(f"config.eval.adjustment.name = {name!r}: the PyTorch twin has 'none' alone.")
+        raise ValueError(f"config.eval.adjustment.name = {name!r}: the PyTorch baseline supports only 'none'.")
     split = data.long_tailed(data.load(config.data), config.data)
     model, image = models.create(config.model, len(split.class_names)), split.test.image
     if workdir:
@@ -52,38 +64,40 @@ def configured(config: Any, workdir: str | None) -> Case:
     else:
         variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image.shape[1:]), np.float32))
 
-    def twin() -> Any:
-        from experiments.pytorch_baseline import models as twins
+    def create_torch() -> Any:
+        from experiments.pytorch_baseline import models as pytorch_models
         from experiments.pytorch_baseline import weights
 
-        net = twins.create(config.model, len(split.class_names), image.shape[-1])
+        net = pytorch_models.create(config.model, len(split.class_names), image.shape[-1])
         net.load_state_dict(weights.to_torch(variables))
         return net.eval().requires_grad_(False)
 
     label = split.test.label if workdir else None
     eps = config.eval.attacks.autoattack.eps
-    return Case(image.astype(np.float32) / 255, label, eps, stage_builder.evaluated(config, split), variables, twin)
+    return Target(
+        image.astype(np.float32) / 255, label, eps, stage_builder.evaluated(config, split), variables, create_torch
+    )
 
 
-def digits(head: str, dtype: Any = np.float32) -> Case:
-    """A golden digit network: three convolutions, zero padding of one on every side, mean pool, and its head."""
+def golden_digits(head: str, dtype: Any = np.float32) -> Target:
+    """Returns a golden digits network: three 3x3 convolutions with zero padding, mean pooling and the head."""
     path = GOLDEN / f"attacks_digits_{head}"
     arrays, info = np.load(f"{path}.npz"), json.loads(path.with_suffix(".json").read_text())
     weights = {name: arrays[name].astype(dtype) for name in arrays.files if name.startswith(("conv", "dense"))}
     if head == "cosine":
         share = arrays["class_counts"].astype(np.float32) / arrays["class_counts"].sum(dtype=np.float32)
-        weights["log_prior"] = np.log(share.astype(dtype))  # the share is float32 in any case, its log is not
+        weights["log_prior"] = np.log(share.astype(dtype))  # the golden code has float32 shares
         weights |= {name: np.asarray(value, dtype) for name, value in info["head_parameters"].items()}
     image, label = arrays["images"].astype(dtype), arrays["labels"].astype(np.int32)
-    return Case(image, label, info["eps"], digits_jax, weights, lambda: digits_torch(weights))
+    return Target(image, label, info["eps"], digits_logits_jax, weights, lambda: digits_network_torch(weights))
 
 
-def official(head: str) -> dict[str, Any]:
-    """The robust accuracies that the official code gave on a golden network, each attack alone, for some seeds."""
+def official_accuracies(head: str) -> dict[str, Any]:
+    """Returns attack -> robust accuracies of the official code on a golden network, one per seed, each attack alone."""
     return json.loads((GOLDEN / f"attacks_digits_{head}.json").read_text())["official"]["plain"]
 
 
-def digits_jax(weights: Mapping[str, Any], x: Any) -> Any:
+def digits_logits_jax(weights: Mapping[str, Any], x: Any) -> Any:
     import jax
     import jax.numpy as jnp
 
@@ -101,7 +115,7 @@ def digits_jax(weights: Mapping[str, Any], x: Any) -> Any:
     return weights["scale"] * features @ kernel - weights["tau_p"] * weights["log_prior"]
 
 
-def digits_torch(weights: Mapping[str, Any]) -> Callable[[Any], Any]:
+def digits_network_torch(weights: Mapping[str, Any]) -> Callable[[Any], Any]:
     import torch
     import torch.nn.functional as F
 
@@ -110,8 +124,8 @@ def digits_torch(weights: Mapping[str, Any]) -> Callable[[Any], Any]:
             super().__init__()
             for name, array in weights.items():
                 array = np.asarray(array)
-                turned = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-                self.register_buffer(name.replace(".", "_"), torch.tensor(turned))
+                kernel_array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
+                self.register_buffer(name.replace(".", "_"), torch.tensor(kernel_array))
 
         def forward(self, x: Any) -> Any:
             for number, stride in enumerate(STRIDES):

@@ -1,4 +1,4 @@
-"""Where the time of a step goes: what the profiler saw of XLA's operations, summed by kind."""
+"""The time of a step by kind of XLA operation, from JAX's profiler."""
 
 import collections
 import re
@@ -10,13 +10,14 @@ from typing import Any
 import jax
 
 STEPS = 3
-CONTAINERS = {"while", "call", "conditional"}  # they last as long as what they hold
+CONTAINERS = {"while", "call", "conditional"}  # their time is that of the operations inside
 
 
 def operations(step: Callable[[], Any]) -> list[dict[str, Any]]:
-    """[{"name", "ms" per step, summed over threads or streams, "count" per step}], the longest first.
+    """Returns [{"name", "ms" per step, summed over threads or streams, "count" per step}], the longest first.
 
-    Names are XLA's without their numbers: "ynn_fusion.12" and "ynn_fusion.3" are one kind; on a GPU those of kernels.
+    Names are those of XLA without their numbers ("ynn_fusion.12" and "ynn_fusion.3" are one kind), on a GPU those of
+    kernels.
     """
     jax.block_until_ready(step())
     with tempfile.TemporaryDirectory() as folder:
@@ -31,7 +32,7 @@ def operations(step: Callable[[], Any]) -> list[dict[str, Any]]:
     for plane in devices or [plane for plane in planes if plane.name == "/host:CPU"]:
         for line in plane.lines:
             if devices and not line.name.startswith("Stream"):
-                continue  # the same time once more, by program or by name scope
+                continue  # repeats the same time by program or by name scope
             for event in line.events:
                 name = re.sub(r"[.\d]+$", "", event.name)
                 if devices or re.fullmatch(r"[a-z][\w.-]*", name) and name not in CONTAINERS:

@@ -1,4 +1,4 @@
-"""Data and working directories that are not what they should be: one line, and nothing half written."""
+"""Invalid data and working directories give one line and leave no partial files."""
 
 import errno
 import os
@@ -16,7 +16,7 @@ from lt_adv.runtime import atomic_io
 from tests.bad_input.conftest import DIGITS
 
 
-def test_archive_is_not_there(answer, tmp_path):
+def test_missing_archive(answer, tmp_path):
     printed = answer("--config=configs/robal.py")
     folder = tmp_path / "data" / "downloads" / "manual"
     assert f"cifar-10-binary.tar.gz is not in {folder}: put it there (sha256 c4a38c50" in printed
@@ -25,7 +25,7 @@ def test_archive_is_not_there(answer, tmp_path):
 
 @pytest.fixture
 def pictures(tmp_path):
-    """An image folder of two classes; `pictures(side)` adds a picture of another size."""
+    """Creates an image folder of two classes; `pictures(side)` adds an image of another size."""
 
     def write(split, name, number, side):
         folder = tmp_path / "pictures" / split / name
@@ -48,13 +48,13 @@ def test_images_of_different_sizes(answer, no_training, pictures, tmp_path):
     assert re.search(r"cat/0\.png is 8 x 8, \S*dog/9\.png is 9 x 9; --config\.data\.image_size=N", printed)
 
 
-def test_padding_beyond_the_image(answer, no_training, pictures, tmp_path, capsys):
-    given = [*FOLDER, f"--config.data.path={tmp_path / 'pictures'}"]
-    assert "config.data.pad must be a whole number in [0, 8), not 8" in answer(*given, "--config.data.pad=8")
-    assert main.main(["main", *given, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"]) == 0
+def test_padding_larger_than_the_image(answer, no_training, pictures, tmp_path, capsys):
+    arguments = [*FOLDER, f"--config.data.path={tmp_path / 'pictures'}"]
+    assert "config.data.pad must be a whole number in [0, 8), not 8" in answer(*arguments, "--config.data.pad=8")
+    assert main.main(["main", *arguments, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"]) == 0
 
 
-def test_image_folder_is_not_there(answer, tmp_path):
+def test_missing_image_folder(answer, tmp_path):
     assert "There is no folder" in answer(*FOLDER, f"--config.data.path={tmp_path / 'nowhere'}")
 
 
@@ -63,25 +63,25 @@ def test_class_without_training_images(answer, tmp_path):
     path = tmp_path / "gap.npz"
     arrays = {"train_image": image, "train_label": 2 * label, "test_image": image, "test_label": label}
     np.savez(path, class_names=list("abc"), **arrays)
-    given = ["--config=configs/at.py:dataset=npz", f"--config.data.path={path}", "--config.data.imbalance=none"]
-    assert "The class 'b' has no training image" in answer(*given)
+    arguments = ["--config=configs/at.py:dataset=npz", f"--config.data.path={path}", "--config.data.imbalance=none"]
+    assert "The class 'b' has no training image" in answer(*arguments)
 
 
-def test_batch_that_the_devices_cannot_share(answer, monkeypatch):
+def test_batch_size_not_divisible_by_devices(answer, monkeypatch):
     monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()), ("data",)))
     printed = answer(DIGITS, "--config.optim.batch_size=65")
     assert "config.optim.batch_size = 65 is not a multiple of the 8 devices" in printed
 
 
-def test_working_directory_cannot_be(answer, tmp_path):
+def test_unwritable_workdir(answer, tmp_path):
     (tmp_path / "file").write_text("mine")
-    for where in (tmp_path / "file", tmp_path / "file" / "below", "/proc/run"):
-        assert f"{where} cannot be written (" in answer(DIGITS, f"--workdir={where}")
+    for workdir in (tmp_path / "file", tmp_path / "file" / "below", "/proc/run"):
+        assert f"{workdir} cannot be written (" in answer(DIGITS, f"--workdir={workdir}")
     assert (tmp_path / "file").read_text() == "mine"
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_config_cannot_be_stored(answer, monkeypatch, tmp_path, number):
+def test_unwritable_config(answer, monkeypatch, tmp_path, number):
     def fail(path, text):
         raise OSError(number, os.strerror(number), str(path))
 
@@ -89,7 +89,7 @@ def test_config_cannot_be_stored(answer, monkeypatch, tmp_path, number):
     assert f"run cannot be written ({os.strerror(number)}): change that, or use another --workdir" in answer(DIGITS)
 
 
-def test_nothing_to_evaluate(answer, tmp_path):
+def test_evaluation_without_a_checkpoint(answer, tmp_path):
     assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")
     (tmp_path / "run").mkdir()
     assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")

@@ -1,4 +1,4 @@
-"""Any text at all as arguments, any value at all in a config, through `main`: accepted, or one line and exit code 2."""
+"""Generated arguments and config values through `main` are accepted, or give one line and exit code 2."""
 
 import io
 import re
@@ -26,22 +26,22 @@ def get_config(arg=None):
         c.update_from_flattened_dict({%r: %r})
     return c
 """
-often = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+many_examples = settings(deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @pytest.fixture
-def answered(tmp_path, monkeypatch):
-    """`answered(*arguments)`: the exit code, after what holds for every answer."""
+def check_answer(tmp_path, monkeypatch):
+    """Returns a function of arguments that runs `main` and checks its exit code and error line."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
 
     def reached(*_):
         raise loop.Preempted("training is reached")
 
-    def call(*given):
+    def call(*arguments):
         out, err = io.StringIO(), io.StringIO()
         with redirect_stdout(out), redirect_stderr(err), mock.patch.object(loop, "train", reached):
-            code = main.main(["main", *given, f"--workdir={tmp_path}/run"])
+            code = main.main(["main", *arguments, f"--workdir={tmp_path}/run"])
         if code == 0:
             assert not err.getvalue()
         else:
@@ -51,21 +51,21 @@ def answered(tmp_path, monkeypatch):
     return call
 
 
-@often
-@given(given_=st.lists(st.text(max_size=12) | st.text(max_size=8).map("--config.{}".format) | ARGUMENTS, max_size=4))
-def test_any_arguments(answered, given_):
-    if not {"-h", "--help"} & set(given_):
-        answered(*given_)
+@many_examples
+@given(arguments=st.lists(st.text(max_size=12) | st.text(max_size=8).map("--config.{}".format) | ARGUMENTS, max_size=4))
+def test_arbitrary_arguments(check_answer, arguments):
+    if not {"-h", "--help"} & set(arguments):
+        check_answer(*arguments)
 
 
-@often
+@many_examples
 @given(path=st.sampled_from(ENTRIES), value=VALUES)
-def test_any_value_on_the_command_line(answered, path, value):
-    answered(DIGITS, f"--config.{path}={value}")
+def test_arbitrary_value_on_the_command_line(check_answer, path, value):
+    check_answer(DIGITS, f"--config.{path}={value}")
 
 
-@often
+@many_examples
 @given(path=st.sampled_from(ENTRIES), value=VALUES)
-def test_any_value_in_a_config_file(answered, tmp_path, path, value):
+def test_arbitrary_value_in_a_config_file(check_answer, tmp_path, path, value):
     (tmp_path / "mine.py").write_text(FILE % (path, value), "utf-8")
-    answered(f"--config={tmp_path}/mine.py:dataset=digits")
+    check_answer(f"--config={tmp_path}/mine.py:dataset=digits")
