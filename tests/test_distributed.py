@@ -18,7 +18,7 @@ import pytest
 from lt_adv.cli import workdirs
 from lt_adv.runtime import distributed
 from lt_adv.training import checkpoint
-from tests.test_end_to_end import DRIVER, final
+from tests.test_end_to_end import DRIVER, last_checkpoint
 
 ROOT = Path(__file__).parent.parent
 SHORT = [
@@ -104,7 +104,7 @@ def metrics(workdir):
 
 def assert_close(workdir, other, tolerance):
     """Compares the last state, the logs and the report."""
-    (step, actual), (other_step, expected) = final(workdir), final(other)
+    (step, actual), (other_step, expected) = last_checkpoint(workdir), last_checkpoint(other)
     assert step == other_step == 14 and actual.keys() == expected.keys()
     for name, array in expected.items():
         np.testing.assert_allclose(actual[name], array, rtol=tolerance, atol=tolerance, err_msg=name)
@@ -152,7 +152,7 @@ def test_kill_of_one_process_and_resume_are_bit_exact(launch, two_process_run, t
     assert message in survivor.stderr
     first, _ = succeeded(launch(tmp_path, STREAMED))
     assert "Resumed 0_train at step 7 of 14" in first.stdout
-    (_, actual), (_, expected) = final(tmp_path), final(two_process_run)
+    (_, actual), (_, expected) = last_checkpoint(tmp_path), last_checkpoint(two_process_run)
     assert not [name for name in expected if expected[name].tobytes() != actual[name].tobytes()]
     assert rows(tmp_path) == rows(two_process_run) and metrics(tmp_path) == metrics(two_process_run)
 

@@ -115,7 +115,7 @@ def test_resume_after_kills_and_sigterm_is_bit_exact(launch, tmp_path):
 
 
 def test_robal_lifts_the_tail_of_digits(launch, tmp_path):
-    """The README's run: RoBal's tail under PGD-20 is at least 4 points above AT's (three seeds gave 9 to 16)."""
+    """The run of README.md: RoBal's tail under PGD-20 is at least 4 points above AT's (three seeds gave 9 to 16)."""
     metrics = {}
     for name in ("at", "robal"):
         workdir = tmp_path / name

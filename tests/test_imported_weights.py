@@ -1,4 +1,4 @@
-"""Evaluation of imported PyTorch weights from the command line, and the README's example."""
+"""Evaluation of imported PyTorch weights from the command line, and the example of docs/pytorch_weights.md."""
 
 import hashlib
 import json

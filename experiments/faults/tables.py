@@ -1,4 +1,4 @@
-"""The table of the README, from the records of campaigns."""
+"""Table of docs/reliability.md, from the records of campaigns."""
 
 import json
 from collections.abc import Mapping

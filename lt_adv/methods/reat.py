@@ -22,7 +22,7 @@ class REAT(base.Method):
 
     TAIL is a loss over the examples of tail classes in the batch of all devices: it attracts pairs of features of one
     class, and repels other pairs up to the distance `tail_margin`. This interpretation and its margin are ours, after
-    the intent that the paper states; its weight, 0.1, was chosen on a validation split (README, Ablations).
+    the intent that the paper states; its weight, 0.1, was chosen on a validation split (docs/results.md, Ablations).
     `fidelity="released_code"` uses the term of the code, `losses.tail_alignment_released`, which does the opposite, and
     its weight, 1. An explicit weight is used in either fidelity. Tail classes are those of ranks 2 floor(C / 3) + 1 to
     C - 1 by count (none of three classes). tail_weight = 0 is AT-BSL from a uniform start.

@@ -20,7 +20,7 @@ def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
 
     Call it before the first computation; later calls leave the devices as they are. XLA's CPU backend runs convolutions
     of up to 64 channels on one thread. One device per core, each with its share of the batch, keeps all cores busy
-    (measured in the README, Speed). On a machine with accelerators this has no effect.
+    (measured in docs/performance.md). On a machine with accelerators this has no effect.
 
     Args:
       batch_size: images per step over all processes.
