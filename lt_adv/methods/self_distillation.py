@@ -30,8 +30,8 @@ class SelfDistillation(base.Method):
     Known [paper, third parties]: a balanced self-teacher, equal counts, a short first stage, balanced softmax and
     distillation in the second; reviewers name indirect gradient matching (Lee et al., ICLR 2025). Not available, so
     ours: distillation, temperature, teacher_input and matching, chosen on a validation split with a small network
-    (docs/results.md, Ablations), and the loss of the teacher. No released code was available, so `fidelity` changes none of
-    them.
+    (docs/results.md, Ablations), and the loss of the teacher. No released code was available: `fidelity` changes
+    nothing.
     """
 
     teacher_epochs: int = 30
