@@ -102,7 +102,8 @@ def get(
         "augment": "none" if digits else "crop_flip",
         "pad": 4,
     }
-    c.model = {**known["model"], "dtype": "float32", "head": {"name": "linear"}}
+    # Depth and width are options of WideResNets; other networks ignore them.
+    c.model = {"depth": 34, "width": 10, **known["model"], "dtype": "float32", "head": {"name": "linear"}}
     c.method = {"name": "at"}
     c.addons = ()  # "robustlt", "awp": wrappers of any method, the outermost last; each has a section of its name
     many_classes = dataset in ("cifar100", "tiny_imagenet")  # RobustLT's values; CIFAR-10's for other sets are ours

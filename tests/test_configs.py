@@ -10,7 +10,8 @@ import ml_collections
 import pytest
 
 from configs import common
-from lt_adv.cli import schema
+from lt_adv.cli import flags, schema
+from lt_adv.models.classifier import BACKBONES
 from lt_adv.training import optimizer, stage_builder
 
 FILES = (Path(__file__).parents[1] / "configs").glob("*.py")
@@ -243,3 +244,12 @@ def test_drops_compound_in_the_released_code_of_robals_study_only(name):
 def test_shorter_runs_drop_at_the_same_fractions():
     assert get("robal", dataset="cifar10", epochs=40).optim.drop_epochs == (30, 38)
     assert get("at_bsl", dataset="cifar10", epochs=20).optim.drop_epochs == (15, 18, 20)
+
+
+@pytest.mark.parametrize("dataset", DATASETS)
+def test_every_dataset_takes_every_network(dataset):
+    command = ["main", f"--config=configs/robal.py:dataset={dataset}", "--config.model.depth=16"]
+    for name in BACKBONES:
+        config = flags.parse([*command, f"--config.model.name={name}", "--config.model.width=2"]).config
+        schema.values(config)
+        assert config.model.name == name
