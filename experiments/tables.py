@@ -7,8 +7,7 @@ A result is one file experiments/results/<study>/<row or config>-seed<n>-<part>.
 report.json), `command`, `machine`, `commit`, and `row` where it is of a row of `experiments.study`. The part "full" is
 the whole split, "scales" a sweep, any other a fixed class-balanced subset; the split is that of the report's header
 ("test" where it has none). What `experiments.study` makes of its results is table.json beside them. Those of speed are
-experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them; those of faults likewise; tallies of
-bad input are experiments/results/fuzz/<surface>.json, of `experiments.fuzz`.
+experiments/results/benchmark/<name>.json, as `experiments.benchmark` writes them; those of faults likewise.
 """
 
 import argparse
@@ -24,7 +23,6 @@ from typing import Any
 from experiments.benchmark import tables as speed
 from experiments.communication import checkpoints, paper
 from experiments.faults import tables as faults_tables
-from experiments.fuzz import tables as tallies
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -214,14 +212,6 @@ def communication(results: Path = RESULTS) -> str:
     return "\n\n".join(blocks) or f"Communication: {NOT_YET}; `{command}` measures it."
 
 
-def fuzz(results: Path = RESULTS) -> str:
-    """The tallies of `experiments.fuzz`, a row for each kind of input."""
-    found = [json.loads(path.read_text()) for path in sorted((results / "fuzz").glob("*.json"))]
-    if not found:
-        return f"Fuzz: {NOT_YET}; `python -m experiments.fuzz` measures it."
-    return table(*tallies.fuzz(found), left=2)
-
-
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
     "index": index,
@@ -231,7 +221,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "precision": precision,
     "communication": communication,
     "faults": faults,
-    "fuzz": fuzz,
     **SPEED,
 }
 

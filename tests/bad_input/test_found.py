@@ -1,4 +1,4 @@
-"""What `experiments.fuzz` found, each by itself: bad input that once had a traceback, an unclear line, or no end."""
+"""Bad input that random inputs once found: each had a traceback, an unclear line, or no end."""
 
 import json
 import os

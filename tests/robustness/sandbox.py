@@ -1,4 +1,4 @@
-"""The folder that one input may touch, and what must hold of it afterwards."""
+"""The folder that one input may change, and the check that nothing else was changed or run."""
 
 import contextlib
 import hashlib
@@ -14,13 +14,13 @@ WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CHANGES = {"os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.link": (1,)}
 CHANGES["os.symlink"] = (1,)
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class", "ctypes.dlopen", "subprocess.Popen")
-OUR_OWN = re.compile(r"git|uname|nvidia-smi|\S*\.so[.\d]*")  # programs and libraries that the project itself asks for
+PROJECT = re.compile(r"git|uname|nvidia-smi|\S*\.so[.\d]*")  # programs and libraries that the project itself asks for
 LEFT_OVER = re.compile(r"\..*\.(tmp|old|new)|\.lt_adv.*|\..*-[0-9a-f]{16}\..*|.*incomplete.*")
 
 
-class Box:
-    """`given`: the input, which stays as it is; `run`: the working directory; `data`: data sets and caches; `start`:
-    where the program is started. `canary` is what hidden code would write; nothing else may appear under `root`."""
+class Sandbox:
+    """Folders of one input: `given` (the input, which must not change), `run` (the working directory), `data` (data
+    sets and caches), `start` (the current directory). Hidden code would write `canary`, and nothing else may appear."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -30,29 +30,29 @@ class Box:
             folder.mkdir(parents=True)
 
     def code(self) -> str:
-        """A line of Python that hidden code would run."""
+        """Python source that hidden code would run."""
         return f"open({str(self.canary)!r}, 'w')"
 
     def state(self) -> dict[str, str]:
-        """{path below root: what stands there}, links not followed."""
-        found = {}
+        """{path below root: digest of the file, or its kind}; links are not followed."""
+        entries = {}
         for folder, folders, files in os.walk(self.root):
             for name in [*folders, *files]:
                 path = os.path.join(folder, name)
                 if os.path.islink(path):
-                    found[os.path.relpath(path, self.root)] = f"link to {os.readlink(path)}"
+                    entries[os.path.relpath(path, self.root)] = f"link to {os.readlink(path)}"
                 elif os.path.isdir(path):
-                    found[os.path.relpath(path, self.root)] = "folder"
+                    entries[os.path.relpath(path, self.root)] = "folder"
                 elif not os.path.isfile(path):
-                    found[os.path.relpath(path, self.root)] = "a pipe or a device"
+                    entries[os.path.relpath(path, self.root)] = "a pipe or a device"
                 else:
                     with open(path, "rb") as file:
-                        found[os.path.relpath(path, self.root)] = hashlib.file_digest(file, "sha256").hexdigest()
-        return found
+                        entries[os.path.relpath(path, self.root)] = hashlib.file_digest(file, "sha256").hexdigest()
+        return entries
 
-    def wrong(self, before: dict[str, str], refused: bool) -> str | None:
-        """What must not be, in words, if there is anything: code that ran, something changed that was given, a file
-        left half written or somewhere else; after a refusal, a working directory."""
+    def problem(self, before: dict[str, str], refused: bool) -> str | None:
+        """Describes code that ran, a change to the input, a file half written or in the wrong place, a working
+        directory left after a refusal; None if there is none of these."""
         after = self.state()
         if "canary" in after:
             return "the code in the input was run"
@@ -76,24 +76,26 @@ class Box:
 
 
 class Fence:
-    """Notes what the process itself does outside of the folders allowed. Python has no way to remove an audit hook, so
-    there is one for all, asleep but for `watch`."""
+    """Records writes outside of the allowed folders, and programs that are started.
+
+    Python cannot remove an audit hook, so there is one for all tests, which does nothing outside of `watch`.
+    """
 
     def __init__(self) -> None:
         self._allowed: tuple[str, ...] | None = None
-        self._seen: list[str] = []
+        self._events: list[str] = []
         self._hooked = False
 
     @contextlib.contextmanager
     def watch(self, *allowed: Path) -> Iterator[list[str]]:
-        """A list that fills with what was written elsewhere, and with programs that were started."""
+        """Yields a list that grows with each write elsewhere and each program that is started."""
         if not self._hooked:
             sys.addaudithook(self._note)
             self._hooked = True
-        self._seen = []
+        self._events = []
         self._allowed = tuple(os.path.realpath(folder) for folder in allowed)
         try:
-            yield self._seen
+            yield self._events
         finally:
             self._allowed = None
 
@@ -109,15 +111,15 @@ class Fence:
                 self._changed(event, args[argument])
         elif event in RUNS:
             what = args[1][0] if event == "subprocess.Popen" and isinstance(args[1], (list, tuple)) else args[0]
-            if not OUR_OWN.fullmatch(os.path.basename(str(what))):
-                self._seen.append(f"{event} {' '.join(map(str, args))[:100]}")
+            if not PROJECT.fullmatch(os.path.basename(str(what))):
+                self._events.append(f"{event} {' '.join(map(str, args))[:100]}")
 
     def _changed(self, event: str, path: Any) -> None:
         if not isinstance(path, (str, bytes, os.PathLike)) or self._allowed is None:
             return
         where = os.path.realpath(os.fsdecode(path))
         if not where.startswith((*self._allowed, "/dev/")) and "__pycache__" not in where:
-            self._seen.append(f"{event} {where}")
+            self._events.append(f"{event} {where}")
 
 
 FENCE = Fence()
