@@ -20,9 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments import fault_tables
 from experiments.benchmark import tables as speed
 from experiments.communication import checkpoints, paper
-from experiments.faults import tables as faults_tables
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -187,8 +187,8 @@ def _unmeasured(what: str, preset: str) -> str:
 
 
 def faults(results: Path = RESULTS) -> str:
-    """What `experiments.faults` did to runs, and what became of them."""
-    return faults_tables.page(results / "faults")
+    """The fault campaign of tests/robustness/test_faults.py."""
+    return fault_tables.page(results / "faults")
 
 
 def benchmark(kind: str, results: Path = RESULTS) -> str:

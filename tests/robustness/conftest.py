@@ -25,3 +25,11 @@ def trained(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(run.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         return train(tmp_path_factory.mktemp("trained") / "run", NO_ATTACKS)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The fault campaign takes hours: it runs only if it is asked for."""
+    if config.option.faults is None and "faults" not in config.option.markexpr:
+        campaign = [item for item in items if item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=campaign)
+        items[:] = [item for item in items if item not in campaign]

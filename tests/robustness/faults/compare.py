@@ -1,4 +1,4 @@
-"""What a run ended with, as digests: two ends are the same exactly where these are equal."""
+"""Digests of all results of a run: two runs have the same results exactly if these are equal."""
 
 import hashlib
 import warnings
@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from experiments.faults.run import Run
+from tests.robustness.faults.run import Run
 
 EXPORTED = ("network.jax", "weights.safetensors")  # the others name folders
 LEFT_OUT = ("checkpoints", "damaged", "eval")  # compared by content, or of faults; records lie below a digest
@@ -17,19 +17,19 @@ LEFT_OUT = ("checkpoints", "damaged", "eval")  # compared by content, or of faul
 def end(run: Run) -> dict[str, str]:
     """Every array of the last checkpoint, the lines of training, every prediction, the export, and which files lie
     about."""
-    found = {f"file {path}": "" for path in files(run.folder)}
-    found |= {f"checkpoint {step}": "" for step in run.checkpoints()}
-    found |= {f"array {name}": text for name, text in arrays(run.newest() / "state").items()}
-    found["metrics.jsonl"] = _digest((run.folder / "metrics.jsonl").read_bytes())
-    found |= {f"export/{name}": _digest((run.folder / "export" / name).read_bytes()) for name in EXPORTED}
+    results = {f"file {path}": "" for path in files(run.folder)}
+    results |= {f"checkpoint {step}": "" for step in run.checkpoints()}
+    results |= {f"array {name}": text for name, text in arrays(run.newest() / "state").items()}
+    results["metrics.jsonl"] = _digest((run.folder / "metrics.jsonl").read_bytes())
+    results |= {f"export/{name}": _digest((run.folder / "export" / name).read_bytes()) for name in EXPORTED}
     for path in sorted(run.folder.glob("eval/records/*/*.npz")):
         with np.load(path) as columns:
-            found |= {f"{path.stem} {name}": _array(columns[name]) for name in columns.files}
-    return found
+            results |= {f"{path.stem} {name}": _array(columns[name]) for name in columns.files}
+    return results
 
 
 def files(folder: Path) -> list[str]:
-    """All that a run leaves, by name, beside its checkpoints and records."""
+    """Names of all files of a run but checkpoints and records."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
     return sorted(str(path) for path in paths if path.parts[0] not in LEFT_OUT)
 
@@ -48,9 +48,9 @@ def arrays(state: Path) -> dict[str, str]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): _array(np.asarray(leaf)) for path, leaf in leaves}
 
 
-def differing(mine: dict[str, str], theirs: dict[str, str]) -> list[str]:
-    """What is not in both alike."""
-    return sorted(name for name in mine.keys() | theirs.keys() if mine.get(name) != theirs.get(name))
+def differing(first: dict[str, str], second: dict[str, str]) -> list[str]:
+    """The names of results that are not equal in both."""
+    return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 
 def _array(array: np.ndarray) -> str:

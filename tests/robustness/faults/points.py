@@ -1,4 +1,4 @@
-"""Where a run is hurt, and how: the named points of the campaign. A new one is a function here, and what it needs."""
+"""The points at which faults are injected. A new point is a decorated function that draws a fault."""
 
 import contextlib
 import dataclasses
@@ -7,14 +7,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from experiments.faults import damage, disk
-from experiments.faults.child import Injection
-from experiments.faults.run import KILLED, REFUSED, TERMINATED, Run
+from tests.robustness.faults import damage, disk
+from tests.robustness.faults.child import Injection
+from tests.robustness.faults.run import KILLED, REFUSED, TERMINATED, Run
 
 PER_EPOCH = 7  # steps; the runs save after each epoch
 LINES = r"/(metrics|timing)\.jsonl$"
 ERRORS = ("ENOSPC", "EDQUOT", "EIO", "EROFS", "EACCES")
-ARRAYS = 30  # files that a checkpoint has at least, when it is whole
+ARRAYS = 30  # files that a checkpoint has at least, when it is complete
 
 
 @dataclasses.dataclass
@@ -29,18 +29,17 @@ class Fault:
     slow: float = 0.0
     around: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext  # the cause, and its removal
     beside: bool = False  # a second start, while this one waits, must be refused
-    falls_back: bool = False  # to the checkpoint before the newest, if it says so
+    falls_back: bool = False  # to the checkpoint before the newest, with a message
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A name, what happens there in words, and how a fault is drawn for a run that is ready for it."""
+    """A name, a description, and a function that draws a fault for a run that has what the point needs."""
 
     name: str
     words: str
     draw: Callable[[np.random.Generator, Run], Fault]
     checkpoints: int = 0  # that must be there
-    phase: str = "training"
     mounts: bool = False  # needs a file system of its own
     processes: int = 1  # of the run
 
@@ -122,7 +121,7 @@ def cache_write(rng, run):
     return Fault(KILLED, (site,), done="cache deleted")
 
 
-@point("a file of the cache of decoded images damaged: made anew, in a line")
+@point("a file of the cache of decoded images damaged: rebuilt, with a message")
 def cache_damaged(rng, run):
     run.has_cache()
     (folder,) = run.cache.glob("[!.]*")
@@ -158,7 +157,7 @@ def slow_store(rng, run):
     return Fault(TERMINATED, (some_step(rng, "term"),), says="SIGTERM: saved at step", slow=slow)
 
 
-@point("a second start beside a run: refused; then the run is killed")
+@point("a second start during a run: refused; then the run is killed")
 def second_run(rng, run):
     return Fault(KILLED, (some_step(rng, "wait"),), beside=True)
 
@@ -170,9 +169,9 @@ def damaged(rng, run, how, files) -> Fault:
 
 @point("a bit flipped in the newest checkpoint", checkpoints=2)
 def corrupt_byte(rng, run):
-    found = damage.below(run.newest())
-    arrays = [path for path in found if path.parent.name == "d"]
-    return damaged(rng, run, damage.flip, arrays if rng.random() < 0.5 else found)
+    files = damage.below(run.newest())
+    arrays = [path for path in files if path.parent.name == "d"]
+    return damaged(rng, run, damage.flip, arrays if rng.random() < 0.5 else files)
 
 
 @point("a file of the newest checkpoint cut short", checkpoints=2)
@@ -182,8 +181,8 @@ def truncated_file(rng, run):
 
 @point("metadata of the newest checkpoint lost", checkpoints=2)
 def lost_metadata(rng, run):
-    found = [path for path in damage.below(run.newest()) if path.name in damage.METADATA]
-    return damaged(rng, run, damage.lose, found)
+    files = [path for path in damage.below(run.newest()) if path.name in damage.METADATA]
+    return damaged(rng, run, damage.lose, files)
 
 
 @point("`metrics.jsonl` cut short, changed or lost", checkpoints=1)
@@ -191,41 +190,41 @@ def torn_lines(rng, run):
     return damaged(rng, run, damage.any_of, [run.folder / "metrics.jsonl"])
 
 
-@point("one of two processes dies in a step or a save: the other ends by itself, in a line", processes=2)
+@point("one of two processes dies in a step or a save: the other ends by itself, with a message", processes=2)
 def host_death(rng, run):
     site = ("step", "before_save", "saving", "saved")[rng.integers(4)]
     most = {"step": PER_EPOCH, "saving": ARRAYS}.get(site, 1)
     return Fault(KILLED, (Injection(site, "kill", int(rng.integers(1, most + 1)), process=int(rng.integers(2))),))
 
 
-# --- evaluation, in the order in which it is possible
+# --- evaluation, report and export
 
 
-@point("SIGKILL during an attack of the evaluation, or while a record is written", phase="evaluation")
+@point("SIGKILL during an attack of the evaluation, or while a record is written")
 def evaluation_killed(rng, run):
     attack = Injection("attack", "kill", count=int(rng.integers(1, 3)))
     record = some_moment(rng, r"/records/\w+/(batch|header)", "kill", most=2)
     return Fault(KILLED, (attack if rng.random() < 0.4 else record,))
 
 
-@point("SIGTERM during the evaluation: exit code 0", phase="evaluation")
+@point("SIGTERM during the evaluation: exit code 0")
 def evaluation_terminated(rng, run):
     site = Injection("attack", "term", count=int(rng.integers(1, 3)))
     return Fault(TERMINATED, (site,), says="SIGTERM: the same command goes on")
 
 
-@point("SIGKILL while the report is written", phase="report")
+@point("SIGKILL while the report is written")
 def report_killed(rng, run):
     return Fault(KILLED, (some_moment(rng, r"/(report\.\w+|\w+\.png)$", "kill", most=3),))
 
 
-@point("a record damaged or lost: computed again", phase="report")
+@point("a record damaged or lost: computed again")
 def record_damaged(rng, run):
     run.reaches("evaluated")
     return Fault(TERMINATED, done=damage.any_of(rng, damage.below(run.folder / "eval")), mode="eval")
 
 
-@point("SIGKILL while the export is written", phase="report")
+@point("SIGKILL while the export is written")
 def export_killed(rng, run):
     run.reaches("evaluated")
     return Fault(KILLED, (some_moment(rng, r"/\.?export", "kill", most=1),), mode="export")
@@ -233,8 +232,3 @@ def export_killed(rng, run):
 
 def possible(mounts: bool) -> list[str]:
     return [name for name, point in POINTS.items() if mounts or not point.mounts]
-
-
-def order(name: str) -> int:
-    """Training comes before its evaluation, that before its report."""
-    return ("training", "evaluation", "report").index(POINTS[name].phase)

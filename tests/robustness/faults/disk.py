@@ -1,4 +1,4 @@
-"""A small file system of our own, which can be full and read-only for real."""
+"""A small file system in memory, which can really be full or read-only."""
 
 import contextlib
 import os
@@ -34,8 +34,8 @@ def full(folder: Path, left: int) -> Iterator[None]:
     """But for `left` bytes."""
     filler = folder / "filler"
     with filler.open("wb") as file:
-        found = os.statvfs(folder)
-        os.posix_fallocate(file.fileno(), 0, max(found.f_bavail * found.f_frsize - left, 1))
+        free = os.statvfs(folder)
+        os.posix_fallocate(file.fileno(), 0, max(free.f_bavail * free.f_frsize - left, 1))
     try:
         yield
     finally:

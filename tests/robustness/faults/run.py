@@ -1,4 +1,4 @@
-"""A run that is hurt: its folder, its starts, and what is known of it from outside."""
+"""A run that faults are injected into: its folder, its starts, and their outcomes."""
 
 import dataclasses
 import json
@@ -12,8 +12,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from experiments.faults import child
-from experiments.faults.child import Injection
+from tests.robustness.faults import child
+from tests.robustness.faults.child import Injection
 
 KILLED, TERMINATED, REFUSED, ABORTED = -9, 0, 2, -6
 SECONDS = 240  # that a start may take
@@ -50,13 +50,13 @@ class Outcome:
 
     @property
     def resumed(self) -> int:
-        """The step that training went on from, 0 for one that began anew."""
-        found = re.search(r"Resumed \S+ at step (\d+)", self.out)
-        return int(found[1]) if found else 0
+        """The step that training went on from, 0 if it began at the start."""
+        match = re.search(r"Resumed \S+ at step (\d+)", self.out)
+        return int(match[1]) if match else 0
 
 
 class Run:
-    """One working directory below `disk`, the data beside it."""
+    """A working directory below `disk`; the data lie outside of it."""
 
     def __init__(self, disk: Path, name: str, data: Path, digest: bool = True):
         self.disk, self.folder, self.digest = disk, disk / name, digest
@@ -91,9 +91,9 @@ class Run:
             self._passes(Injection("step", "term", count=16), code=TERMINATED)
 
     def _passes(self, *injections: Injection, code: int) -> None:
-        found = self.start(injections=injections)
-        if found.code != code:
-            raise Unfit(f"a start without a fault ended with {found.code}: {last(found.err) or last(found.out)}")
+        outcome = self.start(injections=injections)
+        if outcome.code != code:
+            raise Unfit(f"a start without a fault ended with {outcome.code}: {last(outcome.err) or last(outcome.out)}")
 
     def begin(
         self,
@@ -113,7 +113,8 @@ class Run:
     def start(
         self, mode: str = "train", injections: Sequence[Injection] = (), slow: float = 0.0, beside: bool = False
     ) -> Outcome:
-        """A start to its end; `beside` it, once it waits, a second one, which takes its place if it is not refused."""
+        """Starts the run and waits for its end. With `beside`, a second start is made while the first waits; if that is
+        not refused, its outcome is returned."""
         shutil.rmtree(self._files.parent)
         self._files.parent.mkdir()
         process = self.begin(self._files, mode, injections, slow)
@@ -127,7 +128,7 @@ class Run:
                 if waits.exists():
                     process.kill()
                 if complaint := refusal(second):
-                    return dataclasses.replace(second, err=f"beside another run: {complaint}", code=None)
+                    return dataclasses.replace(second, err=f"second start: {complaint}", code=None)
             return self.ended(process, self._files)
         finally:
             process.kill()
@@ -168,18 +169,18 @@ class Pair(Run):
         begun = []
         try:
             for number in (0, 1):
-                own = [injection for injection in injections if injection.process == number]
-                begun.append(self.begin(files[number], mode, own, slow, common | {"JAX_PROCESS_ID": str(number)}))
+                local = [injection for injection in injections if injection.process == number]
+                begun.append(self.begin(files[number], mode, local, slow, common | {"JAX_PROCESS_ID": str(number)}))
             both = [self.ended(process, file) for process, file in zip(begun, files, strict=True)]
         finally:
             for process in begun:
                 process.kill()
         hurt = injections[0].process if injections else 0
         mine, other = both[hurt], both[1 - hurt]
-        found = dataclasses.replace(mine, out=both[0].out, err=other.err + mine.err, saves=both[0].saves)
+        outcome = dataclasses.replace(mine, out=both[0].out, err=other.err + mine.err, saves=both[0].saves)
         if mine.code == KILLED:
-            return found if (wrong := peer_died(other)) == "" else dataclasses.replace(found, code=None, err=wrong)
-        return dataclasses.replace(found, code=mine.code or other.code)
+            return outcome if (wrong := peer_died(other)) == "" else dataclasses.replace(outcome, code=None, err=wrong)
+        return dataclasses.replace(outcome, code=mine.code or other.code)
 
 
 class Unfit(RuntimeError):
@@ -191,22 +192,22 @@ def last(text: str) -> str:
     return lines[-1][:300] if lines else ""
 
 
-def peer_died(found: Outcome) -> str:
+def peer_died(outcome: Outcome) -> str:
     """ "" if a process whose partner died has ended by itself and says so, in a line of ours or of JAX's; which of the
     two notices it first is chance."""
-    if found.code == ABORTED and "another task died" in found.err:
+    if outcome.code == ABORTED and "another task died" in outcome.err:
         return ""
-    lines = [line for line in found.err.splitlines() if line.startswith("Error: ")]
-    if found.code == REFUSED and len(lines) == 1 and "Traceback" not in found.err:
+    lines = [line for line in outcome.err.splitlines() if line.startswith("Error: ")]
+    if outcome.code == REFUSED and len(lines) == 1 and "Traceback" not in outcome.err:
         return ""
-    return f"the other process: exit code {found.code}: {last(found.err) or last(found.out)}"
+    return f"the other process: exit code {outcome.code}: {last(outcome.err) or last(outcome.out)}"
 
 
-def refusal(found: Outcome) -> str:
+def refusal(outcome: Outcome) -> str:
     """ "" if it was one: exit code 2 and, warnings aside, one line that begins with "Error:"; else what is wrong."""
-    lines = [line for line in found.err.splitlines() if not line.startswith("WARNING:")]
-    if found.code != REFUSED:
-        return f"exit code {found.code} instead of {REFUSED}: {last(found.err) or last(found.out)}"
+    lines = [line for line in outcome.err.splitlines() if not line.startswith("WARNING:")]
+    if outcome.code != REFUSED:
+        return f"exit code {outcome.code} instead of {REFUSED}: {last(outcome.err) or last(outcome.out)}"
     if len(lines) != 1 or not lines[0].startswith("Error: "):
         return f"{len(lines)} lines on stderr: {' / '.join(lines)[:300]}"
     return ""

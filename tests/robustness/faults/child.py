@@ -1,4 +1,4 @@
-"""A run in a process of its own, as `python -m lt_adv.main` starts it, that does one thing to itself on the way.
+"""A run in its own process, as `python -m lt_adv.main` starts it, that injects faults into itself.
 
 `Injection` says what and where. Every step leaves a line in a trace: its number and the digest of the state before it.
 The process is a fork of one that has imported everything and computed nothing, or each start would take seconds longer.
@@ -40,7 +40,7 @@ evaluate = importlib.import_module("lt_adv.evaluation._evaluate")
 class Injection:
     """`act` at the `count`-th time that the run comes by `site`; of files, counted are those whose path has `pattern`.
 
-    site: step, before_save, saving (`count` files of a checkpoint are there), saved (it is whole), restore (within
+    site: step, before_save, saving (`count` files of a checkpoint are there), saved (it is complete), restore (within
     `amount` seconds, or right after it), write (in the middle of a file), rename (a file or folder is written, and not
     yet in place), attack (of the evaluation), cache (an array of decoded images).
     act: kill, term, wait, limit (no file larger than `amount` KiB), or the name of an errno.
@@ -64,12 +64,12 @@ def enter(
     slow: float = 0.0,
     digest: bool = True,
 ) -> None:
-    """The whole life of the process. Output and trace go to `files`.out, .err, .trace and, while it waits, .waits."""
+    """Runs the process. Output and trace go to `files`.out, .err, .trace and, while it waits, .waits."""
     os.environ.update(environment)
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    logging.getLogger().handlers.clear()  # those of the imports, which the door is faster than
+    logging.getLogger().handlers.clear()  # those of the imports, which `python -m lt_adv.main` would not have
     _trace(Path(f"{files}.trace"))
     if not digest:
         checkpoint.differing = lambda *_: []
@@ -146,9 +146,9 @@ def _trace(path: Path) -> None:
 
     def step(state: Any) -> None:
         with jax.transfer_guard("allow"):
-            found = json.dumps(checksums.digest(state), sort_keys=True)
+            text = json.dumps(checksums.digest(state), sort_keys=True)
             number = int(jax.device_get(state.step))
-        file.write(json.dumps({"step": number, "digest": hashlib.sha256(found.encode()).hexdigest()[:16]}) + "\n")
+        file.write(json.dumps({"step": number, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}) + "\n")
 
     _each_step(step)
 

@@ -1,4 +1,4 @@
-"""Damage done to files between two starts; each function says in words what it did."""
+"""Damage done to files between two starts; each function returns a description."""
 
 import shutil
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ def _place(path: Path) -> tuple[str, int]:
     return str(path.parent), path.stat().st_size
 
 
-def _said(what: str, path: Path) -> str:
+def _description(what: str, path: Path) -> str:
     return f"{'/'.join(path.parts[-3:-1])}/{path.name[:24]}: {what}"
 
 
@@ -29,7 +29,7 @@ def flip(rng: np.random.Generator, files: Sequence[Path]) -> str:
     position, bit = int(rng.integers(len(content))), int(rng.integers(8))
     content[position] ^= 1 << bit
     path.write_bytes(bytes(content))
-    return _said(f"bit {bit} of byte {position} of {len(content)} flipped", path)
+    return _description(f"bit {bit} of byte {position} of {len(content)} flipped", path)
 
 
 def cut(rng: np.random.Generator, files: Sequence[Path]) -> str:
@@ -38,7 +38,7 @@ def cut(rng: np.random.Generator, files: Sequence[Path]) -> str:
     size = path.stat().st_size
     left = 0 if rng.random() < 0.25 else int(rng.integers(size))
     path.write_bytes(path.read_bytes()[:left])
-    return _said(f"{left} of {size} bytes left", path)
+    return _description(f"{left} of {size} bytes left", path)
 
 
 def lose(rng: np.random.Generator, files: Sequence[Path]) -> str:
@@ -46,9 +46,9 @@ def lose(rng: np.random.Generator, files: Sequence[Path]) -> str:
     path = files[rng.integers(len(files))]
     if path.parent.name in ("meta", "array_metadatas") and rng.random() < 0.5:
         shutil.rmtree(path.parent)
-        return _said("its folder deleted", path)
+        return _description("its folder deleted", path)
     path.unlink()
-    return _said("deleted", path)
+    return _description("deleted", path)
 
 
 def any_of(rng: np.random.Generator, files: Sequence[Path]) -> str:
