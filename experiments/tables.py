@@ -22,7 +22,6 @@ from typing import Any
 
 from experiments import fault_tables
 from experiments.benchmark import tables as speed
-from experiments.communication import checkpoints, paper
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -200,18 +199,6 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
     return table(head, rows, left=3)
 
 
-def communication(results: Path = RESULTS) -> str:
-    """What the devices exchange in a step, and what that comes to on paper."""
-    blocks = []
-    for path in sorted((results / "communication").glob("*.json")):
-        record = json.loads(path.read_text())
-        blocks += [table(*paper.measured(record), left=1), table(*paper.table(record), left=2)]
-        if record.get("checkpoints"):
-            blocks.append(table(*checkpoints.table(record["checkpoints"]), left=1))
-    command = "python -m experiments.communication --config=configs/robal.py:dataset=digits"
-    return "\n\n".join(blocks) or f"Communication: {NOT_YET}; `{command}` measures it."
-
-
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
     "index": index,
@@ -219,7 +206,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study": study,
     "ablation": ablation,
     "precision": precision,
-    "communication": communication,
     "faults": faults,
     **SPEED,
 }
