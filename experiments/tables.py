@@ -10,8 +10,7 @@ A result is one file experiments/results/<study>/<row or config>-seed<n>-<part>.
 report.json), `command`, `machine`, `commit`, and `row` if it belongs to a row of `experiments.study`. The part "full"
 is the full split, "scales" a sweep of logit scales, any other part a fixed class-balanced subset; the split is that of
 the report's header ("test" if it has none). `experiments.study` summarises its results in table.json beside them.
-Speed is recorded in benchmark/<name>.json by `experiments.benchmark`, fault injection in faults/, invalid input in
-fuzz/<surface>.json.
+Speed is recorded in benchmark/<name>.json by `experiments.benchmark`, fault injection in faults/.
 """
 
 import argparse
@@ -30,7 +29,6 @@ from experiments.benchmark import tables as speed
 from experiments.communication import checkpoints, paper
 from experiments.config_entries import MEANING
 from experiments.faults import tables as faults_tables
-from experiments.fuzz import tables as tallies
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -260,14 +258,6 @@ def communication(results: Path = RESULTS) -> str:
     return "\n\n".join(blocks) or f"Communication: {NOT_YET}; `{command}` measures it."
 
 
-def fuzz(results: Path = RESULTS) -> str:
-    """The tallies of `experiments.fuzz`, a row for each kind of input."""
-    counts = [json.loads(path.read_text()) for path in sorted((results / "fuzz").glob("*.json"))]
-    if not counts:
-        return f"Fuzz: {NOT_YET}; `python -m experiments.fuzz` measures it."
-    return table(*tallies.fuzz(counts), left=2)
-
-
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
@@ -280,7 +270,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "precision": precision,
     "communication": communication,
     "faults": faults,
-    "fuzz": fuzz,
     **SPEED,
 }
 PAGES: Mapping[str, tuple[str, ...]] = {
@@ -290,7 +279,7 @@ PAGES: Mapping[str, tuple[str, ...]] = {
     "docs/results.md": ("jpeg_rows", "study", "ablation"),
     "docs/performance.md": (*SPEED, "precision"),
     "docs/distributed.md": ("communication",),
-    "docs/reliability.md": ("faults", "fuzz"),
+    "docs/reliability.md": ("faults",),
 }
 
 

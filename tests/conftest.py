@@ -63,3 +63,9 @@ def assert_golden():
         assert error <= tolerance, f"relative error {error:.3e}"
 
     return check
+
+
+def pytest_addoption(parser):
+    group = parser.getgroup("faults", "fault campaign (tests/robustness/test_faults.py)")
+    group.addoption("--faults", type=int, metavar="N", help="inject N faults at each point and write the results")
+    group.addoption("--faults-seed", type=int, default=0, metavar="SEED", help="seed of the faults [0]")

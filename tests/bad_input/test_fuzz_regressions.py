@@ -1,4 +1,4 @@
-"""Regressions found by `experiments.fuzz`: input that once gave a traceback, an unclear line, or no end."""
+"""Inputs found by random search that once gave a traceback, an unclear line, or did not end."""
 
 import json
 import os

@@ -1,0 +1,35 @@
+"""One device and a temporary folder of its own for every module, and a trained run that the tests copy."""
+
+import tempfile
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+
+from lt_adv.cli import run
+from tests.robustness.runs import NO_ATTACKS, train
+
+
+@pytest.fixture(scope="module", autouse=True)
+def alone(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory):
+    """The working directory of a finished run, which must not be changed."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+        return train(tmp_path_factory.mktemp("trained") / "run", NO_ATTACKS)
+
+
+def pytest_collection_modifyitems(config, items):
+    """The fault campaign takes hours: it runs only if it is asked for."""
+    if config.option.faults is None and "faults" not in config.option.markexpr:
+        campaign = [item for item in items if item.get_closest_marker("faults")]
+        config.hook.pytest_deselected(items=campaign)
+        items[:] = [item for item in items if item not in campaign]

@@ -1,0 +1,182 @@
+"""Other files of a working directory: the config, the log of training, records, the figures of a baseline.
+
+An evaluation that has nothing to compute reads them; some inputs have a file where a folder is expected, or vice versa.
+"""
+
+import contextlib
+import functools
+import io
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lt_adv import evaluation, main
+from lt_adv.evaluation import plots
+from lt_adv.evaluation.masking import diagnose
+from tests.robustness.inputs import Case, Draw, attempt, below, damaged, inputs, one, value
+from tests.robustness.runs import AT, TINY
+from tests.robustness.sandbox import Sandbox
+from tests.robustness.test_npz import Hidden
+
+ATTACKS = "--config.eval.attacks={'pgd':{'attack':'pgd','eps':0.1,'step_size':0.1,'num_steps':1}}"
+WRITTEN = ("report.md", "report.json", "plots", "config.json", "plots/examples.png", "eval", "reports")
+JSON_FILES = ("config.json", "metrics.jsonl", "timing.jsonl")
+
+
+def evaluation_flags(workdir: Path) -> list[str]:
+    return [AT, *TINY, ATTACKS, "--mode=eval", f"--workdir={workdir}"]
+
+
+@pytest.fixture(scope="module")
+def computed_once():
+    """`computed_once()`: a context in which examples and the probes of a baseline, which depend on nothing here, are
+    computed once, the probes of a linear network, and pictures are drawn but not encoded."""
+    results: dict[str, Any] = {}
+
+    def once(name: str, original: Any, *args: Any, **options: Any) -> Any:
+        if name not in results:
+            results[name] = original(*args, **options)
+        return results[name]
+
+    def linear(weights: Any, x: Any) -> Any:
+        return x.reshape(len(x), -1) @ weights
+
+    def probe(key: Any, apply: Any, variables: Any, images: Any, labels: Any, **options: Any) -> Any:
+        weights = np.eye(images[0].size, 10, dtype=np.float32)
+        options["transfer"] = (linear, weights)
+        return once("probe", original, key, linear, weights, images, labels, **options)
+
+    original = diagnose.probe
+    examples = functools.partial(once, "examples", evaluation.examples)
+
+    @contextlib.contextmanager
+    def context() -> Iterator[None]:
+        with (
+            mock.patch.object(evaluation, "examples", examples),
+            mock.patch.object(diagnose, "probe", probe),
+            mock.patch.object(diagnose, "QUERIES", 10),
+            mock.patch.object(plots, "png", lambda figure: b"a picture"),
+        ):
+            yield
+
+    return context
+
+
+@pytest.fixture(scope="module")
+def evaluated(trained, computed_once, tmp_path_factory):
+    """A run evaluated with an attack and with itself as the baseline; it must not be changed."""
+    workdir = tmp_path_factory.mktemp("evaluated") / "run"
+    shutil.copytree(trained, workdir)
+    with computed_once():
+        assert main.main(["main", *evaluation_flags(workdir), f"--config.eval.baseline={workdir}"]) == 0
+    return workdir
+
+
+def case(draw: Draw, box: Sandbox, run: Path, around: Any, valid: bool) -> Case:
+    shutil.copytree(run, box.run)
+    argv = evaluation_flags(box.run)
+    place, compared = box.run, draw(st.integers(0, 2)) == 0
+    if compared:
+        place = box.start / "earlier"
+        shutil.copytree(run, place)
+        argv.append(f"--config.eval.baseline={place}")
+    if valid:
+        return Case("valid", _valid_change(draw, box.run, compared), argv, True, around=around)
+    change = one(draw, (_json, _json, _entry, _records, _records, _place))
+    kind, words, expected = change(draw, place, box)
+    return Case(
+        kind, words + ", of the baseline" * compared, argv, expected if not compared else None, [str(place)], around
+    )
+
+
+def _valid_change(draw: Draw, place: Path, compared: bool) -> str:
+    gone = one(draw, (None, "report.md", "plots", "metrics.jsonl", "timing.jsonl"))
+    if gone:
+        path = place / gone
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    return f"without {gone}" + ", compared with a baseline" * compared
+
+
+def _json(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
+    """The bytes of a file of text."""
+    records = sorted(place.glob("eval/*/*/header.json")) + sorted(place.glob("eval/reliability/*.json"))
+    path = one(draw, [place / name for name in JSON_FILES] + records)
+    what, content = damaged(draw, path.read_bytes())
+    path.write_bytes(content)
+    return "damaged text", f"{path.relative_to(place)}: {what}", None
+
+
+def _entry(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
+    """JSON with another value somewhere."""
+    path = one(draw, [place / name for name in JSON_FILES] + sorted(place.glob("eval/*/*.json")))
+    lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+    number, drawn = below(draw, len(lines)), value(draw)
+    tree = json.loads(lines[number])
+    inside, where = tree, []
+    while isinstance(inside, (dict, list)) and inside and (not where or draw(st.integers(0, 2))):
+        where.append(one(draw, list(inside)) if isinstance(inside, dict) else below(draw, len(inside)))
+        last, inside = inside, inside[where[-1]]
+    last[where[-1]] = drawn
+    lines[number] = json.dumps(tree)
+    path.write_text("\n".join(lines))
+    return "another value", f"{path.relative_to(place)}: {where} = {drawn!r}", None
+
+
+def _records(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
+    """Records that are damaged, forged or full of hidden code."""
+    path = one(draw, sorted(place.glob("eval/records/*/batch-*.npz")))
+    columns: dict[str, Any] = dict(np.load(path))
+    name = one(draw, list(columns))
+    forged = {
+        "bytes": lambda: None,
+        "out of range": lambda: columns[name] + one(draw, (10, 10**6, -1, -(10**6))),
+        "another shape": lambda: columns[name][:, None],
+        "fewer": lambda: columns[name][1:],
+        "another type": lambda: columns[name].astype(one(draw, ("f8", "U3", "?", "M8[s]", "c16", "u8", "S1"))),
+        "not finite": lambda: np.full(columns[name].shape, np.nan),
+        "hidden code": lambda: np.array([Hidden(box.code())] * len(columns[name]), object),
+        "a column more": lambda: columns[name],
+    }
+    what = one(draw, list(forged))
+    if what == "bytes":
+        what, content = damaged(draw, path.read_bytes())
+        path.write_bytes(content)
+    else:
+        columns["attack/other" if what == "a column more" else name] = forged[what]()
+        buffer = io.BytesIO()
+        np.savez(buffer, **columns)
+        path.write_bytes(buffer.getvalue())
+    return "records", f"{name}: {what}", None
+
+
+def _place(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
+    """A folder where a file is written, or a file where a folder is."""
+    path = place / one(draw, WRITTEN)
+    was_file = path.is_file()
+    shutil.rmtree(path, ignore_errors=True)
+    path.unlink(missing_ok=True)
+    if was_file:
+        (path / "mine").mkdir(parents=True)
+    else:
+        path.write_text("mine")
+    return "file or folder", f"{path.relative_to(place)} is a {'folder' if was_file else 'file'}", None
+
+
+@inputs(2)
+@given(st.data())
+def test_valid_run_files_are_accepted(evaluated, computed_once, tmp_path, data):
+    attempt(functools.partial(case, run=evaluated, around=computed_once, valid=True), data.draw, tmp_path)
+
+
+@inputs(5)
+@given(st.data())
+def test_bad_run_files_are_refused_in_one_line(evaluated, computed_once, tmp_path, data):
+    attempt(functools.partial(case, run=evaluated, around=computed_once, valid=False), data.draw, tmp_path)

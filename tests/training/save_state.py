@@ -1,0 +1,32 @@
+"""Saves a checkpoint of random numbers as a run does: `python -m tests.training.save_state FOLDER --config=...`"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lt_adv import data
+from lt_adv.cli import flags, run
+from lt_adv.training import checkpoint, sharding, stage_builder
+
+
+def save(folder: str, config: Any) -> None:
+    """Random numbers, because the zeros of a first state would be compressed to nothing."""
+    run.prepare(config)
+    mesh = sharding.make_mesh()
+    built = stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh)
+    checkpoints = checkpoint.Checkpoints(Path(folder) / "checkpoints")
+
+    def draw(a: jax.Array) -> jax.Array:
+        return jax.random.normal(jax.random.key(0), a.shape, a.dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
+
+    state = built.first_state()
+    filled = jax.jit(lambda tree: jax.tree.map(draw, tree), out_shardings=jax.tree.map(lambda a: a.sharding, state))
+    checkpoints.save(1, sharding.to_global(filled(state), mesh, config.parallel), {})
+    checkpoints.close()
+
+
+if __name__ == "__main__":
+    save(sys.argv[1], flags.parse(["save_state", *sys.argv[2:]]).config)
