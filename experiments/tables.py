@@ -25,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 from configs import common
+from experiments import fault_tables
 from experiments.benchmark import tables as speed
-from experiments.communication import checkpoints, paper
 from experiments.config_entries import MEANING
-from experiments.faults import tables as faults_tables
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -233,8 +232,8 @@ def _unmeasured(what: str, preset: str) -> str:
 
 
 def faults(results: Path = RESULTS) -> str:
-    """What `experiments.faults` did to runs, and what became of them."""
-    return faults_tables.page(results / "faults")
+    """The fault campaign of tests/robustness/test_faults.py."""
+    return fault_tables.page(results / "faults")
 
 
 def benchmark(kind: str, results: Path = RESULTS) -> str:
@@ -244,18 +243,6 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
         return f"`{kind}`: {NOT_YET}; `python -m experiments.benchmark {speed.COMMANDS[kind]}` measures it."
     head, rows = speed.TABLES[kind](records)
     return table(head, rows, left=3)
-
-
-def communication(results: Path = RESULTS) -> str:
-    """What the devices exchange in a step, and what that comes to on paper."""
-    blocks = []
-    for path in sorted((results / "communication").glob("*.json")):
-        record = json.loads(path.read_text())
-        blocks += [table(*paper.measured(record), left=1), table(*paper.table(record), left=2)]
-        if record.get("checkpoints"):
-            blocks.append(table(*checkpoints.table(record["checkpoints"]), left=1))
-    command = "python -m experiments.communication --config=configs/robal.py:dataset=digits"
-    return "\n\n".join(blocks) or f"Communication: {NOT_YET}; `{command}` measures it."
 
 
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
@@ -268,7 +255,6 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "study": study,
     "ablation": ablation,
     "precision": precision,
-    "communication": communication,
     "faults": faults,
     **SPEED,
 }
@@ -278,7 +264,6 @@ PAGES: Mapping[str, tuple[str, ...]] = {
     "docs/configuration.md": ("configuration",),
     "docs/results.md": ("jpeg_rows", "study", "ablation"),
     "docs/performance.md": (*SPEED, "precision"),
-    "docs/distributed.md": ("communication",),
     "docs/reliability.md": ("faults",),
 }
 
