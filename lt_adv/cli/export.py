@@ -207,7 +207,7 @@ def card(
         "Exported by": f"the same with `--mode=export`; {', '.join(versions)}",
     }
     shape, counts = split.train.image.shape[1:], split.class_counts
-    names = [evaluation.literal(name) for name in split.class_names]
+    names = [evaluation.escape_markdown(name) for name in split.class_names]
     classes = [[str(i), name, str(n)] for i, (name, n) in enumerate(zip(names, counts, strict=True))]
     method = " + ".join(part.split(" (")[0] for part in facts["method"].split(" + "))
     return CARD.format(
@@ -225,6 +225,8 @@ def card(
 
 def results(summary: Mapping[str, Any]) -> str:
     """What the report says of accuracy and attacks, and on what they were measured."""
-    known = evaluation.facts(summary)
+    known = evaluation.header_fields(summary)
     where = [f"- **{name}:** {known[name]}" for name in ("Images", "Device", "Versions", "Commit") if name in known]
-    return "\n".join([*evaluation.warned(summary), *evaluation.accuracies(summary), "Measured on:", "", *where, ""])
+    return "\n".join(
+        [*evaluation.warning_lines(summary), *evaluation.accuracy_sections(summary), "Measured on:", "", *where, ""]
+    )

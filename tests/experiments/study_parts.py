@@ -43,7 +43,7 @@ def report(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
 
 
 def judged(baseline, trustworthy):
-    """What `lt_adv.cli.baseline.judge` would say."""
+    """What `lt_adv.cli.baseline.compare` would say."""
     reasons = [] if trustworthy else ["The gain is not real.", "Of it, nothing is left."]
     gains = [{"group": group, "real": trustworthy or group == "head"} for group in ("", "", "head", "tail")]
     verdict = {"trustworthy": trustworthy, "words": "", "reasons": reasons, "notes": [], "gains": gains}

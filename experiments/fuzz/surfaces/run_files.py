@@ -38,7 +38,10 @@ class RunFiles:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        originals = {"examples": (evaluation, evaluation.examples), "probe": (diagnose, diagnose.probe)}
+        originals = {
+            "examples": (evaluation, evaluation.examples),
+            "run_diagnostics": (diagnose, diagnose.run_diagnostics),
+        }
         with contextlib.ExitStack() as stack:
             for name, (where, original) in originals.items():
 
@@ -77,7 +80,7 @@ class RunFiles:
 
     def _json(self, rng: np.random.Generator, place: Path, box: Box) -> tuple[str, str, bool | None]:
         """The bytes of a file of text."""
-        records = sorted(place.glob("eval/*/*/header.json")) + sorted(place.glob("eval/reliability/*.json"))
+        records = sorted(place.glob("eval/*/*/header.json")) + sorted(place.glob("eval/gradient_masking/*.json"))
         path = one(rng, [place / name for name in JSON_FILES] + records)
         what, content = damaged(rng, path.read_bytes())
         path.write_bytes(content)
