@@ -66,7 +66,7 @@ def _counts(counts: Sequence[int] | None) -> str | None:
     if counts is None:
         return None
     listed = ", ".join(map(str, counts)) if len(counts) <= 20 else f"{max(counts)} to {min(counts)}"
-    return f"{listed} (total {sum(counts)}, ratio {max(counts) / max(min(counts), 1):.4g})"
+    return f"{listed} (total {sum(counts)}, imbalance ratio {max(counts) / max(min(counts), 1):.4g})"
 
 
 def header_fields(summary: Mapping[str, Any]) -> dict[str, str]:
@@ -83,8 +83,8 @@ def header_fields(summary: Mapping[str, Any]) -> dict[str, str]:
         "Method": entries.pop("method", None),
         "Dataset": entries.pop("dataset", None),
         "Images": f"{entries['images']} ({per_class}), {entries.pop('subset', None) or 'the whole test split'}",
-        "Class counts": _counts(entries.pop("class_counts")),
-        "Class counts before the validation cut": _counts(entries.pop("class_counts_before", None)),
+        "Training images per class": _counts(entries.pop("class_counts")),
+        "Training images per class before the validation split": _counts(entries.pop("class_counts_before", None)),
         "Checkpoint step": entries.pop("checkpoint_step", None),
         "Training time": None if seconds is None else format_duration(seconds),
         "Seed": entries.pop("seed", None),
