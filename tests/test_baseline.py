@@ -1,4 +1,4 @@
-"""`--config.eval.baseline`: a run held against another, from the command line to the report."""
+"""`--config.eval.baseline`: comparison of a run with a baseline, from the command line to the report."""
 
 import json
 import re
@@ -12,12 +12,11 @@ from jax.sharding import Mesh
 from matplotlib.image import imread
 
 from lt_adv import main
-from lt_adv.cli import baseline
 from lt_adv.cli import run as runs
-from lt_adv.evaluation.masking import diagnose
+from lt_adv.evaluation.masking import compare, diagnose
 from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (a fixture)
 
-# Ten images, two steps, one epoch: what is tested is the way from one end to the other.
+# Ten images, two steps, one epoch: these tests check the path, not the numbers.
 TINY = [
     "--config=configs/at.py:dataset=digits,epochs=1",
     "--config.data.class_counts=(4,4,2,2,2,2,2,2,1,1)",
@@ -34,7 +33,7 @@ TINY = [
 def small():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
-        patch.setattr(baseline, "STEPS", 2)
+        patch.setattr(compare, "NUM_STEPS", 2)
         patch.setattr(diagnose, "QUERIES", 3)
         patch.chdir(ROOT)
         yield
@@ -45,83 +44,85 @@ def call(workdir, *more):
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """The working directories of a baseline, of a run held against it, and what the latter's terminal said."""
+def workdirs(tmp_path_factory):
+    """Returns the working directories of a baseline and of a run compared with it."""
     folder = tmp_path_factory.mktemp("runs")
-    plain, held = folder / "plain", folder / "held"
-    assert call(plain) == 0
-    assert call(held, "--config.seed=1", f"--config.eval.baseline={plain}") == 0
-    return plain, held
+    baseline, network = folder / "baseline", folder / "network"
+    assert call(baseline) == 0
+    assert call(network, "--config.seed=1", f"--config.eval.baseline={baseline}") == 0
+    return baseline, network
 
 
-def test_the_report_carries_the_verdict(made):
-    plain, held = made
-    report = json.loads((held / "report.json").read_text())
-    found = report["reliability"]
-    assert isinstance(found["verdict"]["trustworthy"], bool)
-    assert [row["group"] for row in found["verdict"]["gains"][::2]] == ["", "head", "body", "tail"]
-    assert found["baseline_run"] == str(plain) and found["protocol"]["images"] == 10
-    assert found["network"]["logit_lead"] != found["baseline"]["logit_lead"]
-    text = (held / "report.md").read_text()
-    assert f"## Is the gain real?\n\n**{found['verdict']['words']}**" in text
-    assert "| Examples made on the baseline |" in text and "](plots/reliability.png)" in text
-    picture = imread(held / "plots" / "reliability.png")
+def test_the_report_holds_the_verdict(workdirs):
+    baseline, network = workdirs
+    report = json.loads((network / "report.json").read_text())
+    comparison = report["reliability"]
+    assert isinstance(comparison["verdict"]["trustworthy"], bool)
+    assert [row["group"] for row in comparison["verdict"]["gains"][::2]] == ["", "head", "body", "tail"]
+    assert comparison["baseline_run"] == str(baseline) and comparison["protocol"]["images"] == 10
+    assert comparison["network"]["logit_lead"] != comparison["baseline"]["logit_lead"]
+    text = (network / "report.md").read_text()
+    assert f"## Gradient masking\n\n**{comparison['verdict']['words']}**" in text
+    assert "| Transfer from the baseline |" in text and "](plots/gradient_masking.png)" in text
+    picture = imread(network / "plots" / "gradient_masking.png")
     assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.01
 
 
-def test_without_the_entry_nothing_changes(made):
-    plain, _ = made
-    assert "reliability" not in json.loads((plain / "report.json").read_text())
-    assert "Is the gain real?" not in (plain / "report.md").read_text()
-    assert not (plain / "plots" / "reliability.png").exists()
+def test_without_a_baseline_the_report_has_no_such_section(workdirs):
+    baseline, _ = workdirs
+    assert "reliability" not in json.loads((baseline / "report.json").read_text())
+    assert "Gradient masking" not in (baseline / "report.md").read_text()
+    assert not (baseline / "plots" / "gradient_masking.png").exists()
 
 
-def test_facts_are_kept_and_found_again(made, monkeypatch, capsys):
-    plain, held = made
-    kept = {side: list((side / "eval" / "reliability").iterdir()) for side in made}
-    assert [len(files) for files in kept.values()] == [1, 1]
-    before = json.loads((held / "report.json").read_text())
+def test_stored_diagnostics_are_reused(workdirs, monkeypatch, capsys):
+    baseline, network = workdirs
+    files = {side: list((side / "eval" / "gradient_masking").iterdir()) for side in workdirs}
+    assert [len(paths) for paths in files.values()] == [1, 1]
+    before = json.loads((network / "report.json").read_text())
 
-    def probe(*_, **__):
-        raise AssertionError("probed again")
+    def run_diagnostics(*_, **__):
+        raise AssertionError("computed again")
 
-    monkeypatch.setattr(diagnose, "probe", probe)
-    again = ["--config.seed=1", f"--config.eval.baseline={plain}", "--mode=eval"]
-    assert call(held, *again) == 0
-    assert json.loads((held / "report.json").read_text()) == before
+    monkeypatch.setattr(diagnose, "run_diagnostics", run_diagnostics)
+    again = ["--config.seed=1", f"--config.eval.baseline={baseline}", "--mode=eval"]
+    assert call(network, *again) == 0
+    assert json.loads((network / "report.json").read_text()) == before
     assert before["reliability"]["verdict"]["words"] in capsys.readouterr().out
     monkeypatch.undo()
-    kept[plain][0].write_text("{")  # damaged: made again
-    assert call(held, *again) == 0
-    assert json.loads((held / "report.json").read_text()) == before
+    files[baseline][0].write_text("{")  # damaged: computed again
+    assert call(network, *again) == 0
+    assert json.loads((network / "report.json").read_text()) == before
 
 
-def test_a_network_is_trustworthy_beside_itself(made):
-    plain, _ = made
-    assert call(plain, f"--config.eval.baseline={plain}", "--mode=eval", "--config.eval.report=itself") == 0
-    found = json.loads((plain / "reports" / "itself" / "report.json").read_text())["reliability"]
-    assert found["verdict"]["trustworthy"] and found["network"] == found["baseline"]
+def test_a_network_compared_with_itself_is_trustworthy(workdirs):
+    baseline, _ = workdirs
+    assert call(baseline, f"--config.eval.baseline={baseline}", "--mode=eval", "--config.eval.report=itself") == 0
+    comparison = json.loads((baseline / "reports" / "itself" / "report.json").read_text())["reliability"]
+    assert comparison["verdict"]["trustworthy"] and comparison["network"] == comparison["baseline"]
 
 
-def test_bad_baselines(made, answer, tmp_path):  # noqa: F811
-    plain, _ = made
+def test_bad_baselines_are_refused(workdirs, answer, tmp_path):  # noqa: F811
+    baseline, _ = workdirs
     assert re.search(
         r"The baseline is the run in 'nowhere' \(config.eval.baseline\), where there is none: train it",
         answer(*TINY, "--config.eval.baseline=nowhere"),
     )
-    damaged = Path(shutil.copytree(plain, tmp_path / "damaged"))
+    damaged = Path(shutil.copytree(baseline, tmp_path / "damaged"))
+    network = Path(shutil.copytree(baseline, tmp_path / "network"))
+    compare_with_damaged = [
+        *TINY, f"--workdir={network}", "--mode=eval", f"--config.eval.baseline={damaged}"
+    ]  # fmt: skip
     (damaged / "config.json").write_text("{}")
-    held = Path(shutil.copytree(plain, tmp_path / "held"))
-    at = [f"--workdir={held}", "--mode=eval"]
-    assert "config.json is damaged (KeyError" in answer(*TINY, *at, f"--config.eval.baseline={damaged}")
+    assert "config.json is damaged (KeyError" in answer(*compare_with_damaged)
     (damaged / "config.json").unlink()
-    assert "is it the working directory of a run?" in answer(*TINY, *at, f"--config.eval.baseline={damaged}")
-    other = json.loads((plain / "config.json").read_text())
-    seed, other["seed"] = other["seed"], "x"
-    (damaged / "config.json").write_text(json.dumps(other))
-    said = answer(*TINY, *at, f"--config.eval.baseline={damaged}")
-    assert f"config.eval.baseline: the run in {damaged}: config.seed must be a whole number" in said
-    other["seed"] = seed
-    other["data"]["image_size"] = 9
-    (damaged / "config.json").write_text(json.dumps(other))
-    assert "trained on other classes or sizes" in answer(*TINY, *at, f"--config.eval.baseline={damaged}")
+    assert "does not exist; name the working directory of a finished run" in answer(*compare_with_damaged)
+    config = json.loads((baseline / "config.json").read_text())
+    seed, config["seed"] = config["seed"], "x"
+    (damaged / "config.json").write_text(json.dumps(config))
+    printed = answer(*compare_with_damaged)
+    assert f"config.eval.baseline: the run in {damaged}: config.seed must be a whole number" in printed
+    config["seed"] = seed
+    config["data"]["image_size"] = 9
+    (damaged / "config.json").write_text(json.dumps(config))
+    assert "trained on other classes or another image size" in answer(*compare_with_damaged)

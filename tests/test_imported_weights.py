@@ -72,7 +72,7 @@ def test_imported_weights_are_evaluated_with_their_statistics_and_the_adjustment
         f"--workdir={tmp_path / 'run'}",
     ]
     assert main.main(command) == 0, capsys.readouterr().err
-    results = records.read(tmp_path / "run" / "eval")
+    results = records.read_records(tmp_path / "run" / "eval")
     config = flags.parse(command).config
     split = data.long_tailed(data.load(config.data), config.data)
     assert max(split.class_counts) > 2 * min(split.class_counts)

@@ -1,148 +1,116 @@
-"""A network held against the baseline that `config.eval.baseline` names: both are probed on the same images."""
+"""Loads the run that `config.eval.baseline` names and compares a network with it (`lt_adv.evaluation.masking`)."""
 
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax
 import ml_collections
 import numpy as np
 from etils import epath
 
-from lt_adv import data, evaluation
+from lt_adv import data
 from lt_adv.data import longtail
-from lt_adv.evaluation.masking import diagnose
-from lt_adv.runtime import atomic_io, distributed, environment
+from lt_adv.evaluation import masking
+from lt_adv.runtime import atomic_io, distributed
 from lt_adv.training import metric_logging, sharding, stage_builder
 
-OWN = ("adjustment", "checkpoint", "dtype")  # how a run is evaluated by its own config; all else by the one at hand
-STEPS = 20  # of PGD, as in the field's tables
-Trained = Callable[[ml_collections.ConfigDict, epath.Path], tuple[Any, dict[str, Any], data.LongTailed]]
+# Entries of config.eval that each run takes from its own config; the others are those of the current evaluation.
+PER_RUN = ("adjustment", "checkpoint", "dtype")
+LoadTrained = Callable[[ml_collections.ConfigDict, epath.Path], tuple[Any, dict[str, Any], data.LongTailed]]
 
 
-def configured(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
-    """The baseline's config, as it is to be evaluated here. ValueError where its file cannot be read."""
+def baseline_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+    """Returns the config of the baseline, with the evaluation settings, paths and devices of `config`.
+
+    Raises:
+      ValueError: when the baseline's config.json is missing or damaged.
+    """
     path = epath.Path(config.eval.baseline) / "config.json"
     try:
-        stored = json.loads(path.read_text(), object_hook=_tuples)
-        mine = config.eval.to_dict()
-        stored["eval"] = {**mine, **{name: stored["eval"][name] for name in OWN}, "baseline": ""}
-        # Of this machine, and of these images.
+        stored = json.loads(path.read_text(), object_hook=_lists_to_tuples)
+        per_run = {name: stored["eval"][name] for name in PER_RUN}
+        stored["eval"] = {**config.eval.to_dict(), **per_run, "baseline": ""}
         stored["data"] |= {name: config.data[name] for name in ("data_dir", "download", "test_split")}
         stored["cpu_devices"] = config.cpu_devices
     except FileNotFoundError as error:
-        raise ValueError(f"config.eval.baseline: there is no {path}: is it the working directory of a run?") from error
+        raise ValueError(
+            f"config.eval.baseline: {path} does not exist; name the working directory of a finished run."
+        ) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = atomic_io.reason(path, error, atomic_io.JSON)
         raise ValueError(f"config.eval.baseline: {path} is damaged ({why}).") from error
     return ml_collections.ConfigDict(stored)
 
 
-def judge(
+def compare(
     config: ml_collections.ConfigDict,
     workdir: epath.Path,
-    network: diagnose.Network,
+    network: masking.Network,
     split: data.LongTailed,
     images: data.Split,
     specs: Mapping[str, Mapping[str, Any]],
-    trained: Trained,
+    load_trained: LoadTrained,
 ) -> dict[str, Any] | None:
-    """{"verdict": ..., "network": figures, "baseline": figures, "protocol": ...}; None where no baseline is named.
+    """Returns what `masking.compare_with_baseline` returns, and `baseline_run`; None where no baseline is named.
 
-    `network` is (apply, variables), evaluated on `images` of `split` under the attacks `specs`; `load_trained` loads
-    the baseline. The facts of a network are stored in its working directory and reused for the same code, images,
-    weights and protocol. Raises ValueError for a baseline with other classes or images.
+    Args:
+      config: of the run in `workdir`.
+      workdir: its working directory; diagnostics are stored there and in that of the baseline.
+      network: (apply, variables) of the run.
+      split: its data set.
+      images: the images of the evaluation; the comparison uses a balanced sample.
+      specs: the attacks of the evaluation.
+      load_trained: loads the variables, the checkpoint's meta data and the data set of the baseline.
+
+    Raises:
+      ValueError: when the baseline cannot be loaded or has other classes or another image size.
     """
     if not config.eval.baseline:
         return None
-    where, theirs = epath.Path(config.eval.baseline), configured(config)
+    directory, stored = epath.Path(config.eval.baseline), baseline_config(config)
     try:
-        variables, _, other = trained(theirs, where)
+        variables, _, baseline_split = load_trained(stored, directory)
     except ValueError as error:
-        raise ValueError(f"config.eval.baseline: the run in {where}: {error}") from error
-    same = (split.class_names, split.test.image.shape[1:]) == (other.class_names, other.test.image.shape[1:])
-    if not same:
-        raise ValueError(f"config.eval.baseline: the run in {where} was trained on other classes or sizes of images.")
-    chosen = images.take(evaluation.probed(images.label))
-    options = _protocol(config, specs)
-    plain = (stage_builder.evaluated(theirs, other), variables)
-    metric_logging.console.print(
-        f"Held against {where}: {len(chosen.label)} images, {options['num_steps']} steps.", soft_wrap=True
-    )
-    sides = {"network": (config, workdir, network, split), "baseline": (theirs, where, plain, other)}
-    facts = {
-        side: _facts(directory / "eval", its, counted.class_counts, found, plain, chosen, config, options)
-        for side, (its, directory, found, counted) in sides.items()
-    }
-    cut = longtail.groups(np.asarray(split.class_counts), config.eval.groups)
-    verdict = evaluation.decide(
-        facts["network"], facts["baseline"], {name: ids for name, ids in cut.items() if len(ids)}
-    )
-    figures = {side: evaluation.figures(found) for side, found in facts.items()}
-    return {"verdict": verdict, "protocol": facts["network"]["protocol"], **figures, "baseline_run": str(where)}
-
-
-def _protocol(config: ml_collections.ConfigDict, specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The lengths of pgd20, or of training where the config has none; AutoAttack where the evaluation has it."""
-    attack = {**config.attack.to_dict(), **config.eval.attacks.to_dict().get("pgd20", {})}
-    versions = [spec.get("version") or "standard" for spec in specs.values() if evaluation.takes_all(spec)]
-    lengths = {name: attack[name] for name in ("eps", "step_size")}
-    return {
-        **lengths,
-        "num_steps": STEPS,
-        "queries": diagnose.QUERIES,
-        "norm": attack.get("norm") or "linf",
-        "autoattack": versions[0] if versions else (),
-    }
-
-
-def _facts(
-    directory: epath.Path,
-    its: ml_collections.ConfigDict,
-    class_counts: tuple[int, ...],
-    network: diagnose.Network,
-    plain: diagnose.Network,
-    images: data.Split,
-    config: ml_collections.ConfigDict,
-    options: Mapping[str, Any],
-) -> dict[str, Any]:
-    """What `probe` finds, or found before; a file that is damaged or cannot be written costs time and nothing else."""
-    identity = {
-        "code": environment.code_digest(),
-        "jax": jax.__version__,
-        "device": str(jax.devices()),
-        "seed": config.eval.seed,
-        "options": options,
-        "images": evaluation.split_digest(images),
-        "weights": [evaluation.weights_digest(variables) for _, variables in (network, plain)],
-        "network": [its.model.to_dict(), {name: its.eval.to_dict()[name] for name in OWN}, list(class_counts)],
-    }
-    path = directory / "reliability" / f"{evaluation.digest(identity)}.json"
-    try:
-        kept = json.loads(path.read_text())
-        if evaluation.digest(kept["facts"]) == kept["digest"]:
-            return kept["facts"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
-    found = diagnose.probe(
-        jax.random.key(config.eval.seed, impl="threefry2x32"),
-        *network,
-        images.image,
-        images.label,
-        transfer=plain,
-        mesh=distributed.local(sharding.make_mesh()),
-        batch_size=config.eval.batch_size,
-        **options,
-    )
-    try:
-        atomic_io.write_atomically(path, json.dumps({"digest": evaluation.digest(found), "facts": found}))
-    except OSError as error:  # somebody else's baseline
-        metric_logging.console.print(
-            f"warning: {path} cannot be written ({error.strerror}).", highlight=False, soft_wrap=True
+        raise ValueError(f"config.eval.baseline: the run in {directory}: {error}") from error
+    shapes = [(side.class_names, side.test.image.shape[1:]) for side in (split, baseline_split)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            f"config.eval.baseline: the run in {directory} was trained on other classes or another image size; "
+            "name a run on the same data set."
         )
-    return found
+    sample = images.take(masking.balanced_sample(images.label))
+    attack = {**config.attack.to_dict(), **config.eval.attacks.to_dict().get("pgd20", {})}
+    protocol = masking.masking_protocol(attack, specs)
+    metric_logging.console.print(
+        f"Gradient masking: comparing with {directory} on {len(sample.label)} images, PGD with "
+        f"{protocol['num_steps']} steps.",
+        soft_wrap=True,
+    )
+    comparison = masking.compare_with_baseline(
+        masking.ComparedNetwork(*network, workdir / "eval", _identity(config, split)),
+        masking.ComparedNetwork(
+            stage_builder.evaluated(stored, baseline_split),
+            variables,
+            directory / "eval",
+            _identity(stored, baseline_split),
+        ),
+        sample,
+        protocol=protocol,
+        groups=longtail.groups(np.asarray(split.class_counts), config.eval.groups),
+        seed=config.eval.seed,
+        batch_size=config.eval.batch_size,
+        mesh=distributed.local(sharding.make_mesh()),
+        console=metric_logging.console,
+    )
+    return {**comparison, "baseline_run": str(directory)}
 
 
-def _tuples(tree: dict[str, Any]) -> dict[str, Any]:
-    """JSON knows lists alone, and configs tuples."""
+def _identity(config: ml_collections.ConfigDict, split: data.LongTailed) -> list[Any]:
+    """Returns what the evaluated network depends on, beside its code and weights."""
+    settings = {name: config.eval.to_dict()[name] for name in PER_RUN}
+    return [config.model.to_dict(), settings, list(split.class_counts)]
+
+
+def _lists_to_tuples(tree: dict[str, Any]) -> dict[str, Any]:
+    """JSON has lists only; configs hold tuples."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}

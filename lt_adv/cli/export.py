@@ -219,7 +219,7 @@ def card(
         "Exported by": f"the same with `--mode=export`; {', '.join(versions)}",
     }
     shape, counts = split.train.image.shape[1:], split.class_counts
-    names = [evaluation.literal(name) for name in split.class_names]
+    names = [evaluation.escape_markdown(name) for name in split.class_names]
     classes = [[str(i), name, str(n)] for i, (name, n) in enumerate(zip(names, counts, strict=True))]
     method = " + ".join(part.split(" (")[0] for part in facts["method"].split(" + "))
     return CARD.format(
@@ -237,6 +237,8 @@ def card(
 
 def results_section(summary: Mapping[str, Any]) -> str:
     """Returns warnings and accuracies of the report, and the setup of the measurement."""
-    facts = evaluation.facts(summary)
-    setup = [f"- **{name}:** {facts[name]}" for name in ("Images", "Device", "Versions", "Commit") if name in facts]
-    return "\n".join([*evaluation.warned(summary), *evaluation.accuracies(summary), "Measured on:", "", *setup, ""])
+    fields = evaluation.header_fields(summary)
+    setup = [f"- **{name}:** {fields[name]}" for name in ("Images", "Device", "Versions", "Commit") if name in fields]
+    return "\n".join(
+        [*evaluation.warning_lines(summary), *evaluation.accuracy_sections(summary), "Measured on:", "", *setup, ""]
+    )

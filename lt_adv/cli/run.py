@@ -159,7 +159,7 @@ def _evaluate(
         )
     images, subset = _images(options, split)
     specs = options.attacks.to_dict()
-    chosen = options.only or [name for name, spec in specs.items() if not evaluation.takes_all(spec)]
+    chosen = options.only or [name for name, spec in specs.items() if not evaluation.needs_all_images(spec)]
     specs = {name: spec for name, spec in specs.items() if name in chosen}
     mesh, apply = sharding.make_mesh(), stage_builder.evaluated(config, split)
     key = jax.random.key(options.seed, impl="threefry2x32")
@@ -179,7 +179,7 @@ def _evaluate(
     summary = {}
     if distributed.is_primary():  # on its own devices
         network, own = (apply, variables), distributed.local(mesh)
-        shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.takes_all(spec)])
+        shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.needs_all_images(spec)])
         context = {
             "class_counts": counts,
             "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
@@ -187,7 +187,7 @@ def _evaluate(
             "training_seconds": meta.get("seconds"),
             "commit": environment.commit(),
             "metrics": workdir / "metrics.jsonl",
-            "reliability": baseline.judge(config, workdir, network, split, images, specs, load_trained),
+            "reliability": baseline.compare(config, workdir, network, split, images, specs, load_trained),
         }
         if shown:
             context["examples"] = evaluation.examples(
@@ -195,7 +195,7 @@ def _evaluate(
             )
         directory = report_directory(config, workdir)
         summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
-        evaluation.show(summary, metric_logging.console)
+        evaluation.print_summary(summary, metric_logging.console)
         metric_logging.console.print(f"Report: {directory / 'report.md'}", soft_wrap=True)
     distributed.barrier("the report is written")
     return summary

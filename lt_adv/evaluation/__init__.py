@@ -1,41 +1,53 @@
-"""From a trained network to a report: records of every prediction, and arithmetic, tables and plots on them."""
+"""Evaluation of trained networks: attacks over a test set, records of all predictions, metrics, reports and plots.
+
+`evaluate` makes `Records`; `summarise` computes the metrics; `write_report` writes report.json, report.md and plots.
+`lt_adv.evaluation.masking` checks a network for gradient masking.
+"""
 
 from lt_adv.evaluation._evaluate import balanced_subset, evaluate, examples
-from lt_adv.evaluation.attack_specs import split_digest, takes_all, weights_digest
-from lt_adv.evaluation.masking.diagnose import probe, probed
-from lt_adv.evaluation.masking.verdict import decide, figures
-from lt_adv.evaluation.metrics import accuracy, balanced_accuracy, compute_metrics, decomposition, summarise, warnings
+from lt_adv.evaluation.attack_specs import needs_all_images, weights_digest
+from lt_adv.evaluation.metrics import (
+    accuracy,
+    balanced_accuracy,
+    compute_metrics,
+    error_decomposition,
+    find_warnings,
+    summarise,
+)
 from lt_adv.evaluation.plots import main_attack
-from lt_adv.evaluation.records import Records, digest, read
-from lt_adv.evaluation.report import accuracies, facts, literal, markdown, show, table, warned, write_report
+from lt_adv.evaluation.records import Records, read_records
+from lt_adv.evaluation.report import (
+    accuracy_sections,
+    escape_markdown,
+    header_fields,
+    markdown_report,
+    print_summary,
+    table,
+    warning_lines,
+    write_report,
+)
 
 __all__ = [
     "Records",
-    "accuracies",
     "accuracy",
+    "accuracy_sections",
     "balanced_accuracy",
     "balanced_subset",
-    "decomposition",
-    "digest",
+    "compute_metrics",
+    "error_decomposition",
+    "escape_markdown",
     "evaluate",
     "examples",
-    "facts",
-    "figures",
-    "literal",
+    "find_warnings",
+    "header_fields",
     "main_attack",
-    "markdown",
-    "compute_metrics",
-    "probe",
-    "probed",
-    "read",
-    "show",
-    "split_digest",
+    "markdown_report",
+    "needs_all_images",
+    "print_summary",
+    "read_records",
     "summarise",
     "table",
-    "takes_all",
-    "decide",
-    "warned",
-    "warnings",
+    "warning_lines",
     "weights_digest",
     "write_report",
 ]

@@ -1,4 +1,4 @@
-"""What an attack entry of the config means, and the header that says exactly what was run."""
+"""Attack entries of a config: their options, their compiled functions, and the header that records them."""
 
 import functools
 import hashlib
@@ -17,14 +17,17 @@ from lt_adv.evaluation import records
 from lt_adv.runtime import registry
 
 NAMES = ("fgsm", "pgd", "mim", "cw", "autoattack")
-NOT_OPTIONS = ("x_init", "bounds", "batch_size", "num_queries", "resume", "progress", "devices")  # the evaluation's own
+# Arguments of attacks that the evaluation sets.
+NOT_OPTIONS = ("x_init", "bounds", "batch_size", "num_queries", "resume", "progress", "devices")
 
 
 def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """The attack's name and all its plain options, defaults filled in, from `{"attack": "pgd", "eps": ..., ...}`.
+    """Returns the attack's name and its options with defaults, from `{"attack": "pgd", "eps": ..., ...}`.
 
-    `logit_scale` s attacks CE(s z) (LSA is PGD-20 with s = 10). Options that are None count as not given.
-    Errors: ValueError for an unknown attack or option, or a missing one, naming those that exist.
+    `logit_scale` s attacks CE(s z); LSA is PGD-20 with s = 10. An option that is None gets its default.
+
+    Raises:
+      ValueError: for an unknown attack or option or a missing option; the message lists the valid ones.
     """
     options = {name: value for name, value in spec.items() if value is not None}
     name = options.pop("attack", None)
@@ -59,16 +62,19 @@ def _check_version(version: Any) -> None:
     if not isinstance(version, (str, tuple, list)) or isinstance(version, str) and version not in VERSIONS:
         raise registry.unknown("version of autoattack", version, set(VERSIONS) - {"rand"})
     if attacks_of(version) == attacks_of("rand"):
-        raise ValueError("The version 'rand' of autoattack is for randomised networks, and none here is.")
+        raise ValueError(
+            "The version 'rand' of autoattack is for randomised networks, which this evaluation does not support; use "
+            "'standard' or 'plus'."
+        )
 
 
-def takes_all(spec: Mapping[str, Any]) -> bool:
-    """Whether the attack takes all images at once, instead of batch by batch: AutoAttack."""
+def needs_all_images(spec: Mapping[str, Any]) -> bool:
+    """Whether the attack runs on all images at once instead of batch by batch, as AutoAttack does."""
     return resolve(spec)[0] == "autoattack"
 
 
 @functools.lru_cache(maxsize=64)
-def _compile(apply: Callable, name: str, options: tuple[tuple[str, Any], ...]) -> Callable:
+def _cached_jit(apply: Callable, name: str, options: tuple[tuple[str, Any], ...]) -> Callable:
     keywords = dict(options)
     scale = keywords.pop("logit_scale", 1.0)
     if scale != 1.0:
@@ -76,43 +82,43 @@ def _compile(apply: Callable, name: str, options: tuple[tuple[str, Any], ...]) -
     return attacks.jit(getattr(attacks, name), apply, **keywords)
 
 
-def compiled(apply: Callable, spec: Mapping[str, Any]) -> Callable:
-    """The jitted attack `f(key, variables, x, y) -> x_adv`; the same object for the same `apply` and options."""
+def jit_attack(apply: Callable, spec: Mapping[str, Any]) -> Callable:
+    """Returns the jitted attack `f(key, variables, x, y) -> x_adv`, cached by `apply` and options."""
     name, options = resolve(spec)
-    return _compile(apply, name, tuple(sorted(options.items())))
+    return _cached_jit(apply, name, tuple(sorted(options.items())))
 
 
 def describe(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """An attack as the header names it: every option, radius and step also in /255 (0.031 is not 8/255)."""
+    """Returns the header entry of an attack: every option; radius and step also in /255 (0.031 is not 8/255)."""
     name, options = resolve(spec)
-    # Twelve digits hide the rounding of the product (0.03 * 255 = 7.6499999999999995); eps itself is kept exactly.
+    # Twelve digits hide the rounding of the product (0.03 * 255 = 7.6499999999999995); eps itself stays exact.
     lengths = {f"{k}_255": float(f"{options[k] * 255:.12g}") for k in ("eps", "step_size") if k in options}
     return {"attack": name} | options | lengths
 
 
 def weights_digest(variables: Any) -> str:
-    """Digest of names, types and bytes of all arrays: records of two checkpoints can never be mixed."""
-    total = hashlib.sha256()
+    """Returns a digest of the names, types and bytes of all arrays."""
+    sha256 = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
         leaf = np.asarray(leaf)
-        total.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
-        total.update(np.ascontiguousarray(leaf).view(np.uint8).data)
-    return total.hexdigest()[:16]
+        sha256.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
+        sha256.update(np.ascontiguousarray(leaf).view(np.uint8).data)
+    return sha256.hexdigest()[:16]
 
 
 def split_digest(split: Any) -> str:
-    """Digest of the images, labels and indices that are evaluated."""
-    total = hashlib.sha256()
+    """Returns a digest of the images, labels and indices of a split."""
+    sha256 = hashlib.sha256()
     for column in (split.image, split.label, split.index):
-        if not isinstance(column, np.ndarray):  # images that are not decoded yet
-            total.update(column.digest.encode())
+        if not isinstance(column, np.ndarray):  # images that are not yet decoded
+            sha256.update(column.digest.encode())
             continue
-        total.update(np.ascontiguousarray(column).view(np.uint8).data)
-    return total.hexdigest()[:16]
+        sha256.update(np.ascontiguousarray(column).view(np.uint8).data)
+    return sha256.hexdigest()[:16]
 
 
-def header(
-    given: Mapping[str, Any],
+def make_header(
+    entries: Mapping[str, Any],
     *,
     key: jax.Array,
     variables: Any,
@@ -122,12 +128,16 @@ def header(
     devices: list[jax.Device],
     class_names: tuple[str, ...],
 ) -> dict[str, Any]:
-    """The whole header: what the caller knows (`given`) and what can be seen here. It must not hold what changes
-    between two starts of the same evaluation, such as a time: another header is another record folder.
+    """Returns the header of the records: the caller's `entries` and those computed here.
 
-    ValueError for labels that are not classes, and for entries of `given` that are filled in here."""
+    It must not hold what changes between two starts of the same evaluation, such as a time: each header has a record
+    directory of its own.
+
+    Raises:
+      ValueError: for labels that are not classes, and for `entries` that are computed here.
+    """
     check_labels(split.label, len(split.image), len(class_names), "The images to evaluate on")
-    seen = {
+    computed = {
         "attacks": {name: describe(spec) for name, spec in specs.items()},
         "key": np.asarray(jax.random.key_data(key)),
         "images": len(split.label),
@@ -140,7 +150,7 @@ def header(
         "jax_version": jax.__version__,
         "numpy_version": importlib.metadata.version("numpy"),
     }
-    clash = sorted(set(seen) & set(given))
+    clash = sorted(set(computed) & set(entries))
     if clash:
-        raise ValueError(f"The evaluation fills in these header entries itself; leave them out: {', '.join(clash)}.")
-    return records.plain(seen | dict(given))
+        raise ValueError(f"The evaluation computes these header entries; leave them out: {', '.join(clash)}.")
+    return records.as_json(computed | dict(entries))

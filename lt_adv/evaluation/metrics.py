@@ -1,4 +1,4 @@
-"""The report as arithmetic on records: pure functions, no attack, no network, no file."""
+"""Metrics of records: accuracies, error decomposition and warnings, as pure functions."""
 
 import re
 from collections.abc import Mapping, Sequence
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from lt_adv.data import longtail
-from lt_adv.evaluation.records import CLEAN, WORST, Records, plain
+from lt_adv.evaluation.records import CLEAN, WORST, Records, as_json
 
 CHANCE_SIGMAS = 3.0  # a balanced accuracy within this many standard errors of 1/C counts as chance level
 
@@ -16,7 +16,7 @@ TITLES = {CLEAN: "Clean", WORST: "Worst case", "autoattack": "AutoAttack"}
 
 
 def title(condition: str) -> str:
-    """How a condition is printed: `pgd20` as PGD-20, `lsa` as LSA; long names as they are."""
+    """Returns the printed name of a condition: PGD-20 for `pgd20`, LSA for `lsa`; long names are unchanged."""
     if condition in TITLES:
         return TITLES[condition]
     letters, digits = re.fullmatch(r"(.*?)(\d*)", condition, re.DOTALL).groups()  # type: ignore[union-attr]
@@ -28,37 +28,38 @@ UNPRINTABLE = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u
 
 
 def printable(text: str) -> str:
-    """A text in one line: control characters, such as line breaks, as in Python's repr."""
+    """Returns a text in one line, with control characters such as line breaks escaped as in Python's repr."""
     return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
-def share(part: float, whole: float) -> float | None:
-    """part / whole; None (null in JSON) of nothing, for example of a class without test images."""
-    return float(part) / float(whole) if whole else None
+def ratio(part: float, total: float) -> float | None:
+    """Returns part / total; None (null in JSON) when the total is zero, such as for a class without test images."""
+    return float(part) / float(total) if total else None
 
 
 def class_accuracy(records: Records, condition: str) -> np.ndarray:
-    """Accuracy of each class [C], NaN for a class without images."""
+    """Returns the accuracy of each class [C], NaN for a class without images."""
     with np.errstate(invalid="ignore"):
         return records.count(records.correct(condition)) / records.images_per_class
 
 
 def accuracy(records: Records, condition: str, classes: Sequence[int] | None = None) -> float | None:
-    """Share of images that are right under a condition (clean, an attack, worst), of all or of some classes' images."""
+    """Returns the share of correct images under a condition (clean, an attack, worst), over all or some classes."""
     chosen = slice(None) if classes is None else np.asarray(classes, int)
-    return share(records.count(records.correct(condition))[chosen].sum(), records.images_per_class[chosen].sum())
+    return ratio(records.count(records.correct(condition))[chosen].sum(), records.images_per_class[chosen].sum())
 
 
 def balanced_accuracy(records: Records, condition: str) -> float:
-    """Mean over classes of the class accuracy; classes without test images are left out."""
+    """Returns the mean of the class accuracies over the classes that have test images."""
     return float(np.nanmean(class_accuracy(records, condition)))
 
 
-def decomposition(records: Records, classes: Sequence[int] | None = None) -> dict[str, Any]:
-    """Images and shares of natural + boundary = robust error, over all or some classes.
+def error_decomposition(records: Records, classes: Sequence[int] | None = None) -> dict[str, Any]:
+    """Returns counts and shares of natural, boundary and robust error over all or some classes.
 
-    natural: wrong clean; boundary: right clean, wrong under an attack; robust: wrong in the worst case. The counts add
-    up exactly, because an image that is wrong clean counts as wrong (Zhang et al., ICML 2019, eq. 1).
+    natural: wrong on the clean image; boundary: correct on the clean image and wrong under an attack; robust: wrong in
+    the worst case. Robust = natural + boundary holds exactly, as an image that is wrong without an attack counts as
+    wrong in the worst case (Zhang et al., ICML 2019, eq. 1).
     """
     chosen = slice(None) if classes is None else np.asarray(classes, int)
     images = int(records.images_per_class[chosen].sum())
@@ -70,28 +71,28 @@ def decomposition(records: Records, classes: Sequence[int] | None = None) -> dic
     return {
         "images": images,
         **{f"{name}_errors": count for name, count in errors.items()},
-        **{f"{name}_error": share(count, images) for name, count in errors.items()},
+        **{f"{name}_error": ratio(count, images) for name, count in errors.items()},
     }
 
 
 def compute_metrics(records: Records, groups: Mapping[str, Sequence[int]]) -> dict[str, float | None]:
-    """All figures under their public names: `eval/pgd20/accuracy`, `.../balanced_accuracy`, `.../accuracy_tail`, ..."""
-    figures: dict[str, float | None] = {}
+    """Returns all metrics by name: `eval/pgd20/accuracy`, `.../balanced_accuracy`, `.../accuracy_tail`, ..."""
+    metrics: dict[str, float | None] = {}
     for condition in records.conditions:
-        figures[f"eval/{condition}/accuracy"] = accuracy(records, condition)
-        figures[f"eval/{condition}/balanced_accuracy"] = balanced_accuracy(records, condition)
+        metrics[f"eval/{condition}/accuracy"] = accuracy(records, condition)
+        metrics[f"eval/{condition}/balanced_accuracy"] = balanced_accuracy(records, condition)
         for group, classes in groups.items():
-            figures[f"eval/{condition}/accuracy_{group}"] = accuracy(records, condition, classes)
+            metrics[f"eval/{condition}/accuracy_{group}"] = accuracy(records, condition, classes)
     for suffix, classes in {"": None, **{f"_{group}": ids for group, ids in groups.items()}}.items():
-        parts = decomposition(records, classes)
-        for error in ("natural_error", "boundary_error", "robust_error"):
-            figures[f"eval/{error}{suffix}"] = parts[error]
-    return figures
+        errors = error_decomposition(records, classes)
+        for name in ("natural_error", "boundary_error", "robust_error"):
+            metrics[f"eval/{name}{suffix}"] = errors[name]
+    return metrics
 
 
-def warnings(records: Records) -> list[str]:
-    """What a reader must know before believing the figures: facts of the records with their thresholds."""
-    found = []
+def find_warnings(records: Records) -> list[str]:
+    """Returns sentences on results that look wrong: chance level, NaN logits, classes never predicted, idle attacks."""
+    lines = []
     present = records.images_per_class[records.images_per_class > 0]
     chance = 1 / records.num_classes
     deviation = float(np.sqrt(np.sum(chance * (1 - chance) / present))) / len(present)
@@ -99,57 +100,65 @@ def warnings(records: Records) -> list[str]:
     for condition in (CLEAN, WORST) if records.attacks else (CLEAN,):
         value = balanced_accuracy(records, condition)
         if value <= threshold:
-            found.append(
+            lines.append(
                 f"{condition}: balanced accuracy {100 * value:.2f} % is not above chance level "
                 f"(1/{records.num_classes} plus {CHANCE_SIGMAS:g} standard errors = {100 * threshold:.2f} %)."
             )
     for condition in (CLEAN, *records.attacks):
         if undefined := int((records.prediction(condition) < 0).sum()):
-            found.append(f"{condition}: the logits of {undefined} images are not finite: they count as wrong.")
-    found += [f"{name}: {note}" for name, notes in records.notes.items() for note in notes]
+            lines.append(f"{condition}: the logits of {undefined} images are not finite: they count as wrong.")
+    lines += [f"{name}: {note}" for name, notes in records.notes.items() for note in notes]
     predicted = np.bincount(records.clean[records.clean >= 0], minlength=records.num_classes)
     never = [records.class_names[c] for c in np.flatnonzero((predicted == 0) & (records.images_per_class > 0))]
     if never:
         more = f" and {len(never) - 10} more" if len(never) > 10 else ""
-        found.append(
+        lines.append(
             f"clean: {len(never)} of {records.num_classes} classes are never predicted on {len(records)} images: "
             f"{', '.join(map(printable, never[:10]))}{more}."
         )
     for name in records.attacks:
         if records.correct(CLEAN).any() and np.array_equal(records.clean, records.attacks[name]):
-            found.append(f"{name}: the attack changed no prediction at all; check its radius and the gradient.")
-    return found
+            lines.append(f"{name}: the attack changed no prediction at all; check its radius and the gradient.")
+    return lines
 
 
 def summarise(records: Records, class_counts: Sequence[int], definition: str = "thirds") -> dict[str, Any]:
-    """The whole report as a plain dict (JSON): header, groups, metrics, classes, decomposition, warnings.
+    """Returns the content of a report as JSON: header, groups, metrics, decomposition, classes, warnings.
 
-    Groups are cut by training `class_counts` [C] with the named `definition` (data.longtail.groups); figures of a group
-    count its images, so on a balanced test set they are the mean over its classes. Accuracies and errors are in [0, 1].
-    `classes` stands in order of training count. Errors: ValueError where `class_counts` and the class names differ in
-    number.
+    Accuracies and errors are in [0, 1]. The accuracy of a group is the share of its images; on a balanced test set that
+    is the mean over its classes. `classes` is sorted by training images, most frequent first.
+
+    Args:
+      records: of an evaluation.
+      class_counts: training images of each class [C].
+      definition: how classes are grouped by their counts, a name that `data.longtail.groups` knows.
+
+    Raises:
+      ValueError: when `class_counts` and the class names differ in number.
     """
     if len(class_counts) != records.num_classes:
         raise ValueError(
             f"class_counts has {len(class_counts)} entries, the records have {records.num_classes} classes."
         )
-    cut = longtail.groups(np.asarray(class_counts), definition)
-    groups = {name: np.asarray(ids, int) for name, ids in cut.items() if len(ids)}
-    parts = {"all": None, **groups}
+    groups = {
+        name: np.asarray(ids, int)
+        for name, ids in longtail.groups(np.asarray(class_counts), definition).items()
+        if len(ids)
+    }
     by_class = {condition: class_accuracy(records, condition) for condition in records.conditions}
     classes = []
     for c in np.argsort(-np.asarray(class_counts), kind="stable"):
-        figures = {name: None if np.isnan(values[c]) else float(values[c]) for name, values in by_class.items()}
+        accuracies = {name: None if np.isnan(values[c]) else float(values[c]) for name, values in by_class.items()}
         classes.append(
             {
                 "class": int(c),
                 "name": records.class_names[c],
                 "class_count": int(class_counts[c]),
-                "accuracy": figures,
-                **decomposition(records, [c]),
+                "accuracy": accuracies,
+                **error_decomposition(records, [c]),
             }
         )
-    return plain(
+    return as_json(
         {
             "header": records.header,
             "conditions": records.conditions,
@@ -158,8 +167,8 @@ def summarise(records: Records, class_counts: Sequence[int], definition: str = "
                 **{name: [records.class_names[c] for c in ids] for name, ids in groups.items()},
             },
             "metrics": compute_metrics(records, groups),
-            "decomposition": {name: decomposition(records, ids) for name, ids in parts.items()},
+            "decomposition": {name: error_decomposition(records, ids) for name, ids in {"all": None, **groups}.items()},
             "classes": classes,
-            "warnings": warnings(records),
+            "warnings": find_warnings(records),
         }
     )

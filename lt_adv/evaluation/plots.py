@@ -1,4 +1,4 @@
-"""Pictures of a report, each a matplotlib Figure built without pyplot, so that nothing global is touched."""
+"""Plots of a report: matplotlib figures built without pyplot, which would keep global state."""
 
 import io
 import json
@@ -19,25 +19,27 @@ from lt_adv.evaluation.metrics import printable, title
 INK, SOFT, RULE = "#22303c", "#6b7a88", "#dfe4e8"
 LIGHT, MIDDLE, DARK, ACCENT = "#c3d1de", "#6d97bd", "#1e3a5c", "#c4553b"
 LINES = (DARK, MIDDLE, ACCENT, "#d29a3a", "#5f8a6b", "#8a6d9e", SOFT)
-PALE = "#9db0c2"  # LIGHT, dark enough for letters
+PALE = "#9db0c2"  # LIGHT, darker, for text
 DPI = 150
 PER_ROW = 50  # classes side by side before their names become unreadable
 
 
 def png(figure: Figure) -> bytes:
-    """The picture as a PNG file."""
+    """Returns the figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()
 
 
 def blank(width: float, height: float) -> Figure:
+    """Returns an empty figure, sizes in inches."""
     figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
     FigureCanvasAgg(figure)
     return figure
 
 
 def style(axes: Axes, grid: str | None = "y") -> None:
+    """Sets spines, ticks and grid lines in the style of the report."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
     axes.tick_params(which="both", length=0, labelsize=8, colors=INK)
@@ -47,7 +49,7 @@ def style(axes: Axes, grid: str | None = "y") -> None:
 
 
 def headline(axes: Axes, text: str, words: Sequence[tuple[str, str]], pad: float = 8.0) -> None:
-    """A title line, with coloured words at its right end that serve as the legend."""
+    """Sets a title, with a legend of coloured words (word, colour) at its right end."""
     axes.set_title(text, loc="left", fontsize=11, color=INK, fontweight="bold", pad=pad)
     anchor, point, offset = axes.transAxes, (1.0, 1.0), (0.0, pad)
     for word, colour in reversed(words):  # each word stands left of the one before
@@ -59,19 +61,19 @@ def headline(axes: Axes, text: str, words: Sequence[tuple[str, str]], pad: float
 
 
 def _shorten(name: str, length: int = 18) -> str:
-    """A name in one line of at most `length`, in which a dollar does not begin a formula."""
+    """Returns a name in one line of at most `length` characters, with dollar signs escaped for matplotlib."""
     name = printable(name)
     return (name if len(name) <= length else name[: length - 1] + "…").replace("$", r"\$")
 
 
 def main_attack(conditions: Sequence[str]) -> str | None:
-    """The attack shown where there is room for one: pgd20, else the first."""
+    """Returns the attack to show where there is room for one: pgd20 if present, else the first."""
     attacks = [name for name in conditions if name not in ("clean", "worst")]
     return "pgd20" if "pgd20" in attacks else next(iter(attacks), None)
 
 
-def classes(summary: Mapping[str, Any]) -> Figure:
-    """Clean, main attack and worst-case accuracy of every class, from the most frequent, above its training images."""
+def accuracy_by_class(summary: Mapping[str, Any]) -> Figure:
+    """Draws clean, main-attack and worst-case accuracy of every class, above the number of its training images."""
     rows, attack = summary["classes"], main_attack(summary["conditions"])
     layers = [("clean", "clean", LIGHT, 0.86)]
     if attack:
@@ -81,7 +83,7 @@ def classes(summary: Mapping[str, Any]) -> Figure:
     figure = blank(min(14.0, 3.5 + 0.55 * per_line), 4.6 if lines == 1 else 3.5 * lines)
     grid = figure.subplots(2 * lines, 1, gridspec_kw={"height_ratios": [3, 1] * lines})
     counts = [row["class_count"] for row in rows]
-    # The rows are in the order of the groups; names may be the same.
+    # By position: class names need not be unique.
     groups = [group for group, names in summary["groups"].items() if group != "definition" for _ in names]
     for line in range(lines):
         part = rows[line * per_line : (line + 1) * per_line]
@@ -122,7 +124,7 @@ def classes(summary: Mapping[str, Any]) -> Figure:
 
 
 def _values(axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[tuple[str, str]]) -> None:
-    """The figure of each bar inside its top, where the next bar leaves room for it."""
+    """Writes the value of each bar below its top, unless the next bar covers the place."""
     for i, row in enumerate(rows):
         heights = [100 * (row["accuracy"][name] or 0.0) for name, _ in layers]
         for (_, colour), height, inner in zip(layers, heights, [*heights[1:], 0.0], strict=True):
@@ -132,7 +134,7 @@ def _values(axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[tupl
 
 
 def _groups(axes: Axes, groups: list[str]) -> None:
-    """Thin rules between head, body and tail, with their names on top."""
+    """Draws lines between the groups, head, body and tail, with their names on top."""
     starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
     for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):
         if start:
@@ -140,8 +142,8 @@ def _groups(axes: Axes, groups: list[str]) -> None:
         axes.text((start + end - 1) / 2, 101.5, groups[start], ha="center", va="bottom", fontsize=8, color=SOFT)
 
 
-def errors(summary: Mapping[str, Any]) -> Figure:
-    """Natural and boundary error, stacked to the robust error, for all images and for each group."""
+def robust_error(summary: Mapping[str, Any]) -> Figure:
+    """Draws natural and boundary error, stacked to the robust error, for all images and each group."""
     parts = summary["decomposition"]
     figure = blank(7.5, 1.3 + 0.5 * len(parts))
     axes = figure.subplots()
@@ -166,28 +168,30 @@ def errors(summary: Mapping[str, Any]) -> Figure:
 
 
 def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl; lines that are no JSON objects (cut off by a crash), or do not say where in
-    training they stand, are left out."""
-    found = []
+    """Returns the entries of a metrics.jsonl.
+
+    Leaves out lines that are not JSON objects (cut off by a crash) or have an invalid step, epoch or stage.
+    """
+    entries = []
     for line in epath.Path(path).read_bytes().splitlines() if epath.Path(path).exists() else ():
         try:
             entry = json.loads(line)
         except (ValueError, RecursionError):
             continue
-        if isinstance(entry, dict) and _stands(entry):
-            found.append(entry)
-    return found
+        if isinstance(entry, dict) and _has_position(entry):
+            entries.append(entry)
+    return entries
 
 
-def _stands(entry: Mapping[str, Any]) -> bool:
-    """Whether step and epoch are numbers where they are given, and the stage a name."""
-    clock = [entry.get(name, 0) for name in ("step", "epoch")]
-    numbers = all(isinstance(value, int | float) and abs(value) < 1e15 for value in clock)  # so, no NaN
-    return numbers and isinstance(entry.get("stage", ""), str)
+def _has_position(entry: Mapping[str, Any]) -> bool:
+    """Whether step and epoch are numbers and the stage is a string, where present."""
+    position = [entry.get(name, 0) for name in ("step", "epoch")]
+    valid = all(isinstance(value, int | float) and abs(value) < 1e15 for value in position)  # False for NaN
+    return valid and isinstance(entry.get("stage", ""), str)
 
 
-def _clock(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], str]:
-    """Where each line stands: epochs, in fractions, one stage after the other; steps where there are no epochs."""
+def _times(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], str]:
+    """Returns the time of each entry and its unit: epochs in fractions, stage after stage; steps without epochs."""
     if not any("epoch" in entry for entry in history):
         return [float(entry.get("step", i)) for i, entry in enumerate(history)], "step"
     stages: dict[Any, list[Mapping[str, Any]]] = {}
@@ -195,17 +199,18 @@ def _clock(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], str]:
         stages.setdefault(entry.get("stage"), []).append(entry)
     start, times = 0.0, {}
     for entries in stages.values():
-        # A line in epoch e comes at step e n or before, so the largest step / epoch is n, the steps of an epoch.
-        length = max((e["step"] / e["epoch"] for e in entries if e.get("step") and e.get("epoch")), default=None)
+        # Epoch e ends at step e n, with n steps per epoch, so the largest step / epoch is n.
+        rates = [entry["step"] / entry["epoch"] for entry in entries if entry.get("step") and entry.get("epoch")]
+        steps_per_epoch = max(rates, default=None)
         for entry in entries:
-            within = entry["step"] / length if length and "step" in entry else entry.get("epoch", 0)
-            times[id(entry)] = start + within
+            by_step = steps_per_epoch and "step" in entry
+            times[id(entry)] = start + (entry["step"] / steps_per_epoch if by_step else entry.get("epoch", 0))
         start = max(times[id(entry)] for entry in entries)
     return [times[id(entry)] for entry in history], "epoch"
 
 
 def _series(history: Sequence[Mapping[str, Any]], name: str, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
-    """The finite values of a metric and when they were taken."""
+    """Returns the times and values of a metric where it is finite."""
     rows = [
         (t, entry[name]) for t, entry in zip(times, history, strict=True) if isinstance(entry.get(name), int | float)
     ]
@@ -214,7 +219,7 @@ def _series(history: Sequence[Mapping[str, Any]], name: str, times: Sequence[flo
     return time[finite], values[finite]
 
 
-PANELS = {  # title -> (which metrics, what a line is called once these words are taken out)
+PANELS = {  # title -> (pattern of the metrics, words left out of the line labels)
     "Training loss": (r"train/loss.*", ""),
     "Robust training accuracy in %": (r"train/accuracy(_head|_body|_tail)?", "accuracy"),
     "Clean training accuracy in %": (r"train/clean/(balanced_accuracy|accuracy_(head|body|tail))", "clean accuracy"),
@@ -222,24 +227,25 @@ PANELS = {  # title -> (which metrics, what a line is called once these words ar
 }
 
 
-def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
-    """Training curves from metric lines: loss, training and validation accuracy; a panel without data is left out."""
-    found = {name for entry in history for name in entry}
-    names = sorted(found, key=lambda name: (name.endswith(("_head", "_body", "_tail")), name))  # a group, one colour
-    times, unit = _clock(history)
+def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Draws loss, training and validation accuracy over epochs; a panel without data is left out."""
+    present = {name for entry in history for name in entry}
+    # Groups come last, so that each has the same colour in all panels.
+    names = sorted(present, key=lambda name: (name.endswith(("_head", "_body", "_tail")), name))
+    times, unit = _times(history)
     panels = {}
-    for head, (pattern, silent) in PANELS.items():
-        wanted = [n for n in names if re.fullmatch(pattern, n) and len(_series(history, n, times)[0])]
-        if wanted:
-            panels[head] = [(n, _series(history, n, times), silent.split()) for n in wanted]
+    for head, (pattern, omitted) in PANELS.items():
+        matching = [n for n in names if re.fullmatch(pattern, n) and len(_series(history, n, times)[0])]
+        if matching:
+            panels[head] = [(n, _series(history, n, times), omitted.split()) for n in matching]
     panels = panels or {"No metrics yet": []}
     figure = blank(4.6 * len(panels), 3.4)
     for axes, (head, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         factor, ends = 1.0 if "loss" in head else 100.0, []
-        for (name, (time, values), silent), colour in zip(lines, LINES, strict=False):
+        for (name, (time, values), omitted), colour in zip(lines, LINES, strict=False):
             few = len(time) < 15
             axes.plot(time, factor * values, color=colour, linewidth=1.6, marker="o" if few else "", markersize=3)
-            words = [w for w in re.split("[/_ ]", name.split("/", 1)[1]) if w not in silent]
+            words = [w for w in re.split("[/_ ]", name.split("/", 1)[1]) if w not in omitted]
             ends.append((float(factor * values[-1]), " ".join(words) or "all", colour))
         style(axes)
         axes.set_title(head, loc="left", fontsize=10, color=INK, fontweight="bold")
@@ -250,7 +256,7 @@ def curves(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """The name of each line at its right end, moved apart where lines end together."""
+    """Writes the label of each line at its right end, moved apart where they would overlap."""
     low, high = axes.get_ylim()
     gap, last = 0.065, -1.0
     for value, name, colour in sorted(ends):
@@ -261,11 +267,11 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def examples(pictures: Mapping[str, Any], class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
-    """Clean image, magnified perturbation and adversarial image, one column per class from head to tail.
+def example_images(pictures: Mapping[str, Any], class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
+    """Draws clean image, perturbation and adversarial image, one column per class from head to tail.
 
-    `pictures` is what `evaluate.examples` returns. The perturbation is drawn around grey, at one
-    magnification for all images, which the picture names.
+    `pictures` is what `evaluation.examples` returns. Perturbations are drawn around grey, all magnified by the factor
+    in the label.
     """
     number, eps = len(pictures["label"]), float(pictures["eps"])
     figure = blank(1.25 * number + 0.6, 5.0)
@@ -292,7 +298,8 @@ def examples(pictures: Mapping[str, Any], class_names: Sequence[str], class_coun
     for row, label in enumerate(labels):
         grid[row, 0].set_ylabel(label, fontsize=8, color=SOFT)
     caption = (
-        "True class on top, prediction below (red: wrong). Each class shows the first image the attack turns, if any."
+        "True class above, prediction below (red: wrong). Shown: the first image of each class whose prediction the "
+        "attack changes, if there is one."
     )
     figure.suptitle(textwrap.fill(caption, max(20 * number, 30)), fontsize=8, color=SOFT, x=0.01, ha="left")
     return figure

@@ -1,4 +1,4 @@
-"""Progress of an evaluation: a live bar on a terminal, a line now and then everywhere else."""
+"""Progress of an evaluation: a live bar on a terminal, a few printed lines elsewhere."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -7,50 +7,50 @@ from contextlib import contextmanager
 import rich.console
 import rich.progress
 
-LINES = 10  # how many lines a whole evaluation prints where there is no terminal
+LINES = 10  # printed per evaluation without a terminal
 
 
 class Meter:
-    """Running counts of one evaluation. Work is counted in gradient steps, so the time left knows PGD-100 from FGSM."""
+    """Running counts of an evaluation. Work is counted in gradient steps, for a time estimate across attacks."""
 
-    def __init__(self, each: int, images: int, done: int) -> None:
-        self.each, self.total = each, each * images
-        self.first = self.done = each * done
+    def __init__(self, work_per_image: int, images: int, done: int) -> None:
+        self.work_per_image, self.total = work_per_image, work_per_image * images
+        self.done_before = self.done = work_per_image * done
         self.start, self.attack = time.perf_counter(), ""
         self.correct: dict[str, int] = {}
-        self.seen: dict[str, int] = {}
-        self.shown: Callable[[], None] = lambda: None
+        self.images: dict[str, int] = {}
+        self.update: Callable[[], None] = lambda: None
 
     def count(self, name: str, correct: int, images: int, work: int) -> None:
-        """Book one batch under one attack."""
+        """Adds one batch under one attack."""
         self.attack = name
         self.correct[name] = self.correct.get(name, 0) + correct
-        self.seen[name] = self.seen.get(name, 0) + images
+        self.images[name] = self.images.get(name, 0) + images
         self.done += work * images
-        self.shown()
+        self.update()
 
     @property
     def text(self) -> str:
-        rate = (self.done - self.first) / self.each / max(time.perf_counter() - self.start, 1e-9)
-        parts = [f"{name} {100 * right / self.seen[name]:.1f} %" for name, right in self.correct.items()]
+        rate = (self.done - self.done_before) / self.work_per_image / max(time.perf_counter() - self.start, 1e-9)
+        parts = [f"{name} {100 * correct / self.images[name]:.1f} %" for name, correct in self.correct.items()]
         return (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}") + " images/s   " + "  ".join(parts)
 
 
 @contextmanager
 def meter(console: rich.console.Console, work: Mapping[str, int], images: int, done: int) -> Iterator[Meter]:
-    """A Meter for `images` images, `done` of them in earlier records, each costing `work[attack]` gradient steps."""
+    """Yields a Meter for `images` images, `done` of them from earlier records, at `work[attack]` steps per image."""
     current = Meter(sum(work.values()), images, done)
     if not console.is_terminal:
         printed = LINES * done // images
 
-        def line() -> None:
+        def print_line() -> None:
             nonlocal printed
             if LINES * current.done // current.total > printed:
                 printed = LINES * current.done // current.total
                 share = f"{100 * current.done / current.total:.0f} %"
                 console.print(f"evaluating {share}   {current.text}", highlight=False, soft_wrap=True)
 
-        current.shown = line
+        current.update = print_line
         yield current
         return
     columns = (
@@ -62,5 +62,5 @@ def meter(console: rich.console.Console, work: Mapping[str, int], images: int, d
     )
     with rich.progress.Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=current.total, completed=current.done, attack="", text="")
-        current.shown = lambda: bar.update(task, completed=current.done, attack=current.attack, text=current.text)
+        current.update = lambda: bar.update(task, completed=current.done, attack=current.attack, text=current.text)
         yield current

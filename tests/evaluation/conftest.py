@@ -1,4 +1,4 @@
-"""Six images whose every figure can be worked out by hand, and a tiny network with images to attack."""
+"""Six records for results computed by hand, and a tiny network with images to attack."""
 
 import io
 import types
@@ -16,7 +16,7 @@ PGD = {"attack": "pgd", "eps": 0.031, "step_size": 0.02, "num_steps": 3, "start"
 
 @pytest.fixture
 def hand_made():
-    """Classes a, b, c with 3, 2, 1 images. The third image is wrong clean but right under both attacks."""
+    """Classes ant, bee, cat with 3, 2, 1 images. The third is wrong clean but correct under both attacks."""
     entry = {"attack": "pgd", "norm": "linf", "start": "uniform", "eps": 0.031, "step_size": 0.0078, "num_steps": 20}
     header = {
         "class_names": ["ant", "bee", "cat"],
@@ -44,15 +44,15 @@ def apply(variables, x):
 
 @pytest.fixture(scope="session")
 def toy():
-    """Twenty 4x4 images of three classes, a linear network, and the arguments of `evaluate` for them."""
+    """Returns twenty 4x4 images of three classes, a linear network, and further arguments of `evaluate`."""
     rng = np.random.default_rng(0)
     kernel = rng.normal(size=(16, 3)).astype(np.float32)
     image = rng.integers(64, 192, (20, 4, 4, 1), dtype=np.uint8)
-    image[4, 0, :2, 0] = 0, 255  # the ends of the box
-    right = np.asarray(apply({"kernel": kernel}, image / 255)).argmax(-1)
+    image[4, 0, :2, 0] = 0, 255  # the ends of the pixel range
+    prediction = np.asarray(apply({"kernel": kernel}, image / 255)).argmax(-1)
     split = types.SimpleNamespace(
         image=image,
-        label=np.where(np.arange(20) % 5, right, np.arange(20) % 3).astype(np.int32),
+        label=np.where(np.arange(20) % 5, prediction, np.arange(20) % 3).astype(np.int32),
         index=np.arange(20)[::-1] + 100,
     )
     return types.SimpleNamespace(
@@ -69,7 +69,7 @@ def toy():
 
 @pytest.fixture
 def run(toy, tmp_path):
-    """`run(batch_size=7, devices=8, ...)`: evaluate the toy; returns (records, what was printed)."""
+    """`run(batch_size=7, devices=8, ...)`: evaluates the toy network; returns (records, printed text)."""
 
     def call(batch_size=7, devices=8, directory=tmp_path, header=None, **changed):
         console = rich.console.Console(file=io.StringIO(), width=200)

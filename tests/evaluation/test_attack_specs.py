@@ -34,7 +34,7 @@ def test_defaults_are_filled_in():
         ({"eps": -0.1}, "eps -0.1 of 'pgd'"),
     ],
 )
-def test_bad_entries(change, message):
+def test_bad_entries_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         attack_specs.resolve({**PGD, **change})
 
@@ -43,7 +43,7 @@ def test_l2_radii_may_exceed_one():
     assert attack_specs.resolve({**PGD, "norm": "l2", "eps": 2.0})[1]["eps"] == 2.0
 
 
-def test_description_is_exact():
+def test_the_header_entry_has_exact_lengths():
     entry = attack_specs.describe({**PGD, "logit_scale": 10})
     assert (entry["eps"], entry["eps_255"]) == (0.031, 7.905)
     assert (entry["step_size_255"], entry["logit_scale"], entry["num_steps"]) == (1.989, 10, 20)
@@ -51,20 +51,20 @@ def test_description_is_exact():
 
 
 def test_the_logit_scale_reaches_the_objective(monkeypatch):
-    seen = {}
-    monkeypatch.setattr(attacks, "jit", lambda attack, apply, **options: seen.update(options, attack=attack))
-    attack_specs._compile.cache_clear()
-    attack_specs.compiled(len, {**PGD, "logit_scale": 10.0})
+    arguments = {}
+    monkeypatch.setattr(attacks, "jit", lambda attack, apply, **options: arguments.update(options, attack=attack))
+    attack_specs._cached_jit.cache_clear()
+    attack_specs.jit_attack(len, {**PGD, "logit_scale": 10.0})
     logits, y = jnp.array([[1.0, 2.0, 0.5]]), jnp.array([0])
-    np.testing.assert_allclose(seen["objective"](logits, y), attacks.cross_entropy(10 * logits, y), rtol=1e-6)
-    assert seen["attack"] is attacks.pgd and seen["num_steps"] == 20 and "logit_scale" not in seen
-    seen.clear()
-    attack_specs.compiled(len, PGD)
-    assert "objective" not in seen
-    attack_specs._compile.cache_clear()
+    np.testing.assert_allclose(arguments["objective"](logits, y), attacks.cross_entropy(10 * logits, y), rtol=1e-6)
+    assert arguments["attack"] is attacks.pgd and arguments["num_steps"] == 20 and "logit_scale" not in arguments
+    arguments.clear()
+    attack_specs.jit_attack(len, PGD)
+    assert "objective" not in arguments
+    attack_specs._cached_jit.cache_clear()
 
 
-def test_weights_digest_sees_values_names_and_types():
+def test_weights_digest_depends_on_values_names_and_types():
     kernel = np.arange(6, dtype=np.float32).reshape(2, 3)
     trees = (
         {"a": kernel},

@@ -10,22 +10,22 @@ import pytest
 import rich.console
 
 from lt_adv import attacks
-from lt_adv.evaluation import balanced_subset, examples, read, records
+from lt_adv.evaluation import balanced_subset, examples, read_records, records
 
 module = importlib.import_module("lt_adv.evaluation._evaluate")  # the package's `evaluate` is the function
 
 
-def equal(one, other):
-    assert list(one.attacks) == list(other.attacks)
+def assert_equal(first, second):
+    assert list(first.attacks) == list(second.attacks)
     for name in ("index", "label", "clean"):
-        np.testing.assert_array_equal(getattr(one, name), getattr(other, name))
-    for name in one.attacks:
-        np.testing.assert_array_equal(one.attacks[name], other.attacks[name])
+        np.testing.assert_array_equal(getattr(first, name), getattr(second, name))
+    for name in first.attacks:
+        np.testing.assert_array_equal(first.attacks[name], second.attacks[name])
 
 
 @pytest.fixture
 def written(monkeypatch):
-    """The numbers of the batches that are written, in order."""
+    """Returns a list that collects the numbers of written batches."""
     numbers, original = [], records.write_batch
     monkeypatch.setattr(
         records, "write_batch", lambda where, n, columns: (numbers.append(n), original(where, n, columns))
@@ -33,7 +33,7 @@ def written(monkeypatch):
     return numbers
 
 
-def test_nothing_dropped_and_clean_predictions(toy, run, tmp_path):
+def test_every_image_is_recorded_with_its_clean_prediction(toy, run, tmp_path):
     result, _ = run()
     np.testing.assert_array_equal(result.index, toy.split.index)
     np.testing.assert_array_equal(result.label, toy.split.label)
@@ -41,22 +41,22 @@ def test_nothing_dropped_and_clean_predictions(toy, run, tmp_path):
     np.testing.assert_array_equal(result.clean, logits.argmax(-1))
     assert result.conditions == ("clean", "fgsm", "pgd", "lsa", "worst")
     assert 0 < result.correct("pgd").sum() < result.correct("clean").sum()
-    folder = records.folder(tmp_path, result.header)
+    folder = records.record_directory(tmp_path, result.header)
     assert sorted(path.name for path in folder.iterdir()) == [
         "batch-00000.npz", "batch-00001.npz", "batch-00002.npz", "header.json",
     ]  # fmt: skip
     assert records.read_batch(folder, 2)["index"].shape == (6,)  # 20 = 7 + 7 + 6, padded to 8 for the devices
-    equal(read(tmp_path), result)
+    assert_equal(read_records(tmp_path), result)
 
 
-def test_same_records_for_any_batch_size_and_device_count(run):
+def test_records_depend_on_neither_batch_size_nor_devices(run):
     reference, _ = run(batch_size=7, devices=8, directory=None)
     for batch_size, devices in ((16, 1), (16, 8)):
-        equal(run(batch_size=batch_size, devices=devices, directory=None)[0], reference)
+        assert_equal(run(batch_size=batch_size, devices=devices, directory=None)[0], reference)
 
 
 def test_each_image_has_its_own_key(toy):
-    """The adversarial image is the one that the attack makes from fold_in(fold_in(key, crc32(name)), index), alone."""
+    """The attack on one image alone, with fold_in(fold_in(key, crc32(name)), index), gives the same result."""
     runner = module._Runner(toy.key, toy.apply, toy.variables, toy.mesh(8))
     x, y, index = runner.batch(toy.split, slice(14, 20), 7)
     x_adv = runner.attack("pgd", toy.pgd, x, y, index)
@@ -73,14 +73,14 @@ def test_each_image_has_its_own_key(toy):
 def test_resumes_at_missing_and_damaged_batches(run, written, tmp_path):
     first, text = run()
     assert written == [0, 1, 2] and "warning" not in text
-    folder = records.folder(tmp_path, first.header)
+    folder = records.record_directory(tmp_path, first.header)
     written.clear()
     again, _ = run()
     assert written == []
-    equal(again, first)
+    assert_equal(again, first)
 
     (folder / "batch-00001.npz").unlink()
-    equal(run()[0], first)
+    assert_equal(run()[0], first)
     assert written == [1]
 
     written.clear()
@@ -92,13 +92,13 @@ def test_resumes_at_missing_and_damaged_batches(run, written, tmp_path):
     result, text = run()
     assert written == [0, 2] and text.count("warning:") == 2
     assert "batch-00000.npz is damaged" in text and "computed again" in text
-    equal(result, first)
-    equal(read(tmp_path), first)
+    assert_equal(result, first)
+    assert_equal(read_records(tmp_path), first)
 
 
 def test_a_batch_of_other_images_or_columns_is_computed_again(run, written, tmp_path):
     first, _ = run()
-    folder = records.folder(tmp_path, first.header)
+    folder = records.record_directory(tmp_path, first.header)
     columns = records.read_batch(folder, 0)
     records.write_batch(folder, 0, {**columns, "index": columns["index"] + 1})
     columns = records.read_batch(folder, 2)
@@ -110,10 +110,10 @@ def test_a_batch_of_other_images_or_columns_is_computed_again(run, written, tmp_
     result, text = run()
     assert written == [0, 1, 2]
     assert text.count("holds other images") == 2 and text.count("holds other columns") == 1
-    equal(result, first)
+    assert_equal(result, first)
 
 
-def test_interrupted_then_continued(run, written, tmp_path, monkeypatch):
+def test_an_interrupted_evaluation_resumes(run, written, tmp_path, monkeypatch):
     original = module._Runner.batch
 
     def interrupted(self, split, rows, size):
@@ -127,13 +127,13 @@ def test_interrupted_then_continued(run, written, tmp_path, monkeypatch):
             run()
     assert written == [0]
     with pytest.raises(ValueError, match="2 of 3 batches are missing"):
-        read(tmp_path)
+        read_records(tmp_path)
     result, _ = run()
     assert written == [0, 1, 2]
-    equal(result, run(directory=None)[0])
+    assert_equal(result, run(directory=None)[0])
 
 
-def test_another_header_is_another_folder(toy, run, written, tmp_path):
+def test_each_header_has_its_own_directory(toy, run, written, tmp_path):
     first, _ = run()
     moved = {"kernel": toy.variables["kernel"] + 1e-6}
     stronger = {**toy.attacks, "pgd": {**toy.pgd, "eps": 8 / 255}}
@@ -147,15 +147,15 @@ def test_another_header_is_another_folder(toy, run, written, tmp_path):
         written.clear()
         other, _ = run(**change)
         assert len(written) == (2 if "batch_size" in change else 3), change
-        assert records.folder(tmp_path, other.header) != records.folder(tmp_path, first.header)
+        assert records.record_directory(tmp_path, other.header) != records.record_directory(tmp_path, first.header)
     with pytest.raises(ValueError, match="several headers"):
-        read(tmp_path)
-    equal(read(records.folder(tmp_path, first.header)), first)
+        read_records(tmp_path)
+    assert_equal(read_records(records.record_directory(tmp_path, first.header)), first)
 
 
-def test_a_header_edited_by_hand_is_refused_and_a_damaged_one_written_again(run, written, tmp_path):
+def test_an_edited_header_is_refused_and_a_damaged_one_rewritten(run, written, tmp_path):
     first, _ = run()
-    folder = records.folder(tmp_path, first.header)
+    folder = records.record_directory(tmp_path, first.header)
     records.write_header(folder, {**first.header, "seed": 99})
     with pytest.raises(ValueError, match="another header"):
         run()
@@ -166,11 +166,11 @@ def test_a_header_edited_by_hand_is_refused_and_a_damaged_one_written_again(run,
     assert records.read_header(folder) == result.header
 
 
-def test_header_says_what_was_run(toy, run):
+def test_the_header_holds_the_protocol(toy, run):
     header = run(directory=None)[0].header
     assert header["attacks"]["pgd"]["eps"] == 0.031 and header["attacks"]["pgd"]["eps_255"] == 7.905
     assert header["attacks"]["fgsm"]["eps"] == 8 / 255 and header["attacks"]["fgsm"]["eps_255"] == 8.0
-    assert header["attacks"]["fgsm"]["start"] == "zero"  # a default, filled in
+    assert header["attacks"]["fgsm"]["start"] == "zero"  # the default
     assert header["attacks"]["lsa"]["logit_scale"] == 10.0
     assert (header["images"], header["images_per_class"], header["seed"]) == (20, [7, 7, 6], 7)
     assert header["jax_version"] == jax.__version__ and header["device"] == "8 x cpu"
@@ -188,7 +188,7 @@ def test_header_says_what_was_run(toy, run):
         (lambda x: x * jnp.nan, "away from its clean image"),
     ],
 )
-def test_an_attack_that_leaves_ball_or_box_is_found(toy, run, monkeypatch, attack, message):
+def test_an_attack_that_leaves_the_ball_or_the_pixel_range_is_refused(toy, run, monkeypatch, attack, message):
     monkeypatch.setattr(attacks, "jit", lambda *_, **__: lambda key, variables, x, y: attack(x))
     with pytest.raises(ValueError, match=message):
         run(directory=None, attacks={"pgd": toy.pgd}, apply=lambda variables, x: x.reshape(len(x), -1)[:, :3])
@@ -197,11 +197,11 @@ def test_an_attack_that_leaves_ball_or_box_is_found(toy, run, monkeypatch, attac
 def test_the_l2_radius_is_the_norm_of_the_whole_image(toy, run, monkeypatch):
     spec = {**toy.pgd, "norm": "l2", "eps": 1.0}
     network = lambda variables, x: x.reshape(len(x), -1)[:, :3]  # noqa: E731
-    for shift, fine in ((0.2499, True), (0.2501, False)):  # sixteen pixels: norm 4 shift
+    for shift, inside in ((0.2499, True), (0.2501, False)):  # sixteen pixels: norm 4 shift
         inwards = lambda key, variables, x, y, shift=shift: jnp.where(x < 0.5, x + shift, x - shift)  # noqa: E731
         monkeypatch.setattr(attacks, "jit", lambda *_, f=inwards, **__: f)
-        fresh = types.FunctionType(network.__code__, network.__globals__)  # compiled programs are kept per function
-        if fine:
+        fresh = types.FunctionType(network.__code__, network.__globals__)  # compiled programs are cached by function
+        if inside:
             run(directory=None, attacks={"l2": spec}, apply=fresh)
         else:
             with pytest.raises(ValueError, match="eps is 1.0"):
@@ -214,7 +214,7 @@ def test_non_finite_logits_are_an_error(toy, run):
         run(directory=None, variables=broken)
 
 
-def test_bad_arguments(toy, run):
+def test_bad_arguments_are_refused(toy, run):
     with pytest.raises(ValueError, match="cannot be called worst"):
         run(attacks={"worst": toy.pgd})
     empty = types.SimpleNamespace(image=toy.split.image[:0], label=toy.split.label[:0], index=toy.split.index[:0])
@@ -224,12 +224,13 @@ def test_bad_arguments(toy, run):
 
 def test_nothing_is_compiled_twice(toy, run):
     run(directory=None)
-    before = module._judge.cache_info().misses, module.attack_specs._compile.cache_info().misses
+    caches = module._predict_and_measure, module.attack_specs._cached_jit
+    before = [cache.cache_info().misses for cache in caches]
     run(directory=None, variables={"kernel": toy.variables["kernel"] * 2})
-    assert (module._judge.cache_info().misses, module.attack_specs._compile.cache_info().misses) == before
+    assert [cache.cache_info().misses for cache in caches] == before
 
 
-def test_lines_instead_of_a_bar_without_a_terminal(run):
+def test_progress_prints_lines_without_a_terminal(run):
     _, text = run(directory=None)
     assert 1 < len(text.splitlines()) <= 10
     assert "images/s" in text and "evaluating 100 %" in text and "pgd" in text
@@ -243,7 +244,7 @@ def test_balanced_subset_is_balanced_fixed_and_nested():
     np.testing.assert_array_equal(rows, balanced_subset(label, 5))
     assert set(balanced_subset(label, 3)) < set(rows)
     assert set(balanced_subset(label, 5, seed=1)) != set(rows)
-    # Fixed for good: another choice would make results of different days incomparable.
+    # Must not change: results on another subset are not comparable.
     assert balanced_subset(np.arange(12) % 3, 2).tolist() == [1, 2, 6, 7, 9, 11]
     for wrong in (0, 6):
         with pytest.raises(ValueError, match="classes have 5 images or more"):
@@ -266,7 +267,7 @@ def test_examples_are_the_images_of_the_records(toy, run):
         assert (before == label and after != label) == turned.any()
 
 
-def test_a_live_bar_on_a_terminal(toy, tmp_path):
+def test_progress_shows_a_bar_on_a_terminal(toy, tmp_path):
     console = rich.console.Console(file=io.StringIO(), width=200, force_terminal=True)
     module.evaluate(
         toy.key, toy.apply, toy.variables, toy.split, attacks=toy.attacks, batch_size=7, directory=None, header={},

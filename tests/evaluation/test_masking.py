@@ -1,6 +1,6 @@
-"""What `probe` finds and `verdict` says: two honest digit networks, and the same ones behind masks.
+"""Diagnostics and verdicts on gradient masking: two digit networks, without and with masked gradients.
 
-A mask is a set of variables of one function, so that all of them share their compiled programs.
+A mask is a set of variables of one function, so that all masks share their compiled programs.
 """
 
 import functools
@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import Mesh
 
-from lt_adv.evaluation.masking import diagnose, verdict
+from lt_adv.evaluation import masking
 from tests.attacks.conftest import digits  # noqa: F401 (a fixture)
 
 IMAGES, EPS = 150, 0.15
@@ -23,7 +23,7 @@ GROUPS = {"head": range(3), "body": range(3, 7), "tail": range(7, 10)}
 
 @pytest.fixture(scope="module", autouse=True)
 def optimised():
-    """Programs that run for longer than they compile: without optimisation these take ten times as long."""
+    """Compiles with optimisation: these programs run for longer than they compile."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(jax, "jit", functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 3}))
         yield
@@ -31,13 +31,14 @@ def optimised():
 
 @pytest.fixture(scope="module")
 def heads(digits):  # noqa: F811
-    """Of both heads: the images probed, the weights, and the function of (variables, x) that all masks share."""
+    """Returns (rows of the sample, networks by head, functions (variables, x) -> logits by head)."""
     loaded = {head: digits(head) for head in ("linear", "cosine")}
-    rows = diagnose.probed(loaded["linear"].y, IMAGES)
+    rows = masking.balanced_sample(loaded["linear"].y, IMAGES)
 
-    def masked(plain, variables, x):
-        steps = jax.lax.stop_gradient(jnp.round(x * 15) / 15)
-        logits = plain(variables["weights"], jnp.where(variables["quantised"], steps, x)) * variables["temperature"]
+    def masked(apply, variables, x):
+        quantised = jax.lax.stop_gradient(jnp.round(x * 15) / 15)
+        logits = apply(variables["weights"], jnp.where(variables["quantised"], quantised, x))
+        logits = logits * variables["temperature"]
         return jnp.where(variables["softmax"], jax.nn.softmax(logits), logits)
 
     functions = {head: functools.partial(masked, network.apply) for head, network in loaded.items()}
@@ -45,8 +46,8 @@ def heads(digits):  # noqa: F811
 
 
 @pytest.fixture(scope="module")
-def facts(heads):
-    """`facts("cosine", temperature=1e4)`: of a head behind a mask; the baseline is "linear", without one."""
+def diagnostics(heads):
+    """`diagnostics("cosine", temperature=1e4)`: of a head with a mask; the baseline is "linear" without one."""
     rows, loaded, functions = heads
 
     def variables(head, temperature=1.0, quantised=False, softmax=False):
@@ -59,9 +60,9 @@ def facts(heads):
         }
 
     @functools.lru_cache
-    def find(head, **mask):
+    def run(head, **mask):
         images, labels = loaded["linear"].x[rows], loaded["linear"].y[rows]
-        return diagnose.probe(
+        return masking.run_diagnostics(
             jax.random.key(0),
             functions[head],
             variables(head, **mask),
@@ -71,139 +72,145 @@ def facts(heads):
             **PROTOCOL,
         )
 
-    return find
+    return run
 
 
 @pytest.fixture(scope="module")
-def judged(facts):
-    return lambda head, **mask: verdict.decide(facts(head, **mask), facts("linear"), GROUPS)
+def verdict(diagnostics):
+    """`verdict("cosine", temperature=1e4)`: on a head with a mask."""
+    return lambda head, **mask: masking.masking_verdict(diagnostics(head, **mask), diagnostics("linear"), GROUPS)
 
 
 @pytest.mark.parametrize("head", ["linear", "cosine"])
-def test_honest_networks_are_trustworthy(facts, judged, head):
-    found = judged(head)
-    assert found["trustworthy"], found["reasons"]
-    assert found["words"].startswith("Trustworthy (PGD-20 ")
-    assert verdict.decide(facts("linear"), facts(head), GROUPS)["trustworthy"]
+def test_networks_without_masking_are_trustworthy(diagnostics, verdict, head):
+    result = verdict(head)
+    assert result["trustworthy"], result["reasons"]
+    assert result["words"].startswith("Trustworthy: no sign of gradient masking (PGD-20 ")
+    assert masking.masking_verdict(diagnostics("linear"), diagnostics(head), GROUPS)["trustworthy"]
 
 
-def test_facts_of_an_honest_network(facts, heads):
+def test_diagnostics_of_a_network_without_masking(diagnostics, heads):
     rows, loaded, _ = heads
-    found = facts("linear")
-    assert json.loads(json.dumps(found)) == found
+    result = diagnostics("linear")
+    assert json.loads(json.dumps(result)) == result
     logits = loaded["linear"].arrays["logits"][rows]
     top = np.sort(logits, -1)
-    assert found["logit_lead"] == pytest.approx(np.median(top[:, -1] - top[:, -2]), rel=1e-4)
-    right = diagnose.rows(found)
-    assert (right["clean"] == (logits.argmax(-1) == loaded["linear"].y[rows])).all()
-    assert found["logits_change"] == 0 and not found["probabilities"] and found["classes"] == 10
-    assert "1" not in found["zero_gradient"]
-    figures = verdict.figures(found)
-    radii, robust = zip(*figures["by_radius"], strict=True)
+    assert result["logit_lead"] == pytest.approx(np.median(top[:, -1] - top[:, -2]), rel=1e-4)
+    correct = masking.correct_by_attack(result)
+    assert (correct["clean"] == (logits.argmax(-1) == loaded["linear"].y[rows])).all()
+    assert result["logits_change"] == 0 and not result["probabilities"] and result["classes"] == 10
+    assert "1" not in result["zero_gradient"]
+    summary = masking.summarise_diagnostics(result)
+    radii, robust = zip(*summary["by_radius"], strict=True)
     assert radii == pytest.approx([EPS, 2 * EPS, 4 * EPS, 1]) and robust[-1] == 0
-    assert list(robust) == sorted(robust, reverse=True) and robust[0] == figures["accuracy"]["pgd20"]
-    assert figures["worst"] <= min(figures["accuracy"].values())
+    assert list(robust) == sorted(robust, reverse=True) and robust[0] == summary["accuracy"]["pgd20"]
+    assert summary["worst"] <= min(summary["accuracy"].values())
 
 
 @pytest.mark.parametrize(
     ("head", "mask"),
     [
-        ("linear", {"temperature": 1e4}),  # logits saturate the softmax
+        ("linear", {"temperature": 1e4}),  # saturated softmax: vanishing gradients
         ("cosine", {"temperature": 1e4}),  # a cosine head with a huge temperature
         ("linear", {"temperature": 1e-4}),  # PGD follows the sum of all other logits
-        ("linear", {"quantised": True}),  # which no threshold was chosen by
+        ("linear", {"quantised": True}),  # shattered gradients
         ("cosine", {"quantised": True}),
     ],
 )
-def test_masks_are_not_real(judged, head, mask):
-    found = judged(head, **mask)
-    assert found["trustworthy"] is False
-    assert found["reasons"][0].startswith("The gain over the baseline is not real: PGD-20 ")
-    assert found["words"].startswith("Not trustworthy (PGD-20 ")
+def test_masked_gradients_are_detected(verdict, head, mask):
+    result = verdict(head, **mask)
+    assert result["trustworthy"] is False
+    assert result["reasons"][0].startswith("Most of the gain over the baseline vanishes in the worst case: PGD-20 ")
+    assert result["words"].startswith("Not trustworthy: signs of gradient masking (PGD-20 ")
 
 
-def test_a_rescaling_by_class_gains_under_pgd_alone(judged, heads):
-    """As CDT after training, z_c / n_c^tau, on large logits; it favours the tail, and loses in the worst case."""
+def test_a_rescaling_by_class_gains_under_pgd_alone(verdict, heads):
+    """As CDT after training, z_c / n_c^tau, on large logits: it favours the tail, and loses in the worst case."""
     counts = heads[1]["linear"].arrays["class_counts"]
-    found = judged("linear", temperature=tuple(1e3 * counts**-0.1))
-    gain = found["gains"][0]
+    result = verdict("linear", temperature=tuple(1e3 * counts**-0.1))
+    gain = result["gains"][0]
     assert gain["attack"] == "pgd20" and gain["gain"] > gain["noise"]
-    assert not found["trustworthy"] and not gain["real"]
+    assert not result["trustworthy"] and not gain["real"]
 
 
-def test_zero_gradients_are_counted_and_unmasked(facts, judged):
-    assert set(facts("linear", quantised=True)["zero_gradient"]) == {"1"}
-    assert facts("linear", temperature=1e4)["zero_gradient"].count("1") > IMAGES / 2
-    reasons = " ".join(judged("linear", quantised=True)["reasons"])
-    for words in ("zero on 100.0 % of", "Square breaks", "Examples made on the baseline break", "at a radius of 1,"):
+def test_zero_gradients_are_counted_and_reported(diagnostics, verdict):
+    assert set(diagnostics("linear", quantised=True)["zero_gradient"]) == {"1"}
+    assert diagnostics("linear", temperature=1e4)["zero_gradient"].count("1") > IMAGES / 2
+    reasons = " ".join(verdict("linear", quantised=True)["reasons"])
+    for words in (
+        "zero on 100.0 % of",
+        "Square breaks",
+        "The transfer attack from the baseline breaks",
+        "radius of 1,",
+    ):
         assert words in reasons
 
 
-def test_probabilities_are_flagged(judged):
-    found = judged("linear", softmax=True)
-    assert not found["trustworthy"] and "The logits are probabilities" in found["reasons"][0]
+def test_probabilities_are_reported(verdict):
+    result = verdict("linear", softmax=True)
+    assert not result["trustworthy"] and "The logits are probabilities" in result["reasons"][0]
 
 
 @pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("head", ["linear", "cosine"])
-def test_a_network_against_itself_is_trustworthy(facts, head, seed):
-    """Whatever the images; so is one whose every column differs by chance alone, another half of the images."""
-    found = facts(head)
-    chosen = np.random.default_rng(seed).permutation(IMAGES)[: 20 + 8 * seed]
-    some = cut(found, chosen)
-    assert verdict.decide(some, some, GROUPS)["trustworthy"]
-    same = np.arange(0, IMAGES - 1, 2)  # labels are sorted: neighbours are of one class
-    first, second = cut(found, same), cut(found, same + 1)
-    assert verdict.decide(first, {**second, "label": first["label"]}, None)["trustworthy"]
+def test_a_network_against_itself_is_trustworthy(diagnostics, head, seed):
+    """On any choice of images, also where the two sides hold different images of the same classes."""
+    result = diagnostics(head)
+    rows = np.random.default_rng(seed).permutation(IMAGES)[: 20 + 8 * seed]
+    subset = take(result, rows)
+    assert masking.masking_verdict(subset, subset, GROUPS)["trustworthy"]
+    even = np.arange(0, IMAGES - 1, 2)  # labels are sorted: neighbours are of one class
+    first, second = take(result, even), take(result, even + 1)
+    assert masking.masking_verdict(first, {**second, "label": first["label"]}, None)["trustworthy"]
 
 
-def cut(facts, rows):
-    """The facts on some of the images."""
+def take(diagnostics, rows):
+    """Returns the diagnostics on some of the images."""
 
-    def pick(text):
+    def select(text):
         return "".join(text[i] for i in rows)
 
     return {
-        **facts,
-        "label": [facts["label"][i] for i in rows],
-        "zero_gradient": pick(facts["zero_gradient"]),
-        "right": {name: pick(text) for name, text in facts["right"].items()},
+        **diagnostics,
+        "label": [diagnostics["label"][i] for i in rows],
+        "zero_gradient": select(diagnostics["zero_gradient"]),
+        "correct": {name: select(text) for name, text in diagnostics["correct"].items()},
     }
 
 
-def test_a_gain_in_the_tail_alone_is_judged_there(facts):
-    """Ninety images, nine points each: PGD sees a tail that the worst case does not."""
-    baseline = facts("linear")
+def test_a_gain_in_the_tail_alone_is_rejected_there(diagnostics):
+    """PGD breaks no tail image of this network, the worst case as many as on the baseline."""
+    baseline = diagnostics("linear")
     label = np.array(baseline["label"])
-    pgd = np.where(label >= 7, "1", list(baseline["right"]["pgd20"]))
-    found = verdict.decide({**baseline, "right": {**baseline["right"], "pgd20": "".join(pgd)}}, baseline, GROUPS)
-    (reason,) = (line for line in found["reasons"] if "in the tail" in line)
+    pgd = "".join(np.where(label >= 7, "1", list(baseline["correct"]["pgd20"])))
+    network = {**baseline, "correct": {**baseline["correct"], "pgd20": pgd}}
+    reasons = masking.masking_verdict(network, baseline, GROUPS)["reasons"]
+    (reason,) = (line for line in reasons if "in the tail" in line)
     assert "PGD-20 100.0 % against" in reason and "(+0.0 points, noise 0.0)" in reason
-    assert not any("in the head" in line or "in the body" in line for line in found["reasons"])
+    assert not any("in the head" in line or "in the body" in line for line in reasons)
 
 
 @pytest.mark.parametrize(("left", "real"), [(0.0, False), (0.1, False), (0.3, True), (0.4, True)])
-def test_most_of_a_gain_must_be_left(left, real):
-    """500 images, 40 points gained under PGD, of which so many are left in the worst case."""
-    gained = np.arange(500) < 200
-    kept = np.arange(500) < 500 * left
-    mine = {"clean": gained, "pgd20": gained, "square": kept}
-    theirs = dict.fromkeys(mine, np.zeros(500, bool))
-    assert verdict.gain("", "pgd20", mine, theirs)["real"] == real
+def test_a_gain_is_real_where_most_of_it_is_left(left, real):
+    """500 images, 40 points gained under PGD, a share `left` of the images gained in the worst case."""
+    gained, gained_under_square = np.arange(500) < 200, np.arange(500) < 500 * left
+    correct = {"clean": gained, "pgd20": gained, "square": gained_under_square}
+    baseline_correct = dict.fromkeys(correct, np.zeros(500, bool))
+    assert masking.gain_over_baseline("", "pgd20", correct, baseline_correct)["real"] == real
 
 
-def test_a_gap_that_is_wider_than_the_baselines_is_no_reason():
-    """Honest heads differ in it: PGD gains 30 points and 25 are left; the note says what to quote."""
+def test_a_gap_wider_than_that_of_the_baseline_is_no_masking():
+    """PGD gains 30 points, of which 25 are left."""
     images = np.arange(500)
-    mine = {"clean": images < 400, "pgd20": images < 350, "cw20": images < 325, "square": images < 325}
-    theirs = {"clean": images < 400, "pgd20": images < 200, "cw20": images < 200, "square": images < 200}
-    found = verdict.gain("", "pgd20", mine, theirs)
-    assert found["real"] and found["lost"] > found["lost_noise"]
+    correct = {"clean": images < 400, "pgd20": images < 350, "cw20": images < 325, "square": images < 325}
+    baseline_correct = {"clean": images < 400, "pgd20": images < 200, "cw20": images < 200, "square": images < 200}
+    gain = masking.gain_over_baseline("", "pgd20", correct, baseline_correct)
+    assert gain["real"] and gain["lost"] > gain["lost_noise"]
 
 
 @pytest.fixture
 def small(heads):
-    """Twenty images, and the arguments of a probe that takes as little time as can be."""
+    """Returns (network, images, labels, options) of cheap diagnostics on twenty images."""
     rows, loaded, _ = heads
     network = loaded["linear"]
     options = {"eps": EPS, "step_size": EPS / 4, "num_steps": 2, "queries": 5}
@@ -211,8 +218,8 @@ def small(heads):
 
 
 @pytest.mark.parametrize("jitted", [True, False])
-def test_a_random_forward_pass_is_flagged(small, jitted):
-    """Noise that each pass draws, or that a trace would freeze."""
+def test_a_random_forward_pass_is_reported(small, jitted):
+    """Noise drawn in each pass, or from a counter that a trace would freeze."""
     network, x, y, options = small
     rng, calls = np.random.default_rng(0), itertools.count()
 
@@ -224,61 +231,63 @@ def test_a_random_forward_pass_is_flagged(small, jitted):
             return network.apply(weights, x) + jax.pure_callback(noise, jax.ShapeDtypeStruct((), np.float32))
         return network.apply(weights, x) * (1.0 + next(calls))
 
-    found = diagnose.probe(jax.random.key(0), apply, network.weights, x, y, **options)
-    assert found["logits_change"] > 0.01
-    assert "The forward pass is random" in verdict.decide(found, None)["reasons"][0]
+    result = masking.run_diagnostics(jax.random.key(0), apply, network.weights, x, y, **options)
+    assert result["logits_change"] > 0.01
+    assert "The forward pass is random" in masking.masking_verdict(result, None)["reasons"][0]
 
 
 def test_without_a_baseline_there_is_no_verdict(small):
     network, x, y, options = small
-    found = diagnose.probe(jax.random.key(0), network.apply, network.weights, x, y, **options)
-    assert "transfer" not in found["right"]
-    said = verdict.decide(found, None)
-    assert said["trustworthy"] is None and "needs a baseline" in said["words"] and not said["reasons"]
+    result = masking.run_diagnostics(jax.random.key(0), network.apply, network.weights, x, y, **options)
+    assert "transfer" not in result["correct"]
+    verdict = masking.masking_verdict(result, None)
+    assert verdict["trustworthy"] is None and "needs a baseline" in verdict["words"] and not verdict["reasons"]
 
 
-def test_neither_batches_nor_devices_change_the_facts(small):
+def test_neither_batches_nor_devices_change_the_diagnostics(small):
     network, x, y, options = small
-    probe = functools.partial(diagnose.probe, jax.random.key(3), network.apply, network.weights, labels=y, **options)
+    run = functools.partial(
+        masking.run_diagnostics, jax.random.key(3), network.apply, network.weights, labels=y, **options
+    )
     mesh = Mesh(np.array(jax.devices()[:2]), ("data",))
-    one, other = probe(images=x), probe(images=np.round(x * 255).astype(np.uint8), batch_size=7, mesh=mesh)
-    assert other["right"].keys() == one["right"].keys()
-    for name, text in one["right"].items():
-        assert sum(a != b for a, b in zip(text, other["right"][name], strict=True)) <= 1, name  # by rounding
+    expected, result = run(images=x), run(images=np.round(x * 255).astype(np.uint8), batch_size=7, mesh=mesh)
+    assert result["correct"].keys() == expected["correct"].keys()
+    for name, text in expected["correct"].items():
+        assert sum(a != b for a, b in zip(text, result["correct"][name], strict=True)) <= 1, name  # by rounding
 
 
-def test_autoattack_takes_the_place_of_square(small):
+def test_autoattack_replaces_square(small):
     network, x, y, options = small
-    found = diagnose.probe(
+    result = masking.run_diagnostics(
         jax.random.key(0), network.apply, network.weights, x[:8], y[:8], autoattack=("apgd-ce",), **options
     )
-    assert "square" not in found["right"] and len(found["right"]["autoattack"]) == 8
-    assert found["protocol"]["autoattack"] == ["apgd-ce"]
+    assert "square" not in result["correct"] and len(result["correct"]["autoattack"]) == 8
+    assert result["protocol"]["autoattack"] == ["apgd-ce"]
 
 
-def test_few_classes_are_noted(facts):
-    baseline = {**facts("linear"), "classes": 3}
-    assert "There are 3 classes" in verdict.decide(baseline, baseline)["notes"][0]
+def test_few_classes_are_noted(diagnostics):
+    baseline = {**diagnostics("linear"), "classes": 3}
+    assert "There are 3 classes" in masking.masking_verdict(baseline, baseline)["notes"][0]
 
 
-def test_facts_of_different_protocols_do_not_meet(facts):
-    found = facts("linear")
-    other = {**found, "protocol": {**found["protocol"], "eps": 0.1}}
-    with pytest.raises(ValueError, match="different ways: see 'protocol'"):
-        verdict.decide(found, other)
+def test_diagnostics_of_different_protocols_are_refused(diagnostics):
+    result = diagnostics("linear")
+    other = {**result, "protocol": {**result["protocol"], "eps": 0.1}}
+    with pytest.raises(ValueError, match="its baseline differ in 'protocol'"):
+        masking.masking_verdict(result, other)
 
 
-def test_probed_images_are_balanced():
-    label = np.repeat([0, 1, 2, 3], [50, 40, 7, 0 + 3])
-    rows = diagnose.probed(label, 40)
+def test_the_sample_is_balanced():
+    label = np.repeat([0, 1, 2, 3], [50, 40, 7, 3])
+    rows = masking.balanced_sample(label, 40)
     assert (np.diff(rows) > 0).all() and np.bincount(label[rows]).tolist() == [15, 15, 7, 3]
-    assert set(diagnose.probed(label, 20)) <= set(rows) and len(diagnose.probed(label)) == 100
+    assert set(masking.balanced_sample(label, 20)) <= set(rows) and len(masking.balanced_sample(label)) == 100
 
 
-def test_bad_input(small):
+def test_bad_images_and_logits_are_refused(small):
     network, x, y, options = small
     with pytest.raises(ValueError, match="are needed"):
-        diagnose.probe(jax.random.key(0), network.apply, network.weights, x, y[:-1], **options)
+        masking.run_diagnostics(jax.random.key(0), network.apply, network.weights, x, y[:-1], **options)
     with pytest.raises(ValueError, match="finite"):
-        broken = lambda weights, x: network.apply(weights, x) * jnp.nan  # noqa: E731
-        diagnose.probe(jax.random.key(0), broken, network.weights, x, y, **options)
+        not_finite = lambda weights, x: network.apply(weights, x) * jnp.nan  # noqa: E731
+        masking.run_diagnostics(jax.random.key(0), not_finite, network.weights, x, y, **options)

@@ -1,4 +1,4 @@
-"""Every number here was worked out on paper from the six images of `hand_made`."""
+"""Metrics against values computed by hand from the six images of `hand_made`, and against scikit-learn."""
 
 import json
 
@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, balanced_accuracy_score, recall_score
 
-from lt_adv.evaluation import Records, accuracy, balanced_accuracy, compute_metrics, decomposition, summarise, warnings
+from lt_adv.evaluation import (
+    Records,
+    accuracy,
+    balanced_accuracy,
+    compute_metrics,
+    error_decomposition,
+    find_warnings,
+    summarise,
+)
 
 COUNTS = (10, 100, 1)  # bee is the head, ant the body, cat the tail
 
@@ -24,25 +32,25 @@ def random_records(seed, classes=5, images=60, attacks=2):
     return Records(header, np.arange(images), label, clean, columns)
 
 
-def test_overall_and_balanced(hand_made):
+def test_overall_and_balanced_accuracy(hand_made):
     assert accuracy(hand_made, "clean") == 4 / 6
     assert accuracy(hand_made, "fgsm") == 4 / 6
     assert accuracy(hand_made, "pgd20") == 2 / 6
-    assert accuracy(hand_made, "worst") == 1 / 6  # the third image is right under attack, but wrong clean
+    assert accuracy(hand_made, "worst") == 1 / 6  # the third image is correct under attack, but wrong clean
     assert balanced_accuracy(hand_made, "clean") == pytest.approx(5 / 9, rel=1e-15)
     assert balanced_accuracy(hand_made, "fgsm") == pytest.approx(13 / 18, rel=1e-15)
     assert balanced_accuracy(hand_made, "pgd20") == pytest.approx(5 / 18, rel=1e-15)
     assert balanced_accuracy(hand_made, "worst") == pytest.approx(1 / 6, rel=1e-15)
 
 
-def test_decomposition(hand_made):
-    assert decomposition(hand_made) == {
+def test_error_decomposition(hand_made):
+    assert error_decomposition(hand_made) == {
         "images": 6, "natural_errors": 2, "boundary_errors": 3, "robust_errors": 5,
         "natural_error": 2 / 6, "boundary_error": 3 / 6, "robust_error": 5 / 6,
     }  # fmt: skip
-    errors = lambda c: [decomposition(hand_made, [c])[f"{k}_errors"] for k in ("natural", "boundary", "robust")]  # noqa: E731
+    errors = lambda c: [error_decomposition(hand_made, [c])[f"{k}_errors"] for k in ("natural", "boundary", "robust")]  # noqa: E731
     assert [errors(c) for c in range(3)] == [[1, 2, 3], [0, 1, 1], [1, 0, 1]]
-    assert decomposition(hand_made, [0, 1])["boundary_error"] == 3 / 5
+    assert error_decomposition(hand_made, [0, 1])["boundary_error"] == 3 / 5
 
 
 def test_summary(hand_made):
@@ -62,7 +70,7 @@ def test_summary(hand_made):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_against_scikit_learn(seed):
+def test_metrics_agree_with_scikit_learn(seed):
     records = random_records(seed)
     for condition in ("clean", "attack0", "attack1"):
         prediction = records.prediction(condition)
@@ -72,7 +80,7 @@ def test_against_scikit_learn(seed):
     rows = {row["class"]: row for row in summarise(records, (5, 4, 3, 2, 1))["classes"]}
     recall = recall_score(records.label, records.clean, average=None)
     np.testing.assert_allclose([rows[c]["accuracy"]["clean"] for c in range(5)], recall, rtol=1e-12)
-    worst = np.where(records.correct("worst"), records.label, -1)  # an independent account of the worst case
+    worst = np.where(records.correct("worst"), records.label, -1)
     wrong = (records.clean != records.label) | np.any([a != records.label for a in records.attacks.values()], axis=0)
     np.testing.assert_array_equal(worst == -1, wrong)
 
@@ -104,7 +112,7 @@ def test_classes_without_test_images_are_left_out(hand_made):
     json.dumps(summary, allow_nan=False)
 
 
-def test_other_groups_and_wrong_counts(hand_made):
+def test_other_group_definitions_and_bad_counts(hand_made):
     figures = summarise(hand_made, COUNTS, "robustlt")
     assert figures["groups"]["definition"] == "robustlt" and "body" not in figures["groups"]
     with pytest.raises(ValueError, match="group definition 'third'"):
@@ -122,14 +130,14 @@ def test_metric_names(hand_made):
 
 
 def test_warnings_on_six_images(hand_made):
-    found = warnings(hand_made)
+    lines = find_warnings(hand_made)
     # 1/3 + 3 sqrt(2/9 (1/3 + 1/2 + 1)) / 3 = 0.9716
-    assert found[0] == (
+    assert lines[0] == (
         "clean: balanced accuracy 55.56 % is not above chance level (1/3 plus 3 standard errors = 97.16 %)."
     )
-    assert found[1].startswith("worst: balanced accuracy 16.67 %")
-    assert found[2] == "clean: 1 of 3 classes are never predicted on 6 images: cat."
-    assert len(found) == 3
+    assert lines[1].startswith("worst: balanced accuracy 16.67 %")
+    assert lines[2] == "clean: 1 of 3 classes are never predicted on 6 images: cat."
+    assert len(lines) == 3
 
 
 def test_no_warning_for_a_good_network_and_one_for_an_idle_attack():
@@ -137,8 +145,8 @@ def test_no_warning_for_a_good_network_and_one_for_an_idle_attack():
     attacked = np.where(np.arange(300) % 3 == 0, (label + 1) % 3, label)
     header = {"class_names": ["ant", "bee", "cat"], "attacks": {"pgd20": {}}}
     good = Records(header, np.arange(300), label, label, {"pgd20": attacked})
-    assert warnings(good) == []
+    assert find_warnings(good) == []
     idle = Records(header, np.arange(300), label, label, {"pgd20": label})
-    assert warnings(idle) == ["pgd20: the attack changed no prediction at all; check its radius and the gradient."]
+    assert find_warnings(idle) == ["pgd20: the attack changed no prediction at all; check its radius and the gradient."]
     constant = Records({**header, "attacks": {}}, np.arange(300), label, 0 * label, {})
-    assert [warning.split(":")[0] for warning in warnings(constant)] == ["clean", "clean"]
+    assert [warning.split(":")[0] for warning in find_warnings(constant)] == ["clean", "clean"]

@@ -44,7 +44,7 @@ def report(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
 
 
 def reliability(baseline, trustworthy):
-    """Returns what `lt_adv.cli.baseline.judge` would return."""
+    """Returns what `lt_adv.cli.baseline.compare` would return."""
     reasons = [] if trustworthy else ["The gain is not real.", "Of it, nothing is left."]
     gains = [{"group": group, "real": trustworthy or group == "head"} for group in ("", "", "head", "tail")]
     verdict = {"trustworthy": trustworthy, "words": "", "reasons": reasons, "notes": [], "gains": gains}

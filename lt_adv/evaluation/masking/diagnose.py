@@ -1,7 +1,11 @@
-"""Plain facts about one network, by which `verdicts` tells robustness from attacks that fail.
+"""Diagnostics of gradient masking: attacks on one network, of which every common form of masking lets some succeed.
 
-An attack that fails for a reason of its own (saturated logits, a gradient that is zero, a forward pass that is random)
-looks like robustness in a table. Each column of the facts is an attack that some such reason does not stop.
+A network masks its gradients where attacks that follow them fail although adversarial examples exist. Its gradients are
+then obfuscated: shattered (zero or meaningless), stochastic (the forward pass is random) or vanishing (saturated
+logits). Such a network looks robust in a table. `verdict` compares the diagnostics with those of a baseline.
+
+References: Athalye, Carlini and Wagner, "Obfuscated gradients give a false sense of security", ICML 2018; Carlini et
+al., "On evaluating adversarial robustness", 2019 (the checks of section 3).
 """
 
 import functools
@@ -20,25 +24,26 @@ from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import threefry
 from lt_adv.attacks.inputs import check_images, check_logits
 
-# How far the largest logit leads, in the median, when PGD looks at the rescaled logits. Relative to the network's own
-# scale, so that no temperature, however large or small, lies outside the sweep.
+# Median gaps between the two largest logits to which the logits are rescaled for PGD. Gaps and not factors: the sweep
+# then covers networks of any temperature.
 LEADS = (0.01, 0.1, 1.0, 10.0, 100.0)
 LSA_SCALE = 10.0
-QUERIES = 1000  # of Square: masks show by then, and what it would still find others have found
-IMAGES = 500  # probed: three standard errors of a difference between them are at most seven points
+QUERIES = 1000  # of Square; enough to reveal masking, more queries add little to the other attacks
+IMAGES = 500  # three standard errors of a difference in accuracy are then at most seven points
 
-Network = tuple[Callable[[Any, jax.Array], jax.Array], Any]  # (apply, variables)
+Apply = Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits
+Network = tuple[Apply, Any]  # (apply, variables)
 
 
 class Programs(NamedTuple):
-    """Compiled once for an `apply`, whatever the variables, radius, step size and logit scale."""
+    """Compiled functions of one `apply`; variables, radius, step size and logit scale are arguments."""
 
-    # Whether the input gradient is exactly zero, as three programs: in one, the product that a network may end in (a
-    # temperature) is fused into the loss, and its rounding error is all that is left of the gradient.
+    # The test for a zero input gradient takes three programs. In a single one XLA fuses the last product of the network
+    # (a temperature) into the loss, and a gradient that should be zero becomes the rounding error of that product.
     logits: Callable[..., Any]  # (variables, x) -> logits, in at least float32
-    slope: Callable[..., Any]  # (logits, y) -> the gradient of CE(z) in z
-    zero: Callable[..., Any]  # (variables, x, slope) -> bool [b]
-    right: Callable[..., Any]  # (variables, x, y) -> bool [b]
+    logit_gradient: Callable[..., Any]  # (logits, y) -> the gradient of CE(z) in z
+    zero_gradient: Callable[..., Any]  # (variables, x, logit_gradient) -> bool [b]
+    is_correct: Callable[..., Any]  # (variables, x, y) -> bool [b]
     pgd: Callable[..., Any]  # (keys, variables, x, y, eps, step_size, logit_scale) -> x_adv
     cw: Callable[..., Any]  # (keys, variables, x, y, eps, step_size) -> x_adv
     square: Callable[..., Any]  # (keys, variables, x, y, eps) -> x_adv
@@ -49,14 +54,14 @@ def _programs(apply: Callable, norm: str, num_steps: int, queries: int) -> Progr
     def logits(variables, x):
         return check_logits(apply(variables, x), x)
 
-    def slope(logits, y):
+    def logit_gradient(logits, y):
         return jax.grad(lambda logits: attacks.cross_entropy(logits, y).sum())(logits)
 
-    def zero(variables, x, slope):
-        gradient = with_fast_cpu_convolutions(jax.grad(lambda x: (apply(variables, x) * slope).sum()))(x)
+    def zero_gradient(variables, x, logit_gradient):
+        gradient = with_fast_cpu_convolutions(jax.grad(lambda x: (apply(variables, x) * logit_gradient).sum()))(x)
         return (gradient == 0).reshape(len(x), -1).all(-1)
 
-    def right(variables, x, y):
+    def is_correct(variables, x, y):
         return attacks.prediction(check_logits(apply(variables, x), x)) == y
 
     def pgd(key, variables, x, y, eps, step_size, logit_scale):
@@ -72,10 +77,10 @@ def _programs(apply: Callable, norm: str, num_steps: int, queries: int) -> Progr
         network = functools.partial(apply, variables)
         return attacks.square(key, network, x, y, eps=eps, num_queries=queries, norm=norm)
 
-    return Programs(*map(jax.jit, (logits, slope, zero, right, pgd, cw, square)))
+    return Programs(*map(jax.jit, (logits, logit_gradient, zero_gradient, is_correct, pgd, cw, square)))
 
 
-def probe(
+def run_diagnostics(
     key: jax.Array,
     apply: Callable[[Any, jax.Array], jax.Array],
     variables: Any,
@@ -92,31 +97,46 @@ def probe(
     transfer: Network | None = None,
     autoattack: str | Sequence[str] = (),
 ) -> dict[str, Any]:
-    """Facts about a network on some hundreds of images, as JSON holds them; `verdict` compares those of two networks.
+    """Returns the diagnostics of a network on some hundreds of images, as JSON holds them.
 
-    `label` and, in `right`, a string with a "1" for every image that is right:
+    `correct` maps a column to a string with a "1" for every image that is classified correctly. The columns:
       clean
-      pgd20, lsa, cw20: PGD on CE(z) and on CE(10 z), and on the margin; the number is `num_steps`
+      pgd20, lsa, cw20: PGD on CE(z), on CE(10 z) and on the margin; the number is `num_steps`
       scale_L: PGD on CE(a z), a = L / `logit_lead`, for every L of `LEADS`
-      square: `queries` queries, no gradient; or `autoattack` in its place, where a version of it is asked for
-      transfer: PGD examples made on another network, where one is given
-      radius_2, radius_4, ...: pgd20 at so many times the radius and step; the last is the whole box
-    `zero_gradient` is such a string, too: images whose gradient of CE(z) is exactly zero in every pixel. `logit_lead`:
-    the largest logit minus the second, in the median over the images. `logits_change`: the largest difference between
-    the logits of two passes, as a share of the largest logit. `probabilities`: no logit is negative, and those of
-    each image add up to one. `batch_change`: as `logits_change`, of the first image between its batch and a batch of
-    nothing but itself. `not_finite`: clean images whose logits are not finite; they count as wrong. `protocol` holds
-    the arguments.
+      square: `queries` queries, no gradient; replaced by `autoattack` where a version of it is given
+      transfer: PGD examples of another network, where one is given
+      radius_2, radius_4, ...: PGD at this multiple of the radius and step; the last radius covers the whole box
+
+    The other entries:
+      label: the labels of the images
+      zero_gradient: a string as above, "1" where the gradient of CE(z) is exactly zero in every pixel
+      logit_lead: the largest logit minus the second, median over the images
+      logits_change: the largest difference between the logits of two forward passes, as a share of the largest logit
+      batch_change: the same between the first image in its batch and in a batch of copies of itself
+      probabilities: whether no logit is negative and those of each image add up to one
+      not_finite: the number of clean images whose logits are not finite; they count as wrong
+      protocol: the arguments
 
     Args:
-      key: one typed key; image i draws from fold_in(fold_in(key, crc32(attack)), i), whatever the batch and devices.
-      apply, variables: (variables, x [b, h, w, c] in [0, 1]) -> logits [b, C], any traceable function.
-      images, labels: [n, h, w, c], floating in [0, 1] or uint8; integers [n].
-      eps, step_size: of pgd20, in units of the [0, 1] pixel range.
-      mesh: its first axis shares the batch; by default one device.
-      transfer: (apply, variables) of a plain network, the baseline. For the baseline's own facts that is itself, which
-        makes this column another start of pgd20 and so says how much that can find.
-      autoattack: a version, or names of its attacks.
+      key: one typed key. Image i uses fold_in(fold_in(key, crc32(attack)), i): batches and devices do not matter.
+      apply: any traceable function (variables, x [b, h, w, c] in [0, 1]) -> logits [b, C].
+      variables: the first argument of `apply`.
+      images: [n, h, w, c], floating in [0, 1] or uint8.
+      labels: integers [n].
+      eps: radius, in units of the [0, 1] pixel range.
+      step_size: step size of PGD, in the same units.
+      num_steps: steps of PGD and CW.
+      norm: "linf" or "l2".
+      queries: queries of Square.
+      batch_size: images per batch, rounded up to a multiple of the devices.
+      mesh: devices; batches are split over its first axis. One device by default.
+      transfer: (apply, variables) of the baseline. For the diagnostics of the baseline this is the baseline itself; the
+        column then holds a second random start of PGD, and its gain over the first is the noise of this test.
+      autoattack: a version of AutoAttack, or names of its attacks.
+
+    Raises:
+      ValueError: for images and labels of different lengths, images outside [0, 1], fewer than two classes, or when no
+        logit is finite.
     """
     key, images, labels = threefry(key), np.asarray(images), np.asarray(labels, np.int32)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
@@ -125,53 +145,59 @@ def probe(
     version = list(attacks_of(autoattack)) if autoattack else []
     mesh = mesh or Mesh(np.array(jax.devices()[:1]), ("data",))
     shard = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
-    variables, source = jax.device_put((variables, transfer and transfer[1]), NamedSharding(mesh, PartitionSpec()))
+    replicated = NamedSharding(mesh, PartitionSpec())
+    variables, transfer_variables = jax.device_put((variables, transfer and transfer[1]), replicated)
     programs = _programs(apply, norm, num_steps, queries)
     size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
-    parts = [np.minimum(np.arange(i, i + size), len(labels) - 1) for i in range(0, len(labels), size)]
-    batches = [jax.device_put((_pixels(images[rows]), labels[rows]), shard) for rows in parts]
-    columns: dict[str, np.ndarray] = {}
+    batch_rows = [np.minimum(np.arange(i, i + size), len(labels) - 1) for i in range(0, len(labels), size)]
+    batches = [jax.device_put((_pixels(images[rows]), labels[rows]), shard) for rows in batch_rows]
+    correct: dict[str, np.ndarray] = {}
 
-    def whole(values: Sequence[Any]) -> np.ndarray:
-        return np.concatenate([np.asarray(part) for part in values])[: len(labels)]
+    def concatenate(batch_values: Sequence[Any]) -> np.ndarray:
+        return np.concatenate([np.asarray(values) for values in batch_values])[: len(labels)]
 
     def keys(name: str, rows: np.ndarray) -> jax.Array:
         return jax.device_put(_keys(key, np.uint32(zlib.crc32(name.encode())), rows), shard)
 
-    def attacked(attack: Callable, name: str, variables: Any, *options: float) -> list[jax.Array]:
+    def run_attack(attack: Callable, name: str, variables: Any, *options: float) -> list[jax.Array]:
         return [
-            attack(keys(name, rows), variables, *batch, *options) for rows, batch in zip(parts, batches, strict=True)
+            attack(keys(name, rows), variables, *batch, *options)
+            for rows, batch in zip(batch_rows, batches, strict=True)
         ]
 
-    def judged(points: Sequence[jax.Array]) -> np.ndarray:
-        pairs = zip(points, batches, strict=True)
-        return whole([programs.right(variables, x_adv, y) for x_adv, (_, y) in pairs])
+    def is_correct(x_adv: Sequence[jax.Array]) -> np.ndarray:
+        pairs = zip(x_adv, batches, strict=True)
+        return concatenate([programs.is_correct(variables, points, y) for points, (_, y) in pairs])
 
-    seen, again = ([programs.logits(variables, x) for x, _ in batches] for _ in range(2))
-    logits = whole(seen)
+    first_pass, second_pass = ([programs.logits(variables, x) for x, _ in batches] for _ in range(2))
+    logits = concatenate(first_pass)
     finite = np.isfinite(logits).all(-1)
     if logits.shape[-1] < 2 or not finite.any():
         raise ValueError(f"Logits must be finite, of two classes or more; got {logits.shape[-1]} classes.")
-    slopes = [programs.slope(z, y) for z, (_, y) in zip(seen, batches, strict=True)]
-    zero = whole([programs.zero(variables, x, slope) for (x, _), slope in zip(batches, slopes, strict=True)])
-    change = max(_difference(whole(again), logits), _python_change(apply, variables, batches[0][0][:2]))
+    gradients = [programs.logit_gradient(z, y) for z, (_, y) in zip(first_pass, batches, strict=True)]
+    zero_gradient = concatenate(
+        [programs.zero_gradient(variables, x, gradient) for (x, _), gradient in zip(batches, gradients, strict=True)]
+    )
+    logits_change = max(
+        _largest_difference(concatenate(second_pass), logits), _change_without_jit(apply, variables, batches[0][0][:2])
+    )
     row = int(finite.argmax())
-    alone = jax.device_put(np.repeat(_pixels(images[row : row + 1]), size, axis=0), shard)
-    batch_change = _difference(np.asarray(programs.logits(variables, alone)), logits[row : row + 1])
+    copies = jax.device_put(np.repeat(_pixels(images[row : row + 1]), size, axis=0), shard)
+    batch_change = _largest_difference(np.asarray(programs.logits(variables, copies)), logits[row : row + 1])
     largest = max(np.abs(logits[finite]).max(), np.finfo(np.float32).tiny)
     second, first = np.partition(logits[finite], -2)[:, -2:].T
-    lead = float(np.median(first - second))
-    sweep = {f"scale_{name:g}": name / lead for name in LEADS} if lead > 0 else {}
+    logit_lead = float(np.median(first - second))
+    scales = {f"scale_{lead:g}": lead / logit_lead for lead in LEADS} if logit_lead > 0 else {}
 
-    columns["clean"] = finite & (logits.argmax(-1) == labels)
-    for name, scale in {f"pgd{num_steps}": 1.0, "lsa": LSA_SCALE, **sweep}.items():
-        columns[name] = judged(attacked(programs.pgd, "pgd", variables, eps, step_size, scale))
-    columns[f"cw{num_steps}"] = judged(attacked(programs.cw, "cw", variables, eps, step_size))
+    correct["clean"] = finite & (logits.argmax(-1) == labels)
+    for name, scale in {f"pgd{num_steps}": 1.0, "lsa": LSA_SCALE, **scales}.items():
+        correct[name] = is_correct(run_attack(programs.pgd, "pgd", variables, eps, step_size, scale))
+    correct[f"cw{num_steps}"] = is_correct(run_attack(programs.cw, "cw", variables, eps, step_size))
     if version:
-        columns["autoattack"] = attacks.autoattack(
+        correct["autoattack"] = attacks.autoattack(
             _keys(key, np.uint32(zlib.crc32(b"autoattack")), np.arange(len(labels))),
             jax.tree_util.Partial(apply, variables),
-            whole([x for x, _ in batches]),
+            concatenate([x for x, _ in batches]),
             labels,
             eps=eps,
             norm=norm,
@@ -180,67 +206,71 @@ def probe(
             devices=list(mesh.devices.flat),
         ).robust
     else:
-        columns["square"] = judged(attacked(programs.square, "square", variables, eps))
+        correct["square"] = is_correct(run_attack(programs.square, "square", variables, eps))
     if transfer is not None:
-        foreign = _programs(transfer[0], norm, num_steps, queries)
-        columns["transfer"] = judged(attacked(foreign.pgd, "transfer", source, eps, step_size, 1.0))
-    radii = _radii(eps, 1.0 if norm == "linf" else math.sqrt(images[0].size))
-    for times in radii:
-        longer = (eps * times, step_size * times, 1.0)
-        columns[f"radius_{times:g}"] = judged(attacked(programs.pgd, "pgd", variables, *longer))
+        transfer_programs = _programs(transfer[0], norm, num_steps, queries)
+        x_adv = run_attack(transfer_programs.pgd, "transfer", transfer_variables, eps, step_size, 1.0)
+        correct["transfer"] = is_correct(x_adv)
+    radii = _radius_factors(eps, 1.0 if norm == "linf" else math.sqrt(images[0].size))
+    for factor in radii:
+        x_adv = run_attack(programs.pgd, "pgd", variables, eps * factor, step_size * factor, 1.0)
+        correct[f"radius_{factor:g}"] = is_correct(x_adv)
 
     return {
         "protocol": {
             "images": len(labels), "eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm,
             "queries": queries, "autoattack": version,
-            "radii": [eps, *(eps * times for times in radii)], "leads": list(LEADS) if sweep else [],
+            "radii": [eps, *(eps * factor for factor in radii)], "leads": list(LEADS) if scales else [],
         },
         "label": labels.tolist(),
         "classes": logits.shape[-1],
-        "logits_change": float(change / largest),
+        "logits_change": float(logits_change / largest),
         "batch_change": float(batch_change / largest),
         "not_finite": int((~finite).sum()),
         "probabilities": bool((logits >= 0).all() and (np.abs(logits.sum(-1) - 1) < 1e-5).all()),
-        "logit_lead": lead,
-        "scales": sweep,
-        "zero_gradient": packed(zero),
-        "right": {name: packed(column) for name, column in columns.items()},
+        "logit_lead": logit_lead,
+        "scales": scales,
+        "zero_gradient": bits_to_text(zero_gradient),
+        "correct": {name: bits_to_text(column) for name, column in correct.items()},
     }  # fmt: skip
 
 
-def probed(label: np.ndarray, images: int = IMAGES) -> np.ndarray:
-    """Positions, ascending, of `images` images with every class as often as the others, as far as it has images.
+def balanced_sample(label: np.ndarray, num_images: int = IMAGES) -> np.ndarray:
+    """Returns positions, ascending, of `num_images` images with equally many of every class.
 
-    Fixed by the labels (NumPy's frozen legacy stream, seed 0).
+    A class with too few images gives all that it has. The choice depends on the labels alone (NumPy's frozen legacy
+    stream, seed 0).
     """
     label = np.asarray(label)
     shuffled = np.random.RandomState(0).permutation(len(label))
-    place = np.empty(len(label), int)  # of an image among those of its class
+    rank = np.empty(len(label), int)  # of an image among those of its class
     for c in np.unique(label):
         members = shuffled[label[shuffled] == c]
-        place[members] = np.arange(len(members))
-    return np.sort(np.lexsort((shuffled, place))[:images])
+        rank[members] = np.arange(len(members))
+    return np.sort(np.lexsort((shuffled, rank))[:num_images])
 
 
-def packed(values: np.ndarray) -> str:
-    """bool [n] -> "0110..."; in JSON a line instead of n."""
+def bits_to_text(values: np.ndarray) -> str:
+    """Returns "0110..." for bool [n]: in JSON one line instead of n."""
     return "".join("01"[int(value)] for value in values)
 
 
-def unpacked(text: str) -> np.ndarray:
-    """ "0110..." -> bool [n]"""
+def text_to_bits(text: str) -> np.ndarray:
+    """Returns bool [n] for "0110..."."""
     return np.frombuffer(text.encode(), np.uint8) == ord("1")
 
 
-def rows(facts: Mapping[str, Any]) -> dict[str, np.ndarray]:
-    """The columns of `right` as bool [n]. An example that breaks an image at some radius is one at any larger radius,
-    too, so under `radius_*` an image is right only if it is so at all smaller radii.
+def correct_by_attack(diagnostics: Mapping[str, Any]) -> dict[str, np.ndarray]:
+    """Returns the columns of `correct` as bool [n].
+
+    An adversarial example at one radius is also one at any larger radius: under `radius_*` an image counts as correct
+    only if it is correct at all smaller radii.
     """
-    found = {name: unpacked(text) for name, text in facts["right"].items()}
-    standing = found[f"pgd{facts['protocol']['num_steps']}"]
-    for name in (name for name in found if name.startswith("radius_")):
-        standing = found[name] = found[name] & standing
-    return found
+    columns = {name: text_to_bits(text) for name, text in diagnostics["correct"].items()}
+    robust = columns[f"pgd{diagnostics['protocol']['num_steps']}"]
+    for name in (name for name in columns if name.startswith("radius_")):
+        robust = columns[name] = columns[name] & robust
+    return columns
 
 
 @functools.partial(jax.jit)
@@ -252,22 +282,25 @@ def _pixels(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
 
 
-def _radii(eps: float, most: float) -> list[float]:
-    """2, 4, 8, ... as long as so many times eps is well below `most`, then the factor that makes it `most`."""
-    times, found = 2.0, []
-    while times * eps < 0.75 * most:
-        found.append(times)
-        times *= 2
-    return [*found, most / eps] if eps < most else found
+def _radius_factors(eps: float, largest_radius: float) -> list[float]:
+    """Returns 2, 4, 8, ... while the radius is well below `largest_radius`, and the factor that reaches it."""
+    factor, factors = 2.0, []
+    while factor * eps < 0.75 * largest_radius:
+        factors.append(factor)
+        factor *= 2
+    return [*factors, largest_radius / eps] if eps < largest_radius else factors
 
 
-def _python_change(apply: Callable, variables: Any, x: jax.Array) -> float:
-    """The same without jit, for randomness that a trace would freeze: a generator of NumPy's, a counter."""
+def _change_without_jit(apply: Callable, variables: Any, x: jax.Array) -> float:
+    """Returns the largest difference between two eager passes.
+
+    A trace would freeze randomness from outside of JAX, such as NumPy's generator or a counter.
+    """
     first, second = (np.asarray(check_logits(apply(variables, x), x)) for _ in range(2))
-    return _difference(first, second)
+    return _largest_difference(first, second)
 
 
-def _difference(a: np.ndarray, b: np.ndarray) -> float:
-    """The largest difference between logits that are finite on both sides."""
+def _largest_difference(a: np.ndarray, b: np.ndarray) -> float:
+    """Returns the largest absolute difference between logits that are finite in both arrays."""
     both = np.isfinite(a) & np.isfinite(b)
     return float(np.where(both, np.abs(np.where(both, a, 0) - np.where(both, b, 0)), 0).max())

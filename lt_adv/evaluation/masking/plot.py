@@ -1,4 +1,4 @@
-"""The picture of a reliability check: robust accuracy against the scale of the logits and against the radius."""
+"""Plot of a gradient masking check: robust accuracy against the scale of the logits and against the radius."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,33 +9,34 @@ from matplotlib.ticker import NullLocator
 from lt_adv.evaluation.plots import DARK, MIDDLE, SOFT, blank, headline, style
 
 
-def curves(found: Mapping[str, Any]) -> Figure:
-    """Of the network and its baseline, `found` as `baseline.judge` returns it.
+def masking_curves(comparison: Mapping[str, Any]) -> Figure:
+    """Draws PGD accuracy of a network and its baseline, from what `compare_with_baseline` returns.
 
-    Left: PGD on rescaled logits, against how far the largest then leads in the median; a ring is the network's own
-    scale. Right: PGD at growing radii; whoever stays up where every image can become any other is not seen by it.
+    Left: PGD on rescaled logits, against their median gap between the two largest logits; a ring marks the unscaled
+    network. Right: PGD at growing radii. A curve that does not reach zero where the radius covers the whole box is a
+    sign of gradient masking.
     """
     figure = blank(8.4, 3.3)
     left, right = figure.subplots(1, 2, sharey=True)
-    steps = found["protocol"]["num_steps"]
+    steps = comparison["protocol"]["num_steps"]
     for side, colour in (("baseline", MIDDLE), ("network", DARK)):
-        figures = found[side]
-        own = (figures["logit_lead"], figures["accuracy"][f"pgd{steps}"])
-        for axes, points in ((left, figures["by_lead"]), (right, figures["by_radius"])):
+        summary = comparison[side]
+        for axes, points in ((left, summary["by_lead"]), (right, summary["by_radius"])):
             if points:
                 axes.plot(*_columns(points), color=colour, linewidth=1.6, marker="o", markersize=3.5)
-        if own[0] > 0:
-            left.plot([own[0]], [100 * own[1]], color=colour, marker="o", markersize=8, fillstyle="none", linestyle="")
-    for axes, words in ((left, "lead of the largest logit when attacked (ring: as it is)"), (right, "radius")):
+        lead, accuracy = summary["logit_lead"], 100 * summary["accuracy"][f"pgd{steps}"]
+        if lead > 0:
+            left.plot([lead], [accuracy], color=colour, marker="o", markersize=8, fillstyle="none", linestyle="")
+    for axes, label in ((left, "median gap of the two largest logits (ring: not rescaled)"), (right, "radius")):
         axes.set_xscale("log")
         axes.xaxis.set_minor_locator(NullLocator())
         axes.set_ylim(-2, 102)
         axes.set_yticks([0, 25, 50, 75, 100])
-        axes.set_xlabel(words, fontsize=8, color=SOFT)
+        axes.set_xlabel(label, fontsize=8, color=SOFT)
         style(axes)
-    radii = [radius for radius, _ in found["network"]["by_radius"]]
+    radii = [radius for radius, _ in comparison["network"]["by_radius"]]
     right.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
-    headline(left, f"PGD-{steps}, accuracy in %", [])
+    headline(left, f"Gradient masking: PGD-{steps} accuracy in %", [])
     headline(right, "", [("baseline", MIDDLE), ("this network", DARK)])
     return figure
 

@@ -1,12 +1,15 @@
-"""Whether a network's gain over the baseline is real: arithmetic on what `diagnose.probe` found of both.
+"""Verdict on gradient masking: compares the diagnostics of a network with those of a baseline.
 
-No threshold is a number of ours. Every figure is held against the baseline's own, image by image, and counts where the
-mean of the paired differences is more than three standard errors above zero.
+No threshold is fixed in advance. Every figure is compared with that of the baseline, image by image, and counts where
+the mean of the paired differences is more than three standard errors above zero.
 
-A gap between PGD and stronger attacks is no reason by itself: heads and losses differ in it honestly, and on enough
-images every difference is beyond the noise. What is judged is the claim that a table makes, a gain under PGD or CW: it
-is not real where most of it is gone in the worst case. LSA makes no such claim: it is there to break small logits, and
-weak on large ones.
+A gap between PGD and stronger attacks alone is not a sign of gradient masking: heads and losses differ in it without
+any masking, and with enough images every difference exceeds its noise. The verdict tests what a table claims, a gain
+under PGD or CW, and rejects the gain where most of it vanishes in the worst case over all attacks. A gain under LSA is
+not tested: LSA targets networks with small logits and is weak on large ones.
+
+References: Athalye, Carlini and Wagner, "Obfuscated gradients give a false sense of security", ICML 2018 (section 3.1
+lists the signs); Carlini et al., "On evaluating adversarial robustness", 2019.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,222 +18,264 @@ from typing import Any
 import numpy as np
 
 from lt_adv.attacks._autoattack import DEPENDENCE
-from lt_adv.evaluation.masking.diagnose import rows, unpacked
+from lt_adv.evaluation.masking.diagnose import correct_by_attack, text_to_bits
 from lt_adv.evaluation.metrics import title
 
 STANDARD_ERRORS = 3.0
 ROUNDING = float(np.sqrt(np.finfo(np.float32).eps))  # of logits between two passes, as a share of the largest
-OTHERS = {"square": "Square", "autoattack": "AutoAttack", "transfer": "examples made on the baseline"}
+# Attacks that do not use the gradient of the network itself, or not alone.
+OTHER_ATTACKS = {"square": "Square", "autoattack": "AutoAttack", "transfer": "Transfer from the baseline"}
 
-Rows = Mapping[str, np.ndarray]
+Columns = Mapping[str, np.ndarray]  # column of the diagnostics -> bool [n], whether an image is classified correctly
 
 
-def beyond(values: np.ndarray) -> tuple[float, float]:
-    """(mean, noise) of one value per image; noise is three standard errors of the mean."""
+def mean_and_noise(values: np.ndarray) -> tuple[float, float]:
+    """Returns (mean, three standard errors of the mean) of one value per image."""
     values = np.asarray(values, float)
     return float(values.mean()), STANDARD_ERRORS * float(
         values.std(ddof=min(1, len(values) - 1)) / np.sqrt(len(values))
     )
 
 
-def exceeds(mine: np.ndarray, theirs: np.ndarray) -> bool:
-    """Whether the mean of the paired differences, mine - theirs, is above the noise."""
-    mean, noise = beyond(np.asarray(mine, float) - theirs)
+def significantly_larger(values: np.ndarray, baseline_values: np.ndarray) -> bool:
+    """Whether the mean of the paired differences, values - baseline_values, is above its noise."""
+    mean, noise = mean_and_noise(np.asarray(values, float) - baseline_values)
     return mean > noise
 
 
-def decide(
-    facts: Mapping[str, Any], baseline: Mapping[str, Any] | None, groups: Mapping[str, Sequence[int]] | None = None
+def masking_verdict(
+    diagnostics: Mapping[str, Any],
+    baseline: Mapping[str, Any] | None,
+    groups: Mapping[str, Sequence[int]] | None = None,
 ) -> dict[str, Any]:
-    """The verdict on a network, from its facts and those of the baseline on the same images.
+    """Returns the verdict on a network, from its diagnostics and those of a baseline on the same images.
 
-    `trustworthy`: whether there is no reason against it; None without a baseline, where no gain can be judged.
-    `words`: the verdict in a line. `reasons`: sentences, one for each of
-      - what the official checks of AutoAttack warn of: a random forward pass, probabilities instead of logits; and
-        logits that change with the other images of a batch;
-      - a gain under an attack, on all images or those of a group of classes (`groups`: name -> classes), that is beyond
-        the noise, and most of which is gone in the worst case, by more than the noise;
-      - more input gradients that are exactly zero than the baseline has;
-      - more images than with the baseline that no attack by gradient breaks, and Square or examples of another network
-        do, or that are right at any radius.
-    `notes`: what a reader should know beside. `gains`: a row per group and attack, with the figures that were compared.
-    Errors: ValueError where the two were probed in different ways.
+    The result holds
+      trustworthy: whether there is no reason against the network; None without a baseline
+      words: the verdict in one line
+      reasons: one sentence for each of
+        - a random forward pass, probabilities instead of logits (both as AutoAttack's official checks), or logits that
+          depend on the other images of a batch;
+        - a gain over the baseline under PGD or CW, on all images or those of one group, that is above its noise and
+          most of which vanishes in the worst case, by more than the noise of what vanishes;
+        - more input gradients that are exactly zero than the baseline has;
+        - more images than on the baseline that withstand every gradient attack but not Square or the transfer attack;
+        - more images than on the baseline that are classified correctly at a radius that covers the whole box
+      notes: further sentences
+      gains: one row per group and attack, as `gain_over_baseline` returns it
+
+    Args:
+      diagnostics: what `run_diagnostics` returns for the network.
+      baseline: the same for the baseline; None gives no verdict.
+      groups: name -> classes; gains are also tested on the images of each group.
+
+    Raises:
+      ValueError: where the two diagnostics differ in protocol, images or number of classes.
     """
-    reasons, notes = _forward(facts), _notes(facts)
+    reasons, notes = _forward_pass_reasons(diagnostics), _notes(diagnostics)
     if baseline is None:
-        words = "No verdict: whether a gain is real needs a baseline to compare with (config.eval.baseline)."
+        words = "No verdict on gradient masking: it needs a baseline to compare with (config.eval.baseline)."
         return {"trustworthy": None, "words": words, "reasons": reasons, "notes": notes, "gains": []}
     for name in ("protocol", "label", "classes"):
-        if facts[name] != baseline[name]:
-            raise ValueError(f"The network and its baseline were probed in different ways: see {name!r}.")
-    label, mine, theirs = np.asarray(facts["label"]), rows(facts), rows(baseline)
-    parts = {"": np.ones(len(label), bool)}
-    parts |= {name: np.isin(label, ids) for name, ids in (groups or {}).items() if np.isin(label, ids).any()}
-    steps = facts["protocol"]["num_steps"]
+        if diagnostics[name] != baseline[name]:
+            raise ValueError(f"The diagnostics of the network and its baseline differ in {name!r}; make both alike.")
+    label = np.asarray(diagnostics["label"])
+    correct, baseline_correct = correct_by_attack(diagnostics), correct_by_attack(baseline)
+    masks = {"": np.ones(len(label), bool)}
+    masks |= {name: np.isin(label, ids) for name, ids in (groups or {}).items() if np.isin(label, ids).any()}
+    steps = diagnostics["protocol"]["num_steps"]
     gains = [
-        gain(group, attack, *({name: column[part] for name, column in side.items()} for side in (mine, theirs)))
-        for group, part in parts.items()
+        gain_over_baseline(group, attack, _select(correct, mask), _select(baseline_correct, mask))
+        for group, mask in masks.items()
         for attack in (f"pgd{steps}", f"cw{steps}")
     ]
-    for group in parts:
-        if unreal := [row for row in gains if row["group"] == group and not row["real"]]:
-            reasons.append(_unreal(unreal))
-    reasons += _masked(facts, baseline, mine, theirs)
-    notes += _gaps(gains, facts, baseline)
-    whole = next(row for row in gains if not row["group"])
-    figures = f"{title(whole['attack'])} {_share(whole['accuracy'])}, worst case {_share(whole['worst'])}"
-    figures += f"; baseline {_share(whole['baseline'])} and {_share(whole['baseline_worst'])}"
-    words = f"Not trustworthy ({figures})." if reasons else f"Trustworthy ({figures})."
-    return {"trustworthy": not reasons, "words": words, "reasons": reasons, "notes": notes, "gains": gains}
+    for group in masks:
+        if rejected := [row for row in gains if row["group"] == group and not row["real"]]:
+            reasons.append(_rejected_gain(rejected))
+    reasons += _masking_signs(diagnostics, baseline, correct, baseline_correct)
+    notes += _gap_notes(gains, diagnostics, baseline)
+    row = next(row for row in gains if not row["group"])
+    figures = f"{title(row['attack'])} {_percent(row['accuracy'])}, worst case {_percent(row['worst'])}"
+    figures += f"; baseline {_percent(row['baseline'])} and {_percent(row['baseline_worst'])}"
+    words = "Not trustworthy: signs of gradient masking" if reasons else "Trustworthy: no sign of gradient masking"
+    return {
+        "trustworthy": not reasons,
+        "words": f"{words} ({figures}).",
+        "reasons": reasons,
+        "notes": notes,
+        "gains": gains,
+    }
 
 
-def worst(columns: Rows) -> np.ndarray:
-    """bool [n]: right clean and under every attack at the radius that is evaluated."""
+def worst_case_correct(columns: Columns) -> np.ndarray:
+    """bool [n]: correct on the clean image and under every attack at the evaluated radius."""
     return np.logical_and.reduce([column for name, column in columns.items() if not name.startswith("radius_")])
 
 
-def by_gradient(columns: Rows) -> np.ndarray:
-    """bool [n]: right clean and under every attack that follows the network's own gradient."""
-    return worst({name: column for name, column in columns.items() if name not in OTHERS})
+def gradient_attacks_correct(columns: Columns) -> np.ndarray:
+    """bool [n]: correct on the clean image and under every attack that follows the network's own gradient."""
+    return worst_case_correct({name: column for name, column in columns.items() if name not in OTHER_ATTACKS})
 
 
-def gain(group: str, attack: str, mine: Rows, theirs: Rows) -> dict[str, Any]:
-    """What is gained over the baseline under an attack, and what of it is left in the worst case; shares of images.
+def gain_over_baseline(group: str, attack: str, correct: Columns, baseline_correct: Columns) -> dict[str, Any]:
+    """Returns the gain over the baseline under an attack and what is left of it in the worst case; shares of images.
 
-    Not real: the gain and what is lost of it are beyond their noise; more is lost than left; and what is left is within
-    its noise, or the difference is beyond.
+    The gain is rejected (`real` is False) where all of this holds: the gain and the part of it that vanishes are above
+    their noise; more vanishes than is left; and what is left is within its noise, or the excess of the vanished part is
+    above its own.
     """
-    under = np.asarray(mine[attack], float) - theirs[attack]
-    left = np.asarray(worst(mine), float) - worst(theirs)
-    (gained, noise), (lost, lost_noise), (kept, kept_noise) = beyond(under), beyond(under - left), beyond(left)
-    more, more_noise = beyond(under - 2 * left)  # lost than left
-    unreal = gained > noise and lost > lost_noise and more > 0 and (kept <= kept_noise or more > more_noise)
-    strongest = min((name for name in mine if not name.startswith("radius_")), key=lambda name: mine[name].mean())
+    gain_per_image = np.asarray(correct[attack], float) - baseline_correct[attack]
+    left_per_image = np.asarray(worst_case_correct(correct), float) - worst_case_correct(baseline_correct)
+    gain, noise = mean_and_noise(gain_per_image)
+    lost, lost_noise = mean_and_noise(gain_per_image - left_per_image)
+    left, left_noise = mean_and_noise(left_per_image)
+    excess, excess_noise = mean_and_noise(gain_per_image - 2 * left_per_image)  # of lost over left
+    rejected = gain > noise and lost > lost_noise and excess > 0 and (left <= left_noise or excess > excess_noise)
+    strongest = min((name for name in correct if not name.startswith("radius_")), key=lambda name: correct[name].mean())
     return {
         "group": group,
         "attack": attack,
-        "accuracy": float(mine[attack].mean()),
-        "baseline": float(theirs[attack].mean()),
-        "worst": float(worst(mine).mean()),
-        "baseline_worst": float(worst(theirs).mean()),
-        "gain": gained,
+        "accuracy": float(correct[attack].mean()),
+        "baseline": float(baseline_correct[attack].mean()),
+        "worst": float(worst_case_correct(correct).mean()),
+        "baseline_worst": float(worst_case_correct(baseline_correct).mean()),
+        "gain": gain,
         "noise": noise,
         "lost": lost,
         "lost_noise": lost_noise,
         "strongest": strongest,
-        "strongest_accuracy": float(mine[strongest].mean()),
-        "left": kept,
-        "left_noise": kept_noise,
-        "real": not unreal,
+        "strongest_accuracy": float(correct[strongest].mean()),
+        "left": left,
+        "left_noise": left_noise,
+        "real": not rejected,
     }
 
 
-def figures(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The facts without a value per image, for a report: accuracies in [0, 1], lists for the two curves."""
-    columns, protocol = rows(facts), facts["protocol"]
+def summarise_diagnostics(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the diagnostics averaged over images, for a report: accuracies in [0, 1], lists for the two curves."""
+    columns, protocol = correct_by_attack(diagnostics), diagnostics["protocol"]
     radii = [columns[f"pgd{protocol['num_steps']}"], *(c for name, c in columns.items() if name.startswith("radius_"))]
-    leads = [columns[name] for name in facts["scales"]]
+    leads = [columns[name] for name in diagnostics["scales"]]
     single = ("classes", "logits_change", "probabilities", "logit_lead")
-    return {name: facts[name] for name in single} | {
-        "zero_gradient": float(unpacked(facts["zero_gradient"]).mean()),
+    return {name: diagnostics[name] for name in single} | {
+        "zero_gradient": float(text_to_bits(diagnostics["zero_gradient"]).mean()),
         "accuracy": {name: float(column.mean()) for name, column in columns.items() if "_" not in name},
-        "worst": float(worst(columns).mean()),
+        "worst": float(worst_case_correct(columns).mean()),
         "by_lead": [[lead, float(c.mean())] for lead, c in zip(protocol["leads"], leads, strict=True)],
         "by_radius": [[radius, float(c.mean())] for radius, c in zip(protocol["radii"], radii, strict=True)],
     }
 
 
-def _forward(facts: Mapping[str, Any]) -> list[str]:
-    found = []
-    if not facts["logits_change"] <= ROUNDING:
-        found.append(
-            f"The forward pass is random: the logits of the same image differ by {facts['logits_change']:.2g} of the "
-            "largest between two passes, and an attack on one of them is none on the other (AutoAttack's version "
-            "'rand' averages)."
-        )
-    if facts["batch_change"] > max(DEPENDENCE, facts["logits_change"]):
-        found.append(
-            f"The logits of an image change with the other images of its batch, by {facts['batch_change']:.2g} of the "
-            "largest: what is measured depends on the batches. Is the network in training mode?"
-        )
-    if facts["probabilities"]:
-        found.append(
-            "The logits are probabilities: they add up to one, and an attack on their cross-entropy applies a second "
-            "softmax. Return what comes before the first."
-        )
-    return found
+def _select(columns: Columns, mask: np.ndarray) -> Columns:
+    return {name: column[mask] for name, column in columns.items()}
 
 
-def _notes(facts: Mapping[str, Any]) -> list[str]:
-    classes, notes = facts["classes"], []
-    if facts["not_finite"]:
-        notes.append(f"The logits of {facts['not_finite']} clean images are not finite: they count as wrong.")
+def _forward_pass_reasons(diagnostics: Mapping[str, Any]) -> list[str]:
+    reasons = []
+    if not diagnostics["logits_change"] <= ROUNDING:
+        reasons.append(
+            f"The forward pass is random (stochastic gradients): between two passes the logits of an image change by "
+            f"{diagnostics['logits_change']:.2g} of the largest. Use attacks that average over passes (AutoAttack's "
+            "version 'rand')."
+        )
+    if diagnostics["batch_change"] > max(DEPENDENCE, diagnostics["logits_change"]):
+        reasons.append(
+            "The logits of an image change with the other images of its batch, by "
+            f"{diagnostics['batch_change']:.2g} of the largest: the accuracies depend on the batches. Is the network "
+            "in training mode?"
+        )
+    if diagnostics["probabilities"]:
+        reasons.append(
+            "The logits are probabilities: they add up to one, and the cross-entropy of an attack applies a second "
+            "softmax (vanishing gradients). Return the logits before the softmax."
+        )
+    return reasons
+
+
+def _notes(diagnostics: Mapping[str, Any]) -> list[str]:
+    classes, notes = diagnostics["classes"], []
+    if diagnostics["not_finite"]:
+        notes.append(f"The logits of {diagnostics['not_finite']} clean images are not finite: they count as wrong.")
     if classes < 4:
-        notes.append(f"There are {classes} classes, and AutoAttack's targeted ratio needs four: it takes differences.")
+        notes.append(
+            f"There are {classes} classes: AutoAttack's targeted loss, a ratio, needs four and is replaced by a "
+            "difference of logits."
+        )
     return notes
 
 
-def _unreal(unreal: Sequence[Mapping[str, Any]]) -> str:
-    """One sentence on the gains of one group that are not real."""
-    under = ", ".join(
-        f"{title(row['attack'])} {_share(row['accuracy'])} against {_share(row['baseline'])} "
+def _rejected_gain(rejected: Sequence[Mapping[str, Any]]) -> str:
+    """Returns one sentence on the rejected gains of one group."""
+    accuracies = ", ".join(
+        f"{title(row['attack'])} {_percent(row['accuracy'])} against {_percent(row['baseline'])} "
         f"({100 * row['gain']:+.1f} points, noise {100 * row['noise']:.1f})"
-        for row in unreal
+        for row in rejected
     )
-    row = unreal[0]
+    row = rejected[0]
     where = f"in the {row['group']} " if row["group"] else ""
     return (
-        f"The gain {where}over the baseline is not real: {under}; in the worst case {_share(row['worst'])} against "
-        f"{_share(row['baseline_worst'])} ({100 * row['left']:+.1f} points, noise {100 * row['left_noise']:.1f}). The "
-        f"strongest single attack, {_named(row['strongest'])}, leaves {_share(row['strongest_accuracy'])}."
+        f"Most of the gain {where}over the baseline vanishes in the worst case: {accuracies}; worst case "
+        f"{_percent(row['worst'])} against {_percent(row['baseline_worst'])} ({100 * row['left']:+.1f} points, noise "
+        f"{100 * row['left_noise']:.1f}). Strongest single attack: {_attack_name(row['strongest'])} "
+        f"({_percent(row['strongest_accuracy'])})."
     )
 
 
-def _masked(facts: Mapping[str, Any], baseline: Mapping[str, Any], mine: Rows, theirs: Rows) -> list[str]:
-    """Signs that the attacks by gradient do not see the network, each above what the baseline shows."""
-    found = []
-    zero, zeros = (unpacked(side["zero_gradient"]) for side in (facts, baseline))
-    if exceeds(zero, zeros):
-        found.append(
-            f"The input gradient is exactly zero on {_share(zero.mean())} of the images (baseline "
-            f"{_share(zeros.mean())}): attacks that follow it see nothing there."
+def _masking_signs(
+    diagnostics: Mapping[str, Any], baseline: Mapping[str, Any], correct: Columns, baseline_correct: Columns
+) -> list[str]:
+    """Returns one sentence for each sign of gradient masking that is stronger than on the baseline."""
+    signs = []
+    zero, baseline_zero = (text_to_bits(side["zero_gradient"]) for side in (diagnostics, baseline))
+    if significantly_larger(zero, baseline_zero):
+        signs.append(
+            f"The input gradient is exactly zero on {_percent(zero.mean())} of the images (baseline "
+            f"{_percent(baseline_zero.mean())}): gradient attacks cannot move these images."
         )
-    for name, said in {"square": "Square breaks", "transfer": "Examples made on the baseline break"}.items():
-        if name not in mine or name not in theirs:
+    for name, subject in (("square", "Square"), ("transfer", "The transfer attack from the baseline")):
+        if name not in correct or name not in baseline_correct:
             continue
-        broken, usual = (by_gradient(side) & ~side[name] for side in (mine, theirs))
-        if exceeds(broken, usual):
-            found.append(
-                f"{said} {_share(broken.mean())} of the images, which no attack on the network's own gradient "
-                f"breaks (baseline {_share(usual.mean())}): the gradient does not lead where the network fails."
-            )
-    last = max((name for name in mine if name.startswith("radius_")), key=lambda name: float(name[7:]), default=None)
-    if last and exceeds(mine[last], theirs[last]):
-        found.append(
-            f"{_share(mine[last].mean())} of the images stay right at a radius of {facts['protocol']['radii'][-1]:g}, "
-            f"where every image can become any other (baseline {_share(theirs[last].mean())}): the attack fails."
+        broken, baseline_broken = (
+            gradient_attacks_correct(columns) & ~columns[name] for columns in (correct, baseline_correct)
         )
-    return found
+        if significantly_larger(broken, baseline_broken):
+            signs.append(
+                f"{subject} breaks {_percent(broken.mean())} of the images that withstand all attacks on the network's "
+                f"own gradient (baseline {_percent(baseline_broken.mean())}): the gradient does not lead to "
+                "adversarial examples that exist."
+            )
+    largest = max(
+        (name for name in correct if name.startswith("radius_")), key=lambda name: float(name[7:]), default=None
+    )
+    if largest and significantly_larger(correct[largest], baseline_correct[largest]):
+        signs.append(
+            f"{_percent(correct[largest].mean())} of the images withstand PGD at a radius of "
+            f"{diagnostics['protocol']['radii'][-1]:g}, which covers the whole pixel range (baseline "
+            f"{_percent(baseline_correct[largest].mean())}): the attack fails where adversarial examples must exist."
+        )
+    return signs
 
 
-def _gaps(gains: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], baseline: Mapping[str, Any]) -> list[str]:
-    """Real gains, or none, whose gap to the worst case is wider than the baseline's: honest, but to be quoted so."""
+def _gap_notes(
+    gains: Sequence[Mapping[str, Any]], diagnostics: Mapping[str, Any], baseline: Mapping[str, Any]
+) -> list[str]:
+    """Returns notes on gaps between PGD or CW and the worst case that exceed the baseline's, and on the logit lead."""
     wide = [row for row in gains if not row["group"] and row["real"] and row["lost"] > row["lost_noise"]]
-    found = [
-        f"{title(row['attack'])} says {100 * (row['accuracy'] - row['worst']):.1f} points more than the worst case "
-        f"(baseline {100 * (row['baseline'] - row['baseline_worst']):.1f}): quote the worst case."
+    notes = [
+        f"The accuracy under {title(row['attack'])} is {100 * (row['accuracy'] - row['worst']):.1f} points above the "
+        f"worst case (baseline {100 * (row['baseline'] - row['baseline_worst']):.1f}): report the worst case."
         for row in wide
     ]
-    leads = f"{facts['logit_lead']:.3g} (baseline {baseline['logit_lead']:.3g})"
-    return [*found, f"The largest logit leads the second by {leads}, in the median over the images."]
+    leads = f"{diagnostics['logit_lead']:.3g} (baseline {baseline['logit_lead']:.3g})"
+    return [*notes, f"Median gap between the largest and the second logit: {leads}."]
 
 
-def _named(column: str) -> str:
-    """How a column is called in a sentence: scale_0.1 is an attack on rescaled logits."""
+def _attack_name(column: str) -> str:
+    """Returns the name of a column in a sentence; `scale_0.1` is PGD on rescaled logits."""
     if column.startswith("scale_"):
-        return f"PGD on logits rescaled to lead by {column.removeprefix('scale_')}"
-    return OTHERS.get(column, title(column))
+        return f"PGD on logits rescaled to a median gap of {column.removeprefix('scale_')}"
+    return OTHER_ATTACKS.get(column, title(column))
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f} %"
+def _percent(share: float) -> str:
+    return f"{100 * share:.1f} %"

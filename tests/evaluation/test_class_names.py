@@ -1,4 +1,4 @@
-"""Names of classes with all that breaks tables, markup and pictures: each stands in its row as it is."""
+"""Class names with characters that break tables, markup and plots are shown literally."""
 
 import io
 import re
@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import rich.console
 
-from lt_adv.evaluation import Records, markdown, plots, show, summarise
-from lt_adv.evaluation.report import literal, table
+from lt_adv.evaluation import Records, markdown_report, plots, print_summary, summarise
+from lt_adv.evaluation.report import escape_markdown, table
 
 NAMES = [
     "line\nbreak",
@@ -46,13 +46,13 @@ def records():
 
 
 def cells(row):
-    """Of a row of a table, as GitHub splits it: a bar counts unless an odd number of backslashes stands before it."""
+    """Splits a table row as GitHub does: at bars that do not follow an odd number of backslashes."""
     assert row.startswith("| ") and row.endswith(" |")
-    return re.sub(r"\\(.)", lambda found: found[1] if found[1] != "|" else "\0", row[2:-2]).split(" | ")
+    return re.sub(r"\\(.)", lambda match: match[1] if match[1] != "|" else "\0", row[2:-2]).split(" | ")
 
 
 def test_the_report_has_a_row_for_each_class(records):
-    text = markdown({**summarise(records, COUNTS), "context": {"class_counts": COUNTS}})
+    text = markdown_report({**summarise(records, COUNTS), "context": {"class_counts": COUNTS}})
     assert text.splitlines() == text.removesuffix("\n").split("\n"), "no other kind of line break"
     section = text.split("## Classes\n\n")[1].strip().split("\n")
     rows = [cells(row) for row in section[2:]]
@@ -65,14 +65,14 @@ def test_the_report_has_a_row_for_each_class(records):
     assert warning.startswith("> **Warning.** clean: 21 of 22 classes")
 
 
-def test_a_table_of_any_cells():
+def test_table_cells_are_escaped():
     lines = table(["a|b", "c\nd"], [["\\|", "x"]], left=2).split("\n")
     assert lines == ["| a\\|b | c\\nd |", "| :-- | :-- |", "| \\| | x |"]
-    assert literal("great_white") == "great_white" and literal("_a_") == "\\_a\\_"
+    assert escape_markdown("great_white") == "great_white" and escape_markdown("_a_") == "\\_a\\_"
 
 
-def test_the_pictures_show_names_as_they_are(records):
-    figure = plots.classes(summarise(records, COUNTS))
+def test_plots_show_names_literally(records):
+    figure = plots.accuracy_by_class(summarise(records, COUNTS))
     ticks = [text for axes in figure.axes[1::2] for text in axes.get_xticklabels()]
     assert [text.get_text() for text in ticks][:1] + [text.get_text() for text in ticks][7:9] == [
         "line\\nbreak",
@@ -81,18 +81,18 @@ def test_the_pictures_show_names_as_they_are(records):
     ]
     assert plots.png(figure).startswith(b"\x89PNG")
     groups = [text.get_text() for text in figure.axes[0].texts if text.get_text() in ("head", "body", "tail")]
-    assert groups == ["head", "body", "tail"], "classes of the same name are in groups of their own"
+    assert groups == ["head", "body", "tail"], "classes of the same name are grouped by position"
     image = np.zeros((2, 4, 4, 1))
     shown = {"attack": "pgd", "eps": 0.1, "clean": image, "adversarial": image, "label": np.array([0, 8])}
     shown |= {"clean_prediction": np.array([7, 8]), "prediction": np.array([0, 12])}
-    assert plots.png(plots.examples(shown, NAMES, COUNTS)).startswith(b"\x89PNG")
+    assert plots.png(plots.example_images(shown, NAMES, COUNTS)).startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("markup", [True, False])
-def test_the_terminal_takes_no_markup_from_names(records, markup):
+def test_names_are_not_markup_in_the_terminal(records, markup):
     records = Records(records.header, records.index, records.label, records.clean, {"[red]x": records.clean})
     summary = {**summarise(records, COUNTS), "context": {"class_counts": COUNTS}}
     console = rich.console.Console(file=io.StringIO(), width=500, markup=markup)
-    show(summary, console)
+    print_summary(summary, console)
     text = console.file.getvalue()
     assert "[red]x" in text and "[red]colour[/red]" in text and "\x1b[31m" not in text and "two\\r\\nlines" in text

@@ -1,0 +1,136 @@
+"""Comparison of a network with a baseline: diagnostics of both on the same images, and the verdict on gradient masking.
+
+Diagnostics take minutes, so they are stored and reused for the same code, images, weights and protocol.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import rich.console
+from etils import epath
+from jax.sharding import Mesh
+
+from lt_adv import data
+from lt_adv.evaluation.attack_specs import needs_all_images, split_digest, weights_digest
+from lt_adv.evaluation.masking import diagnose
+from lt_adv.evaluation.masking.verdict import masking_verdict, summarise_diagnostics
+from lt_adv.evaluation.records import digest
+from lt_adv.runtime import atomic_io, environment
+
+NUM_STEPS = 20  # of PGD and CW
+
+
+class ComparedNetwork(NamedTuple):
+    """A network under comparison, and where its diagnostics are stored."""
+
+    apply: diagnose.Apply
+    variables: Any
+    directory: epath.Path  # diagnostics are stored in its folder gradient_masking
+    identity: Any  # JSON: what `apply` depends on beside the code and the variables; part of the name of the file
+
+
+def masking_protocol(attack: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """Returns the options of `run_diagnostics` that follow from an evaluation.
+
+    `attack` gives eps, step_size and norm. AutoAttack replaces Square where the evaluation runs it, that is where it is
+    among the attacks `specs`.
+    """
+    versions = [spec.get("version") or "standard" for spec in specs.values() if needs_all_images(spec)]
+    return {
+        "eps": attack["eps"],
+        "step_size": attack["step_size"],
+        "num_steps": NUM_STEPS,
+        "queries": diagnose.QUERIES,
+        "norm": attack.get("norm") or "linf",
+        "autoattack": versions[0] if versions else (),
+    }
+
+
+def compare_with_baseline(
+    network: ComparedNetwork,
+    baseline: ComparedNetwork,
+    images: data.Split,
+    *,
+    protocol: Mapping[str, Any],
+    groups: Mapping[str, Sequence[int]],
+    seed: int,
+    batch_size: int,
+    mesh: Mesh,
+    console: rich.console.Console,
+) -> dict[str, Any]:
+    """Returns {"verdict", "protocol", "network", "baseline"}, the last two as `summarise_diagnostics` returns them.
+
+    Args:
+      network, baseline: the two networks, of the same classes and image size.
+      images: the images for both; `diagnose.balanced_sample` chooses them.
+      protocol: what `masking_protocol` returns.
+      groups: name -> classes; gains are also tested on the images of each group.
+      seed: of the attacks.
+      batch_size, mesh: as in `run_diagnostics`.
+      console: prints a warning where diagnostics cannot be stored.
+    """
+    options = {"protocol": protocol, "seed": seed, "batch_size": batch_size, "mesh": mesh, "console": console}
+    diagnostics, baseline_diagnostics = (
+        stored_diagnostics(side, baseline, images, **options) for side in (network, baseline)
+    )
+    return {
+        "verdict": masking_verdict(
+            diagnostics, baseline_diagnostics, {name: classes for name, classes in groups.items() if len(classes)}
+        ),
+        "protocol": diagnostics["protocol"],
+        "network": summarise_diagnostics(diagnostics),
+        "baseline": summarise_diagnostics(baseline_diagnostics),
+    }
+
+
+def stored_diagnostics(
+    network: ComparedNetwork,
+    baseline: ComparedNetwork,
+    images: data.Split,
+    *,
+    protocol: Mapping[str, Any],
+    seed: int,
+    batch_size: int,
+    mesh: Mesh,
+    console: rich.console.Console,
+) -> dict[str, Any]:
+    """Returns the diagnostics of a network, read from its directory or computed and stored there.
+
+    A damaged file is computed again; a directory that cannot be written gets a warning.
+    """
+    key = {
+        "code": environment.code_digest(),
+        "jax": jax.__version__,
+        "device": str(jax.devices()),
+        "seed": seed,
+        "options": protocol,
+        "images": split_digest(images),
+        "weights": [weights_digest(side.variables) for side in (network, baseline)],
+        "network": network.identity,
+    }
+    path = network.directory / "gradient_masking" / f"{digest(key)}.json"
+    try:
+        stored = json.loads(path.read_text())
+        if digest(stored["diagnostics"]) == stored["digest"]:
+            return stored["diagnostics"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    diagnostics = diagnose.run_diagnostics(
+        jax.random.key(seed, impl="threefry2x32"),
+        network.apply,
+        network.variables,
+        images.image,
+        images.label,
+        transfer=(baseline.apply, baseline.variables),
+        mesh=mesh,
+        batch_size=batch_size,
+        **protocol,
+    )
+    try:
+        content = {"digest": digest(diagnostics), "diagnostics": diagnostics}
+        atomic_io.write_atomically(path, json.dumps(content))
+    except OSError as error:  # such as a baseline of another user
+        console.print(f"warning: {path} cannot be written ({error.strerror}).", highlight=False, soft_wrap=True)
+    return diagnostics
