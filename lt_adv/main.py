@@ -23,7 +23,12 @@ import sys
 import threading
 from collections.abc import Sequence
 
-from lt_adv.cli import flags
+from lt_adv.cli import requirements
+
+if __name__ == "__main__":
+    requirements.require_training_packages()
+
+from lt_adv.cli import flags  # noqa: E402
 
 
 class Terminated(BaseException):
