@@ -9,8 +9,8 @@ set, which should be the one that gathers the batch. One more may be there: a se
 `--compiler='{"xla_max_cross_program_prefetches": 0}'` forbids it.
 
 AT on WRN-10-1 in bfloat16, images 32 x 32, 64 a chip; a minute or more of compiling for each size. Needs
-`pip install -e '.[train,tpu]'`, and no more than one such process at a time. The test suite looks at the traced step instead
-(tests/training/test_input_pipeline.py): libtpu is 684 MB, and most machines lack it.
+`pip install -e '.[train,tpu]'`, and no more than one such process at a time. The test suite looks at the traced step
+instead (tests/training/test_input_pipeline.py): libtpu is 684 MB, and most machines lack it.
 """
 
 import argparse

@@ -12,7 +12,7 @@ import rich.console
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lt_adv.attacks import autoattack, initialization, inputs, objectives
+from lt_adv.attacks import autoattack, checks, initialization, objectives
 from lt_adv.evaluation import attack_specs, progress, records
 from lt_adv.evaluation.records import CLEAN, WORST, Records
 from lt_adv.runtime import distributed
@@ -48,7 +48,7 @@ def _judge(apply: Callable, norm: str, mesh: Mesh) -> Callable:
         delta = (x_adv - x).reshape(len(x), -1)
         size = jnp.abs(delta).max(-1) if norm == "linf" else jnp.linalg.norm(delta, axis=-1)
         outside = jnp.maximum(-x_adv, x_adv - 1.0).reshape(len(x), -1).max(-1)
-        return objectives.prediction(inputs.check_logits(logits, x)), (size, outside)
+        return objectives.prediction(checks.check_logits(logits, x)), (size, outside)
 
     return jax.jit(judge, out_shardings=NamedSharding(mesh, PartitionSpec()))
 

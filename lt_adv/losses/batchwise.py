@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.losses import class_statistics, inputs
+from lt_adv.losses import checks, class_statistics
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def tail_alignment(
     features: Array, labels: Array, *, class_counts: ArrayLike, tail: ArrayLike, margin: float = 1.0
 ) -> Array:
@@ -35,7 +35,7 @@ def tail_alignment(
     Reference: Li et al., "Alleviating the effect of data imbalance on adversarial training", 2023, for the intent.
     Differs from the released code, which is `tail_alignment_released`.
     """
-    inputs.check_numbers(0, margin=margin)
+    checks.check_numbers(0, margin=margin)
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}.")
     features = _features(features, labels, class_counts)
@@ -48,7 +48,7 @@ def tail_alignment(
     return jnp.where(_in_tail(tail, class_counts, labels), jnp.mean(weight * values, axis=-1), 0)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def tail_alignment_released(features: Array, labels: Array, *, class_counts: ArrayLike, tail: ArrayLike) -> Array:
     """TAIL as REAT's released code computes it. Arguments and result: `tail_alignment`.
 
@@ -67,7 +67,7 @@ def tail_alignment_released(features: Array, labels: Array, *, class_counts: Arr
     return jnp.where(_in_tail(tail, class_counts, labels), values, 0)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def hierarchical_equalisation(
     values: Array, labels: Array, *, num_classes: int, a: float = 0.1, b: float = 0.1, g: float = 0.1
 ) -> Array:
@@ -91,12 +91,12 @@ def hierarchical_equalisation(
 
     Reference: TAET, CVPR 2025.
     """
-    inputs.check_numbers(a=a, b=b, g=g)
-    values = inputs.floats(values)
+    checks.check_numbers(a=a, b=b, g=g)
+    values = checks.floats(values)
     if values.ndim != 1:
         raise ValueError(f"values must be one loss per example, [batch], got shape {values.shape}.")
-    inputs.check_labels(labels, len(values), num_classes)
-    member = inputs.one_hot(labels, num_classes).astype(values.dtype)
+    checks.check_labels(labels, len(values), num_classes)
+    member = checks.one_hot(labels, num_classes).astype(values.dtype)
     means = jnp.matmul(values, member, precision="highest") / (jnp.sum(member, axis=0) + 1e-10)
     share = means / (jnp.sum(means) + 1e-10)
     spread = jnp.mean(jnp.square(means - jnp.mean(means)))
@@ -120,8 +120,8 @@ def _in_tail(tail: ArrayLike, class_counts: ArrayLike, labels: Array) -> Array:
 
 def _features(features: Array, labels: Array, class_counts: ArrayLike) -> Array:
     """Features in at least float32, once the labels are checked against them."""
-    features = inputs.floats(features)
+    features = checks.floats(features)
     if features.ndim != 2:
         raise ValueError(f"features must be [batch, d], got shape {features.shape}.")
-    inputs.check_labels(labels, len(features), class_statistics.counts(class_counts).shape[0])
+    checks.check_labels(labels, len(features), class_statistics.counts(class_counts).shape[0])
     return features

@@ -8,10 +8,10 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike, DTypeLike
 
-from lt_adv.losses import inputs
+from lt_adv.losses import checks
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def counts(class_counts: ArrayLike, num_classes: int | None = None, dtype: DTypeLike = float) -> Array:
     """`class_counts` as floats [classes]; ValueError for a wrong length or, where values are known, a count below 1."""
     if class_counts is None:
@@ -29,14 +29,14 @@ def counts(class_counts: ArrayLike, num_classes: int | None = None, dtype: DType
     return result
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def log_prior(class_counts: ArrayLike, dtype: DTypeLike = float) -> Array:
     """Log frequency of each class, log pi_c = log(n_c / sum_k n_k), [classes]."""
     n = counts(class_counts, dtype=dtype)
     return jnp.log(n / n.sum())
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def ldam_margins(class_counts: ArrayLike, max_margin: float = 0.5, dtype: DTypeLike = float) -> Array:
     """Label-distribution-aware margins, m_c = max_margin (n_min / n_c)^(1/4), [classes], in units of logits.
 
@@ -46,7 +46,7 @@ def ldam_margins(class_counts: ArrayLike, max_margin: float = 0.5, dtype: DTypeL
     return max_margin * (n.min() / n) ** 0.25
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype: DTypeLike = float) -> Array:
     """Inverse effective numbers of samples, w_c proportional to (1 - beta) / (1 - beta^n_c), [classes], of mean one.
 
@@ -54,7 +54,7 @@ def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype:
 
     Reference: Cui et al., "Class-balanced loss based on effective number of samples", CVPR 2019.
     """
-    inputs.check_numbers(0, beta=beta)
+    checks.check_numbers(0, beta=beta)
     if not 0 <= beta < 1:
         raise ValueError(f"beta must be from 0 to below 1, got {beta}.")
     n = counts(class_counts, dtype=dtype)
@@ -63,7 +63,7 @@ def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype:
     return weights / weights.mean()
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def rebalanced_weights(class_counts: ArrayLike, predicted_counts: ArrayLike, dtype: DTypeLike = float) -> Array:
     """REAT's class weights, w_c proportional to 1 / (E_c + 1e-5), [classes], of mean one.
 

@@ -16,27 +16,27 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.losses import class_statistics, inputs
+from lt_adv.losses import checks, class_statistics
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def cross_entropy(logits: Array, labels: Array, *, class_counts: ArrayLike | None = None) -> Array:
     """Cross-entropy, -log softmax(z)_y. Arguments and result: top of the module."""
-    logits = inputs.logits_of(logits, labels)
+    logits = checks.logits_of(logits, labels)
     return -_at_label(jax.nn.log_softmax(logits), labels)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def balanced_softmax(logits: Array, labels: Array, *, class_counts: ArrayLike) -> Array:
     """Balanced softmax, the cross-entropy of z + log n. Arguments and result: top of the module.
 
     Reference: Ren et al., "Balanced meta-softmax for long-tailed visual recognition", NeurIPS 2020.
     """
-    logits = inputs.logits_of(logits, labels)
+    logits = checks.logits_of(logits, labels)
     return cross_entropy(logits + jnp.log(_counts(class_counts, logits))[None, :], labels)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def logit_adjustment(logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 1.0) -> Array:
     """Logit-adjusted cross-entropy, of z + tau log pi. Arguments and result: top of the module.
 
@@ -44,12 +44,12 @@ def logit_adjustment(logits: Array, labels: Array, *, class_counts: ArrayLike, t
 
     Reference: Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, eq. 10.
     """
-    inputs.check_numbers(tau=tau)
-    logits = inputs.logits_of(logits, labels)
+    checks.check_numbers(tau=tau)
+    logits = checks.logits_of(logits, labels)
     return cross_entropy(logits + tau * _log_prior(class_counts, logits)[None, :], labels)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def ldam(
     logits: Array, labels: Array, *, class_counts: ArrayLike, max_margin: float = 0.5, scale: float = 1.0
 ) -> Array:
@@ -60,14 +60,14 @@ def ldam(
     Reference: Cao et al., "Learning imbalanced datasets with label-distribution-aware margin loss", NeurIPS 2019.
     Differs from its released code: s defaults to 1 (the robust long-tail study) and not 30 (normalised features).
     """
-    inputs.check_numbers(max_margin=max_margin, scale=scale)
-    logits = inputs.logits_of(logits, labels)
+    checks.check_numbers(max_margin=max_margin, scale=scale)
+    logits = checks.logits_of(logits, labels)
     n = _counts(class_counts, logits)
     margins = class_statistics.ldam_margins(n, max_margin, n.dtype)
     return cross_entropy(scale * (logits - _of_label(margins, logits, labels)), labels)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def robal_margin(
     logits: Array,
     labels: Array,
@@ -98,15 +98,15 @@ def robal_margin(
 
     Reference: Wu et al., "Adversarial robustness under long-tailed distribution", CVPR 2021.
     """
-    inputs.check_numbers(margin=margin, scale=scale, tau_b=tau_b, tau_m=tau_m)
-    logits = inputs.logits_of(logits, labels)
+    checks.check_numbers(margin=margin, scale=scale, tau_b=tau_b, tau_m=tau_m)
+    logits = checks.logits_of(logits, labels)
     n = _counts(class_counts, logits)
     margins = scale * margin + tau_m * jnp.log(n / n.min())
     prior = tau_b * _log_prior(class_counts, logits)
     return cross_entropy(scale * logits - _of_label(margins, logits, labels) + prior[None, :], labels)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def class_dependent_temperature(logits: Array, labels: Array, *, class_counts: ArrayLike, tau: float = 0.3) -> Array:
     """CDT: the cross-entropy of z_c / (n_max / n_c)^tau. Arguments and result: top of the module.
 
@@ -114,13 +114,13 @@ def class_dependent_temperature(logits: Array, labels: Array, *, class_counts: A
 
     Reference: Ye et al., "Identifying and compensating for feature deviation in imbalanced deep learning", 2020.
     """
-    inputs.check_numbers(tau=tau)
-    logits = inputs.logits_of(logits, labels)
+    checks.check_numbers(tau=tau)
+    logits = checks.logits_of(logits, labels)
     n = _counts(class_counts, logits)
     return cross_entropy(logits * ((n / n.max()) ** tau)[None, :], labels)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def focal(
     logits: Array,
     labels: Array,
@@ -136,12 +136,12 @@ def focal(
 
     Reference: Lin et al., "Focal loss for dense object detection", ICCV 2017, eq. 4 (sigmoid).
     """
-    inputs.check_numbers(0, gamma=gamma)
-    logits = inputs.logits_of(logits, labels)
+    checks.check_numbers(0, gamma=gamma)
+    logits = checks.logits_of(logits, labels)
     if activation == "softmax":
         return _focal_term(_at_label(jax.nn.log_softmax(logits), labels), gamma)
     if activation == "sigmoid":
-        signed = jnp.where(inputs.one_hot(labels, logits.shape[-1]), logits, -logits)
+        signed = jnp.where(checks.one_hot(labels, logits.shape[-1]), logits, -logits)
         return _focal_term(jax.nn.log_sigmoid(signed), gamma).sum(axis=-1)
     raise ValueError(f"Unknown activation {activation!r}. There are: softmax, sigmoid.")
 
@@ -163,8 +163,8 @@ def _log_prior(class_counts: ArrayLike, logits: Array) -> Array:
 
 def _of_label(per_class: Array, logits: Array, labels: Array) -> Array:
     """[batch, classes]: what the label's class has in the place of the label, and zero elsewhere."""
-    return jnp.where(inputs.one_hot(labels, logits.shape[-1]), per_class[None, :], 0)
+    return jnp.where(checks.one_hot(labels, logits.shape[-1]), per_class[None, :], 0)
 
 
 def _at_label(values: Array, labels: Array) -> Array:
-    return jnp.sum(jnp.where(inputs.one_hot(labels, values.shape[-1]), values, 0), axis=-1)
+    return jnp.sum(jnp.where(checks.one_hot(labels, values.shape[-1]), values, 0), axis=-1)

@@ -289,7 +289,7 @@ def test_custom_objectives():
         ({"y": np.eye(CLASSES)[Y]}, "integer labels"),
         ({"y": Y + CLASSES}, "y must be labels of 5 classes, got [5-9] to"),
         ({"x": X[:0], "y": Y[:0]}, "Nothing to attack"),
-        ({"logits_fn": lambda x: network(x)[:, :1]}, "nothing to attack in 1 class"),
+        ({"logits_fn": lambda x: network(x)[:, :1]}, "nothing to attack: logits_fn returns logits of 1 class"),
         ({"key": jax.random.PRNGKey(0)}, "key must be typed"),
     ],
 )

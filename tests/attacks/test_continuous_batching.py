@@ -57,7 +57,7 @@ def test_taking_turns_changes_nothing(attack, monkeypatch):
     y, eps = labels(x), np.linspace(0.001, 0.06, 13)
     alone, _ = run(attack, x, y, eps, 13)
     assert 3 <= sum(broken for broken, _, _ in alone.values()) <= 10, "some are broken soon, some late, some never"
-    monkeypatch.setattr(continuous_batching, "TURN", 1)
+    monkeypatch.setattr(continuous_batching, "MAX_STEPS_IN_SLOT", 1)
     for size in (3, 7, 12):
         assert_same(alone, run(attack, x, y, eps, size)[0])
 
@@ -66,7 +66,7 @@ def test_taking_turns_changes_nothing(attack, monkeypatch):
 def test_the_last_images_do_not_run_on_alone(attack, monkeypatch):
     """Ten images that never break in eight slots: two of them after the others would keep eight slots for all their
     steps once more, 63 % of the slots at work."""
-    monkeypatch.setattr(continuous_batching, "TURN", 1)
+    monkeypatch.setattr(continuous_batching, "MAX_STEPS_IN_SLOT", 1)
     x = images(10)
     y = np.asarray(network(x).argmax(-1))
     found, computed = run(attack, x, y, 0.0, 8)
@@ -79,14 +79,14 @@ def test_where_many_wait_an_image_is_finished_first(monkeypatch):
     x = images(24)
     y = np.asarray(network(x).argmax(-1))
     begun, finished, behind = set(), set(), []
-    keys_of = continuous_batching.example_keys
+    keys_of = continuous_batching.fold_in_numbers
 
     def seen(keys, turns):
         begun.update(np.asarray(jax.random.key_data(keys))[:, 1].tolist())
         behind.append(len(begun) - len(finished))
         return keys_of(keys, turns)
 
-    monkeypatch.setattr(continuous_batching, "example_keys", seen)
+    monkeypatch.setattr(continuous_batching, "fold_in_numbers", seen)
     net = continuous_batching.network(network, x[0], 4, False, jax.local_devices()[:1])
     keys = jax.random.split(jax.random.key(0), 24)
     targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
@@ -98,7 +98,7 @@ def test_where_many_wait_an_image_is_finished_first(monkeypatch):
 
 
 def test_whole_attack_with_turns(monkeypatch):
-    monkeypatch.setattr(continuous_batching, "TURN", 100)
+    monkeypatch.setattr(continuous_batching, "MAX_STEPS_IN_SLOT", 100)
     x = images(11)
     options = {"eps": 0.05, "version": ("square",), "num_queries": 400}
     whole, parts = (
@@ -127,7 +127,9 @@ def test_a_random_network_is_judged_by_fresh_draws_and_a_broken_image_stays_brok
         return jnp.stack([jnp.where(own, 1.0, -1.0), jnp.zeros(len(x))], -1) + 0 * x.sum((1, 2, 3))[:, None]
 
     keys = jax.random.split(jax.random.key(5), 6)
-    judgements = [continuous_batching.example_keys(keys[3:4], np.uint32(len(ATTACKS) + number)) for number in range(3)]
+    judgements = [
+        continuous_batching.fold_in_numbers(keys[3:4], np.uint32(len(ATTACKS) + number)) for number in range(3)
+    ]
     allowed = jax.random.key_data(jnp.concatenate(judgements))
     result = attacks.autoattack(keys, by_key, x[:6], np.zeros(6, int), eps=0.02, version="rand", batch_size=6)
     np.testing.assert_array_equal(result.correct, np.arange(6) == 3)

@@ -48,7 +48,7 @@ def test_what_autoattack_notes_is_in_the_report(run, tmp_path):
     warnings = summarise(results, COUNTS)["warnings"]
     for words in (
         "autoattack: The logits of an image change with the other images of its batch",
-        "autoattack: apgd-t: the targeted ratio needs four classes",
+        "autoattack: apgd-t: the targeted DLR needs four classes",
     ):
         assert sum(line.startswith(words) for line in warnings) == 1, warnings
     assert "The logits of an image change with the other images" in printed

@@ -16,9 +16,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv import attacks
 from lt_adv.attacks._autoattack import attacks_of
+from lt_adv.attacks.checks import check_images, check_logits
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import threefry
-from lt_adv.attacks.inputs import check_images, check_logits
 
 # How far the largest logit leads, in the median, when PGD looks at the rescaled logits. Relative to the network's own
 # scale, so that no temperature, however large or small, lies outside the sweep.

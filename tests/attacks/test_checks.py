@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lt_adv import attacks, losses
-from lt_adv.attacks import inputs
+from lt_adv.attacks import checks
 from tests.attacks.few_steps import ATTACKS, KEY, X, Y, network, wrong
 
 # Labels, logits, images and options
@@ -114,7 +114,7 @@ def test_the_box_is_checked(name):
 
 @pytest.mark.parametrize("bounds", [(np.float64(0), np.float32(1)), [0, 1], jnp.array([0.0, 1.0]), (False, True)])
 def test_bounds_of_any_kind(bounds):
-    assert inputs.check_bounds(bounds) == (0.0, 1.0)
+    assert checks.check_bounds(bounds) == (0.0, 1.0)
 
 
 NUMBERS = {
