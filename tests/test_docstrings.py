@@ -6,6 +6,7 @@ import inspect
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from lt_adv import attacks, losses
@@ -16,6 +17,13 @@ PUBLIC = {
     for name in package.__all__
 }
 NAMES = {"jax": jax, "jnp": jnp, "attacks": attacks, "losses": losses}
+
+
+@pytest.fixture(autouse=True)
+def three_digits():
+    """The examples show three digits, so that they do not depend on rounding."""
+    with np.printoptions(precision=3, suppress=True):
+        yield
 
 
 @pytest.mark.parametrize("name", PUBLIC)

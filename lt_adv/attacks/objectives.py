@@ -30,7 +30,7 @@ def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array
       ValueError: for logits or labels that do not fit.
 
     Example:
-      >>> attacks.cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([1])).round(3)
+      >>> attacks.cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([1]))
       Array([2.127], dtype=float32)
     """
     logits, logit_scale = _floats(logits, y), checks.traceable_number("logit_scale", logit_scale, 0)
@@ -60,7 +60,7 @@ def stable_cross_entropy(logits: Array, y: Array) -> Array:
       ValueError: for logits or labels that do not fit.
 
     Example:
-      >>> attacks.stable_cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([1])).round(3)
+      >>> attacks.stable_cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([1]))
       Array([2.127], dtype=float32)
     """
     logits = _floats(logits, y)
@@ -219,7 +219,7 @@ def kl_divergence(logits: Array, probs: Array) -> Array:
       ValueError: if the two shapes differ.
 
     Example:
-      >>> attacks.kl_divergence(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 0.0]])).round(3)
+      >>> attacks.kl_divergence(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 0.0]]))
       Array([0.693], dtype=float32)
 
     References:

@@ -278,3 +278,23 @@ def test_losses_refuse_what_is_not_logits(logits):
         losses.cross_entropy(logits, Y)
     with pytest.raises(ValueError, match="array of numbers"):
         attacks.cross_entropy(logits, Y)
+
+
+@pytest.mark.parametrize("objective", [None, "cross_entropy", 1.0])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "apgd", "apgd_targeted", "square"])
+def test_objective_must_be_a_function(name, objective):
+    with pytest.raises(ValueError, match=r"objective must be a function \(logits, y\) -> \[batch\]") as caught:
+        ATTACKS[name](KEY, network, X, Y, eps=0.1, objective=objective)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_classes", ["4", None, 0, -1, 2.5, True])
+def test_number_of_classes_must_be_a_positive_int(num_classes):
+    with pytest.raises(ValueError, match="num_classes must be a Python int, 1 or more"):
+        losses.hierarchical_equalisation(jnp.ones(32), Y, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("option", ["epsilon", "temperature", "beta"])
+def test_constant_options_of_losses_cannot_be_traced(option):
+    with pytest.raises(ValueError, match=f"{option} must be a constant when the loss is traced"):
+        jax.jit(lambda value: OPTIONS[option](network(X), value))(0.5)
