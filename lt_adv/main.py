@@ -24,7 +24,12 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from lt_adv.cli import flags
+from lt_adv.cli import requirements
+
+if __name__ == "__main__":
+    requirements.require_training_packages()
+
+from lt_adv.cli import flags  # noqa: E402
 
 
 class Terminated(BaseException):

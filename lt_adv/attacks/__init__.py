@@ -1,7 +1,16 @@
-"""Adversarial attacks as pure functions of a key. Needs jax alone.
+"""Adversarial attacks as pure functions of a key. Needs jax and numpy only.
 
 `attack(key, logits_fn, x, y, *, eps, ...) -> x_adv` works on any JAX function from images to logits, under jit, vmap,
-pmap and shard_map; `jit` is the jitted form. Objectives are maximised: (logits, y) -> [batch].
+pmap and shard_map. `jit` is the jitted form, `autoattack` the ensemble for evaluation. Objectives are functions
+(logits, y) -> [batch] that attacks maximise.
+
+Example:
+  >>> import jax, jax.numpy as jnp
+  >>> from lt_adv import attacks
+  >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+  >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+  >>> attacks.pgd(jax.random.key(0), logits_fn, x, y, eps=0.125, step_size=0.0625, num_steps=5)
+  Array([[0.375, 0.5  ]], dtype=float32)
 """
 
 from lt_adv.attacks._apgd import apgd, apgd_targeted

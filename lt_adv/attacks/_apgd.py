@@ -1,11 +1,6 @@
-"""Auto-PGD: projected gradient ascent with momentum whose step size halves where an image's progress stalls.
+"""Auto-PGD: projected gradient ascent with momentum that halves the step size of an image when its progress stalls.
 
-Arguments are those of `gradient`, and:
-  num_steps: points visited after the start; each costs one gradient.
-  rho: the step halves where fewer than this share of the steps since the last check point raised the objective.
-  eot: None, or for a randomised network the draws over which a gradient is averaged (expectation over
-    transformation); logits_fn is then called as logits_fn(x, keys), one key per example.
-An image that is classified wrongly at its clean point is returned as it is. A point whose logits are not finite is
+An image whose clean point is classified wrongly is returned unchanged. A point whose logits are not finite counts as
 classified wrongly, whatever the label.
 """
 
@@ -18,7 +13,7 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import _base, inputs, norms
+from lt_adv.attacks import _base, checks, norms
 from lt_adv.attacks._base import Bounds, Iterated, Network, expand_mask, where_rows
 from lt_adv.attacks.objectives import cross_entropy, targeted_dlr
 
@@ -26,26 +21,26 @@ Objective = Callable[..., Array]
 
 
 class State(NamedTuple):
-    """One row per example."""
+    """State of the attack, one row per example."""
 
     x: Array
     y: Array
     target: Array
     key: Array
     eps: Array
-    point: Array  # the next point to look at
-    last: Array  # the point from which the step to it was taken
+    point: Array  # the next point to evaluate
+    last: Array  # the point before it
     step_size: Array  # [b]
-    best: Array  # the point with the largest objective, what it is, and its gradient
+    best: Array  # the point with the largest objective, that objective, and its gradient
     best_value: Array
     best_gradient: Array
     value: Array  # the objective at the previous point
-    rises: Array  # steps since the last check point that raised it
-    checked_value: Array  # the largest objective at the last check point, and whether the step was halved there
+    rises: Array  # steps since the last checkpoint that raised it
+    checked_value: Array  # the largest objective at the last checkpoint, and whether the step was halved there
     halved: Array
     steps_taken: Array
     broken: Array
-    wrong: Array  # the last point that was classified wrongly, the start before there is one
+    wrong: Array  # the last point that was classified wrongly, or the start
 
     @property
     def x_adv(self) -> Array:
@@ -69,23 +64,49 @@ def apgd(
 ) -> Array:
     """Auto-PGD: z = P(x_k + a_k d(grad)), x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1})), a_0 = 2 eps.
 
-    d is the sign or the direction of the gradient, P the projection to the ball and the box. At check points the step
-    size halves, and the search goes on from the best point, if too few steps gained, or nothing since the last one.
-    Arguments are described at the top of the module; `objective` is `cross_entropy`, `dlr`, or any
-    (logits, y) -> [batch].
+    d is the sign or the direction of the gradient, P the projection to the ball and the bounds. At checkpoints the step
+    size halves and the search continues from the best point if too few steps raised the objective, or if the best
+    value has not grown since the last checkpoint.
+
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch].
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; (x, keys) -> logits if `eot` is set.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels, integers [batch].
+      eps: radius of the ball, scalar or [batch], in the units of x.
+      num_steps: points visited after the start; each costs one gradient.
+      num_restarts: random starts, each only for images that are not broken yet.
+      objective: (logits, y) -> [batch], maximised: `cross_entropy`, `dlr` or a function of your own.
+      norm: "linf" or "l2".
+      rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective.
+      eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
+        transformation). logits_fn is then called as logits_fn(x, keys) with one key per example.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
-      x_adv, an array like x: the last point that was classified wrongly; if there was none, the one with the largest
+      x_adv, an array like x: the last point that was classified wrongly; if there was none, the point with the largest
       objective.
 
-    Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, algorithm 1.
-    Differs from the released code: an image that was not broken comes back as its strongest point, not as it was;
-    with `eot`, objectives are averaged over the draws as gradients are.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> x_adv = attacks.apgd(jax.random.key(0), logits_fn, x, y, eps=0.125, num_steps=10)
+      >>> attacks.prediction(logits_fn(x_adv))
+      Array([1], dtype=int32)
+
+    References:
+      Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, algorithm 1.
+      Differs from the released code: an image that was not broken is returned as its strongest point, not unchanged;
+      with `eot`, objectives are averaged over the draws, as gradients are.
     """
-    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
+    x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
     bounds = _base.check(x, y, bounds)
-    num_steps, num_restarts = inputs.count("num_steps", num_steps), inputs.count("num_restarts", num_restarts)
+    num_steps, num_restarts = checks.count("num_steps", num_steps), checks.count("num_restarts", num_restarts)
     rho, eot = _options(rho, eot)
+    checks.check_objective(objective)
 
     def build(_: int) -> Iterated:
         return apgd_program(objective, norm, num_steps, num_restarts, rho, eot, bounds)
@@ -108,21 +129,48 @@ def apgd_targeted(
     eot: int | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
-    """Auto-PGD towards one class after the other, from the likeliest wrong one on; at most classes - 1 of them count.
+    """Targeted Auto-PGD: runs `apgd` towards one class after the other, the most likely wrong class first.
 
-    Arguments are described at the top of the module; `objective` is (logits, y, target) -> [batch]. The targeted ratio
-    needs four classes; for fewer take `targeted_logit_margin`.
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch].
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; (x, keys) -> logits if `eot` is set.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels, integers [batch].
+      eps: radius of the ball, scalar or [batch], in the units of x.
+      num_steps: points visited after the start of each target; each costs one gradient.
+      num_targets: number of target classes, at most classes - 1.
+      objective: (logits, y, target) -> [batch], maximised. `targeted_dlr` needs four classes; for fewer, use
+        `targeted_logit_margin`.
+      norm: "linf" or "l2".
+      rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective.
+      eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
+        transformation). logits_fn is then called as logits_fn(x, keys) with one key per example.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
       x_adv, an array like x: the last wrongly classified point of the first target that gave one; if none did, the
       point with the largest objective towards the last target.
 
-    Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, section 4.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> x_adv = attacks.apgd_targeted(
+      ...     jax.random.key(0), logits_fn, x, y, eps=0.125, num_steps=10, objective=attacks.targeted_logit_margin
+      ... )
+      >>> attacks.prediction(logits_fn(x_adv))
+      Array([1], dtype=int32)
+
+    References:
+      Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, section 4.
     """
-    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
+    x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
     bounds = _base.check(x, y, bounds)
-    num_steps, num_targets = inputs.count("num_steps", num_steps), inputs.count("num_targets", num_targets)
+    num_steps, num_targets = checks.count("num_steps", num_steps), checks.count("num_targets", num_targets)
     rho, eot = _options(rho, eot)
+    checks.check_objective(objective)
 
     def build(classes: int) -> Iterated:
         return apgd_targeted_program(objective, norm, num_steps, min(num_targets, classes - 1), rho, eot, bounds)
@@ -131,34 +179,37 @@ def apgd_targeted(
 
 
 def _options(rho: float, eot: int | None) -> tuple[float, int | None]:
-    return inputs.number("rho", rho, 0, 1), None if eot is None else inputs.count("eot", eot, least=1)
+    return checks.number("rho", rho, 0, 1), None if eot is None else checks.count("eot", eot, least=1)
 
 
 def apgd_program(
     objective: Objective, norm: str, num_steps: int, num_restarts: int, rho: float, eot: int | None, bounds: Bounds
 ) -> Iterated:
-    """The attack `apgd`."""
+    """Builds `apgd`."""
     return _attack(lambda logits, state: objective(logits, state.y), norm, num_steps, num_restarts, rho, eot, bounds)
 
 
 def apgd_targeted_program(
     objective: Objective, norm: str, num_steps: int, num_targets: int, rho: float, eot: int | None, bounds: Bounds
 ) -> Iterated:
-    """The attack `apgd_targeted`."""
+    """Builds `apgd_targeted`."""
     return _attack(
         lambda logits, state: objective(logits, state.y, state.target), norm, num_steps, num_targets, rho, eot, bounds
     )
 
 
-def check_points(num_steps: int) -> dict[int, int]:
-    """Step -> how many steps lie since the check before it: after 22 % of all, then ever 3 % sooner, down to 6 %."""
-    every, least, less = (max(int(share * num_steps), 1) for share in (0.22, 0.06, 0.03))
-    found, step = {}, every
+def checkpoints(num_steps: int) -> dict[int, int]:
+    """Returns {step of a checkpoint: steps since the previous one}.
+
+    The first comes after 22 % of the steps. Each interval is 3 % of the steps shorter than the one before, down to 6 %.
+    """
+    interval, shortest, decrease = (max(int(share * num_steps), 1) for share in (0.22, 0.06, 0.03))
+    intervals, step = {}, interval
     while step <= num_steps:
-        found[step] = every
-        every = max(every - less, least)
-        step += every
-    return found
+        intervals[step] = interval
+        interval = max(interval - decrease, shortest)
+        step += interval
+    return intervals
 
 
 def _attack(
@@ -171,8 +222,8 @@ def _attack(
     bounds: Bounds,
 ) -> Iterated:
     ball, (low, high) = norms.get(norm), bounds
-    checks = check_points(num_steps)
-    since = np.array([checks.get(step, 0) for step in range(num_steps + 1)], np.int32)
+    intervals = checkpoints(num_steps)
+    steps_since_check = np.array([intervals.get(step, 0) for step in range(num_steps + 1)], np.int32)
 
     def project(point: Array, x: Array, eps: Array) -> Array:
         return jnp.clip(ball.project(point, x, expand_mask(eps, x)), low, high)
@@ -203,34 +254,35 @@ def _attack(
         return _advance(state, _base.comparable(value, state.x), _base.is_wrong(logits, state.y), gradient)
 
     def _advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
-        """What follows from the objective, the prediction and the gradient at `state.point`."""
+        """Takes one step, given the objective, the prediction and the gradient at `state.point`."""
         first = state.steps_taken == 0
         better = first | (value > state.best_value)
         best, best_value, best_gradient = where_rows(
             better, (state.point, value, gradient), (state.best, state.best_value, state.best_gradient)
         )
-        # The value before the first step counts as zero and that of the start is not looked at, as in the released
-        # code, whose history begins after the first step and wraps around.
+        # The value before the first step counts as zero and that of the start is ignored, as in the released code,
+        # whose history begins after the first step and wraps around.
         rises = state.rises + (~first & (value > state.value)).astype(jnp.int32)
         checked_value = jnp.where(first, value, state.checked_value)
-        window = jnp.asarray(since)[jnp.minimum(state.steps_taken, num_steps)]
-        check = window > 0
+        interval = jnp.asarray(steps_since_check)[jnp.minimum(state.steps_taken, num_steps)]
+        check = interval > 0
         stalls = ~state.halved & (checked_value >= best_value)
-        halve = check & ((rises.astype(value.dtype) <= rho * window.astype(value.dtype)) | stalls)
+        halve = check & ((rises.astype(value.dtype) <= rho * interval.astype(value.dtype)) | stalls)
         step_size = jnp.where(halve, state.step_size / 2, state.step_size)
-        here, gradient = where_rows(halve, (best, best_gradient), (state.point, gradient))
-        x, share = state.x, expand_mask(jnp.where(first, 1.0, 0.75).astype(here.dtype), here)
-        # As released; it matters where the softmax is saturated, for a gradient of 1e-12 then makes half a step.
+        point, gradient = where_rows(halve, (best, best_gradient), (state.point, gradient))
+        x, share = state.x, expand_mask(jnp.where(first, 1.0, 0.75).astype(point.dtype), point)
+        # The released code adds 1e-12 as well. It matters where the softmax is saturated: a gradient of length 1e-12
+        # gives half a step.
         if norm == "linf":
             direction = jnp.sign(gradient)
         else:
             gradient = norms.representable(gradient)
             direction = gradient / (ball.length(gradient) + 1e-12)
-        z = project(here + expand_mask(step_size, here) * direction, x, state.eps)
-        point = project(here + (z - here) * share + (here - state.last) * (1 - share), x, state.eps)
+        z = project(point + expand_mask(step_size, point) * direction, x, state.eps)
+        next_point = project(point + (z - point) * share + (point - state.last) * (1 - share), x, state.eps)
         new = state._replace(
-            point=point,
-            last=here,
+            point=next_point,
+            last=point,
             step_size=step_size,
             best=best,
             best_value=best_value,
@@ -250,10 +302,11 @@ def _attack(
 
 
 def starting_state(keys: Array, x: Array, y: Array, target: Array, eps: Array, start: Array) -> State:
+    """Returns the state before the start is evaluated."""
     zeros, batch = jnp.zeros_like(x), jnp.zeros_like(eps)
-    never = jnp.zeros_like(eps, bool)
+    false = jnp.zeros_like(eps, bool)
     return State(
         x=x, y=y, target=target, key=keys, eps=eps, point=start, last=start, step_size=2 * eps, best=start,
         best_value=batch, best_gradient=zeros, value=batch, rises=jnp.zeros_like(eps, jnp.int32), checked_value=batch,
-        halved=~never, steps_taken=jnp.zeros_like(eps, jnp.int32), broken=never, wrong=start,
+        halved=~false, steps_taken=jnp.zeros_like(eps, jnp.int32), broken=false, wrong=start,
     )  # fmt: skip

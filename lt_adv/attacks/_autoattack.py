@@ -1,4 +1,4 @@
-"""AutoAttack: an ensemble of parameter-free attacks, each on the images that all before it have left."""
+"""AutoAttack: an ensemble of parameter-free attacks. Each attacks the images that the ones before it did not break."""
 
 import functools
 import itertools
@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from lt_adv.attacks import _base, continuous_batching, inputs, journal, norms
+from lt_adv.attacks import _base, checks, continuous_batching, journal, norms
 from lt_adv.attacks._apgd import apgd_program, apgd_targeted_program
 from lt_adv.attacks._base import Bounds, Iterated
 from lt_adv.attacks._fab import fab_program, fab_targeted_program
@@ -25,22 +25,22 @@ VERSIONS = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-DRAWS = 20  # of a randomised network, for each gradient of the version "rand"
-DEPENDENCE = 0.01  # of the largest logit: more than the rounding of a network in bfloat16
-SECONDS = 30.0  # between two lines of progress
+EOT_DRAWS = 20  # draws of a randomised network for each gradient of the version "rand"
+DEPENDENCE = 0.01  # relative to the largest logit; the rounding of a bfloat16 network stays below it
+PROGRESS_SECONDS = 30.0  # between two lines of progress
 
 
 class Result(NamedTuple):
-    """What AutoAttack leaves, in numpy arrays, one row per image in the order of x."""
+    """Result of AutoAttack in numpy arrays, one row per image in the order of x."""
 
-    x_adv: np.ndarray  # like x: a point that is classified wrongly, or x itself where none was found
-    robust: np.ndarray  # bool [n]: whether logits_fn, in batches of `batch_size`, says y of x_adv; a random one said it
-    correct: np.ndarray  # bool [n]: whether it classifies x as y
-    prediction: np.ndarray  # int32 [n]: of x_adv; -1 where the logits are not finite
-    broken_by: np.ndarray  # int32 [n]: the attack that broke the image, by its place in `accuracy`; 0 clean, -1 none
+    x_adv: np.ndarray  # like x: a point that is classified wrongly, or x itself if none was found
+    robust: np.ndarray  # bool [n]: whether x_adv is classified as y, in batches of `batch_size`
+    correct: np.ndarray  # bool [n]: whether x is classified as y
+    prediction: np.ndarray  # int32 [n]: class of x_adv; -1 where the logits are not finite
+    broken_by: np.ndarray  # int32 [n]: index in `accuracy` of the attack that broke the image; 0 clean, -1 none
     accuracy: dict[str, float]  # "clean", then after each attack, in [0, 1]
-    evaluations: dict[str, tuple[int, int]]  # attack -> forward passes that images asked for, and how many gradients
-    notes: tuple[str, ...]  # what was done otherwise than the version says, and what makes the result doubtful
+    evaluations: dict[str, tuple[int, int]]  # attack -> number of forward passes and of gradients, over all images
+    notes: tuple[str, ...]  # deviations from the version, and reasons to doubt the result
 
 
 @jax.transfer_guard("allow")  # it moves images between host and devices by design
@@ -62,51 +62,63 @@ def autoattack(
 ) -> Result:
     """AutoAttack on any number of images. Not traceable: it drives compiled attacks from the host.
 
-    The version "standard" is APGD on cross-entropy, APGD on the targeted ratio and targeted FAB (nine targets each, or
-    as many as there are), and Square. "plus" adds APGD on the ratio and untargeted FAB, with five
-    restarts of these three. "rand" is for randomised networks: APGD on both, gradients averaged over 20 draws;
-    logits_fn is then called as logits_fn(x, keys), one key per image. A sequence of names out of `ATTACKS` runs these,
-    without restarts.
+    The version "standard" runs APGD on cross-entropy, APGD on the targeted DLR and targeted FAB (nine targets each, or
+    all wrong classes if there are fewer), and Square. "plus" adds APGD on the DLR and untargeted FAB; APGD on
+    cross-entropy, APGD on the DLR and FAB have five restarts. "rand" is for randomised networks: APGD on cross-entropy
+    and on the DLR, with gradients averaged over 20 draws. A sequence of names from `ATTACKS` runs these, without
+    restarts.
 
     Args:
-      key: one typed key, or one per image [n]. The result depends on it alone, neither on `batch_size` nor on devices.
-      logits_fn: x [batch, ...] -> logits [batch, classes]. Arrays it closes over become arguments of the compiled
-        programs, which are freed after the call. `jax.tree_util.Partial(apply, variables)` keeps them, for the last
-        eight functions `apply`, so that another call compiles nothing, whatever the variables.
-      x: images [n, ...], floating, inside `bounds`. Square needs images [n, height, width(, channels)] or, in L-inf,
-        vectors [n, d]; for other shapes it is left out, which `notes` says.
+      key: one typed key, or one per image [n]. The result depends neither on `batch_size` nor on the devices.
+      logits_fn: x [batch, ...] -> logits [batch, classes]; for "rand" (x, keys) -> logits, with one key per image.
+        Arrays that it closes over become arguments of the compiled programs, which are freed after the call.
+        `jax.tree_util.Partial(apply, variables)` keeps the programs of the last eight functions `apply`, so that
+        another call, with any variables, does not compile.
+      x: images [n, ...], float32 or float64, inside `bounds`. Square needs images [n, height, width(, channels)] or, in
+        L-inf, vectors [n, d]; for other shapes it is left out, with a line in `notes`.
       y: labels, integers [n].
-      eps: radius, in units of the [0, 1] pixel range.
+      eps: radius, in the units of x.
       norm: "linf" or "l2".
-      batch_size: images that are attacked at once, rounded up to a multiple of the devices.
-      num_queries: of Square.
-      resume: None, or a directory (a path, or an `etils.epath.Path` for a store) that keeps what is done; the same call
-        goes on from there after an interruption. Each directory is of one call.
-      progress: called with one line of text now and then.
-      devices: all of this process by default.
+      version: "standard", "plus", "rand", or a sequence of attacks.
+      batch_size: images attacked at once, rounded up to a multiple of the number of devices.
+      num_queries: queries of Square.
+      bounds: (low, high), the range of valid pixels.
+      resume: None, or a directory (a path, or an `etils.epath.Path` for a bucket) in which finished images are saved.
+        After an interruption the same call resumes from there. A directory belongs to one call.
+      progress: called with one line of text about every 30 seconds and after each attack.
+      devices: devices to use; by default all of this process.
 
     Returns:
-      a Result. With fewer than four classes the targeted ratio does not exist, and with two the ratio: differences of
-      logits take their place, which `notes` says. An image with logits that are not finite counts as wrong, clean or
-      attacked, and `notes` says how many there are: mask a class with a large negative logit, not with infinity.
-      `notes` also says where a few images have other logits in a batch of themselves: the attacks take images to be
-      independent.
+      A `Result`. For fewer than four classes a targeted logit margin replaces the targeted DLR, and for two classes a
+      logit margin replaces the DLR, with a line in `notes`. An image whose logits are not finite, clean or attacked,
+      counts as wrong, and `notes` has their number: mask a class with a large negative logit instead of infinity.
+      `notes` also warns if the logits of an image depend on its batch, because the attacks assume independent images.
+      `evaluations` counts all steps in occupied slots: a broken image is counted until its slot is refilled.
 
     Raises:
-      ValueError: for unknown names or values that cannot be meant, a `resume` directory of another call.
+      ValueError: for arguments that do not fit, and for a `resume` directory of another call.
 
-    Reference: Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse
-    parameter-free attacks", ICML 2020.
-    Evaluations are those of slots at work: of an image that is broken, up to the next look at the slots.
-    Differs from the released code: keys belong to images; an image is left as soon as it is broken, FAB's too; with
-    fewer than ten classes all wrong ones are targets.
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375], [1.0, 0.0]]), jnp.array([0, 0])
+      >>> result = attacks.autoattack(jax.random.key(0), logits_fn, x, y, eps=0.125, version=("apgd-ce", "square"))
+      >>> result.accuracy
+      {'clean': 1.0, 'apgd-ce': 0.5, 'square': 0.5}
+      >>> result.robust
+      array([False,  True])
+
+    References:
+      Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
+      attacks", ICML 2020.
+      Differs from the released code: keys belong to images; an image is not attacked any further once it is broken, by
+      FAB too; with fewer than ten classes, all wrong classes are targets.
     """
     names = attacks_of(version)
-    inputs.check_real("x", x)
-    inputs.check_real("y, the labels,", y)
+    checks.check_real("x", x)
+    checks.check_real("y, the labels,", y)
     x, y = np.asarray(x), np.asarray(y)
     bounds = _base.check(x, y, bounds)
-    batch_size, num_queries = inputs.count("batch_size", batch_size), inputs.count("num_queries", num_queries)
+    batch_size, num_queries = checks.count("batch_size", batch_size), checks.count("num_queries", num_queries)
     if not len(x) or not batch_size:
         raise ValueError(f"Nothing to attack: {len(x)} images in batches of {batch_size}.")
     norms.get(norm)
@@ -116,25 +128,25 @@ def autoattack(
     keys, random = example_keys(key, len(x)), version == "rand"
     network = continuous_batching.network(logits_fn, x[0], min(batch_size, len(x)), random, devices)
 
-    def judge(points: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
-        """Logits of some images' points; of a random network each judgement is a draw of its own."""
+    def logits_of(points: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
+        """Computes logits for the images `rows`; a randomised network makes another draw for each `number`."""
         return continuous_batching.logits(
-            network, points, continuous_batching.example_keys(keys[rows], np.uint32(len(ATTACKS) + number))
+            network, points, continuous_batching.fold_in_numbers(keys[rows], np.uint32(len(ATTACKS) + number))
         )
 
-    everyone = np.arange(len(x))
-    clean = judge(x, everyone, 0)
-    programs, changes = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
-    notes.extend(changes)
-    inputs.check_labels(y, len(x), clean.shape[-1])
-    change = continuous_batching.dependence(
-        network, x, continuous_batching.example_keys(keys, np.uint32(len(ATTACKS))), clean
+    all_rows = np.arange(len(x))
+    clean = logits_of(x, all_rows, 0)
+    programs, replacements = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
+    notes.extend(replacements)
+    checks.check_labels(y, len(x), clean.shape[-1])
+    dependence = continuous_batching.dependence(
+        network, x, continuous_batching.fold_in_numbers(keys, np.uint32(len(ATTACKS))), clean
     )
-    if change > DEPENDENCE:
+    if dependence > DEPENDENCE:
         notes.append(
-            f"The logits of an image change with the other images of its batch, by up to {100 * change:.3g} % of its "
-            "largest logit: the attacks take images to be independent, and this result depends on the batches. Is the "
-            "network in training mode?"
+            "The logits of an image change with the other images of its batch, by up to "
+            f"{100 * dependence:.3g} % of its largest logit: the attacks assume independent images, and this result "
+            "depends on the batches. Is the network in training mode?"
         )
     ranking = np.argsort(-clean, axis=-1, kind="stable")
     x_adv, prediction = x.copy(), _predictions(clean)
@@ -145,47 +157,46 @@ def autoattack(
     accuracy, evaluations = {"clean": float(correct.mean())}, {}
     call = journal.digest(x, y, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries))
     log = journal.open_(resume, call, clean)
-    say = progress or (lambda _: None)
+    report = progress or (lambda _: None)
 
     for number, (name, attack) in enumerate(programs.items(), start=1):
         rows = np.flatnonzero(broken_by == -1)
-        left, hit, steps = np.isin(everyone, rows), np.zeros(len(x), bool), 0
-        known, start = log.read(number), time.perf_counter()
-        told, before = start, sum(len(done.rows) for done in known)
-        fresh = continuous_batching.run(
+        remaining, broken, steps = np.isin(all_rows, rows), np.zeros(len(x), bool), 0
+        resumed, start = log.read(number), time.perf_counter()
+        last_report, num_resumed = start, sum(len(done.rows) for done in resumed)
+        new = continuous_batching.run(
             attack,
-            continuous_batching.network(logits_fn, x[0], _even(len(rows), batch_size), random, devices),
-            np.setdiff1d(rows, np.concatenate([done.rows for done in known])) if known else rows,
-            keys=continuous_batching.example_keys(keys, np.uint32(ATTACKS.index(name))),
+            continuous_batching.network(logits_fn, x[0], _num_slots(len(rows), batch_size), random, devices),
+            np.setdiff1d(rows, np.concatenate([done.rows for done in resumed])) if resumed else rows,
+            keys=continuous_batching.fold_in_numbers(keys, np.uint32(ATTACKS.index(name))),
             x=x,
             y=y.astype(np.int32),
             eps=radius,
             targets=ranking[:, 1:] if name.endswith("-t") else ranking[:, :1],
         )
-        for done in itertools.chain(known, _kept(fresh, log, number, network.slots)):
+        for done in itertools.chain(resumed, _recorded(new, log, number, network.slots)):
             x_adv[done.rows[done.broken]] = done.x_adv
-            hit[done.rows[done.broken]], left[done.rows] = True, False
+            broken[done.rows[done.broken]], remaining[done.rows] = True, False
             steps += int(done.steps.sum())
-            if time.perf_counter() - told > SECONDS:
-                told, tried = time.perf_counter(), len(rows) - left.sum()
-                remaining = (told - start) / max(tried - before, 1) * left.sum()
-                robust = 100 * (len(rows) - hit.sum()) / len(x)
-                say(
-                    f"{name}: {tried:,} of {len(rows):,} images, robust so far {robust:.2f} %, "
-                    f"{_minutes(remaining)} left"
+            if time.perf_counter() - last_report > PROGRESS_SECONDS:
+                last_report, tried = time.perf_counter(), len(rows) - remaining.sum()
+                seconds = (last_report - start) / max(tried - num_resumed, 1) * remaining.sum()
+                robust = 100 * (len(rows) - broken.sum()) / len(x)
+                report(
+                    f"{name}: {tried:,} of {len(rows):,} images, robust so far {robust:.2f} %, {_minutes(seconds)} left"
                 )
-        if hit.any():  # judged again by the program that has the last word: rounding decides on the very boundary
-            found = np.flatnonzero(hit)
-            prediction[found] = _predictions(judge(x_adv[found], found, number))
-            hit[found] = prediction[found] != y[found]
-        x_adv[rows[~hit[rows]]] = x[rows[~hit[rows]]]
-        broken_by[hit] = number
+        if broken.any():  # evaluated again by the program of the final result: on the boundary rounding decides
+            broken_rows = np.flatnonzero(broken)
+            prediction[broken_rows] = _predictions(logits_of(x_adv[broken_rows], broken_rows, number))
+            broken[broken_rows] = prediction[broken_rows] != y[broken_rows]
+        x_adv[rows[~broken[rows]]] = x[rows[~broken[rows]]]
+        broken_by[broken] = number
         accuracy[name] = float((broken_by == -1).mean())
         evaluations[name] = (steps * attack.forwards, steps * attack.gradients)
-        say(f"{name}: robust {100 * accuracy[name]:.2f} % after {_minutes(time.perf_counter() - start)}")
+        report(f"{name}: robust {100 * accuracy[name]:.2f} % after {_minutes(time.perf_counter() - start)}")
 
     if not random:
-        prediction = _predictions(judge(x_adv, everyone, 0))
+        prediction = _predictions(logits_of(x_adv, all_rows, 0))
     if (undefined := np.sum(correct & (prediction < 0))) > 0:
         notes.append(f"The logits of {undefined} adversarial images are not finite: they count as wrong.")
     robust = prediction == y
@@ -194,12 +205,12 @@ def autoattack(
 
 
 def _predictions(logits: np.ndarray) -> np.ndarray:
-    """`objectives.prediction` of logits on the host."""
+    """Like `objectives.prediction`, for logits on the host."""
     return np.where(np.isfinite(logits).all(-1), logits.argmax(-1), -1).astype(np.int32)
 
 
 def _supported(names: tuple[str, ...], norm: str, shape: tuple[int, ...]) -> tuple[tuple[str, ...], list[str]]:
-    """The attacks that examples of this shape can be attacked with, and a note where one is left out."""
+    """Returns the attacks that support examples of this shape, and a note if one is left out."""
     reason = unsupported(norm, shape) if "square" in names else ""
     if not reason:
         return names, []
@@ -209,7 +220,7 @@ def _supported(names: tuple[str, ...], norm: str, shape: tuple[int, ...]) -> tup
 
 
 def attacks_of(version: str | Sequence[str]) -> tuple[str, ...]:
-    """The attacks of a version, or those of a sequence of names; ValueError for unknown ones."""
+    """Returns the attacks of a version or of a sequence of names; ValueError for unknown ones."""
     if isinstance(version, str) and version not in VERSIONS:
         raise ValueError(f"Unknown version {version!r}. There are: {', '.join(VERSIONS)}, or a sequence of attacks.")
     names = VERSIONS[version] if isinstance(version, str) else tuple(version)
@@ -221,22 +232,22 @@ def attacks_of(version: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-@functools.lru_cache  # jax.jit remembers a program by the attack, as an object
+@functools.lru_cache  # jax.jit caches a program by the identity of the attack
 def _programs(
     names: tuple[str, ...], classes: int, norm: str, bounds: Bounds, random: bool, num_queries: int
 ) -> tuple[dict[str, Iterated], tuple[str, ...]]:
-    """The attacks by name, and what had to be changed for a small number of classes."""
+    """Returns the attacks by name, and a note for each objective replaced because of few classes."""
     if classes < 2:
-        raise ValueError(f"There is nothing to attack in {classes} class.")
+        raise ValueError(f"There is nothing to attack: logits_fn returns logits of {classes} class.")
     restarts = 5 if names == VERSIONS["plus"] else 1
-    eot, targets, notes = DRAWS if random else None, min(9, classes - 1), []
+    eot, targets, notes = EOT_DRAWS if random else None, min(9, classes - 1), []
     ratio, targeted_ratio = dlr, targeted_dlr
     if classes < 3 and "apgd-dlr" in names:
         ratio = logit_margin
-        notes.append("apgd-dlr: the ratio needs three classes; the difference of logits takes its place.")
+        notes.append("apgd-dlr: the DLR needs three classes; the logit margin replaces it.")
     if classes < 4 and "apgd-t" in names:
         targeted_ratio = targeted_logit_margin
-        notes.append("apgd-t: the targeted ratio needs four classes; the difference of logits takes its place.")
+        notes.append("apgd-t: the targeted DLR needs four classes; the targeted logit margin replaces it.")
     build = {
         "apgd-ce": lambda: apgd_program(stable_cross_entropy, norm, 100, restarts, 0.75, eot, bounds),
         "apgd-dlr": lambda: apgd_program(ratio, norm, 100, restarts, 0.75, eot, bounds),
@@ -248,19 +259,22 @@ def _programs(
     return {name: build[name]() for name in names}, tuple(notes)
 
 
-def _even(images: int, batch_size: int) -> int:
-    """As few slots as attack the images in as few waves, rounded up by an eighth at most: few idle, and few shapes."""
+def _num_slots(images: int, batch_size: int) -> int:
+    """Returns the smallest number of slots that needs no more waves, rounded up by an eighth at most.
+
+    It leaves few slots idle and leads to few different shapes.
+    """
     waves = max(-(-images // batch_size), 1)
     size = max(-(-images // waves), 1)
     step = 2 ** max(size.bit_length() - 4, 0)
     return min(-(-size // step) * step, batch_size)
 
 
-def _kept(
-    fresh: Iterator[continuous_batching.Done], log: journal.Journal, number: int, least: int
+def _recorded(
+    results: Iterator[continuous_batching.Done], log: journal.Journal, number: int, least: int
 ) -> Iterator[continuous_batching.Done]:
-    """What gets done, kept in the journal."""
-    for done in fresh:
+    """Yields the results and writes them to the journal."""
+    for done in results:
         log.add(number, done, least)
         yield done
     log.flush(number)

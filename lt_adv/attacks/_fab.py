@@ -1,12 +1,7 @@
-"""Fast adaptive boundary attack: the smallest displacement that changes the prediction, by linearised boundaries.
+"""Fast adaptive boundary (FAB) attack: the smallest displacement that changes the prediction, by linearised boundaries.
 
-Arguments are those of `gradient`, and:
-  num_steps: iterations of a round; each costs one gradient and one more forward pass (`fab`: one gradient per class).
-  eps: images whose nearest wrong point lies farther away come back as they were; infinity returns them all. A random
-    start, of all rounds after the first of `fab`, lies within it.
-  alpha_max, eta, beta: the largest pull towards the clean image, the overshooting, the step back from a wrong point.
-An image that is classified wrongly at its clean point is returned as it is. Where a network computes in bfloat16 or
-float16, the rounding of its logits hides the boundary that FAB looks for, and FAB is weaker than in float32.
+An image whose clean point is classified wrongly is returned unchanged. Where a network computes in bfloat16 or float16,
+the rounding of its logits hides the decision boundary, and FAB is weaker than in float32.
 """
 
 from collections.abc import Callable
@@ -17,14 +12,14 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import _base, inputs, norms
+from lt_adv.attacks import _base, checks, norms
 from lt_adv.attacks._base import Bounds, Iterated, Network, expand_mask, where_rows
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.objectives import targeted_logit_margin
 
 
 class State(NamedTuple):
-    """One row per example."""
+    """State of the attack, one row per example."""
 
     x: Array
     y: Array
@@ -32,7 +27,7 @@ class State(NamedTuple):
     key: Array
     eps: Array
     point: Array
-    nearest: Array  # the wrong point nearest to x, and how far away it is (the largest number before there is one)
+    nearest: Array  # the wrong point nearest to x, and its distance (the largest float while there is none)
     distance: Array
     steps_taken: Array
 
@@ -62,20 +57,46 @@ def fab(
 ) -> Array:
     """Fast adaptive boundary attack towards the class whose linearised boundary is nearest at each step.
 
-    x_{k+1} = C((1 - a)(x_k + eta d_k) + a (x + eta d)), with d_k and d the shortest ways from x_k and from x to the
-    hyperplane where the linearised z_s - z_y is zero, inside the box; a = min(|d_k| / (|d_k| + |d|), alpha_max); C
-    clips to the box. From a wrong point the search goes back, to x + beta (x_{k+1} - x).
-    Arguments are described at the top of the module.
+    x_{k+1} = C((1 - a)(x_k + eta d_k) + a (x + eta d)), with d_k and d the shortest displacements from x_k and from x
+    to the hyperplane where the linearised z_s - z_y is zero, inside the bounds;
+    a = min(|d_k| / (|d_k| + |d|), alpha_max); C clips to the bounds. From a wrong point the search steps back, to
+    x + beta (x_{k+1} - x).
+
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch].
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels, integers [batch].
+      eps: radius, scalar or [batch], in the units of x. An image whose nearest wrong point lies farther away is
+        returned unchanged; infinity returns all nearest wrong points. Random starts lie within eps.
+      num_steps: iterations of a restart; each costs one gradient per class and one more forward pass.
+      num_restarts: restarts; the first begins at x, the others at random points.
+      norm: "linf" or "l2".
+      alpha_max: the largest weight of the way towards the clean image.
+      eta: overshooting beyond the linearised boundary.
+      beta: step back from a wrong point towards the clean image.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
       x_adv, an array like x.
 
-    Reference: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
-    ICML 2020, algorithm 1.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> x_adv = attacks.fab(jax.random.key(0), logits_fn, x, y, eps=0.125, num_steps=10)
+      >>> attacks.prediction(logits_fn(x_adv)), float(abs(x_adv - x).max()) < 0.075
+      (Array([1], dtype=int32), True)
+
+    References:
+      Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020,
+      algorithm 1.
     """
-    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
+    x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
     bounds = _base.check(x, y, bounds)
-    num_steps, num_restarts = inputs.count("num_steps", num_steps), inputs.count("num_restarts", num_restarts)
+    num_steps, num_restarts = checks.count("num_steps", num_steps), checks.count("num_restarts", num_restarts)
     options = _options(alpha_max, eta, beta)
 
     def build(classes: int) -> Iterated:
@@ -99,20 +120,46 @@ def fab_targeted(
     beta: float = 0.9,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
-    """Fast adaptive boundary attack towards one class after the other, from the likeliest wrong one on.
+    """Targeted FAB: searches the boundary to one class after the other, the most likely wrong class first.
 
-    As `fab`, with the boundary to one class t: z_t - z_y. At most classes - 1 targets count. An image within eps of a
-    wrong point is not attacked any more. Arguments are described at the top of the module.
+    Like `fab`, with the hyperplane of one target class t, where the linearised z_t - z_y is zero. An image that has a
+    wrong point within eps is not attacked any further.
+
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch].
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels, integers [batch].
+      eps: radius, scalar or [batch], in the units of x. An image whose nearest wrong point lies farther away is
+        returned unchanged; infinity returns all nearest wrong points. Random starts lie within eps.
+      num_steps: iterations for each target; each costs one gradient and one more forward pass.
+      num_targets: number of target classes, at most classes - 1.
+      norm: "linf" or "l2".
+      alpha_max: the largest weight of the way towards the clean image.
+      eta: overshooting beyond the linearised boundary.
+      beta: step back from a wrong point towards the clean image.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
       x_adv, an array like x.
 
-    Reference: Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack",
-    ICML 2020; targets as in "Reliable evaluation of adversarial robustness", ICML 2020, section 5.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> x_adv = attacks.fab_targeted(jax.random.key(0), logits_fn, x, y, eps=0.125, num_steps=10)
+      >>> attacks.prediction(logits_fn(x_adv)), float(abs(x_adv - x).max()) < 0.075
+      (Array([1], dtype=int32), True)
+
+    References:
+      Croce and Hein, "Minimally distorted adversarial examples with a fast adaptive boundary attack", ICML 2020.
+      Targets as in "Reliable evaluation of adversarial robustness", ICML 2020, section 5.
     """
-    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
+    x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
     bounds = _base.check(x, y, bounds)
-    num_steps, num_targets = inputs.count("num_steps", num_steps), inputs.count("num_targets", num_targets)
+    num_steps, num_targets = checks.count("num_steps", num_steps), checks.count("num_targets", num_targets)
     options = _options(alpha_max, eta, beta)
 
     def build(classes: int) -> Iterated:
@@ -122,7 +169,7 @@ def fab_targeted(
 
 
 def _options(alpha_max: float, eta: float, beta: float) -> tuple[float, float, float]:
-    return inputs.number("alpha_max", alpha_max, 0, 1), inputs.number("eta", eta, 0), inputs.number("beta", beta, 0, 1)
+    return checks.number("alpha_max", alpha_max, 0, 1), checks.number("eta", eta, 0), checks.number("beta", beta, 0, 1)
 
 
 def fab_program(
@@ -135,7 +182,7 @@ def fab_program(
     beta: float,
     bounds: Bounds,
 ) -> Iterated:
-    """The attack `fab`."""
+    """Builds `fab`."""
     ball = norms.get(norm)
     return _attack(
         lambda network, state: _nearest_plane(network, state, classes, ball),
@@ -146,7 +193,7 @@ def fab_program(
 def fab_targeted_program(
     norm: str, num_steps: int, num_targets: int, alpha_max: float, eta: float, beta: float, bounds: Bounds
 ) -> Iterated:
-    """The attack `fab_targeted`."""
+    """Builds `fab_targeted`."""
     return _attack(
         _plane_of_target, norm, num_steps, num_targets, alpha_max, eta, beta, bounds,
         gradients=1, random_starts=False,
@@ -154,7 +201,7 @@ def fab_targeted_program(
 
 
 def _plane_of_target(network: Network, state: State) -> tuple[Array, Array]:
-    """z_t - z_y at the point [b], and its gradient [b, ...], or both divided by the same number."""
+    """Returns z_t - z_y at the point [b] and its gradient [b, ...], both possibly divided by the same number."""
 
     def value(x: Array) -> tuple[Array, Array]:
         logits = _base.logits_of(network, x, state.key)
@@ -165,7 +212,7 @@ def _plane_of_target(network: Network, state: State) -> tuple[Array, Array]:
 
 
 def _representable(value: Array, gradient: Array) -> tuple[Array, Array]:
-    """A plane in numbers whose squares and sums do not overflow; none (zeros) where the value is not finite."""
+    """Scales a plane so that squares and sums do not overflow; zeros where the value is not finite."""
     usable = jnp.isfinite(value)
     gradient = jnp.where(expand_mask(usable, gradient), norms.finite(gradient), 0)
     scale = norms.representable_scale(gradient)
@@ -173,7 +220,7 @@ def _representable(value: Array, gradient: Array) -> tuple[Array, Array]:
 
 
 def _nearest_plane(network: Network, state: State, classes: int, ball: norms.Norm) -> tuple[Array, Array]:
-    """As `_plane_of_target`, of the class s != y whose plane is nearest to the point."""
+    """Like `_plane_of_target`, for the class s != y whose plane is nearest to the point."""
     logits, pull = jax.vjp(lambda x: _base.logits_of(network, x, state.key), state.point)
     at_y = jax.nn.one_hot(state.y, classes, dtype=logits.dtype)
 
@@ -181,11 +228,11 @@ def _nearest_plane(network: Network, state: State, classes: int, ball: norms.Nor
         difference = jax.nn.one_hot(s, classes, dtype=logits.dtype)[None, :] - at_y
         value = jnp.sum(difference * logits, axis=-1)
         value, gradient = _representable(value, with_fast_cpu_convolutions(lambda: pull(difference)[0])())
-        away = jnp.abs(value) / (1e-12 + ball.dual(gradient).reshape(-1))
-        return where_rows((away < carry[0]) & (state.y != s), (away, value, gradient), carry)
+        distance = jnp.abs(value) / (1e-12 + ball.dual(gradient).reshape(-1))
+        return where_rows((distance < carry[0]) & (state.y != s), (distance, value, gradient), carry)
 
-    none = (jnp.full_like(state.eps, jnp.inf), jnp.zeros_like(state.eps), jnp.zeros_like(state.x))
-    return lax.stop_gradient(lax.fori_loop(0, classes, nearer, none)[1:])
+    no_plane = (jnp.full_like(state.eps, jnp.inf), jnp.zeros_like(state.eps), jnp.zeros_like(state.x))
+    return lax.stop_gradient(lax.fori_loop(0, classes, nearer, no_plane)[1:])
 
 
 def _attack(
@@ -211,18 +258,18 @@ def _attack(
                 x + expand_mask(jnp.minimum(eps, width) / 2, x) * _base.on_boundary(keys, x, ball), low, high
             )
             start = where_rows(r == 0, x, noise)
-        none = jnp.full_like(eps, jnp.finfo(eps.dtype).max)
-        return State(x, y, target, keys, eps, start, x, none, jnp.zeros_like(eps, jnp.int32))
+        no_distance = jnp.full_like(eps, jnp.finfo(eps.dtype).max)
+        return State(x, y, target, keys, eps, start, x, no_distance, jnp.zeros_like(eps, jnp.int32))
 
     def step(network: Network, state: State) -> State:
         value, w = plane(network, state)
         x, point = state.x, state.point
         # The plane is <w, p> = <w, point> - value, for any p.
         gap = value + jnp.sum((x - point) * w, axis=tuple(range(1, x.ndim)))
-        here, home = to_plane(norm, point, w, value, low, high), to_plane(norm, x, w, gap, low, high)
-        here_length, home_length = (jnp.maximum(ball.length(way), 1e-8) for way in (here, home))
-        alpha = jnp.minimum(here_length / (here_length + home_length), alpha_max)
-        point = jnp.clip((point + eta * here) * (1 - alpha) + (x + eta * home) * alpha, low, high)
+        d_point, d_clean = to_plane(norm, point, w, value, low, high), to_plane(norm, x, w, gap, low, high)
+        point_length, clean_length = (jnp.maximum(ball.length(d), 1e-8) for d in (d_point, d_clean))
+        alpha = jnp.minimum(point_length / (point_length + clean_length), alpha_max)
+        point = jnp.clip((point + eta * d_point) * (1 - alpha) + (x + eta * d_clean) * alpha, low, high)
         logits = _base.logits_of(network, point, state.key)
         wrong, distance = _base.is_wrong(logits, state.y), ball.length(point - x).reshape(-1)
         nearest, distance = where_rows(
@@ -236,25 +283,27 @@ def _attack(
 
 
 def to_plane(norm: str, point: Array, w: Array, value: Array, low: float, high: float) -> Array:
-    """The shortest way d from each point to its plane inside the box: minimise |d| with <w, d> = -value.
+    """Returns the shortest displacement d from each point to its plane: minimise |d| subject to <w, d> = -value.
 
-    Against the gradient, each pixel goes as far as the box allows and not farther than all others have to: in L-inf
-    |d_i| = min(t, room_i), in L2 |d_i| = min(t |w_i|, room_i), and one t per example makes the sum fit. Where the box
-    holds no point of the plane, d goes to the box's corner nearest to it.
+    The bounds limit each entry to room_i: |d_i| = min(t, room_i) in L-inf and |d_i| = min(t |w_i|, room_i) in L2, where
+    one t per example satisfies the constraint. Where no point of the plane lies inside the bounds, d leads to the
+    corner of the box that is nearest to the plane.
 
     Args:
       norm: "linf" or "l2".
-      point, w: [batch, ...], points inside the box and the planes' normals.
-      value: [batch], <w, point> minus the plane's offset.
-      low, high: the box.
+      point: points inside the bounds, [batch, ...].
+      w: normals of the planes, [batch, ...].
+      value: <w, point> minus the offset of the plane, [batch].
+      low: lower bound of a pixel.
+      high: upper bound of a pixel.
 
     Returns:
       d, an array like `point`.
     """
     flat, w = point.reshape(len(point), -1), w.reshape(len(point), -1)
     side = jnp.where(value >= 0, 1, -1).astype(w.dtype)[:, None]
-    way = -jnp.sign(w) * side
-    room = jnp.where(way > 0, high - flat, flat - low)
+    sign = -jnp.sign(w) * side
+    room = jnp.where(sign > 0, high - flat, flat - low)
     size = jnp.abs(w)
     if norm == "linf":
         d = jnp.minimum(_level(size, room, jnp.abs(value)), room)
@@ -262,14 +311,14 @@ def to_plane(norm: str, point: Array, w: Array, value: Array, low: float, high: 
         size = jnp.where(size < 1e-8, 0, size)
         reach = room / jnp.where(size > 0, size, 1)
         d = size * jnp.minimum(_level(size * size, reach, jnp.abs(value)), reach)
-    return (way * jnp.where(size > 0, d, 0)).reshape(point.shape)
+    return (sign * jnp.where(size > 0, d, 0)).reshape(point.shape)
 
 
 def _level(weight: Array, cap: Array, total: Array) -> Array:
-    """The t >= 0, [batch, 1], with sum_i weight_i min(t, cap_i) = total; infinity where the sum cannot reach it.
+    """Returns t >= 0, [batch, 1], with sum_i weight_i min(t, cap_i) = total; infinity where the sum stays below it.
 
-    Newton's method from t = 0: the sum is concave and piecewise linear in t, so t only grows, and is exact as soon as
-    no further cap is met. That takes some ten passes over the pixels, where the closed form would sort them.
+    Newton's method from t = 0: the sum is concave and piecewise linear in t, so t only grows, and it is exact as soon
+    as no further cap is reached. That takes about ten passes over the pixels; the closed form would sort them.
     """
 
     def newton(capped: Array) -> Array:
@@ -282,6 +331,6 @@ def _level(weight: Array, cap: Array, total: Array) -> Array:
         new = capped | (cap <= newton(capped))
         return new, jnp.any(new != capped)
 
-    none = jnp.zeros_like(cap, bool)
-    capped, _ = lax.while_loop(lambda carry: carry[1], grow, (none, jnp.any(weight >= 0)))
+    no_cap = jnp.zeros_like(cap, bool)
+    capped, _ = lax.while_loop(lambda carry: carry[1], grow, (no_cap, jnp.any(weight >= 0)))
     return newton(capped)

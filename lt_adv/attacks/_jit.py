@@ -10,29 +10,36 @@ import jax
 import numpy as np
 from jax import Array
 
-from lt_adv.attacks import inputs
+from lt_adv.attacks import checks
 from lt_adv.attacks._autoattack import autoattack
 
 
 def jit(
     attack: Callable[..., Array], apply: Callable[[Any, Array], Array], **options: Any
 ) -> Callable[[Array, Any, Array, Array], Array]:
-    """Jits an attack once for all variables of the same shapes.
+    """Returns a jitted attack that takes the variables of the network as an argument.
 
-    An attack called outside jit on a fresh closure over the variables is traced again at every call; here the variables
-    are an argument.
+    It compiles once for all variables of the same shapes. An attack that is called outside jit on a new closure over
+    the variables is traced again at every call.
 
     Args:
       attack: `fgsm`, `pgd`, `mim`, `cw`, or any function attack(key, logits_fn, x, y, **options) -> x_adv.
-      apply: (variables, x[batch, ...]) -> logits[batch, classes].
-      **options: the attack's keyword arguments.
+      apply: (variables, x [batch, ...]) -> logits [batch, classes].
+      **options: keyword arguments of the attack.
 
     Returns:
-      f(key, variables, x, y) -> x_adv. The inputs may be sharded over devices; x_adv is sharded as XLA chooses, in
-      general as x is. Outside a trace the values of x and of labels y are checked in every call, as the attack does.
+      f(key, variables, x, y) -> x_adv. Its inputs may be sharded over devices; XLA chooses the sharding of x_adv, in
+      general that of x. Outside a trace, every call checks the values of x and of the labels y, as the attack does.
 
     Raises:
       ValueError: for an option that the attack does not have. Values are checked when f is first called.
+
+    Example:
+      >>> apply = lambda weight, x: x @ weight
+      >>> attack = attacks.jit(attacks.pgd, apply, eps=0.125, step_size=0.0625, num_steps=5)
+      >>> weight = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> attack(jax.random.key(0), weight, jnp.array([[0.5, 0.375]]), jnp.array([0]))
+      Array([[0.375, 0.5  ]], dtype=float32)
     """
     if attack is autoattack:
         raise ValueError("autoattack drives compiled attacks from the host and cannot be compiled: call it.")
@@ -52,16 +59,16 @@ def jit(
 
     def num_classes(variables: Any, x: Array) -> int | None:
         if np.shape(x) not in classes:
-            logits = jax.eval_shape(apply, variables, x)  # what is not an array of logits the attack refuses
+            logits = jax.eval_shape(apply, variables, x)  # the attack itself refuses anything but an array of logits
             classes[np.shape(x)] = logits.shape[-1] if getattr(logits, "ndim", 0) == 2 else None
         return classes[np.shape(x)]
 
     @functools.wraps(compiled)
     def call(key: Array, variables: Any, x: Array, y: Array) -> Array:
         if "bounds" in parameters:
-            inputs.check_images(x, inputs.check_bounds(bounds))
-            if np.ndim(y) == 1 and inputs.known(y) is not None:  # `kl_divergence` takes probabilities
-                inputs.check_labels(y, len(x), num_classes(variables, x))
+            checks.check_images(x, checks.check_bounds(bounds))
+            if np.ndim(y) == 1 and checks.known(y) is not None:  # `kl_divergence` takes probabilities
+                checks.check_labels(y, len(x), num_classes(variables, x))
         return compiled(key, variables, x, y)
 
     call.lower = compiled.lower  # type: ignore[attr-defined]

@@ -1,4 +1,4 @@
-"""Square attack: random search over square windows, by predictions alone; no gradient is asked for."""
+"""Square attack: random search over square windows. It uses predictions only and no gradients."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,25 +9,25 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import _base, inputs, norms
+from lt_adv.attacks import _base, checks, norms
 from lt_adv.attacks._base import Bounds, Iterated, Network, where_rows
 from lt_adv.attacks.objectives import logit_margin
 
-# From which proposal on the share of a window's pixels is halved once more.
+# Proposals at which the share of the pixels in a window is halved.
 HALVINGS = (11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)
 TINY = 1e-12
 
 
 class State(NamedTuple):
-    """One row per example; it stands still once the example is broken, so `steps_taken` counts its queries."""
+    """State of the attack, one row per example. It stops changing once the example is broken."""
 
     x: Array
     y: Array
     key: Array
     eps: Array
     x_adv: Array  # the best point so far
-    value: Array  # the objective there
-    steps_taken: Array
+    value: Array  # its objective
+    steps_taken: Array  # queries
     broken: Array
 
 
@@ -44,38 +44,50 @@ def square(
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
-    """Square attack: a proposal changes one square window at random and is kept where it raises the objective.
+    """Square attack: changes one random square window at a time and accepts changes that raise the objective.
 
     L-inf: the start is x + eps times a random sign for each column and channel; a proposal adds 2 eps times a random
-    sign for each channel inside a window, within the ball. L2: the start is a grid of bumps; a proposal moves the
-    energy of one window to another, shaped as a bump.
+    sign for each channel inside a window, clipped to the ball. L2: the start is a grid of bumps; a proposal moves the
+    energy of one window to another, in the shape of a bump.
 
     Args:
-      key: one typed key, or one per example [batch].
-      logits_fn: x -> logits[batch, classes]; never differentiated.
-      x, y: images [batch, height, width, channels] or [batch, height, width] inside `bounds`, and labels [batch]. An
-        image that is wrong already is returned as it is. For L-inf also vectors [batch, d], where an interval of the
-        features takes the place of the window (ours: the paper has images alone).
-      eps: radius, scalar or [batch], in units of the [0, 1] pixel range.
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch].
+      logits_fn: x [batch, ...] -> logits [batch, classes]; never differentiated.
+      x: images [batch, height, width, channels] or [batch, height, width] inside `bounds`. For L-inf also vectors
+        [batch, d], where an interval of the features takes the place of the window (ours: the paper has images only).
+      y: labels, integers [batch]. An image that is classified wrongly is returned unchanged.
+      eps: radius of the ball, scalar or [batch], in the units of x.
       num_queries: proposals; the start costs one more query.
       p_init: share of the pixels in the first windows.
       objective: (logits, y) -> [batch], maximised.
       norm: "linf" or "l2".
-      bounds: the box of valid pixels.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
-      x_adv, an array like x: the best point found, which is the first wrong one where there is one. ValueError for
-      examples of other shapes and, for L2, images smaller than 5 x 5.
+      x_adv, an array like x: the first point that is classified wrongly; if there is none, the point with the largest
+      objective.
 
-    Reference: Andriushchenko et al., "Square attack: a query-efficient black-box adversarial attack via random
-    search", ECCV 2020, algorithms 1 to 3. Sizes shrink at fixed proposals, whatever num_queries, as in AutoAttack.
-    Differs from the released code: every image draws windows and signs of its own.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit; for L2, images smaller than 5 x 5.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> x_adv = attacks.square(jax.random.key(0), logits_fn, x, y, eps=0.125, num_queries=20)
+      >>> attacks.prediction(logits_fn(x_adv))
+      Array([1], dtype=int32)
+
+    References:
+      Andriushchenko et al., "Square attack: a query-efficient black-box adversarial attack via random search",
+      ECCV 2020, algorithms 1 to 3. Windows shrink at fixed proposals, whatever num_queries, as in AutoAttack.
+      Differs from the released code: every image draws its own windows and signs.
     """
-    x, y = inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
+    x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
     bounds = _base.check(x, y, bounds)
     if reason := unsupported(norm, x.shape[1:]):
         raise ValueError(f"square needs {reason}.")
-    num_queries, p_init = inputs.count("num_queries", num_queries), inputs.number("p_init", p_init, 0, 1)
+    num_queries, p_init = checks.count("num_queries", num_queries), checks.number("p_init", p_init, 0, 1)
+    checks.check_objective(objective)
 
     def build(_: int) -> Iterated:
         return square_program(objective, norm, num_queries, p_init, bounds)
@@ -84,17 +96,17 @@ def square(
 
 
 def unsupported(norm: str, shape: tuple[int, ...]) -> str:
-    """What `square` needs and an example of this shape does not have; empty where it can be attacked."""
+    """Returns why `square` cannot attack examples of this shape; empty if it can."""
     if norm == "l2":
         fits = len(shape) in (2, 3) and min(shape[:2]) >= 5
-        seen = f"got examples of shape {shape}"
-        return "" if fits else f"images of at least 5 x 5 pixels for L2, [batch, height, width(, channels)], {seen}"
+        needs = "images of at least 5 x 5 pixels for L2, [batch, height, width(, channels)]"
+        return "" if fits else f"{needs}, got examples of shape {shape}"
     fits = len(shape) in (1, 2, 3) and min(shape) >= 1
     return "" if fits else f"images [batch, height, width(, channels)] or vectors [batch, d], got examples of {shape}"
 
 
 def _as_image(example: Array) -> Array:
-    """[height, width, channels] of one example: an image of one channel, or a vector as one row of pixels."""
+    """Reshapes one example to [height, width, channels]; a vector becomes one row of pixels."""
     return example.reshape(_image_shape(example.shape))
 
 
@@ -103,14 +115,14 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
 
 
 def square_program(objective: Callable, norm: str, num_queries: int, p_init: float, bounds: Bounds) -> Iterated:
-    """The attack `square`."""
+    """Builds `square`."""
     low, high = bounds
     start, propose = {"linf": (_stripes, _linf_proposal), "l2": (_bumps, _l2_proposal)}[norms.get(norm) and norm]
 
     def begin(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
         delta = jax.vmap(start)(keys, jax.vmap(_as_image)(x), eps).reshape(x.shape)
-        none, zero = jnp.full_like(eps, -jnp.finfo(eps.dtype).max), jnp.zeros_like(eps, jnp.int32)
-        return State(x, y, keys, eps, jnp.clip(x + delta, low, high), none, zero, jnp.zeros_like(eps, bool))
+        no_value, zero = jnp.full_like(eps, -jnp.finfo(eps.dtype).max), jnp.zeros_like(eps, jnp.int32)
+        return State(x, y, keys, eps, jnp.clip(x + delta, low, high), no_value, zero, jnp.zeros_like(eps, bool))
 
     def proposal(key: Array, number: Array, x: Array, x_adv: Array, eps: Array) -> Array:
         level = jnp.sum(number >= jnp.asarray(HALVINGS, number.dtype))
@@ -125,7 +137,7 @@ def square_program(objective: Callable, norm: str, num_queries: int, p_init: flo
         point = jax.vmap(proposal)(state.key, state.steps_taken - 1, state.x, state.x_adv, state.eps)
         point = where_rows(first, state.x_adv, point)
         logits = _base.logits_of(network, point, state.key)
-        value = _base.comparable(inputs.check_values(objective(logits, state.y), state.x), state.x)
+        value = _base.comparable(checks.check_values(objective(logits, state.y), state.x), state.x)
         broken = _base.is_wrong(logits, state.y)
         x_adv, value = where_rows(first | broken | (value > state.value), (point, value), (state.x_adv, state.value))
         new = state._replace(x_adv=x_adv, value=value, steps_taken=state.steps_taken + 1, broken=broken)
@@ -135,9 +147,9 @@ def square_program(objective: Callable, norm: str, num_queries: int, p_init: flo
 
 
 def _sides(p_init: float, shape: tuple[int, ...], norm: str, vector: bool = False) -> np.ndarray:
-    """Side of the window, in pixels, after each number of halvings; odd and at least 3 for L2.
+    """Returns the side of the window in pixels after each number of halvings; odd and at least 3 for L2.
 
-    Of a vector the length of an interval, which holds the share p of the features as a square does of the pixels.
+    For a vector it is the length of an interval with the share p of the features.
     """
     area = p_init / 2.0 ** np.arange(len(HALVINGS) + 1) * shape[0] * shape[1]
     sides = np.maximum(np.round(area if vector else np.sqrt(area)), 3 if norm == "l2" else 1).astype(np.int32)
@@ -149,13 +161,13 @@ def _signs(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 
 def _corner(key: Array, size: Array, shape: tuple[int, ...]) -> tuple[Array, Array]:
-    """The window's first row and column, uniform in [0, height - size) and [0, width - size), as released."""
+    """Draws the first row and column of the window from [0, height - size) and [0, width - size), as released."""
     room = jnp.maximum(jnp.array(shape[:2], jnp.int32) - size, 1)
     return tuple(jax.random.randint(key, (2,), 0, room, jnp.int32))
 
 
 def _window(corner: tuple[Array, Array], size: Array, shape: tuple[int, ...]) -> tuple[Array, Array, Array]:
-    """(bool [h, w, 1] of a window, and each pixel's row and column in it)."""
+    """Returns the mask of a window, bool [h, w, 1], and the row and column of each pixel relative to it."""
     rows, columns = (jnp.arange(length, dtype=jnp.int32) for length in shape[:2])
     row, column = rows[:, None] - corner[0], columns[None, :] - corner[1]
     inside = (row >= 0) & (row < size) & (column >= 0) & (column < size)
@@ -175,14 +187,14 @@ def _linf_proposal(key: Array, level: Array, sides: np.ndarray, delta: Array, ep
 
 
 def _bumps(key: Array, x: Array, eps: Array) -> Array:
-    """A grid of bumps, a fifth of the height each, with random signs and directions."""
+    """Returns a grid of bumps, each a fifth of the height, with random signs and directions."""
     side = x.shape[0] // 5
     first = (x.shape[0] - 5 * side) // 2
     cells = tuple((length - first) // side for length in x.shape[:2])
-    key_turn, key_sign = jax.random.split(key)
-    turn = jax.random.bernoulli(key_turn, shape=(*cells, 1, 1))
+    key_transpose, key_sign = jax.random.split(key)
+    transpose = jax.random.bernoulli(key_transpose, shape=(*cells, 1, 1))
     bump = jnp.asarray(_bump(side), x.dtype)
-    bumps = jnp.where(turn, bump.T[None, None], bump[None, None])[..., None] * _signs(
+    bumps = jnp.where(transpose, bump.T[None, None], bump[None, None])[..., None] * _signs(
         key_sign, (*cells, 1, 1, x.shape[2]), x.dtype
     )
     grid = bumps.transpose(0, 2, 1, 3, 4).reshape(cells[0] * side, cells[1] * side, x.shape[2])
@@ -191,26 +203,26 @@ def _bumps(key: Array, x: Array, eps: Array) -> Array:
 
 
 def _l2_proposal(key: Array, level: Array, sides: np.ndarray, delta: Array, eps: Array) -> Array:
-    """Clears the second window and fills the first with its own shape plus a bump, and with the energy of both."""
-    key_corner, key_other, key_turn, key_sign = jax.random.split(key, 4)
+    """Clears the second window and adds a bump to the first, which receives the energy of both."""
+    key_corner, key_other, key_transpose, key_sign = jax.random.split(key, 4)
     size = jnp.asarray(sides)[level]
     inside, row, column = _window(_corner(key_corner, size, delta.shape), size, delta.shape)
     other, _, _ = _window(_corner(key_other, size, delta.shape), size, delta.shape)
     row, column = (jnp.clip(at, 0, sides[0] - 1) for at in (row, column))
-    turn = jax.random.bernoulli(key_turn)
-    row, column = jnp.where(turn, column, row), jnp.where(turn, row, column)
+    transpose = jax.random.bernoulli(key_transpose)
+    row, column = jnp.where(transpose, column, row), jnp.where(transpose, row, column)
     bump = jnp.asarray(_bump_table(tuple(sides)), delta.dtype)[level, row, column][..., None]
     sign = _signs(key_sign, (1, 1, delta.shape[2]), delta.dtype)
 
-    own = jnp.where(inside, delta, 0)
-    new = jnp.where(inside, bump * sign, 0) + own / (TINY + _per_channel(own))
+    window = jnp.where(inside, delta, 0)
+    new = jnp.where(inside, bump * sign, 0) + window / (TINY + _channel_norms(window))
     free = jnp.maximum(eps**2 - jnp.sum(delta**2), 0) / delta.shape[2]
     energy = free + jnp.sum(jnp.where(inside | other, delta, 0) ** 2)
-    new = new / (TINY + _per_channel(new)) * jnp.sqrt(energy)
+    new = new / (TINY + _channel_norms(new)) * jnp.sqrt(energy)
     return _scaled(jnp.where(inside, new, jnp.where(other, 0, delta)), eps)
 
 
-def _per_channel(image: Array) -> Array:
+def _channel_norms(image: Array) -> Array:
     return jnp.sqrt(jnp.sum(image**2, axis=(0, 1), keepdims=True))
 
 
@@ -219,18 +231,18 @@ def _scaled(delta: Array, eps: Array) -> Array:
 
 
 def _bump_table(sides: tuple[int, ...]) -> np.ndarray:
-    """[levels, side, side] of the bumps of all window sizes, padded to the largest, which is the first."""
+    """Returns the bumps of all window sizes, padded to the largest (the first), [levels, side, side]."""
     return np.stack([np.pad(_bump(side), (0, sides[0] - side)) for side in sides])
 
 
 def _bump(side: int) -> np.ndarray:
-    """[side, side], of L2 length one: two half-planes of opposite sign, each a pyramid of nested rectangles."""
+    """Returns [side, side] of L2 norm one: two halves of opposite sign, each a pyramid of nested rectangles."""
     bump = np.concatenate([_pyramid(side // 2, side), -_pyramid(side - side // 2, side)])
     return bump / np.sqrt((bump**2).sum())
 
 
 def _pyramid(height: int, width: int) -> np.ndarray:
-    """[height, width], of L2 length one: square m, of side 2 m + 1 around the centre, adds 1 / (m + 1)^2."""
+    """Returns [height, width] of L2 norm one: square m, of side 2 m + 1 around the centre, adds 1 / (m + 1)^2."""
     row, column = np.arange(height) - height // 2, np.arange(width) - width // 2
     ring = np.maximum(np.abs(row)[:, None], np.abs(column)[None, :])
     rings = max(height // 2, width // 2) + 1

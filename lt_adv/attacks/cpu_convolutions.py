@@ -1,10 +1,10 @@
-"""Gradient convolutions in the one form that XLA's CPU backend is fast at.
+"""Rewrites gradient convolutions into the layout that XLA's CPU backend executes fast.
 
-The gradient of a convolution with respect to its input is a convolution with the kernel mirrored and its two channel
-axes exchanged, which JAX writes into the dimension numbers. XLA's CPU backend calls its library for images NHWC and
-kernels HWIO alone. It rewrites other layouts to these, but not in the body of a loop, and not where the transposition
-it has to insert can be folded back into the one convolution that needs it; there it runs naive loops, some 20 times
-slower. So on CPU we transpose, with a barrier behind which nothing is folded back. Accelerators need none of this.
+The gradient of a convolution with respect to its input is a convolution with the mirrored kernel and exchanged channel
+axes, which JAX expresses in the dimension numbers. XLA's CPU backend calls its convolution library only for images NHWC
+and kernels HWIO. It rewrites other layouts to these, but neither in the body of a loop nor where the transposition that
+it has to insert can be folded back into the only convolution that uses it. There it runs naive loops, about 20 times
+slower. On CPU we therefore transpose explicitly, behind a barrier that prevents folding. Accelerators do not need this.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,28 +18,28 @@ CALLS = ("jit", "pjit", "closed_call")
 
 
 def with_fast_cpu_convolutions(gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """`rewritten(gradient)` on CPU; elsewhere `gradient` itself."""
+    """Returns `rewrite_convolutions(gradient)` on CPU and `gradient` itself elsewhere."""
     return rewrite_convolutions(gradient) if jax.default_backend() == "cpu" else gradient
 
 
 def rewrite_convolutions(gradient: Callable[..., Any]) -> Callable[..., Any]:
-    """`gradient` with every convolution over images in the layouts NHWC and HWIO.
+    """Returns `gradient` with every convolution over images in the layouts NHWC and HWIO.
 
-    `gradient` is the result of jax.grad or jax.value_and_grad: its result cannot be differentiated again. It may be
-    traced under jit, vmap, pmap and shard_map. Values change by rounding at most. Convolutions in a loop or a
-    rematerialised part of the network's own stay as they are, and so do weight gradients, which are fast.
+    `gradient` is the result of jax.grad or jax.value_and_grad; the returned function cannot be differentiated again.
+    It may be traced under jit, vmap, pmap and shard_map. Values change by rounding at most. Convolutions inside a loop
+    or a rematerialised part of the network are not rewritten, and neither are weight gradients, which are fast.
     """
 
-    def computed(*args: Any) -> Any:
-        # All is closed over and nothing an argument, so that each input keeps its type, mesh axes included.
+    def rewritten(*args: Any) -> Any:
+        # Inputs are closed over and not passed as arguments, so that each keeps its type, mesh axes included.
         closed, shape = jax.make_jaxpr(lambda: gradient(*args), return_shape=True)()
         return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, []))
 
-    return computed
+    return rewritten
 
 
 def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
-    """The results of a program, equation by equation, with convolutions replaced."""
+    """Evaluates a jaxpr equation by equation, with convolutions replaced."""
     values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
     def read(atom: Any) -> Any:
@@ -47,14 +47,14 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
 
     for equation in jaxpr.eqns:
         primitive, options = equation.primitive, equation.params
-        inputs = [read(atom) for atom in equation.invars]
+        operands = [read(atom) for atom in equation.invars]
         if primitive.name in CALLS:
             inner = options["jaxpr"]
-            outputs = _evaluate(inner.jaxpr, inner.consts, inputs)
+            outputs = _evaluate(inner.jaxpr, inner.consts, operands)
         elif primitive.name == "conv_general_dilated":
-            outputs = [_convolve(*inputs, **options)]
+            outputs = [_convolve(*operands, **options)]
         else:
-            outputs = primitive.bind(*inputs, **primitive.get_bind_params(options))
+            outputs = primitive.bind(*operands, **primitive.get_bind_params(options))
             outputs = outputs if primitive.multiple_results else [outputs]
         values.update(zip(equation.outvars, outputs, strict=True))
     return [read(atom) for atom in jaxpr.outvars]
@@ -64,7 +64,7 @@ def _convolve(x: Array, kernel: Array, *, dimension_numbers: Any, **options: Any
     image, weight, result = dimension_numbers
     space = range(1, x.ndim - 1)
     nhwc, hwio = (0, x.ndim - 1, *space), (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
-    over_images = image[0] == result[0] == 0  # a weight gradient sums over the batch, in the place of channels
+    over_images = image[0] == result[0] == 0  # a weight gradient has the batch in the place of channels
     if not over_images or (image, weight, result) == (nhwc, hwio, nhwc):
         return lax.conv_general_dilated_p.bind(x, kernel, dimension_numbers=dimension_numbers, **options)
     layouts = lax.ConvDimensionNumbers(nhwc, hwio, nhwc)
@@ -74,7 +74,7 @@ def _convolve(x: Array, kernel: Array, *, dimension_numbers: Any, **options: Any
 
 
 def _transpose(x: Array, old: Sequence[int], new: Sequence[int]) -> Array:
-    """`x` with the axis old[i] moved to new[i]."""
+    """Moves axis old[i] of `x` to new[i]."""
     if old == new:
         return x
     source = dict(zip(new, old, strict=True))

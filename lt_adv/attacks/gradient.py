@@ -1,26 +1,15 @@
-"""Attacks that follow the sign or direction of the input gradient: FGSM, PGD, MIM and CW in a ball.
+"""Gradient attacks in a ball: FGSM, PGD, MIM and CW.
 
-Common arguments, of every attack here:
-  key: one typed key (example i then uses fold_in(key, i)) or one key per example [batch]. A result depends on the
-    example's own key alone, never on the batch size; keys of other implementations than threefry2x32 are replaced by
-    such keys, derived from them. Under pmap and shard_map give one key per example: a single key
-    would count i from zero on every device.
-  logits_fn: x[batch, ...] -> logits[batch, classes], any traceable callable; it decides its own batch-norm mode.
-  x: images [batch, ...], floating, inside `bounds`.
-  y: what the objective compares with: labels [batch], or probabilities [batch, classes] for `kl_divergence`.
-  eps: radius of the ball, scalar or [batch], in units of the [0, 1] pixel range (as step_size).
-  step_size: length of a step in the norm, scalar or [batch].
-  num_steps: number of gradients taken; 0 gives the start, brought into the ball and the box.
-  objective: (logits, y) -> [batch], maximised for each example by itself.
-  norm: "linf" (steps along the sign) or "l2" (steps along the normalised gradient).
-  start: "zero", "uniform", "one_sided" or "gaussian", see `initialization.starting_point`.
-  x_init: the starting point itself, shaped as x; replaces `start`.
-  bounds: the box of valid pixels.
-Neither a random start nor x_init is clipped before the first step. After each step x_adv is brought into the ball, then
-into the box. No gradient flows through the result.
-An entry of the gradient that is not finite counts as zero, so x_adv is always finite. The objective is given logits of
-at least the precision of x, whatever the type of the network. ValueError, before anything is computed, for options,
-images, labels and logits that do not fit; their values are checked where they are known, outside a trace.
+Rules that hold for all of them:
+
+- A random start and `x_init` are not clipped before the first step. After each step x_adv is projected to the ball and
+  clipped to `bounds`.
+- A gradient entry that is not finite counts as zero, so x_adv is always finite. No gradient flows through the result.
+- The result for an example depends on its own key only, never on the batch size. Keys of other implementations than
+  threefry2x32 are replaced by threefry keys derived from them.
+- The objective is computed in at least the precision of x, whatever the type of the logits.
+- Options, images, labels and logits are checked before anything is computed. Values are checked where they are known,
+  outside a trace.
 """
 
 from collections.abc import Callable
@@ -32,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import inputs, norms
+from lt_adv.attacks import checks, norms
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import starting_point
 from lt_adv.attacks.objectives import cross_entropy, cw_margin
@@ -56,12 +45,34 @@ def fgsm(
 ) -> Array:
     """Fast gradient sign method: x_adv = clip(x + eps sign(grad_x L(x, y))), one step of the whole radius.
 
-    Arguments are described at the top of the module.
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
+        shard_map give one key per example: each device would count i from zero.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
+      eps: radius of the ball, scalar or [batch], in the units of x.
+      objective: (logits, y) -> [batch], maximised for each example by itself.
+      norm: "linf" (steps along the sign of the gradient) or "l2" (steps along the normalised gradient).
+      start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
+        (x + 0.001 N(0, 1)).
+      x_init: starting point, shaped like x; replaces `start`.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
       x_adv, an array like x.
 
-    Reference: Goodfellow et al., "Explaining and harnessing adversarial examples", ICLR 2015, section 4.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> attacks.fgsm(jax.random.key(0), logits_fn, x, y, eps=0.125)
+      Array([[0.375, 0.5  ]], dtype=float32)
+
+    References:
+      Goodfellow et al., "Explaining and harnessing adversarial examples", ICLR 2015, section 4.
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=eps, num_steps=1, objective=objective, norm=norm, start=start,
@@ -86,12 +97,40 @@ def pgd(
 ) -> Array:
     """Projected gradient descent on the negative objective: x_{t+1} = P(x_t + a sign(grad_x L(x_t, y))).
 
-    Arguments are described at the top of the module.
+    P projects to the ball and clips to the bounds, a is the step size. For norm="l2" the normalised gradient takes the
+    place of the sign.
+
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
+        shard_map give one key per example: each device would count i from zero.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
+      eps: radius of the ball, scalar or [batch], in the units of x.
+      step_size: length of a step in the norm, scalar or [batch], in the units of x.
+      num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
+      objective: (logits, y) -> [batch], maximised for each example by itself.
+      norm: "linf" (steps along the sign of the gradient) or "l2" (steps along the normalised gradient).
+      start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
+        (x + 0.001 N(0, 1)).
+      x_init: starting point, shaped like x; replaces `start`.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
       x_adv, an array like x: the last point, not the best one.
 
-    Reference: Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018, section 2.1.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> x_adv = attacks.pgd(jax.random.key(0), logits_fn, x, y, eps=0.125, step_size=0.0625, num_steps=5)
+      >>> x_adv
+      Array([[0.375, 0.5  ]], dtype=float32)
+
+    References:
+      Madry et al., "Towards deep learning models resistant to adversarial attacks", ICLR 2018, section 2.1.
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
@@ -117,18 +156,44 @@ def mim(
 ) -> Array:
     """Momentum iterative method: g_{t+1} = m g_t + grad / mean|grad|, x_{t+1} = P(x_t + a sign(g_{t+1})).
 
-    Arguments are described at the top of the module; `decay` is m.
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
+        shard_map give one key per example: each device would count i from zero.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
+      eps: radius of the ball, scalar or [batch], in the units of x.
+      step_size: length of a step in the norm, scalar or [batch], in the units of x.
+      num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
+      decay: m, the factor of the previous momentum.
+      objective: (logits, y) -> [batch], maximised for each example by itself.
+      norm: "linf" (steps along the sign of the gradient) or "l2" (steps along the normalised gradient).
+      start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
+        (x + 0.001 N(0, 1)).
+      x_init: starting point, shaped like x; replaces `start`.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
       x_adv, an array like x: the last point.
 
-    Reference: Dong et al., "Boosting adversarial attacks with momentum", CVPR 2018, eq. 6 and 7. The paper divides by
-    the L1 norm; the mean differs from it by the number of pixels, which neither the sign nor the direction sees.
-    Differs from the released code: an image whose gradient is exactly zero adds nothing, instead of 0 / 0.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> x_adv = attacks.mim(jax.random.key(0), logits_fn, x, y, eps=0.125, step_size=0.0625, num_steps=5)
+      >>> x_adv
+      Array([[0.375, 0.5  ]], dtype=float32)
+
+    References:
+      Dong et al., "Boosting adversarial attacks with momentum", CVPR 2018, eq. 6 and 7. The paper divides by the L1
+      norm. The mean differs from it by the number of pixels, which changes neither the sign nor the direction.
+      Differs from the released code: an image whose gradient is exactly zero adds nothing, instead of 0 / 0.
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
-        start=start, x_init=x_init, bounds=bounds, decay=inputs.traceable_number("decay", decay),
+        start=start, x_init=x_init, bounds=bounds, decay=checks.traceable_number("decay", decay),
     )  # fmt: skip
 
 
@@ -149,16 +214,41 @@ def cw(
 ) -> Array:
     """PGD on the Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0): "CW-inf" of the robustness literature.
 
-    Arguments are described at the top of the module; `confidence` is k, in units of logits.
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
+        shard_map give one key per example: each device would count i from zero.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels, integers [batch].
+      eps: radius of the ball, scalar or [batch], in the units of x.
+      step_size: length of a step in the norm, scalar or [batch], in the units of x.
+      num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
+      confidence: k, in units of logits.
+      norm: "linf" (steps along the sign of the gradient) or "l2" (steps along the normalised gradient).
+      start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
+        (x + 0.001 N(0, 1)).
+      x_init: starting point, shaped like x; replaces `start`.
+      bounds: (low, high), the range of valid pixels.
 
     Returns:
       x_adv, an array like x: the last point.
 
-    Reference: Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, for the margin.
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Example:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> x_adv = attacks.cw(jax.random.key(0), logits_fn, x, y, eps=0.125, step_size=0.0625, num_steps=5)
+      >>> x_adv
+      Array([[0.375, 0.5  ]], dtype=float32)
+
+    References:
+      Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, for the margin.
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps,
-        objective=partial(cw_margin, confidence=inputs.traceable_number("confidence", confidence)),
+        objective=partial(cw_margin, confidence=checks.traceable_number("confidence", confidence)),
         norm=norm, start=start, x_init=x_init, bounds=bounds,
     )  # fmt: skip
 
@@ -179,25 +269,25 @@ def _ascend(
     bounds: tuple[float, float],
     decay: float | None = None,
 ) -> Array:
-    """The attacks above as one loop over (x_adv, momentum); without `decay` there is no momentum to carry."""
-    ball, x, y = norms.get(norm), inputs.as_array("x", x), inputs.as_array("y, the labels,", y)
-    low, high = inputs.check_bounds(bounds)
-    inputs.check_images(x, (low, high), x_init)
-    inputs.check_batch(y, x.shape[0])
-    num_steps = inputs.count("num_steps", num_steps)
-
+    """Runs any of the attacks above as one loop over (x_adv, momentum); `decay=None` means no momentum."""
+    ball, x, y = norms.get(norm), checks.as_array("x", x), checks.as_array("y, the labels,", y)
+    low, high = checks.check_bounds(bounds)
+    checks.check_images(x, (low, high), x_init)
+    checks.check_batch(y, x.shape[0])
+    num_steps = checks.count("num_steps", num_steps)
+    checks.check_objective(objective)
     for name, length in (("eps", eps), ("step_size", step_size)):  # before the network is traced
         norms.check_length(name, length, x.shape[0])
 
     def total(x_adv: Array) -> Array:
-        values = inputs.check_values(objective(inputs.check_logits(logits_fn(x_adv), x), y), x)
-        return jnp.sum(values)  # a sum: each example's gradient is its own, whatever the batch size
+        values = checks.check_values(objective(checks.check_logits(logits_fn(x_adv), x), y), x)
+        return jnp.sum(values)  # a sum, so that the gradient of an example does not depend on the batch size
 
     def ascend() -> Array:
         radius, step_length = norms.per_example(eps, x), norms.per_example(step_size, x)
         x_adv = starting_point(key, x, radius, start, ball)
         if x_init is not None:
-            x_adv = jnp.asarray(x_init, x.dtype) + jnp.zeros_like(x)  # varies over every mesh axis that x varies over
+            x_adv = jnp.asarray(x_init, x.dtype) + jnp.zeros_like(x)  # to vary over the same mesh axes as x
 
         def project(x_adv: Array) -> Array:
             return jnp.clip(ball.project(x_adv, x, radius), low, high)
@@ -207,13 +297,13 @@ def _ascend(
             gradient = norms.finite(with_fast_cpu_convolutions(jax.grad(total))(x_adv))
             if decay is not None:
                 gradient = momentum = decay * momentum + norms.unit_mean(gradient)
-            # Stopped at each step, not at the end: an outer gradient then has no loop to differentiate.
+            # Stopped at each step, so that an outer gradient has no loop to differentiate.
             return lax.stop_gradient((project(x_adv + step_length * ball.direction(gradient)), momentum))
 
         momentum = () if decay is None else jnp.zeros_like(x_adv)
         x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
         x_adv, _ = lax.fori_loop(0, num_steps, step, (x_adv, momentum))
-        # A length or a start that is known inside a trace alone may not be finite.
+        # Inside a trace the values of eps, step_size and x_init are not checked: they may not be finite.
         return jnp.where(jnp.isfinite(x_adv), x_adv, lax.stop_gradient(x))
 
-    return inputs.run(ascend, key, x, y, eps, step_size, decay, x_init)
+    return checks.run(ascend, key, x, y, eps, step_size, decay, x_init)

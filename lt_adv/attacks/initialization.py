@@ -1,4 +1,4 @@
-"""Where an attack starts, and one key per example so that a start depends on nothing but its own key."""
+"""Starting points of attacks, and one key per example, so that a start depends on its own key only."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,10 @@ _GAUSSIAN_SCALE = 0.001  # of the [0, 1] pixel range, the start of TRADES
 
 
 def threefry(keys: Array) -> Array:
-    """`keys` as keys of threefry, one derived from each; those of threefry as they are.
+    """Derives one threefry key from each key; threefry keys are returned unchanged.
 
-    Keys of rbg and unsafe_rbg cannot be used under vmap: all examples would draw from the first key, so that starts
-    repeat and a result depends on its batch.
+    Keys of rbg and unsafe_rbg do not work under vmap: all examples would draw from the first key, so that starts
+    repeat and results depend on the batch.
     """
     if jax.random.key_impl(keys) == IMPL:
         return keys
@@ -34,9 +34,9 @@ def threefry(keys: Array) -> Array:
 
 
 def example_keys(key: Array, batch: int) -> Array:
-    """One threefry key per example: fold_in(key, i) for a single key, the keys themselves if there are [batch].
+    """Returns one threefry key per example: fold_in(key, i) of a single key, or the given keys [batch].
 
-    ValueError for keys that are not typed, or of another shape.
+    Raises a ValueError for keys that are not typed or have another shape.
     """
     dtype = getattr(key, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.prng_key):
@@ -48,7 +48,7 @@ def example_keys(key: Array, batch: int) -> Array:
 
 
 def starting_point(key: Array, x: Array, eps: Array, start: str, norm: Norm) -> Array:
-    """The point before the first step, clipped neither to the ball nor to the box.
+    """Returns the point before the first step, clipped neither to the ball nor to the bounds.
 
     Args:
       key: one typed key, or one per example [batch].
@@ -59,7 +59,7 @@ def starting_point(key: Array, x: Array, eps: Array, start: str, norm: Norm) -> 
       norm: the ball.
 
     Returns:
-      an array like x.
+      An array like x.
     """
     if start not in STARTS:
         raise ValueError(f"Unknown start {start!r}. There are: {', '.join(STARTS)}.")

@@ -1,4 +1,4 @@
-"""What AutoAttack has done so far, on disk: one file for every batch of images that are done."""
+"""Journal of AutoAttack on disk, for resuming: one file for every batch of finished images."""
 
 import contextlib
 import errno
@@ -18,7 +18,7 @@ FIELDS = Done._fields
 
 
 def digest(*facts: Any) -> str:
-    """Stands for all that the result depends on."""
+    """Returns a hash of everything that the result depends on."""
     total = hashlib.sha256()
     for fact in facts:
         array = np.ascontiguousarray(fact) if not isinstance(fact, tuple) else None
@@ -29,71 +29,77 @@ def digest(*facts: Any) -> str:
 
 
 def open_(directory: Any, digest: str, logits: np.ndarray) -> "Journal":
-    """The journal in `directory`, made if absent; ValueError where it is of another call. None keeps nothing.
+    """Opens the journal in `directory`, creating it if it is absent; ValueError if it belongs to another call.
 
-    `logits` of the clean images stand for the network: another number of devices, or another batch, rounds otherwise.
+    None writes nothing. The clean `logits` identify the network; they are compared with a tolerance, because the number
+    of devices and the batch size change their rounding.
     """
     if directory is None:
         return Journal(None)
-    where = pathlib.Path(directory) if isinstance(directory, str) else directory
-    missing = list(itertools.takewhile(lambda folder: not folder.exists(), (where, *where.parents)))
-    where.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        _sync(folder.parent)
-    name, network = where / "call.txt", where / "logits.npy"
+    folder = pathlib.Path(directory) if isinstance(directory, str) else directory
+    missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in missing:
+        _sync(path.parent)
+    digest_file, logits_file = folder / "call.txt", folder / "logits.npy"
     try:
-        known = np.load(io.BytesIO(network.read_bytes()), allow_pickle=False) if network.exists() else logits
+        saved = np.load(io.BytesIO(logits_file.read_bytes()), allow_pickle=False) if logits_file.exists() else logits
         scale = np.abs(logits[np.isfinite(logits)]).max(initial=0)
-        same = known.shape == logits.shape and np.allclose(known, logits, 1e-3, 1e-3 * scale, equal_nan=True)
+        same = saved.shape == logits.shape and np.allclose(saved, logits, 1e-3, 1e-3 * scale, equal_nan=True)
     except ValueError:  # damaged
         same = False
-    if name.exists() and (name.read_text() != digest or not same):
-        raise ValueError(f"{where} holds another AutoAttack (other images, weights, key or options): choose another.")
+    if digest_file.exists() and (digest_file.read_text() != digest or not same):
+        raise ValueError(
+            f"{folder} holds another AutoAttack (other images, weights, key or options): choose another directory."
+        )
     buffer = io.BytesIO()
     np.save(buffer, logits)
-    _write(network, buffer.getvalue())
-    _write(name, digest.encode())
-    return Journal(where)
+    _write(logits_file, buffer.getvalue())
+    _write(digest_file, digest.encode())
+    return Journal(folder)
 
 
 class Journal:
-    """Files `<attack's number>-<file's number>.npz`; a damaged one counts as absent, its images are attacked again."""
+    """Files `<number of the attack>-<number of the file>.npz`.
 
-    def __init__(self, where: Any) -> None:
-        self.where = where
+    A damaged file counts as absent: its images are attacked again.
+    """
+
+    def __init__(self, folder: Any) -> None:
+        self.folder = folder
         self.waiting: list[Done] = []
-        names = [path.name for path in where.iterdir()] if where is not None else []
-        numbers = [int(found[1]) for found in map(re.compile(r"\d+-(\d+)\.npz").fullmatch, names) if found]
+        names = [path.name for path in folder.iterdir()] if folder is not None else []
+        numbers = [int(match[1]) for match in map(re.compile(r"\d+-(\d+)\.npz").fullmatch, names) if match]
         self.files = max(numbers, default=-1) + 1
 
     def add(self, number: int, done: Done, least: int) -> None:
-        """Keeps what is done; written as soon as it is `least` images."""
+        """Adds finished images, and writes a file once `least` of them are waiting."""
         self.waiting.append(done)
         if sum(len(done.rows) for done in self.waiting) >= least:
             self.flush(number)
 
     def flush(self, number: int) -> None:
-        """Writes what waits."""
-        if self.waiting and self.where is not None:
+        """Writes the waiting images."""
+        if self.waiting and self.folder is not None:
             buffer = io.BytesIO()
             columns: Any = dict(zip(FIELDS, zip(*self.waiting, strict=True), strict=True))
             np.savez(buffer, **{name: np.concatenate(parts) for name, parts in columns.items()})  # type: ignore[arg-type]
-            _write(self.where / f"{number}-{self.files:06d}.npz", buffer.getvalue())
+            _write(self.folder / f"{number}-{self.files:06d}.npz", buffer.getvalue())
             self.files += 1
         self.waiting = []
 
     def read(self, number: int) -> list[Done]:
-        """All that is known of one attack."""
-        found = []
-        for path in sorted(self.where.glob(f"{number}-*.npz")) if self.where is not None else ():
-            with contextlib.suppress(Exception):  # a zip file carries checksums, and fails in many ways
+        """Returns the finished images of one attack."""
+        records = []
+        for path in sorted(self.folder.glob(f"{number}-*.npz")) if self.folder is not None else ():
+            with contextlib.suppress(Exception):  # damaged zip files fail with many types of errors
                 file = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
-                found.append(Done(*(file[name] for name in FIELDS)))
-        return found
+                records.append(Done(*(file[name] for name in FIELDS)))
+        return records
 
 
 def _write(path: Any, content: bytes) -> None:
-    """All of the content or nothing, after a power cut too: it is on the disk before its name."""
+    """Writes a file atomically, also with respect to power cuts: the content is on disk before the name."""
     new = path.parent / f"{path.name}.{os.getpid()}.new"
     new.write_bytes(content)
     _sync(new)
@@ -102,7 +108,7 @@ def _write(path: Any, content: bytes) -> None:
 
 
 def _sync(path: Any) -> None:
-    """Until a file, or of a folder the names in it, is on the disk; a bucket's store sees to that by itself."""
+    """Flushes a file, or the names in a folder, to the disk; does nothing for buckets."""
     if "://" in os.fspath(path):
         return
     try:
@@ -112,6 +118,6 @@ def _sync(path: Any) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Folders that may not be read, or file systems that have no such call for folders.
+        # Unreadable folders, or file systems without fsync for folders.
         if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) or not os.path.isdir(path):
             raise

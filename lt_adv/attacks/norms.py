@@ -1,4 +1,4 @@
-"""The balls an attack moves in: steepest ascent, projection and uniform sampling for L-inf and L2."""
+"""The L-inf and L2 balls of the attacks: steepest ascent, projection and uniform sampling."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -9,35 +9,35 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import inputs
+from lt_adv.attacks import checks
 
 
 class Norm(NamedTuple):
-    """What a gradient attack asks of a norm. Arrays are [batch, ...]; `eps` broadcasts against them."""
+    """The functions of a norm that attacks use. Arrays are [batch, ...]; `eps` broadcasts against them."""
 
-    direction: Callable[[Array], Array]  # gradient -> the step of length one that gains most, zero where it is zero
-    project: Callable[[Array, Array, Array], Array]  # x_adv, x, eps -> the nearest point of the ball around x
+    direction: Callable[[Array], Array]  # gradient -> direction of steepest ascent, of length one or zero
+    project: Callable[[Array, Array, Array], Array]  # x_adv, x, eps -> nearest point of the ball around x
     sample: Callable[[Array, tuple[int, ...], jnp.dtype], Array]  # key, shape, dtype -> one uniform point, radius one
     length: Callable[[Array], Array]  # displacement [batch, ...] -> [batch, 1, ...]
-    dual: Callable[[Array], Array]  # gradient -> how much a displacement of length one gains at most, [batch, 1, ...]
+    dual: Callable[[Array], Array]  # gradient -> its dual norm, [batch, 1, ...]
 
 
 def get(name: str) -> Norm:
-    """The norm called `name`, "linf" or "l2"; ValueError for any other name."""
+    """Returns the norm "linf" or "l2"; ValueError for any other name."""
     if not isinstance(name, str) or name not in _NORMS:
         raise ValueError(f"Unknown norm {name!r}. There are: {', '.join(_NORMS)}.")
     return _NORMS[name]
 
 
 def check_length(name: str, value: ArrayLike, batch: int, infinite: bool = False) -> None:
-    """ValueError unless `value` is a scalar or [batch] and, where it is known, not negative, NaN or infinite.
+    """Raises a ValueError unless `value` is a scalar or [batch] and its known values are finite and not negative.
 
-    `infinite` lengths may be allowed.
+    `infinite` allows infinite lengths.
     """
     if np.shape(value) not in ((), (batch,)):
         raise ValueError(f"{name} must be a scalar or [batch] = ({batch},), got shape {np.shape(value)}.")
-    values = inputs.known(value)
-    if values is not None and not inputs.is_real(values.dtype):
+    values = checks.known(value)
+    if values is not None and not checks.is_real(values.dtype):
         raise ValueError(f"{name} must be a number, got {value!r}.")
     if values is not None and not np.all(values >= 0):
         raise ValueError(f"{name} must not be negative or NaN, got {value}.")
@@ -46,35 +46,35 @@ def check_length(name: str, value: ArrayLike, batch: int, infinite: bool = False
 
 
 def per_example(value: ArrayLike, x: Array) -> Array:
-    """A length given as a scalar or as [batch], shaped to broadcast against `x`."""
+    """Reshapes a length, scalar or [batch], to broadcast against `x`."""
     value = jnp.asarray(value, x.dtype)
     return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
 
 
 def l2(array: Array) -> Array:
-    """Euclidean length of each example, [batch, ...] -> [batch, 1, ...]."""
+    """Returns the Euclidean length of each example, [batch, ...] -> [batch, 1, ...]."""
     return jnp.sqrt(jnp.sum(array * array, axis=_trailing(array), keepdims=True))
 
 
 def finite(gradient: Array) -> Array:
-    """A gradient with every entry that is NaN or infinite set to zero, so that no step is taken along it."""
+    """Sets the entries of a gradient that are NaN or infinite to zero."""
     return jnp.where(jnp.isfinite(gradient), gradient, 0)
 
 
 def representable(gradient: Array) -> Array:
-    """Each example scaled down where the sum of its squares would overflow; elsewhere unchanged to the last bit."""
+    """Scales examples down whose sum of squares would overflow; leaves the others bit-identical."""
     return gradient / representable_scale(gradient)
 
 
 def representable_scale(gradient: Array) -> Array:
-    """What `representable` divides by, [batch, 1, ...]: 1 unless the largest magnitude is extreme."""
+    """Returns the divisor of `representable`, [batch, 1, ...]: 1 unless the largest magnitude is extreme."""
     limit = jnp.asarray(2.0 ** (jnp.finfo(gradient.dtype).maxexp // 4), gradient.dtype)
     largest = _linf_length(gradient)
     return jnp.where(largest > limit, largest / limit, jnp.ones_like(largest))
 
 
 def unit_mean(array: Array) -> Array:
-    """Each example divided by the mean of its magnitudes; an example of zeros stays zero."""
+    """Divides each example by its mean magnitude; an example of zeros stays zero."""
     array = representable(array)
     return _divide(array, jnp.mean(jnp.abs(array), axis=_trailing(array), keepdims=True))
 
@@ -104,7 +104,7 @@ def _linf_sample(key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
 
 
 def _l2_direction(gradient: Array) -> Array:
-    # Brought to magnitude one first: the squares of a small float32 gradient (below 1e-23) would underflow to zero.
+    # Scaled to magnitude one first: the squares of a small float32 gradient (below 1e-23) would underflow to zero.
     gradient = _divide(gradient, _linf_length(gradient))
     return _divide(gradient, l2(gradient))
 

@@ -1,53 +1,67 @@
-"""What an attack maximises: functions (logits[batch, classes], y) -> [batch]. Bind options with functools.partial.
+"""Objectives that attacks maximise: functions (logits [batch, classes], y) -> [batch].
 
-They compute in at least float32, whatever the type of the logits. ValueError for labels of another shape or type than
-integers [batch] and, where their values are known, for labels of classes that the logits do not have.
+Options are bound with functools.partial. All of them compute in at least float32, whatever the type of the logits, and
+raise a ValueError for labels that are not integers [batch] or, where their values are known, exceed the classes.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from lt_adv.attacks import inputs
+from lt_adv.attacks import checks
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array:
     """Cross-entropy of scaled logits, -log softmax(a z)_y.
 
-    `logit_scale` a = 10 makes PGD the logit-scaling attack (LSA), which reaches through cosine and other
-    small-scale heads whose plain cross-entropy gradient is weak.
+    With `logit_scale` a = 10, PGD is the logit-scaling attack (LSA), which is effective on cosine and other small-scale
+    heads, whose plain cross-entropy gradient is weak.
 
     Args:
-      logits: [batch, classes].
+      logits: z, [batch, classes].
       y: labels, integers [batch].
       logit_scale: a, > 0.
 
     Returns:
       [batch], in nats.
+
+    Raises:
+      ValueError: for logits or labels that do not fit.
+
+    Example:
+      >>> attacks.cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([1]))
+      Array([2.127], dtype=float32)
     """
-    logits, logit_scale = _floats(logits, y), inputs.traceable_number("logit_scale", logit_scale, 0)
-    # Shifted before scaled, so that the largest entry is exactly zero. In the other order a compiler that fuses the
-    # multiplication into the subtraction leaves the product's rounding error there, and on a saturated softmax that
-    # residue, not the network, would decide the gradient.
+    logits, logit_scale = _floats(logits, y), checks.traceable_number("logit_scale", logit_scale, 0)
+    # The shift comes before the scale, so that the largest entry is exactly zero. In the other order, a compiler that
+    # fuses the multiplication into the subtraction leaves the rounding error of the product there, and that residue
+    # determines the gradient where the softmax is saturated.
     logits = logit_scale * (logits - lax.stop_gradient(logits.max(axis=-1, keepdims=True)))
     return jnp.log(jnp.exp(logits).sum(axis=-1)) - _at_label(logits, y)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def stable_cross_entropy(logits: Array, y: Array) -> Array:
-    """Cross-entropy as log(1 + sum_{j != y} exp(z_j - z_y)): the value of `cross_entropy`, without a cancellation.
+    """Cross-entropy as log(1 + sum_{j != y} exp(z_j - z_y)): equal to `cross_entropy`, without cancellation.
 
-    Where the softmax is saturated, its gradient is zero to the last bit, in every compiled program; that of
-    `cross_entropy` is the difference of two numbers close to one, and what rounding leaves of it depends on how a
-    compiler fuses them. AutoAttack, whose answer must not, takes this form.
+    Where the softmax is saturated, its gradient is exactly zero in every compiled program. The gradient of
+    `cross_entropy` is the difference of two numbers close to one there, and its rounding depends on how the compiler
+    fuses them. AutoAttack uses this form, so that its result does not depend on the compiler.
 
     Args:
-      logits: [batch, classes], at least two classes.
+      logits: z, [batch, classes], at least two classes.
       y: labels, integers [batch].
 
     Returns:
       [batch], in nats.
+
+    Raises:
+      ValueError: for logits or labels that do not fit.
+
+    Example:
+      >>> attacks.stable_cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([1]))
+      Array([2.127], dtype=float32)
     """
     logits = _floats(logits, y)
     lead = jnp.where(_is_label(logits, y), 0, logits - _at_label(logits, y)[:, None])  # of y itself: exp(0) = 1
@@ -57,56 +71,80 @@ def stable_cross_entropy(logits: Array, y: Array) -> Array:
     return jnp.where(shift > 0, shift + jnp.log(others + jnp.exp(-shift)), jnp.log1p(others))
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def cw_margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
-    """The Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0).
+    """Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0).
 
     Args:
-      logits: [batch, classes], at least two classes.
+      logits: z, [batch, classes], at least two classes.
       y: labels, integers [batch].
-      confidence: k, in units of logits. The value is flat (gradient zero) once another class leads by k.
+      confidence: k, in units of logits. Once another class leads by k, the value is constant and its gradient zero.
 
     Returns:
       [batch], never positive.
 
-    Reference: Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, f_6, here
-    inside an L-inf or L2 ball instead of beside a distance term.
+    Raises:
+      ValueError: for logits or labels that do not fit.
+
+    Example:
+      >>> attacks.cw_margin(jnp.array([[2.0, 0.0, 1.0]]), jnp.array([0]), confidence=5.0)
+      Array([-6.], dtype=float32)
+
+    References:
+      Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, f_6. The attacks use it
+      inside an L-inf or L2 ball instead of adding a distance term.
     """
     logits = _floats(logits, y)
     return -jax.nn.relu(_at_label(logits, y) - _largest_other(logits, y) + confidence)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def logit_margin(logits: Array, y: Array) -> Array:
-    """max_{j != y} z_j - z_y: how far another class leads, in units of logits; above zero for a wrong prediction.
+    """Logit margin, max_{j != y} z_j - z_y: the lead of the best other class; positive for a wrong prediction.
 
     Args:
-      logits: [batch, classes], at least two classes.
+      logits: z, [batch, classes], at least two classes.
       y: labels, integers [batch].
 
     Returns:
-      [batch].
+      [batch], in units of logits.
 
-    Reference: Andriushchenko et al., "Square attack", ECCV 2020, section 3, with the sign turned.
+    Raises:
+      ValueError: for logits or labels that do not fit.
+
+    Example:
+      >>> attacks.logit_margin(jnp.array([[2.0, 0.0, 1.0]]), jnp.array([1]))
+      Array([2.], dtype=float32)
+
+    References:
+      Andriushchenko et al., "Square attack", ECCV 2020, section 3, with the opposite sign.
     """
     logits = _floats(logits, y)
     return _largest_other(logits, y) - _at_label(logits, y)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def dlr(logits: Array, y: Array) -> Array:
     """Difference of logits ratio, (max_{j != y} z_j - z_y) / (z_(1) - z_(3) + 1e-12), z_(k) the k-th largest logit.
 
-    It does not change when the logits are scaled or shifted, so no temperature makes its gradient vanish.
+    Scaling or shifting the logits does not change it, so a temperature cannot make its gradient vanish.
 
     Args:
-      logits: [batch, classes], at least three classes.
+      logits: z, [batch, classes], at least three classes.
       y: labels, integers [batch].
 
     Returns:
-      [batch]. ValueError for fewer than three classes.
+      [batch].
 
-    Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, eq. 6.
+    Raises:
+      ValueError: for logits or labels that do not fit, and for fewer than three classes.
+
+    Example:
+      >>> attacks.dlr(jnp.array([[4.0, 0.0, 2.0]]), jnp.array([0]))
+      Array([-0.5], dtype=float32)
+
+    References:
+      Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, eq. 6.
     """
     logits = _floats(logits, y)
     top = _largest(logits, 3, "dlr")
@@ -114,44 +152,78 @@ def dlr(logits: Array, y: Array) -> Array:
     return (others - _at_label(logits, y)) / (top[:, 0] - top[:, 2] + 1e-12)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def targeted_logit_margin(logits: Array, y: Array, target: Array) -> Array:
-    """z_t - z_y, in units of logits, for labels y and targets t, integers [batch]; returns [batch]."""
+    """Targeted logit margin, z_t - z_y: the lead of the target class t over the label y.
+
+    Args:
+      logits: z, [batch, classes].
+      y: labels, integers [batch].
+      target: t, integers [batch].
+
+    Returns:
+      [batch], in units of logits.
+
+    Raises:
+      ValueError: for logits or labels that do not fit.
+
+    Example:
+      >>> attacks.targeted_logit_margin(jnp.array([[4.0, 0.0, 2.0]]), jnp.array([0]), jnp.array([2]))
+      Array([-2.], dtype=float32)
+    """
     logits = _floats(logits, y, target)
     return _at_label(logits, target) - _at_label(logits, y)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def targeted_dlr(logits: Array, y: Array, target: Array) -> Array:
     """Targeted difference of logits ratio, (z_t - z_y) / (z_(1) - (z_(3) + z_(4)) / 2 + 1e-12).
 
     Args:
-      logits: [batch, classes], at least four classes.
-      y, target: labels and the classes t to be reached instead, integers [batch].
+      logits: z, [batch, classes], at least four classes.
+      y: labels, integers [batch].
+      target: t, the class to reach, integers [batch].
 
     Returns:
-      [batch]. ValueError for fewer than four classes.
+      [batch].
 
-    Reference: Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, eq. 7.
+    Raises:
+      ValueError: for logits or labels that do not fit, and for fewer than four classes.
+
+    Example:
+      >>> attacks.targeted_dlr(jnp.array([[4.0, 0.0, 2.0, 0.0]]), jnp.array([0]), jnp.array([2]))
+      Array([-0.5], dtype=float32)
+
+    References:
+      Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, eq. 7.
     """
     logits = _floats(logits, y, target)
     top = _largest(logits, 4, "targeted_dlr")
     return targeted_logit_margin(logits, y, target) / (top[:, 0] - (top[:, 2] + top[:, 3]) / 2 + 1e-12)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def kl_divergence(logits: Array, probs: Array) -> Array:
     """KL(p || softmax(z)) = sum_j p_j (log p_j - log softmax(z)_j), the inner objective of TRADES.
 
+    Its gradient is zero where softmax(z) = p, so an attack must not start at the clean image.
+
     Args:
       logits: z, [batch, classes].
-      probs: p, [batch, classes], rows summing to one: the attack's `y` holds probabilities here. Zeros are allowed.
+      probs: p, [batch, classes], rows summing to one; zeros are allowed. An attack receives them as its `y`.
 
     Returns:
-      [batch], in nats. Its gradient is zero where softmax(z) = p, so an attack must not start on the clean image.
+      [batch], in nats.
 
-    Reference: Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019,
-    algorithm 1.
+    Raises:
+      ValueError: if the two shapes differ.
+
+    Example:
+      >>> attacks.kl_divergence(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 0.0]]))
+      Array([0.693], dtype=float32)
+
+    References:
+      Zhang et al., "Theoretically principled trade-off between robustness and accuracy", ICML 2019, algorithm 1.
     """
     logits, probs = _at_least_float32(logits), _at_least_float32(probs)
     if probs.shape != logits.shape:
@@ -159,49 +231,57 @@ def kl_divergence(logits: Array, probs: Array) -> Array:
     return jnp.sum(jax.scipy.special.xlogy(probs, probs) - probs * jax.nn.log_softmax(logits), axis=-1)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def prediction(logits: Array) -> Array:
-    """The class with the largest logit, int32 [batch]; -1, which is the label of no image, where a logit is not finite.
+    """Returns the class with the largest logit, or -1 where a logit is not finite.
 
-    NumPy and JAX have argmax name the first NaN, so that an image of that class would count as classified correctly.
+    -1 is the label of no image. argmax of NumPy and JAX returns the index of the first NaN, so that an image of that
+    class would count as classified correctly.
 
     Args:
       logits: [batch, classes].
+
+    Returns:
+      int32 [batch].
+
+    Example:
+      >>> attacks.prediction(jnp.array([[0.0, 1.0], [jnp.nan, 1.0]]))
+      Array([ 1, -1], dtype=int32)
     """
     logits = jnp.asarray(logits)
     return jnp.where(jnp.isfinite(logits).all(axis=-1), jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
 
 
 def _floats(logits: Array, *labels: Array) -> Array:
-    """The logits in at least float32, once the labels are checked against them."""
+    """Checks logits and labels, and returns the logits in at least float32."""
     logits = _at_least_float32(logits)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [batch, classes], got shape {logits.shape}.")
     for y in labels:
-        inputs.check_labels(y, *logits.shape)
+        checks.check_labels(y, *logits.shape)
     return logits
 
 
 def _at_least_float32(array: Array) -> Array:
-    array = inputs.as_array("logits", array)
+    array = checks.as_array("logits", array)
     low = not jnp.issubdtype(array.dtype, jnp.floating) or jnp.finfo(array.dtype).bits < 32
     return array.astype(jnp.float32) if low else array
 
 
 def _is_label(logits: Array, y: Array) -> Array:
-    # A comparison instead of a gather: its gradient is no scatter, and it shards on any mesh.
+    # A comparison instead of a gather: its gradient needs no scatter, and it shards on any mesh.
     return jnp.asarray(y, jnp.int32)[:, None] == jnp.arange(logits.shape[-1], dtype=jnp.int32)[None, :]
 
 
 def _largest_other(logits: Array, y: Array) -> Array:
-    """max_{j != y} z_j, [batch]."""
+    """Returns max_{j != y} z_j, [batch]."""
     return jnp.where(_is_label(logits, y), jnp.finfo(logits.dtype).min, logits).max(axis=-1)
 
 
 def _largest(logits: Array, k: int, name: str) -> Array:
-    """The k largest logits of each example, in descending order, [batch, k]."""
+    """Returns the k largest logits of each example in descending order, [batch, k]."""
     if logits.shape[-1] < k:
-        raise ValueError(f"{name} compares {k} classes and there are {logits.shape[-1]}; use a difference of logits.")
+        raise ValueError(f"{name} compares {k} classes and there are {logits.shape[-1]}; use a logit margin.")
     return lax.top_k(logits, k)[0]
 
 

@@ -12,7 +12,7 @@ import rich.console
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lt_adv.attacks import autoattack, initialization, inputs, objectives
+from lt_adv.attacks import autoattack, checks, initialization, objectives
 from lt_adv.evaluation import attack_specs, progress, records
 from lt_adv.evaluation.records import CLEAN, WORST, Records
 from lt_adv.runtime import distributed
@@ -51,7 +51,7 @@ def _predict_and_measure(apply: Callable, norm: str, mesh: Mesh) -> Callable:
         delta = (x_adv - x).reshape(len(x), -1)
         distance = jnp.abs(delta).max(-1) if norm == "linf" else jnp.linalg.norm(delta, axis=-1)
         excess = jnp.maximum(-x_adv, x_adv - 1.0).reshape(len(x), -1).max(-1)
-        return objectives.prediction(inputs.check_logits(logits, x)), (distance, excess)
+        return objectives.prediction(checks.check_logits(logits, x)), (distance, excess)
 
     return jax.jit(predict_and_measure, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
@@ -85,7 +85,8 @@ class _Runner:
         self.host_arguments = (initialization.threefry(key), apply, variables)
         self.apply, self.mesh = apply, mesh
         self.shard = NamedSharding(mesh, PartitionSpec("data"))
-        self.key, self.variables = distributed.device_put((self.host_arguments[0], variables), distributed.replicated(mesh))
+        replicated = distributed.replicated(mesh)
+        self.key, self.variables = distributed.device_put((self.host_arguments[0], variables), replicated)
 
     def pad_and_shard(self, rows: np.ndarray, size: int) -> jax.Array:
         """Returns rows padded to `size` by copies of the first and split over the devices."""

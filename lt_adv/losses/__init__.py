@@ -1,8 +1,15 @@
-"""Losses as pure functions: arrays in, one value per example out, never reduced. Needs jax alone.
+"""Losses as pure functions: arrays in, one value per example out, never reduced. Needs jax and numpy only.
 
 `loss(logits, labels, *, class_counts=..., ...) -> [batch]`, `kl_divergence(p_logits, q_logits) -> [batch]`, and the
-functions of class_counts they are made of. Those of `batchwise` need the whole batch at once, and the loss of TAET
-is a scalar, in which no example has a share of its own.
+functions of class counts that they use. The losses of `batchwise` need the whole batch at once, and TAET's loss is a
+scalar.
+
+Example:
+  >>> import jax.numpy as jnp
+  >>> from lt_adv import losses
+  >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
+  >>> losses.balanced_softmax(logits, labels, class_counts=[3, 1]).mean()
+  Array(0.715, dtype=float32)
 """
 
 from lt_adv.losses.batchwise import hierarchical_equalisation, tail_alignment, tail_alignment_released

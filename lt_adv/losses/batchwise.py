@@ -1,6 +1,6 @@
-"""Losses that see a whole batch: pairs of its examples, means of its classes.
+"""Losses that depend on a whole batch: on pairs of its examples or means of its classes.
 
-They are no plain means over examples: on several devices gather their arguments first (`net.gather`).
+They are not means over examples: on several devices, gather their arguments first (`net.gather`).
 """
 
 import jax
@@ -8,55 +8,86 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.losses import class_statistics, inputs
+from lt_adv.losses import checks, class_statistics
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def tail_alignment(
     features: Array, labels: Array, *, class_counts: ArrayLike, tail: ArrayLike, margin: float = 1.0
 ) -> Array:
-    """TAIL as REAT states it: features of a tail class drawn to their own class and pushed from the others (ours).
+    """TAIL as REAT states it: attracts features of a tail class to their class and repels other classes (ours).
 
       l_i = mean_j w_ij (K_ij if y_j = y_i else max(margin - K_ij, 0)) for y_i in the tail, 0 otherwise,
       K_ij = KL(softmax(stop-gradient f_i) || softmax(f_j)),    w_ij = sqrt(N / n_{y_i}) + sqrt(N / n_{y_j}).
 
-    The repulsion is bounded: a pair further apart than `margin` adds nothing and has no gradient, so that l_i >= 0.
+    N is the sum of the counts. The repulsion is bounded: a pair further apart than `margin` adds nothing and has no
+    gradient, so that l_i >= 0.
 
     Args:
       features: f, [batch, d].
       labels: y, integers [batch].
-      class_counts: n, [classes]; N is their sum.
+      class_counts: n, training counts [classes], each at least one.
       tail: which classes are tail classes, bool [classes].
-      margin: in nats.
+      margin: in nats, positive.
 
     Returns:
       [batch], in nats; divide the sum by the number of examples of tail classes.
 
-    Reference: Li et al., "Alleviating the effect of data imbalance on adversarial training", 2023, for the intent.
-    Differs from the released code, which is `tail_alignment_released`.
+    Raises:
+      ValueError: for features, labels, counts, tail or margin that do not fit.
+
+    Example:
+      >>> features, labels = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), jnp.array([1, 1, 0])
+      >>> losses.tail_alignment(features, labels, class_counts=[3, 1], tail=[False, True])
+      Array([1.551, 1.551, 0.   ], dtype=float32)
+
+    References:
+      Li et al., "Alleviating the effect of data imbalance on adversarial training", 2023, for the intent.
+      Differs from the released code, which is `tail_alignment_released`.
     """
-    inputs.check_numbers(0, margin=margin)
+    checks.check_numbers(0, margin=margin)
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}.")
     features = _features(features, labels, class_counts)
     log_p = jax.nn.log_softmax(features)
     fixed = jax.lax.stop_gradient(log_p)
-    crossed = jnp.matmul(jnp.exp(fixed), log_p.T, precision="highest")
-    divergence = jnp.sum(jnp.exp(fixed) * fixed, axis=-1, keepdims=True) - crossed
+    cross_term = jnp.matmul(jnp.exp(fixed), log_p.T, precision="highest")
+    divergence = jnp.sum(jnp.exp(fixed) * fixed, axis=-1, keepdims=True) - cross_term
     same, weight = _pairs(labels, class_counts, features)
     values = jnp.where(same, divergence, jax.nn.relu(margin - divergence))
     return jnp.where(_in_tail(tail, class_counts, labels), jnp.mean(weight * values, axis=-1), 0)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def tail_alignment_released(features: Array, labels: Array, *, class_counts: ArrayLike, tail: ArrayLike) -> Array:
-    """TAIL as REAT's released code computes it. Arguments and result: `tail_alignment`.
+    """TAIL as REAT's released code computes it.
 
       l_i = K_i mean_j w_ij (-1 if y_j = y_i else 1) for y_i in the tail, 0 otherwise,
-      K_i = mean_{j, dimensions} of p_i (log p_i - log q_j), p_i = softmax(stop-gradient f_i), q_j = softmax(f_j).
+      K_i = mean_{j, dimensions} of p_i (log p_i - log q_j), p_i = softmax(stop-gradient f_i), q_j = softmax(f_j),
 
-    One divergence for each anchor i, from all the batch at once: minimised, it draws an anchor and the whole batch
-    together where other classes prevail, which is the opposite of the stated intent.
+    with w_ij as in `tail_alignment`. K_i is one divergence between anchor i and the whole batch. Where other classes
+    prevail in the batch, minimising the loss attracts the anchor to the whole batch, the opposite of the stated intent.
+
+    Args:
+      features: f, [batch, d].
+      labels: y, integers [batch].
+      class_counts: n, training counts [classes], each at least one.
+      tail: which classes are tail classes, bool [classes].
+
+    Returns:
+      [batch], in nats; divide the sum by the number of examples of tail classes.
+
+    Raises:
+      ValueError: for features, labels, counts or tail that do not fit.
+
+    Example:
+      >>> features, labels = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), jnp.array([1, 1, 0])
+      >>> values = losses.tail_alignment_released(features, labels, class_counts=[3, 1], tail=[False, True])
+      >>> values
+      Array([-0.154, -0.154,  0.   ], dtype=float32)
+
+    References:
+      Li et al., "Alleviating the effect of data imbalance on adversarial training", 2023, released code.
     """
     features = _features(features, labels, class_counts)
     log_p = jax.nn.log_softmax(features)
@@ -67,7 +98,7 @@ def tail_alignment_released(features: Array, labels: Array, *, class_counts: Arr
     return jnp.where(_in_tail(tail, class_counts, labels), values, 0)
 
 
-@inputs.constants_allowed
+@checks.constants_allowed
 def hierarchical_equalisation(
     values: Array, labels: Array, *, num_classes: int, a: float = 0.1, b: float = 0.1, g: float = 0.1
 ) -> Array:
@@ -75,28 +106,38 @@ def hierarchical_equalisation(
 
       a mean_c L_c + b mean_c (L_c - mean_k L_k)^2 + g sum_c (L_c / sum_k L_k)^2
 
-    All means are over all classes; L_c is 0 for one that is absent from the batch. b asks for equal classes; so does g,
-    whatever the scale: its sum is 1 / classes at the least. 1e-10 stands in both denominators, as in the released code.
+    All means are over all classes; L_c is 0 for a class that is absent from the batch. Both b and g favour equal class
+    means, g at any scale of the losses: its sum is at least 1 / classes. 1e-10 is added to both denominators, as in the
+    released code.
 
     Args:
       values: losses, [batch], not negative.
       labels: integers [batch].
-      num_classes: C.
-      a: weight of the level.
-      b: weight of the spread.
+      num_classes: number of classes, a Python int.
+      a: weight of the mean.
+      b: weight of the variance.
       g: weight of the concentration.
 
     Returns:
-      a scalar: no mean over examples has this value.
+      A scalar: examples have no loss of their own here.
 
-    Reference: TAET, CVPR 2025.
+    Raises:
+      ValueError: for values, labels, number of classes or weights that do not fit.
+
+    Example:
+      >>> losses.hierarchical_equalisation(jnp.array([1.0, 1.0]), jnp.array([0, 1]), num_classes=2)
+      Array(0.15, dtype=float32)
+
+    References:
+      TAET, CVPR 2025.
     """
-    inputs.check_numbers(a=a, b=b, g=g)
-    values = inputs.floats(values)
+    checks.check_numbers(a=a, b=b, g=g)
+    num_classes = checks.check_count("num_classes", num_classes)
+    values = checks.floats(values)
     if values.ndim != 1:
         raise ValueError(f"values must be one loss per example, [batch], got shape {values.shape}.")
-    inputs.check_labels(labels, len(values), num_classes)
-    member = inputs.one_hot(labels, num_classes).astype(values.dtype)
+    checks.check_labels(labels, len(values), num_classes)
+    member = checks.one_hot(labels, num_classes).astype(values.dtype)
     means = jnp.matmul(values, member, precision="highest") / (jnp.sum(member, axis=0) + 1e-10)
     share = means / (jnp.sum(means) + 1e-10)
     spread = jnp.mean(jnp.square(means - jnp.mean(means)))
@@ -104,14 +145,14 @@ def hierarchical_equalisation(
 
 
 def _pairs(labels: Array, class_counts: ArrayLike, features: Array) -> tuple[Array, Array]:
-    """(same label, weight) of every pair, [batch, batch]."""
+    """Returns whether the labels of each pair are equal, and the weight of the pair, both [batch, batch]."""
     n, labels = class_statistics.counts(class_counts, dtype=jnp.result_type(features)), jnp.asarray(labels)
     root = jnp.sqrt(n.sum() / n)[labels]
     return labels[:, None] == labels[None, :], root[:, None] + root[None, :]
 
 
 def _in_tail(tail: ArrayLike, class_counts: ArrayLike, labels: Array) -> Array:
-    """bool [batch]: whether each label is of a tail class."""
+    """Returns whether each label is a tail class, bool [batch]."""
     tail, classes = jnp.asarray(tail), class_statistics.counts(class_counts).shape
     if tail.shape != classes or tail.dtype != bool:
         raise ValueError(f"tail must be a mask of the tail classes, bool {classes}, got {tail.dtype} {tail.shape}.")
@@ -119,9 +160,9 @@ def _in_tail(tail: ArrayLike, class_counts: ArrayLike, labels: Array) -> Array:
 
 
 def _features(features: Array, labels: Array, class_counts: ArrayLike) -> Array:
-    """Features in at least float32, once the labels are checked against them."""
-    features = inputs.floats(features)
+    """Checks features and labels, and returns the features in at least float32."""
+    features = checks.floats(features)
     if features.ndim != 2:
         raise ValueError(f"features must be [batch, d], got shape {features.shape}.")
-    inputs.check_labels(labels, len(features), class_statistics.counts(class_counts).shape[0])
+    checks.check_labels(labels, len(features), class_statistics.counts(class_counts).shape[0])
     return features

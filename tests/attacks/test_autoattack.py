@@ -1,4 +1,4 @@
-"""What AutoAttack and its four attacks promise, whatever the network."""
+"""Properties of AutoAttack and its four attacks that hold for every network."""
 
 from functools import partial
 
@@ -58,7 +58,7 @@ def wrong(x_adv, y, logits_fn=network):
 @pytest.mark.parametrize("name", FEW)
 @settings(max_examples=5, deadline=None)
 @given(seed=st.integers(0, 2**31 - 1), eps=st.floats(0, 1, width=32), border=st.booleans())
-def test_inside_ball_and_box_and_what_is_wrong_stays(name, norm, seed, eps, border):
+def test_points_stay_in_ball_and_bounds_and_wrong_images_are_unchanged(name, norm, seed, eps, border):
     x = images(10, seed)
     x = np.round(x) if border else x  # pixels on the very border of the box
     y = labels(x)
@@ -71,7 +71,7 @@ def test_inside_ball_and_box_and_what_is_wrong_stays(name, norm, seed, eps, bord
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", FEW)
-def test_each_breaks_what_can_be_broken_and_depends_on_its_own_key(name, norm):
+def test_attacks_break_images_and_depend_on_the_key_of_the_example(name, norm):
     x = images(20)
     y = labels(x)
     keys = jax.random.split(KEY, 20)
@@ -104,7 +104,7 @@ def test_same_under_every_transformation(name):
     assert compiled(KEY, None, x, y).shape == x.shape
 
 
-def test_fab_at_an_infinite_radius_gives_the_nearest_wrong_point_of_a_line():
+def test_fab_finds_the_nearest_wrong_point_of_a_linear_network():
     """Two classes and one hyperplane: the distance to it is known."""
     w = np.linspace(-1, 1, 30).reshape(1, *SHAPE[:1], 5, 1).astype(np.float32)
     linear = lambda x: jnp.stack([0 * x.sum((1, 2, 3)), (x * w).sum((1, 2, 3)) - 0.4], -1)  # noqa: E731
@@ -123,7 +123,7 @@ Y = labels(X)
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_reports_exactly_what_its_points_do(short, norm):
+def test_result_agrees_with_its_points(short, norm):
     eps = {"linf": 0.08, "l2": 0.4}[norm]
     result = attacks.autoattack(KEY, network, X, Y, eps=eps, norm=norm, version=ATTACKS, batch_size=8)
     np.testing.assert_array_equal(result.robust, ~wrong(result.x_adv, Y))
@@ -140,7 +140,7 @@ def test_reports_exactly_what_its_points_do(short, norm):
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_neither_batch_size_nor_devices_matter(short, norm):
+def test_result_is_independent_of_batch_size_and_devices(short, norm):
     eps = {"linf": 0.08, "l2": 0.4}[norm]
     run = partial(attacks.autoattack, KEY, network, X, Y, eps=eps, norm=norm, version=("apgd-ce", "fab-t", "square"))
     one = run(batch_size=1, devices=jax.devices()[:1])
@@ -153,7 +153,7 @@ def test_neither_batch_size_nor_devices_matter(short, norm):
         np.testing.assert_allclose(one.x_adv, other.x_adv, atol=2e-5)
 
 
-def test_a_larger_radius_never_makes_robust(short):
+def test_robustness_decreases_with_the_radius(short):
     robust = [attacks.autoattack(KEY, network, X, Y, eps=eps, batch_size=32).robust for eps in (0, 0.05, 0.1, 0.5, 1)]
     for small, large in zip(robust, robust[1:], strict=False):
         assert (large <= small).all()
@@ -161,7 +161,7 @@ def test_a_larger_radius_never_makes_robust(short):
     assert not robust[-1].any()
 
 
-def test_nothing_left_to_attack_and_nothing_that_breaks(short):
+def test_all_images_wrong_and_all_images_robust(short):
     bad = attacks.autoattack(KEY, network, X, (labels(X) + 1 + (np.arange(23) % 5 == 0) * 2) % CLASSES, eps=0.1)
     assert not bad.robust.any() or bad.correct.any()
     none = attacks.autoattack(KEY, network, X, np.asarray(network(X).argmax(-1)) ^ 1, eps=0.1)
@@ -185,7 +185,7 @@ def test_few_classes(short, classes):
             attacks.apgd(KEY, few, X, y, eps=0.1, objective=attacks.dlr)
 
 
-def test_a_randomised_network_is_attacked_on_average(short):
+def test_randomised_network_is_attacked_on_average(short):
     def noisy(x, keys):
         noise = jax.vmap(lambda key: jax.random.normal(key, SHAPE))(keys)
         return network(x + 0.02 * noise)
@@ -217,7 +217,7 @@ def interrupted(monkeypatch, after):
     return lambda: monkeypatch.setattr(continuous_batching, "run", plain)
 
 
-def test_goes_on_after_an_interruption(short, monkeypatch, tmp_path):
+def test_resumes_after_an_interruption(short, monkeypatch, tmp_path):
     run = partial(attacks.autoattack, KEY, network, X, Y, eps=0.08, batch_size=4)
     whole = run()
     for after in (5, 9, 2):  # of one call after the other, in whichever attack that is
@@ -249,7 +249,7 @@ def test_no_more_evaluations_than_the_released_code(monkeypatch):
         left = round(result.accuracy[name] * len(X))
 
 
-def test_one_compilation_and_weights_that_are_arguments(short, caplog):
+def test_compiles_once_with_weights_as_arguments(short, caplog):
     def apply(weights, x):
         return jnp.tanh(x.reshape(len(x), -1) @ weights[0]) @ weights[1]
 
@@ -289,11 +289,11 @@ def test_custom_objectives():
         ({"y": np.eye(CLASSES)[Y]}, "integer labels"),
         ({"y": Y + CLASSES}, "y must be labels of 5 classes, got [5-9] to"),
         ({"x": X[:0], "y": Y[:0]}, "Nothing to attack"),
-        ({"logits_fn": lambda x: network(x)[:, :1]}, "nothing to attack in 1 class"),
+        ({"logits_fn": lambda x: network(x)[:, :1]}, "nothing to attack: logits_fn returns logits of 1 class"),
         ({"key": jax.random.PRNGKey(0)}, "key must be typed"),
     ],
 )
-def test_plain_errors(change, message):
+def test_invalid_arguments(change, message):
     given = {"key": KEY, "logits_fn": network, "x": X, "y": Y, "eps": 0.1} | change
     with pytest.raises(ValueError, match=message):
         attacks.autoattack(**given)

@@ -1,4 +1,4 @@
-"""The engine under AutoAttack: who sits in which slot changes the time, never the result."""
+"""Continuous batching: the assignment of images to slots changes the run time, never the result."""
 
 from functools import partial
 
@@ -26,22 +26,22 @@ def run(attack, x, y, eps, batch_size):
     keys = jax.random.split(jax.random.key(0), n)
     radius = np.broadcast_to(np.asarray(eps, np.float32), n)
     targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
-    found, looks = {}, 0
+    results, computed = {}, 0
     program = net.programs
 
     def advance(attack, steps, *args):
-        nonlocal looks
-        looks += steps
+        nonlocal computed
+        computed += steps
         return program.advance(attack, steps, *args)
 
     net = net._replace(programs=program._replace(advance=advance))
     for done in continuous_batching.run(attack, net, np.arange(n), keys=keys, x=x, y=y, eps=radius, targets=targets):
         points = iter(done.x_adv)
         for row, broken, steps in zip(done.rows.tolist(), done.broken, done.steps, strict=True):
-            assert row not in found, "done twice"
-            found[row] = (bool(broken), next(points) if broken else None, int(steps))
-    assert len(found) == n
-    return found, looks * net.slots
+            assert row not in results, "finished twice"
+            results[row] = (bool(broken), next(points) if broken else None, int(steps))
+    assert len(results) == n
+    return results, computed * net.slots
 
 
 def assert_same(a, b):
@@ -52,41 +52,43 @@ def assert_same(a, b):
 
 
 @pytest.mark.parametrize("attack", [APGD, SQUARE], ids=["apgd-t", "square"])
-def test_taking_turns_changes_nothing(attack, monkeypatch):
+def test_pausing_images_does_not_change_results(attack, monkeypatch):
     x = images(13)
     y, eps = labels(x), np.linspace(0.001, 0.06, 13)
     alone, _ = run(attack, x, y, eps, 13)
-    assert 3 <= sum(broken for broken, _, _ in alone.values()) <= 10, "some are broken soon, some late, some never"
-    monkeypatch.setattr(continuous_batching, "TURN", 1)
+    assert 3 <= sum(broken for broken, _, _ in alone.values()) <= 10, "some images break early, some late, some never"
+    monkeypatch.setattr(continuous_batching, "MAX_STEPS_IN_SLOT", 1)
     for size in (3, 7, 12):
         assert_same(alone, run(attack, x, y, eps, size)[0])
 
 
 @pytest.mark.parametrize("attack", [APGD, SQUARE], ids=["apgd-t", "square"])
-def test_the_last_images_do_not_run_on_alone(attack, monkeypatch):
-    """Ten images that never break in eight slots: two of them after the others would keep eight slots for all their
-    steps once more, 63 % of the slots at work."""
-    monkeypatch.setattr(continuous_batching, "TURN", 1)
+def test_last_images_share_the_slots(attack, monkeypatch):
+    """Ten images that never break share eight slots.
+
+    Without pausing, the last two would occupy eight slots for all their steps, and 63 % of the slots would be used.
+    """
+    monkeypatch.setattr(continuous_batching, "MAX_STEPS_IN_SLOT", 1)
     x = images(10)
     y = np.asarray(network(x).argmax(-1))
-    found, computed = run(attack, x, y, 0.0, 8)
-    assert not any(broken for broken, _, _ in found.values())
-    assert sum(steps for _, _, steps in found.values()) >= 0.75 * computed
+    results, computed = run(attack, x, y, 0.0, 8)
+    assert not any(broken for broken, _, _ in results.values())
+    assert sum(steps for _, _, steps in results.values()) >= 0.75 * computed
 
 
-def test_where_many_wait_an_image_is_finished_first(monkeypatch):
-    """What is done can be kept by then: of all images but twice as many as there are slots."""
+def test_images_finish_before_others_start_while_many_wait(monkeypatch):
+    """At any time at most twice as many images are unfinished as there are slots, so that an interruption loses few."""
     x = images(24)
     y = np.asarray(network(x).argmax(-1))
     begun, finished, behind = set(), set(), []
-    keys_of = continuous_batching.example_keys
+    keys_of = continuous_batching.fold_in_numbers
 
-    def seen(keys, turns):
+    def record(keys, rounds):
         begun.update(np.asarray(jax.random.key_data(keys))[:, 1].tolist())
         behind.append(len(begun) - len(finished))
-        return keys_of(keys, turns)
+        return keys_of(keys, rounds)
 
-    monkeypatch.setattr(continuous_batching, "example_keys", seen)
+    monkeypatch.setattr(continuous_batching, "fold_in_numbers", record)
     net = continuous_batching.network(network, x[0], 4, False, jax.local_devices()[:1])
     keys = jax.random.split(jax.random.key(0), 24)
     targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
@@ -97,18 +99,18 @@ def test_where_many_wait_an_image_is_finished_first(monkeypatch):
     assert max(behind) <= 8
 
 
-def test_whole_attack_with_turns(monkeypatch):
-    monkeypatch.setattr(continuous_batching, "TURN", 100)
+def test_autoattack_with_paused_images(monkeypatch):
+    monkeypatch.setattr(continuous_batching, "MAX_STEPS_IN_SLOT", 100)
     x = images(11)
     options = {"eps": 0.05, "version": ("square",), "num_queries": 400}
-    whole, parts = (
+    one_batch, two_batches = (
         attacks.autoattack(jax.random.key(3), network, x, labels(x), batch_size=size, **options) for size in (11, 8)
     )
-    np.testing.assert_array_equal(whole.x_adv, parts.x_adv)
-    assert whole.evaluations == parts.evaluations
+    np.testing.assert_array_equal(one_batch.x_adv, two_batches.x_adv)
+    assert one_batch.evaluations == two_batches.evaluations
 
 
-def test_a_random_network_is_judged_by_fresh_draws_and_a_broken_image_stays_broken():
+def test_randomised_network_uses_new_draws_and_broken_images_stay_broken():
     def noisy(x, keys):
         return network(x + 0.1 * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys))
 
@@ -123,11 +125,13 @@ def test_a_random_network_is_judged_by_fresh_draws_and_a_broken_image_stays_brok
     assert (result.x_adv[~result.robust & result.correct] != x[~result.robust & result.correct]).any((1, 2, 3)).all()
 
     def by_key(x, keys):  # right for the key that image i has in each judgement, wrong for those of all others
-        own = (jax.random.key_data(keys)[:, None] == allowed).all(-1).any(-1)
-        return jnp.stack([jnp.where(own, 1.0, -1.0), jnp.zeros(len(x))], -1) + 0 * x.sum((1, 2, 3))[:, None]
+        is_allowed = (jax.random.key_data(keys)[:, None] == allowed).all(-1).any(-1)
+        return jnp.stack([jnp.where(is_allowed, 1.0, -1.0), jnp.zeros(len(x))], -1) + 0 * x.sum((1, 2, 3))[:, None]
 
     keys = jax.random.split(jax.random.key(5), 6)
-    judgements = [continuous_batching.example_keys(keys[3:4], np.uint32(len(ATTACKS) + number)) for number in range(3)]
+    judgements = [
+        continuous_batching.fold_in_numbers(keys[3:4], np.uint32(len(ATTACKS) + number)) for number in range(3)
+    ]
     allowed = jax.random.key_data(jnp.concatenate(judgements))
     result = attacks.autoattack(keys, by_key, x[:6], np.zeros(6, int), eps=0.02, version="rand", batch_size=6)
     np.testing.assert_array_equal(result.correct, np.arange(6) == 3)
@@ -135,7 +139,7 @@ def test_a_random_network_is_judged_by_fresh_draws_and_a_broken_image_stays_brok
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_a_gradient_that_is_not_a_number_breaks_nothing(norm):
+def test_nan_gradients_do_not_break_images(norm):
     def network_with_a_pole(x):
         return network(x) + jnp.sqrt(x[:, 0, 0, 0] * 0)[:, None]
 
@@ -148,7 +152,7 @@ def test_a_gradient_that_is_not_a_number_breaks_nothing(norm):
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
-def test_a_type_whose_rounding_leaves_the_ball_is_refused(dtype):
+def test_half_precision_images_are_refused(dtype):
     x = jnp.asarray(images(4), dtype)
     with pytest.raises(ValueError, match=f"must be float32 or float64, got {dtype}"):
         attacks.autoattack(jax.random.key(0), network, x, labels(images(4)), eps=0.1)
@@ -160,13 +164,13 @@ def test_a_type_whose_rounding_leaves_the_ball_is_refused(dtype):
     assert half.dtype == np.float32, "the network may compute in it"
 
 
-def test_a_journal_is_found_again_by_a_network_that_rounds_otherwise(tmp_path):
+def test_resume_accepts_logits_that_differ_by_rounding(tmp_path):
     x = images(8)
     y = labels(x)
     run = partial(attacks.autoattack, jax.random.key(0), x=x, y=y, eps=0.08, version=("apgd-ce",), resume=tmp_path)
-    whole = run(network, batch_size=4)
+    first = run(network, batch_size=4)
     again = run(lambda x: network(x) * (1 + 1e-6), batch_size=3)
-    np.testing.assert_array_equal(again.robust, whole.robust)
+    np.testing.assert_array_equal(again.robust, first.robust)
     with pytest.raises(ValueError, match="holds another AutoAttack"):
         run(lambda x: network(x) * 1.1, batch_size=4)
     (tmp_path / "logits.npy").write_bytes(b"damaged")

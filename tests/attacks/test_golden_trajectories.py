@@ -19,7 +19,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("head", ["linear", "cosine"])
-def test_the_network_is_the_golden_one(digits, head):
+def test_network_reproduces_the_golden_logits(digits, head):
     net = digits(head)
     np.testing.assert_allclose(jax.jit(net.logits_fn)(net.x), net.arrays["logits"], rtol=1e-5, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""What every gradient attack promises, whatever the network: ball, box, keys, radii, transformations, plain errors."""
+"""Properties of gradient attacks that hold for every network: ball, bounds, keys, radii, transformations, errors."""
 
 from functools import partial
 
@@ -67,7 +67,7 @@ def test_inside_ball_and_box(norm, start, num_steps, seed, eps, step_size):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ITERATIVE)
-def test_the_objective_grows_and_the_radius_is_used(name, norm):
+def test_objective_grows_and_the_radius_is_used(name, norm):
     x, y = 0.25 + images(8) / 2, labels(8)
     x_adv = run(KEY, x, y, 0.1, 0.04, name=name, norm=norm, start="zero", num_steps=6)
     objective = attacks.cw_margin if name == "cw" else attacks.cross_entropy
@@ -83,7 +83,7 @@ def test_fgsm_is_one_step_of_the_radius():
     np.testing.assert_allclose(attacks.fgsm(KEY, network, x, y, eps=0.1, norm="l2"), x + 0.1 * steepest, atol=1e-6)
 
 
-def test_a_start_is_not_clipped_before_the_first_step():
+def test_start_is_not_clipped_before_the_first_step():
     """The first gradient is taken at x_init itself: outside the ball and the box here, where the true slope differs."""
     x, x_init = jnp.full((1, 1), 0.5), jnp.full((1, 1), 2.0)
 
@@ -97,7 +97,7 @@ def test_a_start_is_not_clipped_before_the_first_step():
 
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_starts_have_the_distribution_they_say(norm):
+def test_distributions_of_the_starts(norm):
     x = np.full((64, *SHAPE), 0.5, np.float32)
     at = {start: run(KEY, x, labels(64), 0.2, 0.0, norm=norm, start=start, num_steps=0) - x for start in STARTS}
     assert np.all(at["zero"] == 0)
@@ -142,7 +142,7 @@ def test_independent_of_the_batch(name):
         np.testing.assert_array_equal(np.concatenate(parts), whole[:6])
 
 
-def test_one_key_is_a_key_for_each_index():
+def test_single_key_is_folded_with_the_index():
     x, y = images(5), labels(5)
     keys = jax.vmap(partial(jax.random.fold_in, KEY))(np.arange(5))
     np.testing.assert_array_equal(run(KEY, x, y, 0.1, 0.03), run(keys, x, y, 0.1, 0.03))
@@ -204,14 +204,14 @@ def test_no_gradient_flows_through(name):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", ITERATIVE)
-def test_a_zero_gradient_moves_nothing(name, norm):
+def test_zero_gradient_leaves_x_unchanged(name, norm):
     x = images(2)
     options = {"eps": 0.1, "step_size": 0.1, "num_steps": 2, "norm": norm, "start": "zero"}
     x_adv = ITERATIVE[name](KEY, lambda x: jnp.zeros((2, CLASSES)), x, labels(2), **options)
     np.testing.assert_array_equal(x_adv, x)
 
 
-def test_a_tiny_gradient_is_still_a_direction():
+def test_tiny_gradient_has_a_direction():
     """1e-25 survives the square root of its square in L2, where float32 squares would be zero."""
     x = np.full((2, 4), 0.5, np.float32)
     x_adv = attacks.fgsm(KEY, lambda x: 1e-25 * x, x, np.array([0, 3]), eps=0.1, norm="l2")
@@ -243,7 +243,7 @@ GOOD = {"eps": 0.1, "step_size": 0.03, "num_steps": 2}
         ({"objective": lambda logits, y: attacks.cross_entropy(logits, y).mean()}, r"objective must return \[batch\]"),
     ],
 )
-def test_bad_options_are_one_line(change, message):
+def test_invalid_options_give_one_line(change, message):
     options = {"key": KEY, "logits_fn": network, "x": images(2), "y": labels(2)} | GOOD | change
     with pytest.raises(ValueError, match=message) as caught:
         attacks.pgd(**options)

@@ -1,4 +1,4 @@
-"""Networks and keys that an attack must not be silently wrong on."""
+"""Networks and keys for which an attack must not give a wrong result silently."""
 
 import gc
 from functools import partial
@@ -40,7 +40,7 @@ def strength(name, norm):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", GRADIENT)
-def test_a_gradient_entry_that_is_not_finite_counts_as_zero(name, norm):
+def test_non_finite_gradient_entries_count_as_zero(name, norm):
     attack = strength(name, norm)
     x_adv = attack(KEY, with_derivatives([np.nan, np.inf, -np.inf]), X, Y)
     assert np.isfinite(x_adv).all() and wrong(x_adv).sum() > 20
@@ -81,7 +81,7 @@ def undefined_in_part(x):
 
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("fgsm", "pgd", "mim", "cw")])
-def test_logits_that_are_not_finite_are_wrong_whatever_the_label(name, norm):
+def test_non_finite_logits_count_as_wrong(name, norm):
     x = 0.85 * X
     y = jnp.argmax(network(x), axis=-1)
     assert set(y.tolist()) == {0, 1, 2, 3}
@@ -92,7 +92,7 @@ def test_logits_that_are_not_finite_are_wrong_whatever_the_label(name, norm):
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-def test_objectives_that_are_not_finite(value):
+def test_non_finite_objectives(value):
     """Nothing is lost: the search goes on by what is finite."""
 
     def objective(z, y):
@@ -103,7 +103,7 @@ def test_objectives_that_are_not_finite(value):
         assert np.isfinite(x_adv).all() and wrong(x_adv).sum() > 10
 
 
-def test_autoattack_counts_logits_that_are_not_finite_and_says_so(tmp_path):
+def test_autoattack_notes_non_finite_logits(tmp_path):
     x = np.asarray(0.85 * X).copy()
     x[:3, 4, 4] = 0.95  # undefined from the start
     y = np.array(network(jnp.asarray(x)).argmax(-1))
@@ -220,7 +220,7 @@ def by_position(x):
 
 
 @pytest.mark.parametrize("coupled", [batch_norm, by_position])
-def test_autoattack_notes_images_that_are_not_independent(coupled):
+def test_autoattack_notes_dependent_images(coupled):
     y = np.asarray(coupled(X).argmax(-1))
     run = partial(attacks.autoattack, KEY, x=X, eps=0.01, version=("square",), num_queries=1)
     result = run(logits_fn=coupled, y=y)
@@ -240,7 +240,7 @@ def executables():
 
 
 @pytest.mark.parametrize("kind", ["pgd", "autoattack", "partial"])
-def test_functions_made_anew_keep_a_bounded_number_of_programs(kind):
+def test_new_functions_do_not_leak_programs(kind):
     def call(i):
         logits_fn = lambda x: network(x) + i  # noqa: E731
         if kind == "partial":
@@ -260,7 +260,7 @@ def test_functions_made_anew_keep_a_bounded_number_of_programs(kind):
     assert executables() <= before
 
 
-def test_a_partial_compiles_nothing_again():
+def test_partial_does_not_compile_again():
     apply, other = lambda w, x: x.reshape(len(x), -1) @ w, 2 * WEIGHT
     run = partial(attacks.autoattack, KEY, x=X[:8], y=Y[:8], eps=0.01, version=("apgd-ce",), devices=jax.devices()[:1])
     run(logits_fn=jax.tree_util.Partial(apply, WEIGHT))
@@ -269,7 +269,7 @@ def test_a_partial_compiles_nothing_again():
     assert (continuous_batching.programs.cache_info().misses, executables()) == (misses, compiled)
 
 
-def test_a_network_that_closes_over_traced_weights():
+def test_network_may_close_over_traced_weights():
     """Outside a trace of the images, inside one of the weights."""
 
     def loss(w):

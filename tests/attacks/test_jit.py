@@ -95,7 +95,7 @@ def test_inside_another_jit():
     np.testing.assert_allclose(jax.jit(attack)(KEY, weights(1), X, Y), attack(KEY, weights(1), X, Y), atol=1e-6)
 
 
-def test_fgsm_and_attacks_of_ones_own():
+def test_fgsm_and_custom_attacks():
     fgsm = attacks.jit(attacks.fgsm, apply, eps=0.1)(KEY, weights(1), X, Y)
     np.testing.assert_allclose(fgsm, attacks.fgsm(KEY, partial(apply, weights(1)), X, Y, eps=0.1), atol=1e-6)
 
@@ -105,7 +105,7 @@ def test_fgsm_and_attacks_of_ones_own():
     np.testing.assert_allclose(attacks.jit(brighten, apply, eps=0.25)(KEY, weights(1), X, Y), X + 0.25)
 
 
-def test_an_unknown_option_is_refused_at_once():
+def test_unknown_option_is_refused_before_the_first_call():
     with pytest.raises(ValueError, match="pgd cannot take these options.*stepsize"):
         attacks.jit(attacks.pgd, apply, eps=0.1, stepsize=0.1, num_steps=2)
     with pytest.raises(ValueError, match="Unknown norm"):

@@ -1,4 +1,4 @@
-"""Objectives: limits and cases worked by hand."""
+"""Objectives: limits and cases computed by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ def test_cross_entropy_of_huge_logits_is_finite():
     np.testing.assert_allclose(gradient, [[0, 0, 0], [-1, 0, 1]])
 
 
-def test_a_saturated_cross_entropy_has_no_gradient_of_its_own_rounding():
+def test_saturated_cross_entropy_has_no_rounding_gradient():
     """With p_y = 1 to the last bit the true class pulls by exactly zero, compiled or not, at any scale."""
     logits = jnp.array([[18.1, 0.3, -1.7]], jnp.float32)
     for scale in (1.0, 3.3, 10.0):
@@ -33,7 +33,7 @@ def test_a_saturated_cross_entropy_has_no_gradient_of_its_own_rounding():
         assert np.all(gradient(logits)[0, 1:] >= 0)
 
 
-def test_margin():
+def test_cw_margin():
     np.testing.assert_allclose(attacks.cw_margin(LOGITS, Y, confidence=0.0), [-2.0, 0.0])
     np.testing.assert_allclose(attacks.cw_margin(LOGITS, Y), [-52.0, -46.5])
     gradient = jax.grad(lambda z: attacks.cw_margin(z, Y, confidence=3.0).sum())(LOGITS)
@@ -50,7 +50,7 @@ def test_kl_divergence():
     np.testing.assert_allclose(attacks.kl_divergence(LOGITS, other), expected, rtol=1e-5)
 
 
-def test_cross_entropy_of_differences_is_the_cross_entropy(float64):
+def test_stable_cross_entropy_equals_cross_entropy(float64):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(200, 7)) * 5)
     y = jnp.asarray(np.random.default_rng(1).integers(0, 7, 200))
     both = (attacks.cross_entropy, attacks.stable_cross_entropy)
@@ -60,7 +60,7 @@ def test_cross_entropy_of_differences_is_the_cross_entropy(float64):
     np.testing.assert_allclose(gradients[1], gradients[0], rtol=1e-9, atol=1e-14)
 
 
-def test_a_saturated_softmax_leaves_exact_zeros():
+def test_stable_cross_entropy_has_zero_gradient_where_saturated():
     logits = jnp.array([[300.0, 0.0, -5.0], [0.0, 300.0, 0.0]])
     value, gradient = jax.jit(jax.value_and_grad(lambda z: attacks.stable_cross_entropy(z, jnp.array([0, 0])).sum()))(
         logits
@@ -70,7 +70,7 @@ def test_a_saturated_softmax_leaves_exact_zeros():
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e4])
-def test_ratios_know_no_scale_and_no_shift(scale):
+def test_ratios_are_invariant_to_scale_and_shift(scale):
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(50, 6)), jnp.float32)
     y, target = (jnp.asarray(np.random.default_rng(i).integers(0, 6, 50)) for i in (1, 2))
     changed = scale * logits + 3 * scale

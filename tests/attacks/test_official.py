@@ -61,7 +61,7 @@ def test_official(head, variant, tmp_path):
 
 
 @pytest.mark.parametrize("objective", [attacks.cross_entropy, attacks.cw_margin])
-def test_pgd_20_in_the_place_of_any_attack_fails(objective):
+def test_comparison_rejects_pgd_20_in_place_of_any_attack(objective):
     missed = {name: [] for name in STANDARD}
     for head in HEADS:
         net = load(head)

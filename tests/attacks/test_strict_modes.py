@@ -81,8 +81,8 @@ FUNCTIONS = {
 }
 
 
-def test_nothing_public_is_left_out():
-    named = {f"attacks.{name}" for name in (*ATTACKS, "autoattack", "compile")}
+def test_every_public_function_is_tested():
+    named = {f"attacks.{name}" for name in (*ATTACKS, "autoattack", "jit")}
     named |= {name.partition(" ")[0].rstrip(",") for name in FUNCTIONS}
     public = {f"attacks.{name}" for name in attacks.__all__} | {f"losses.{name}" for name in losses.__all__}
     assert named == public
@@ -114,7 +114,7 @@ def test_autoattack(mode):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_compiled(mode):
+def test_jitted_attack(mode):
     compiled = attacks.jit(attacks.pgd, lambda _, x: network(x), **LENGTHS)
     with MODES[mode]():
         assert np.isfinite(compiled(KEY, None, X, Y)).all()

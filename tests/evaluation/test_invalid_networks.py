@@ -47,7 +47,7 @@ def test_notes_of_autoattack_are_in_the_report(run, tmp_path):
     warning_list = summarise(results, COUNTS)["warnings"]
     for words in (
         "autoattack: The logits of an image change with the other images of its batch",
-        "autoattack: apgd-t: the targeted ratio needs four classes",
+        "autoattack: apgd-t: the targeted DLR needs four classes",
     ):
         assert sum(line.startswith(words) for line in warning_list) == 1, warning_list
     assert "The logits of an image change with the other images" in printed

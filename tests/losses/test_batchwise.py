@@ -46,7 +46,7 @@ def test_golden_tail_alignment_of_the_released_code(golden, assert_golden):
     assert_golden(gradient, arrays["reat_tail.grad"])
 
 
-def test_rebalanced_weights_by_hand_and_at_the_edges():
+def test_rebalanced_weights():
     n, m = np.array([9.0, 4.0, 1.0]), np.array([3.0, 1.0, 5.0])
     effective = [(1 - b**k) / (1 - b) for b, k in zip((n - 1) / n, m, strict=True)]
     expected = 1 / (np.array(effective) + 1e-5)
@@ -87,7 +87,7 @@ def test_tail_alignment_by_hand(margin):
     assert not np.any(align(FEATURES, margin)[~TAIL[LABELS]])
 
 
-def test_tail_alignment_gradient_is_that_of_the_equation_with_the_anchor_fixed():
+def test_tail_alignment_gradient_matches_the_equation():
     """Finite differences in f_j, with the softmax of the anchors held where it was."""
 
     def frozen(features):
@@ -106,7 +106,7 @@ def test_tail_alignment_gradient_is_that_of_the_equation_with_the_anchor_fixed()
     np.testing.assert_allclose(gradient, jax.grad(frozen)(jnp.asarray(FEATURES)), rtol=1e-9, atol=1e-12)
 
 
-def test_tail_alignment_attracts_its_class_and_repels_the_others_within_bounds():
+def test_tail_alignment_attracts_its_class_and_repels_others():
     labels = np.array([3, 3, 0])
     features = jnp.asarray(FEATURES[:3])
 

@@ -25,7 +25,7 @@ def as_printed(clean, adversarial, beta):
     return boosted + beta * jnp.sum(p * jnp.log(p / q), -1) * (1 - p[rows, LABELS])
 
 
-def test_mart_and_its_gradients_are_those_of_the_formula(assert_golden):
+def test_mart_values_and_gradients_match_the_formula(assert_golden):
 
     @partial(jax.jit, static_argnums=2)
     def values_and_gradients(p, q, loss, beta):
@@ -55,7 +55,7 @@ def test_limits_of_mart():
     assert np.all(boosted > losses.cross_entropy(jnp.asarray(ADVERSARIAL), LABELS))
 
 
-def test_the_rival_is_the_strongest_wrong_class():
+def test_mart_uses_the_strongest_wrong_class():
     q = np.array([[0.5, 0.3, 0.2]])
     for label, expected in ((0, 0.5 * 0.7), (1, 0.3 * 0.5), (2, 0.2 * 0.5)):
         value = losses.mart(np.log(q), np.log(q), np.array([label]))
@@ -63,7 +63,7 @@ def test_the_rival_is_the_strongest_wrong_class():
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_certain_predictions_have_finite_values_and_gradients(dtype):
+def test_values_and_gradients_are_finite_for_certain_predictions(dtype):
     """p and q at exactly 0 and 1, right and wrong."""
     label = (LABELS[:, None] == np.arange(4)).astype(dtype)
     for loss in (lambda p, q: losses.mart(p, q, LABELS), losses.squared_probability_distance):

@@ -39,7 +39,7 @@ logits_strategy = arrays.arrays(np.float32, (5, 4), elements=st.floats(-30, 30, 
 @pytest.mark.parametrize("name", IS_CROSS_ENTROPY)
 @settings(max_examples=10, deadline=None)
 @given(logits=logits_strategy)
-def test_limits(name, logits):
+def test_special_cases_equal_cross_entropy(name, logits):
     expected = losses.cross_entropy(logits, LABELS)
     actual = IS_CROSS_ENTROPY[name](logits, LABELS, class_counts=COUNTS)
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
@@ -97,13 +97,13 @@ def test_gradients_stay_finite(name):
             assert np.all(np.isfinite(gradient))
 
 
-def test_focal_with_a_power_below_one_is_finite_where_the_image_is_certain():
+def test_focal_gradient_is_finite_for_gamma_below_one():
     gradient = jax.grad(lambda z: losses.focal(z, jnp.array([0]), gamma=0.5)[0])(jnp.array([[200.0, 0.0]]))
     assert np.all(np.isfinite(gradient))
 
 
 @pytest.mark.parametrize("name", ["balanced_softmax", "logit_adjustment", "ldam", "robal_margin"])
-def test_the_tail_is_asked_for_more(name):
+def test_rare_classes_have_a_larger_loss(name):
     """At equal logits a rarer class has the larger loss."""
     values = EVERY[name](jnp.zeros((4, 4)), np.arange(4), class_counts=COUNTS)
     assert np.all(np.diff(values) > 0)
@@ -134,7 +134,7 @@ def test_priors():
         (lambda: losses.kl_divergence(LOGITS, LOGITS, epsilon=-1.0), "epsilon must not be negative"),
     ],
 )
-def test_bad_options_are_one_line(call, message):
+def test_invalid_options_give_one_line(call, message):
     with pytest.raises(ValueError, match=message) as caught:
         call()
     assert "\n" not in str(caught.value)

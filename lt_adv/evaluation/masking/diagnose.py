@@ -20,9 +20,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv import attacks
 from lt_adv.attacks._autoattack import attacks_of
+from lt_adv.attacks.checks import check_images, check_logits
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import threefry
-from lt_adv.attacks.inputs import check_images, check_logits
 
 # Median gaps between the two largest logits to which the logits are rescaled for PGD. Gaps and not factors: the sweep
 # then covers networks of any temperature.

@@ -1,4 +1,4 @@
-"""Labels, logits, images and options that do not fit are refused in one line, before anything is computed."""
+"""Invalid labels, logits, images and options are refused in one line, before anything is computed."""
 
 from functools import partial
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lt_adv import attacks, losses
-from lt_adv.attacks import inputs
+from lt_adv.attacks import checks
 from tests.attacks.few_steps import ATTACKS, KEY, X, Y, network, wrong
 
 # Labels, logits, images and options
@@ -87,7 +87,7 @@ OUTPUTS = {
 
 @pytest.mark.parametrize("output", OUTPUTS)
 @pytest.mark.parametrize("name", [*ATTACKS, "autoattack"])
-def test_attacks_refuse_what_is_not_logits(name, output):
+def test_attacks_refuse_invalid_logits(name, output):
     attack = ATTACKS.get(name, partial(attacks.autoattack, version=("square",)))
     words = "must return floating logits" if output == "integers" else r"must return one array \[batch, classes\]"
     with pytest.raises(ValueError, match=words):
@@ -95,7 +95,7 @@ def test_attacks_refuse_what_is_not_logits(name, output):
 
 
 @pytest.mark.parametrize("name", [*ATTACKS, "autoattack"])
-def test_the_box_is_checked(name):
+def test_images_and_bounds_are_checked(name):
     attack = ATTACKS.get(name, partial(attacks.autoattack, version=("square",), num_queries=5))
     with pytest.raises(ValueError, match=r"inside bounds \(0.0, 1.0\), got values from 0. to 2[45]\d.*: scale or clip"):
         attack(KEY, network, 255 * X, Y, eps=8.0)
@@ -113,8 +113,8 @@ def test_the_box_is_checked(name):
 
 
 @pytest.mark.parametrize("bounds", [(np.float64(0), np.float32(1)), [0, 1], jnp.array([0.0, 1.0]), (False, True)])
-def test_bounds_of_any_kind(bounds):
-    assert inputs.check_bounds(bounds) == (0.0, 1.0)
+def test_bounds_may_have_any_number_type(bounds):
+    assert checks.check_bounds(bounds) == (0.0, 1.0)
 
 
 NUMBERS = {
@@ -177,7 +177,7 @@ def test_square_attacks_vectors_and_images(shape):
         assert wrong(attacks.square(KEY, network, x, Y, eps=0.8, norm="l2", num_queries=60)).sum() > 10
 
 
-def test_a_grey_image_needs_no_channel():
+def test_square_needs_no_channel_axis():
     plain, with_channel = (
         attacks.square(KEY, network, x, Y, eps=0.05, num_queries=30).reshape(X.shape) for x in (X[..., 0], X)
     )
@@ -188,7 +188,7 @@ def test_a_grey_image_needs_no_channel():
     ("shape", "norm", "attacked"),
     [((64,), "linf", True), ((8, 8), "linf", True), ((64,), "l2", False), ((2, 2, 4, 4), "linf", False)],
 )
-def test_autoattack_says_at_once_what_it_leaves_out(shape, norm, attacked):
+def test_autoattack_notes_an_unsupported_attack(shape, norm, attacked):
     x, lines = np.asarray(X).reshape(-1, *shape), []
     run = partial(attacks.autoattack, KEY, network, x, Y, eps=0.01, norm=norm, num_queries=10)
     result = run(version=("apgd-ce", "square"), progress=lines.append)
@@ -201,7 +201,7 @@ def test_autoattack_says_at_once_what_it_leaves_out(shape, norm, attacked):
             run(version=("square",))
 
 
-def test_a_compiled_attack_checks_every_call():
+def test_jitted_attack_checks_every_call():
     options = {"eps": 0.1, "step_size": 0.05, "num_steps": 2}
     attack = attacks.jit(attacks.pgd, lambda _, x: network(x), **options)
     jax.eval_shape(lambda x: attack(KEY, None, x, Y), X)
@@ -218,7 +218,7 @@ def test_a_compiled_attack_checks_every_call():
 
 
 @pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
-def test_objectives_give_one_value_for_each_example(name):
+def test_objectives_must_return_one_value_per_example(name):
     for objective in (
         lambda z, y: z.sum(),
         lambda z, y: z,
@@ -266,15 +266,35 @@ def test_options_of_losses_are_finite_numbers(option):
 
 @pytest.mark.parametrize("tail", [np.arange(3) > 1, [2, 3], [[False, False, True, True]], np.array([0, 0, 1, 1])])
 @pytest.mark.parametrize("loss", [losses.tail_alignment, losses.tail_alignment_released])
-def test_the_tail_is_a_mask_of_classes(loss, tail):
+def test_tail_must_be_a_mask_of_classes(loss, tail):
     with pytest.raises(ValueError, match=r"tail must be a mask of the tail classes, bool \(4,\)"):
         loss(network(X), Y, tail=tail, **COUNTS)
     loss(network(X), np.asarray(Y).tolist(), tail=TAIL.tolist(), **COUNTS)  # lists will do
 
 
 @pytest.mark.parametrize("logits", [None, {"logits": network(X)}, "logits", network(X) + 0j])
-def test_losses_refuse_what_is_not_logits(logits):
+def test_losses_refuse_invalid_logits(logits):
     with pytest.raises(ValueError, match="arrays of real numbers"):
         losses.cross_entropy(logits, Y)
     with pytest.raises(ValueError, match="array of numbers"):
         attacks.cross_entropy(logits, Y)
+
+
+@pytest.mark.parametrize("objective", [None, "cross_entropy", 1.0])
+@pytest.mark.parametrize("name", ["fgsm", "pgd", "mim", "apgd", "apgd_targeted", "square"])
+def test_objective_must_be_a_function(name, objective):
+    with pytest.raises(ValueError, match=r"objective must be a function \(logits, y\) -> \[batch\]") as caught:
+        ATTACKS[name](KEY, network, X, Y, eps=0.1, objective=objective)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("num_classes", ["4", None, 0, -1, 2.5, True])
+def test_number_of_classes_must_be_a_positive_int(num_classes):
+    with pytest.raises(ValueError, match="num_classes must be a Python int, 1 or more"):
+        losses.hierarchical_equalisation(jnp.ones(32), Y, num_classes=num_classes)
+
+
+@pytest.mark.parametrize("option", ["epsilon", "temperature", "beta"])
+def test_constant_options_of_losses_cannot_be_traced(option):
+    with pytest.raises(ValueError, match=f"{option} must be a constant when the loss is traced"):
+        jax.jit(lambda value: OPTIONS[option](network(X), value))(0.5)

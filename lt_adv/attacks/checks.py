@@ -1,6 +1,6 @@
-"""Checks of what an attack is given, made before anything is computed, and calls outside a trace as one program.
+"""Checks of an attack's arguments, made before anything is computed, and tracing of calls outside a trace.
 
-Shapes and types are always checked; values where they are known, that is outside jit and its like.
+Shapes and types are always checked; values where they are known, that is outside jit and other transformations.
 """
 
 import operator
@@ -14,27 +14,29 @@ from jax import Array
 from jax.extend import core
 
 Bounds = tuple[float, float]
-# For public functions: outside a trace their constants are copied to the device, which jax.transfer_guard may forbid.
+# For public functions: outside a trace they copy constants to the device, which jax.transfer_guard may forbid.
 constants_allowed = jax.transfer_guard("allow")
 
 
 def known(value: Any) -> np.ndarray | None:
-    """The values on the host; None inside a trace, or where other processes hold a part of them."""
+    """Returns the values on the host, or None inside a trace and where other processes hold a part of them."""
     if isinstance(value, jax.core.Tracer) or not getattr(value, "is_fully_addressable", True):
         return None
     return np.asarray(jax.device_get(value))
 
 
 def is_real(dtype: Any) -> bool:
-    """Whether values of this type are real numbers; NumPy does not know those of bfloat16 as such."""
+    """Whether a dtype is bool, integer or floating, including bfloat16, which NumPy alone does not recognise."""
     return any(jnp.issubdtype(dtype, kind) for kind in (np.bool_, np.integer, np.floating))
 
 
 def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf, infinite: bool = False) -> float:
-    """A number of Python, NumPy or JAX as a float; ValueError unless it is from `low` to `high` and finite, unless
-    `infinite` ones are allowed."""
+    """Returns a number of Python, NumPy or JAX as a float.
+
+    Raises a ValueError unless it lies between `low` and `high`, and is finite or `infinite` is set.
+    """
     if isinstance(value, jax.core.Tracer):
-        raise ValueError(f"{name} must be a number that is known when the attack is traced, got {value}.")
+        raise ValueError(f"{name} must be a constant when the attack is traced, got {value}.")
     array = known(value)
     if array is None or array.size != 1 or not is_real(array.dtype):
         raise ValueError(f"{name} must be a number, got {value!r}.")
@@ -45,12 +47,12 @@ def number(name: str, value: Any, low: float = -np.inf, high: float = np.inf, in
 
 
 def traceable_number(name: str, value: Any, low: float = -np.inf) -> Any:
-    """`number` for an option that may also be a value of a trace, which is returned as it is."""
+    """Like `number`, but returns a traced value unchanged."""
     return value if isinstance(value, jax.core.Tracer) else number(name, value, low)
 
 
 def count(name: str, value: Any, least: int = 0) -> int:
-    """An integer of Python, NumPy or JAX as an int; ValueError unless it is `least` or more."""
+    """Returns an integer of Python, NumPy or JAX as an int; ValueError if it is below `least`."""
     try:
         result = -1 if isinstance(value, jax.core.Tracer) else operator.index(value)
     except TypeError:
@@ -61,7 +63,7 @@ def count(name: str, value: Any, least: int = 0) -> int:
 
 
 def check_bounds(bounds: Any) -> Bounds:
-    """The box as two floats; ValueError unless low < high."""
+    """Returns the bounds as two floats; ValueError unless low < high."""
     try:
         low, high = bounds
     except (TypeError, ValueError):
@@ -73,7 +75,7 @@ def check_bounds(bounds: Any) -> Bounds:
 
 
 def check_real(name: str, value: Any) -> None:
-    """ValueError unless `value` is an array, or a list, of real numbers."""
+    """Raises a ValueError unless `value` is an array or a list of real numbers."""
     try:
         real = is_real(value.dtype if isinstance(value, jax.Array) else np.asarray(value).dtype)
     except jax.errors.TracerArrayConversionError:  # a list of tracers
@@ -86,17 +88,17 @@ def check_real(name: str, value: Any) -> None:
 
 @constants_allowed
 def as_array(name: str, value: Any) -> Array:
-    """`value` as an array of JAX; ValueError unless it holds real numbers."""
+    """Returns `value` as a JAX array; ValueError unless it holds real numbers."""
     check_real(name, value)
     return jnp.asarray(value)
 
 
 def check_images(x: Any, bounds: Bounds, x_init: Any = None) -> None:
-    """ValueError unless x is a batch of float32 or float64, inside the box where its values are known."""
+    """Raises a ValueError unless x is a float32 or float64 batch and its known values lie inside the bounds."""
     dtype, shape = jnp.result_type(x), np.shape(x)
     if not jnp.issubdtype(dtype, jnp.floating):
         raise ValueError(f"x must be floating, inside bounds, got {dtype}: divide uint8 images by 255.")
-    if jnp.finfo(dtype).bits < 32:  # whose rounding leaves the ball, by a tenth of the radius in bfloat16
+    if jnp.finfo(dtype).bits < 32:  # rounding in bfloat16 leaves the ball by a tenth of the radius
         raise ValueError(f"x must be float32 or float64, got {dtype}: cast it; logits_fn may compute in {dtype}.")
     if not shape:
         raise ValueError("x must be a batch [batch, ...], got a scalar.")
@@ -114,21 +116,21 @@ def _check_box(name: str, x: Any, bounds: Bounds) -> None:
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError(f"{name} must be finite, got values from {low} to {high}.")
     if not bounds[0] <= low <= high <= bounds[1]:
-        seen = f"{np.format_float_positional(low)} to {np.format_float_positional(high)}"
+        limits = f"{np.format_float_positional(low)} to {np.format_float_positional(high)}"
         raise ValueError(
-            f"{name} must lie inside bounds {bounds}, got values from {seen}: scale or clip the images, or give bounds "
-            "that hold them."
+            f"{name} must lie inside bounds {bounds}, got values from {limits}: scale or clip the images, or give "
+            "bounds that contain them."
         )
 
 
 def check_batch(y: Any, batch: int) -> None:
-    """ValueError unless y, labels or probabilities, has a row for each image."""
+    """Raises a ValueError unless y (labels or probabilities) has one row per image."""
     if np.shape(y)[:1] != (batch,):
         raise ValueError(f"x and y must have the same batch size, got {batch} images and labels {np.shape(y)}.")
 
 
 def check_labels(y: Any, batch: int, classes: int | None = None) -> None:
-    """ValueError unless y is integers [batch], from 0 to classes - 1 where values are known."""
+    """Raises a ValueError unless y is integers [batch] and its known values lie in [0, classes)."""
     y = y if isinstance(y, jax.Array) else np.asarray(y)
     check_batch(y, batch)
     if np.ndim(y) != 1 or not jnp.issubdtype(jnp.result_type(y), jnp.integer):
@@ -140,9 +142,9 @@ def check_labels(y: Any, batch: int, classes: int | None = None) -> None:
 
 
 def check_logits(logits: Any, x: Any) -> Array:
-    """The logits, in at least the precision of x; ValueError unless they are one floating array [batch, classes].
+    """Returns the logits in at least the precision of x, because objectives lose too many digits in bfloat16.
 
-    In bfloat16 or float16 an objective loses most of what tells two points apart.
+    Raises a ValueError unless they are one floating array [batch, classes].
     """
     if getattr(logits, "ndim", 0) != 2 or logits.shape[:1] != jnp.shape(x)[:1]:
         kind = f"{type(logits).__name__} of shapes " if isinstance(logits, (tuple, list, dict)) else "shape "
@@ -154,15 +156,23 @@ def check_logits(logits: Any, x: Any) -> Array:
     return logits.astype(least) if jnp.finfo(logits.dtype).bits < jnp.finfo(least).bits else logits
 
 
+def check_objective(objective: Any) -> None:
+    """Raises a ValueError unless the objective is a function."""
+    if not callable(objective):
+        raise ValueError(
+            f"objective must be a function (logits, y) -> [batch], such as attacks.cross_entropy, got {objective!r}."
+        )
+
+
 def check_values(values: Any, x: Any) -> Array:
-    """Values of an objective; ValueError unless there is one for each example."""
+    """Returns the values of an objective; ValueError unless their shape is [batch]."""
     if np.shape(values) != np.shape(x)[:1]:
         raise ValueError(f"objective must return [batch] = {np.shape(x)[:1]}, got shape {np.shape(values)}.")
     return values
 
 
 class Traced:
-    """A traced function; compared as an object, like the function it was traced from."""
+    """A traced function. Two of them are equal only if they are the same object, as for ordinary functions."""
 
     def __init__(self, jaxpr: core.Jaxpr, tree: Any) -> None:
         self.jaxpr, self.tree = jaxpr, tree
@@ -172,16 +182,17 @@ class Traced:
 
 
 def trace(fun: Callable[..., Any], *args: Any) -> tuple[Traced, list[Any]]:
-    """`fun` as a function of the arrays it closes over, and these arrays."""
+    """Returns `fun` as a function of the arrays that it closes over, and these arrays."""
     closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
     return Traced(closed.jaxpr, jax.tree.structure(shape)), closed.consts
 
 
 def run(fun: Callable[[], Any], *arrays: Any) -> Any:
-    """fun(); outside a trace as one compiled program, which is freed with the call. `arrays` are what it works on.
+    """Returns fun(); outside a trace it is compiled as one program, which is freed after the call.
 
-    Called operation by operation, each loop would stay in JAX's cache of programs, and with it the arrays that it
-    closes over. Transfers are allowed: those in `fun` are constants.
+    Executed operation by operation, each loop would stay in JAX's compilation cache together with the arrays that it
+    closes over. Transfers are allowed, because `fun` transfers constants only. A tracer among `arrays`, the inputs of
+    `fun`, means that the call is inside a trace.
     """
     if any(isinstance(array, jax.core.Tracer) for array in jax.tree.leaves(arrays)):
         return fun()

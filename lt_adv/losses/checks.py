@@ -1,4 +1,6 @@
-"""Checks of what a loss is given. Shapes and types are always checked; values where they are known, outside a trace."""
+"""Checks of the arguments of losses: of shapes and types always, of values where they are known, outside a trace."""
+
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -6,12 +8,12 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-# For public functions: outside a trace their constants are copied to the device, which jax.transfer_guard may forbid.
+# For public functions: outside a trace they copy constants to the device, which jax.transfer_guard may forbid.
 constants_allowed = jax.transfer_guard("allow")
 
 
 def floats(logits: ArrayLike) -> Array:
-    """Logits, or other values, in at least float32: in bfloat16 and float16 a softmax loses most of its digits."""
+    """Returns logits or other values in at least float32, because a softmax in bfloat16 loses most of its digits."""
     try:
         real = not jnp.issubdtype(jnp.asarray(logits).dtype, jnp.complexfloating)
     except (TypeError, ValueError):  # None, a dict, ...
@@ -24,7 +26,7 @@ def floats(logits: ArrayLike) -> Array:
 
 
 def logits_of(logits: ArrayLike, labels: ArrayLike) -> Array:
-    """Logits [batch, classes] as `floats`; ValueError unless labels are integers [batch] of these classes."""
+    """Returns logits [batch, classes] in at least float32; ValueError unless the labels fit them."""
     logits = floats(logits)
     if logits.ndim != 2:
         raise ValueError(f"logits must be [batch, classes], got shape {logits.shape}.")
@@ -33,7 +35,7 @@ def logits_of(logits: ArrayLike, labels: ArrayLike) -> Array:
 
 
 def check_labels(labels: ArrayLike, batch: int, classes: int | None = None) -> None:
-    """ValueError unless labels are integers [batch], from 0 to classes - 1 where values are known."""
+    """Raises a ValueError unless labels are integers [batch] and their known values lie in [0, classes)."""
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         kind = f"{labels.dtype} {labels.shape}"
@@ -46,7 +48,7 @@ def check_labels(labels: ArrayLike, batch: int, classes: int | None = None) -> N
 
 
 def check_numbers(least: float = -np.inf, **options: ArrayLike) -> None:
-    """ValueError unless options, given by name, are finite numbers from `least` on; values of a trace are not known."""
+    """Raises a ValueError unless options, given by name, are finite numbers, `least` or larger; skips traced values."""
     for name, value in options.items():
         if isinstance(value, jax.core.Tracer):
             continue
@@ -59,14 +61,33 @@ def check_numbers(least: float = -np.inf, **options: ArrayLike) -> None:
             raise ValueError(f"{name} must not be {'negative' if least == 0 else f'below {least:g}'}, got {value}.")
 
 
+def check_constants(least: float = -np.inf, **options: ArrayLike) -> None:
+    """Like `check_numbers`, for options that must be known when the loss is traced."""
+    for name, value in options.items():
+        if isinstance(value, jax.core.Tracer):
+            raise ValueError(f"{name} must be a constant when the loss is traced, got {value}.")
+    check_numbers(least, **options)
+
+
+def check_count(name: str, value: ArrayLike) -> int:
+    """Returns a positive integer of Python, NumPy or JAX as an int; ValueError for anything else."""
+    try:
+        result = 0 if isinstance(value, (bool, np.bool_, jax.core.Tracer)) else operator.index(value)  # type: ignore[arg-type]
+    except TypeError:
+        result = 0
+    if result < 1:
+        raise ValueError(f"{name} must be a Python int, 1 or more, got {value!r}.")
+    return result
+
+
 def check_same_shape(**arrays: ArrayLike) -> None:
-    """ValueError unless two arrays, given by name, are [batch, classes] of the same shape."""
-    (one, a), (other, b) = ((name, floats(array)) for name, array in arrays.items())
+    """Raises a ValueError unless two arrays, given by name, are [batch, classes] of the same shape."""
+    (name_a, a), (name_b, b) = ((name, floats(array)) for name, array in arrays.items())
     if jnp.ndim(a) != 2 or jnp.shape(a) != jnp.shape(b):
-        raise ValueError(f"{one} and {other} must both be [batch, classes], got {jnp.shape(a)} and {jnp.shape(b)}.")
+        raise ValueError(f"{name_a} and {name_b} must both be [batch, classes], got {jnp.shape(a)} and {jnp.shape(b)}.")
 
 
 def one_hot(labels: ArrayLike, classes: int) -> Array:
-    """bool [batch, classes]."""
-    # A comparison instead of a gather: its gradient is no scatter, and it shards on any mesh.
+    """Returns one-hot labels, bool [batch, classes]."""
+    # A comparison instead of a gather: its gradient needs no scatter, and it shards on any mesh.
     return jnp.asarray(labels, jnp.int32)[:, None] == jnp.arange(classes, dtype=jnp.int32)[None, :]
