@@ -113,7 +113,7 @@ def check(archive: Archive, path: Path) -> None:
         raise ValueError(f"{path} has sha256 {digest}, not {archive.sha256}: delete it and download it again.")
 
 
-def _safe_path(name: str) -> str:
+def _safe(name: str) -> str:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\\" in name:
         raise ValueError(f"it has a member outside its folder, {name!r}")
@@ -135,7 +135,7 @@ def _tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
     try:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
-                name = PurePosixPath(_safe_path(member.name)).name
+                name = PurePosixPath(_safe(member.name)).name
                 if name in names and (file := tar.extractfile(member) if member.isreg() else None):
                     _check_size(name, member.size)
                     members[name] = file.read()
@@ -198,7 +198,7 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
     """
     try:
         zipped = zipfile.ZipFile(path)
-        members = {PurePosixPath(_safe_path(name)).parts[1:]: name for name in zipped.namelist()}
+        members = {PurePosixPath(_safe(name)).parts[1:]: name for name in zipped.namelist()}
     except Exception as error:  # zipfile raises many types for a damaged archive
         raise _unreadable(path, error) from error
 

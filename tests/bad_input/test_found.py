@@ -68,7 +68,7 @@ def test_images_that_no_memory_holds(answer, no_training, monkeypatch):
     )
     monkeypatch.setattr(os, "sysconf", lambda name: 1 << 16)  # pages of as many bytes: 4 GiB
     printed = answer(DIGITS, "--config.data.image_size=2000")
-    assert "config.data.image_size 2000 makes 4 GiB of images, and this machine has 4 GiB of memory" in printed
+    assert "config.data.image_size 2000 needs 4 GiB for the images, but this machine has 4 GiB of memory" in printed
 
 
 @pytest.fixture
