@@ -113,7 +113,7 @@ def check(archive: Archive, path: Path) -> None:
         raise ValueError(f"{path} has sha256 {digest}, not {archive.sha256}: delete it and download it again.")
 
 
-def _safe_path(name: str) -> str:
+def _safe(name: str) -> str:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\\" in name:
         raise ValueError(f"it has a member outside its folder, {name!r}")
@@ -135,7 +135,7 @@ def _tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
     try:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
-                name = PurePosixPath(_safe_path(member.name)).name
+                name = PurePosixPath(_safe(member.name)).name
                 if name in names and (file := tar.extractfile(member) if member.isreg() else None):
                     _check_size(name, member.size)
                     members[name] = file.read()
@@ -146,14 +146,14 @@ def _tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
     return members
 
 
-def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, Examples]]:
-    """Returns (class names, {"train": examples, "test": examples}) of a CIFAR binary archive.
+def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, tuple[np.ndarray, np.ndarray]]]:
+    """Returns (class names, {"train": (images, labels), "test": (images, labels)}) of a CIFAR binary archive.
 
-    A record of CIFAR-10 is one label byte and 3072 bytes of pixels, the red, green and blue planes [32, 32]. CIFAR-100
-    (`coarse`) has the superclass before the label. The original index counts the records of all batches in order.
-    Images are PNG streams.
+    Images are uint8 [n, 32, 32, 3], labels int64 [n]. A record of CIFAR-10 is one label byte and 3072 bytes of pixels,
+    the red, green and blue planes [32, 32]; CIFAR-100 (`coarse`) has the superclass before the label. The original
+    index of an image is its position: it counts the records of all batches in order.
     """
-    header = 2 if coarse else 1
+    header, num_classes = (2, 100) if coarse else (1, 10)
     train = ["train.bin"] if coarse else [f"data_batch_{i}.bin" for i in range(1, 6)]
     test, names = ("test.bin", "fine_label_names.txt") if coarse else ("test_batch.bin", "batches.meta.txt")
     members = _tar_members(path, (*train, test, names))
@@ -165,14 +165,26 @@ def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, Examples]
                 f"{path}: {file} must hold images of {len(classes)} classes with {header + 3072} bytes each "
                 f"(it has {len(members[file])} bytes, labels up to {max(labels, default=0)})."
             )
+    check_classes(path, classes, num_classes)
 
-    def examples(files: list[str]) -> Examples:
+    def arrays(files: list[str]) -> tuple[np.ndarray, np.ndarray]:
         records = np.frombuffer(b"".join(members[file] for file in files), np.uint8).reshape(-1, header + 3072)
-        for index, record in enumerate(records):
-            pixels = record[header:].reshape(3, 32, 32).transpose(1, 2, 0)
-            yield index, {"image": _png(pixels), "label": int(record[header - 1]), "index": index}
+        pixels = records[:, header:].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        return np.ascontiguousarray(pixels), records[:, header - 1].astype(np.int64)
 
-    return classes, {"train": examples(train), "test": examples([test])}
+    return classes, {"train": arrays(train), "test": arrays([test])}
+
+
+def encoded_examples(image: np.ndarray, label: np.ndarray) -> Examples:
+    """Yields the images as PNG streams, with their labels and positions."""
+    for index, (pixels, number) in enumerate(zip(image, label, strict=True)):
+        yield index, {"image": _png(pixels), "label": int(number), "index": index}
+
+
+def check_classes(path: Path, names: Collection[str], num_classes: int) -> None:
+    """Raises ValueError unless there are `num_classes` names."""
+    if len(names) != num_classes:
+        raise ValueError(f"{path} names {len(names)} classes instead of {num_classes}.")
 
 
 def _text(content: bytes, path: Path, name: str) -> str:
@@ -198,7 +210,7 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
     """
     try:
         zipped = zipfile.ZipFile(path)
-        members = {PurePosixPath(_safe_path(name)).parts[1:]: name for name in zipped.namelist()}
+        members = {PurePosixPath(_safe(name)).parts[1:]: name for name in zipped.namelist()}
     except Exception as error:  # zipfile raises many types for a damaged archive
         raise _unreadable(path, error) from error
 
@@ -247,4 +259,5 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
     return names, {"train": train(), "test": test()}
 
 
+CIFAR = ("cifar10", "cifar100")
 ARCHIVES = {"cifar10": CIFAR10, "cifar100": CIFAR100, "tiny_imagenet": TINY_IMAGENET}

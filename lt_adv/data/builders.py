@@ -54,8 +54,7 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         path = Path(dl_manager.manual_dir) / self._archive.file
         archives.check(self._archive, path)
         names, examples = self._read(path)
-        if len(names) != self.CLASSES:
-            raise ValueError(f"{path} names {len(names)} classes, but {self.DATASET} has {self.CLASSES}.")
+        archives.check_classes(path, names, self.CLASSES)
         self.info.features["label"].names = names
         return examples
 
@@ -66,6 +65,11 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         raise NotImplementedError
 
 
+def _cifar_examples(path: Path, coarse: bool) -> tuple[list[str], dict[str, Iterator]]:
+    names, splits = archives.read_cifar(path, coarse)
+    return names, {split: archives.encoded_examples(*arrays) for split, arrays in splits.items()}
+
+
 class LtAdvCifar10(_ArchiveBuilder):
     """CIFAR-10."""
 
@@ -73,7 +77,7 @@ class LtAdvCifar10(_ArchiveBuilder):
     CLASSES = 10
 
     def _read(self, path: Path) -> tuple[list[str], dict[str, Iterator]]:
-        return archives.read_cifar(path, coarse=False)
+        return _cifar_examples(path, coarse=False)
 
 
 class LtAdvCifar100(_ArchiveBuilder):
@@ -83,7 +87,7 @@ class LtAdvCifar100(_ArchiveBuilder):
     CLASSES = 100
 
     def _read(self, path: Path) -> tuple[list[str], dict[str, Iterator]]:
-        return archives.read_cifar(path, coarse=True)
+        return _cifar_examples(path, coarse=True)
 
 
 class LtAdvTinyImagenet(_ArchiveBuilder):

@@ -1,7 +1,8 @@
 """Data sets by name: `load(data_config)`.
 
-`digits` and `npz` are read directly, `image_folder` is decoded, `cifar10`, `cifar100` and `tiny_imagenet` are prepared
-by the builders of this package, and any other name is looked up in TensorFlow-Datasets.
+`digits` and `npz` are read directly, `image_folder` is decoded, `cifar10` and `cifar100` are read from their archives
+or from sets prepared by the builders of this package, `tiny_imagenet` is prepared by its builder, and any other name is
+looked up in TensorFlow-Datasets.
 """
 
 import logging

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from lt_adv.data import archives, cache, images
-from lt_adv.data.dataset import Source, SplitReader, check_labels
+from lt_adv.data.dataset import Source, SplitReader, array_reader, check_labels
 from lt_adv.runtime import atomic_io, registry
 
 EMBEDDED = ("digits", "image_folder", "npz")
@@ -64,17 +64,31 @@ def _one_line_errors(folder: Path) -> Iterator[None]:
         raise ValueError(f"{folder} is damaged ({atomic_io.message(error)}): prepare it again.") from error
 
 
-def _read_archive(name: str, data_dir: Path, size: int | None, download: bool):
+def _read_archive(
+    name: str, data_dir: Path, size: int | None, download: bool
+) -> tuple[tuple[str, ...], dict[str, SplitReader]]:
+    """Reads the prepared set; if there is none, reads CIFAR from its archive and prepares Tiny-ImageNet."""
     archive, manual = archives.ARCHIVES[name], data_dir / "downloads" / "manual"
     prepared = (data_dir / f"lt_adv_{name}" / archives.VERSION / "dataset_info.json").is_file()
     if not prepared:  # a prepared set does not need the archive
-        archives.ensure_downloaded(archive, manual, download)
+        path = archives.ensure_downloaded(archive, manual, download)
+        if name in archives.CIFAR and size is None:
+            return _read_cifar(name, path)
     from lt_adv.data import builders  # slow, so after the error for a missing archive
 
     builder = builders.BUILDERS[name](data_dir=data_dir)
     if not prepared:
         _prepare(builder, manual)
     return _read(builder, size, data_dir)
+
+
+def _read_cifar(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, SplitReader]]:
+    """Reads the archive into arrays, without the encoding and decoding of a prepared set."""
+    archives.check(archives.ARCHIVES[name], path)
+    class_names, splits = archives.read_cifar(path, coarse=name == "cifar100")
+    return tuple(class_names), {
+        split: array_reader(image, label, np.arange(len(label))) for split, (image, label) in splits.items()
+    }
 
 
 def _prepare(builder: Any, manual: Path) -> None:

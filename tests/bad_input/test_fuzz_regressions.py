@@ -67,7 +67,7 @@ def test_images_larger_than_memory(answer, no_training, monkeypatch):
     )
     monkeypatch.setattr(os, "sysconf", lambda name: 1 << 16)  # page size and number of pages: 4 GiB
     printed = answer(DIGITS, "--config.data.image_size=2000")
-    assert "config.data.image_size 2000 makes 4 GiB of images, and this machine has 4 GiB of memory" in printed
+    assert "config.data.image_size 2000 needs 4 GiB for the images, but this machine has 4 GiB of memory" in printed
 
 
 @pytest.fixture

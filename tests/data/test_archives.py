@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import io
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lt_adv.data import archives, load
+from lt_adv.data import archives, load, tfds_source
 
 OFFLINE = "python -m lt_adv.main --config=configs/robal.py:dataset=digits"
 RNG = np.random.RandomState(0)
@@ -110,11 +111,13 @@ def test_cifar10_keeps_the_original_order(tmp_path, publish, cifar10):
     np.testing.assert_array_equal(data.test.image, pixels(batches["test_batch.bin"], 1))
     assert data.class_names == tuple(f"class{i}" for i in range(10))
 
-    # The prepared set replaces the archive, with and without the cache, and TensorFlow-Datasets can read it.
-    path.unlink()
-    assert load({"name": "cifar10", "data_dir": str(tmp_path)}).digest == data.digest
+    # With an image size the set is prepared by the builder. Then the cache and the prepared set replace the archive.
+    assert not (tmp_path / "lt_adv_cifar10").exists()
     small = load({"name": "cifar10", "data_dir": str(tmp_path), "image_size": 8})
     assert small.train.image.shape == (15, 8, 8, 3)
+    path.unlink()
+    assert load({"name": "cifar10", "data_dir": str(tmp_path)}).digest == data.digest
+    assert load({"name": "cifar10", "data_dir": str(tmp_path), "image_size": 4}).train.image.shape == (15, 4, 4, 3)
     import tensorflow_datasets as tfds
 
     example = tfds.data_source("lt_adv_cifar10", split="train", data_dir=tmp_path)[0]
@@ -130,6 +133,36 @@ def test_cifar100_has_the_fine_labels(tmp_path, publish):
     np.testing.assert_array_equal(data.train.label, train[:, 1])
     np.testing.assert_array_equal(data.test.image, pixels(test, 2))
     assert len(data.class_names) == 100 and data.class_names[7] == "fine7"
+
+
+@pytest.mark.parametrize("name", archives.CIFAR)
+def test_cifar_from_the_archive_equals_the_prepared_set(tmp_path, publish, cifar10, name):
+    """Arrays, labels, indices, class names and digest; also the content of the cache."""
+    from lt_adv.data import builders
+
+    if name == "cifar10":
+        publish(name, cifar10[1])
+    else:
+        names = "\n".join(f"fine{i}" for i in range(100)).encode()
+        files = {"train.bin": records(6, 2, 20), "test.bin": records(2, 2, 20)}
+        publish(name, tar({k: v.tobytes() for k, v in files.items()} | {"fine_label_names.txt": names}))
+    config = {"name": name, "data_dir": str(tmp_path)}
+
+    def load_and_read_cache():
+        data = load(config)
+        (folder,) = (tmp_path / "lt_adv_cache").iterdir()
+        return data, {path.name: path.read_bytes() for path in folder.iterdir()}, folder
+
+    direct, direct_cache, folder = load_and_read_cache()
+    assert not (tmp_path / f"lt_adv_{name}").exists()
+    shutil.rmtree(folder)
+    tfds_source._prepare(builders.BUILDERS[name](data_dir=tmp_path), tmp_path / "downloads" / "manual")
+    prepared, prepared_cache, _ = load_and_read_cache()
+    assert direct_cache == prepared_cache and len(direct_cache) == 7
+    assert direct.digest == prepared.digest and direct.class_names == prepared.class_names
+    for split, expected in ((direct.train, prepared.train), (direct.test, prepared.test)):
+        for field in ("image", "label", "index"):
+            np.testing.assert_array_equal(getattr(split, field), getattr(expected, field), strict=True)
 
 
 def test_tiny_imagenet(tmp_path, publish):
@@ -225,7 +258,7 @@ def test_unwritable_folder_is_reported_in_one_line(tmp_path, publish, cifar10):
     publish("cifar10", cifar10[1])
     (tmp_path / "lt_adv_cifar10").write_text("a file where a folder should be")
     with pytest.raises(ValueError, match="Cannot prepare lt_adv_cifar10 .*data_dir") as caught:
-        load({"name": "cifar10", "data_dir": str(tmp_path)})
+        load({"name": "cifar10", "data_dir": str(tmp_path), "image_size": 8})
     assert "\n" not in str(caught.value)
 
 
@@ -240,7 +273,7 @@ archives.ARCHIVES["cifar10"] = a = dataclasses.replace(
     archives.CIFAR10, size=len(content), sha256=hashlib.sha256(content).hexdigest())
 (root / "downloads/manual").mkdir(parents=True)
 shutil.copy(root / "a.tar.gz", root / "downloads/manual" / a.file)
-print(len(load({{"name": "cifar10", "data_dir": str(root)}}).train), "tensorflow" in sys.modules)
+print(len(load({{"name": "cifar10", "data_dir": str(root), "image_size": 8}}).train), "tensorflow" in sys.modules)
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.stdout.splitlines()[-1] == "15 False", result.stderr
@@ -248,7 +281,8 @@ print(len(load({{"name": "cifar10", "data_dir": str(root)}}).train), "tensorflow
     code = (
         code.split('(root / "downloads')[0]
         + """
-print(len(load({"name": "cifar10", "data_dir": str(root)}).train), "tensorflow_datasets" in sys.modules)
+data = load({"name": "cifar10", "data_dir": str(root), "image_size": 8})
+print(len(data.train), "tensorflow_datasets" in sys.modules)
 """
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -22,7 +22,7 @@ def archive_with(cifar10, **changes):  # noqa: F811
         ({"test_batch.bin": bytes(3074)}, r"test_batch\.bin must hold .* 3073 bytes each \(it has 3074 bytes"),
         ({"data_batch_1.bin": b"\x0a" + bytes(3072)}, r"data_batch_1\.bin must hold .* labels up to 10\)"),
         ({"batches.meta.txt": b"\xff"}, r"batches\.meta\.txt is not a text"),
-        ({"batches.meta.txt": b" ".join([b"a"] * 11)}, r"names 11 classes, but cifar10 has 10"),
+        ({"batches.meta.txt": b" ".join([b"a"] * 11)}, r"names 11 classes instead of 10"),
     ],
 )
 def test_cifar_with_an_invalid_member(tmp_path, publish, cifar10, changes, message):  # noqa: F811
