@@ -9,7 +9,7 @@ MiB of a v5e for 14,000 images), XLA may also prefetch it for the next step with
 `--compiler='{"xla_max_cross_program_prefetches": 0}'` disables.
 
 The step is AT on WRN-10-1 in bfloat16, images 32 x 32, 64 per chip; each size compiles for a minute or more. Needs
-`pip install -e '.[train,tpu]'`, and only one such process can run at a time. The test suite checks the traced step instead
+`pip install -e '.[train,tpu]'`; only one such process can run at a time. The tests check the traced step instead
 (tests/training/test_input_pipeline.py), because libtpu has 684 MB.
 """
 
