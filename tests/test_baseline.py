@@ -16,6 +16,8 @@ from lt_adv.cli import run as runs
 from lt_adv.evaluation.masking import compare, diagnose
 from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.slow
+
 # Ten images, two steps, one epoch: these tests check the path, not the numbers.
 TINY = [
     "--config=configs/at.py:dataset=digits,epochs=1",

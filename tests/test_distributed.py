@@ -20,6 +20,8 @@ from lt_adv.runtime import distributed
 from lt_adv.training import checkpoint
 from tests.test_end_to_end import DRIVER, last_checkpoint
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 SHORT = [
     "--config=configs/robal.py:dataset=digits,epochs=2",

@@ -81,6 +81,7 @@ def last_checkpoint(workdir):
     }
 
 
+@pytest.mark.slow
 def test_resume_after_kills_and_sigterm_is_bit_exact(launch, tmp_path):
     config = "configs/robal.py:dataset=digits,epochs=4"
     uninterrupted, interrupted = tmp_path / "uninterrupted", tmp_path / "interrupted"
@@ -114,6 +115,7 @@ def test_resume_after_kills_and_sigterm_is_bit_exact(launch, tmp_path):
     assert header["split"] == "validation"
 
 
+@pytest.mark.slow
 def test_robal_lifts_the_tail_of_digits(launch, tmp_path):
     """The run of README.md: RoBal's tail under PGD-20 is at least 4 points above AT's (three seeds gave 9 to 16)."""
     metrics = {}

@@ -20,6 +20,8 @@ from lt_adv import attacks, main
 from lt_adv.cli import export, flags
 from lt_adv.cli import run as runs
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 CONFIG = [
     "--config=configs/robal.py:dataset=digits,epochs=2",

@@ -64,6 +64,7 @@ def moved(before, after):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "trained", "unshared"),
     [
@@ -123,6 +124,7 @@ def test_post_hoc_evaluates_the_baseline_again(start, baseline, name):
     assert header["weights_digest"] == json.loads(no_attack)["header"]["weights_digest"]
 
 
+@pytest.mark.slow
 def test_tde_evaluates_with_the_mean_of_its_training(start):
     run = start("--config=configs/tde.py:dataset=digits,epochs=2", "tde", "--config.log.clean_per_class=1")
     mean = read_variables(run)[0]["method_state"]["feature_mean"]

@@ -60,6 +60,7 @@ def weights(tmp_path_factory):
     return save_npz(tmp_path_factory.mktemp("weights") / "robal.npz", state), variables
 
 
+@pytest.mark.slow
 def test_imported_weights_are_evaluated_with_their_statistics_and_the_adjustment(weights, tmp_path, capsys):
     path, variables = weights
     command = [

@@ -54,6 +54,7 @@ def wrong(x_adv, y, logits_fn=network):
     return np.asarray(logits_fn(jnp.asarray(x_adv)).argmax(-1) != y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", FEW)
 @settings(max_examples=5, deadline=None)
@@ -122,6 +123,7 @@ X = images(23, seed=1)
 Y = labels(X)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_result_agrees_with_its_points(short, norm):
     eps = {"linf": 0.08, "l2": 0.4}[norm]
@@ -139,6 +141,7 @@ def test_result_agrees_with_its_points(short, norm):
     assert list(result.accuracy) == ["clean", *ATTACKS] and not result.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_result_is_independent_of_batch_size_and_devices(short, norm):
     eps = {"linf": 0.08, "l2": 0.4}[norm]

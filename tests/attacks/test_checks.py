@@ -94,6 +94,7 @@ def test_attacks_refuse_invalid_logits(name, output):
         attack(KEY, OUTPUTS[output], X, Y, eps=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ATTACKS, "autoattack"])
 def test_images_and_bounds_are_checked(name):
     attack = ATTACKS.get(name, partial(attacks.autoattack, version=("square",), num_queries=5))

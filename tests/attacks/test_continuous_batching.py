@@ -51,6 +51,7 @@ def assert_same(a, b):
             np.testing.assert_array_equal(point, b[row][1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("attack", [APGD, SQUARE], ids=["apgd-t", "square"])
 def test_pausing_images_does_not_change_results(attack, monkeypatch):
     x = images(13)

@@ -61,6 +61,7 @@ def test_apgd(images, assert_golden, head, name):
     np.testing.assert_array_equal(~state.broken, net.arrays[f"{name}.still_correct"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_fab_targeted(images, assert_golden, head, norm):

@@ -38,6 +38,7 @@ def strength(name, norm):
     return partial(ATTACKS[name], eps=eps, norm=norm, **steps)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", GRADIENT)
 def test_non_finite_gradient_entries_count_as_zero(name, norm):
@@ -60,6 +61,7 @@ def test_the_derivative_of_a_norm_at_zero(name):
 
 
 # Small ones not in APGD and FAB: as released, the one adds 1e-12 to the length, the other drops what is below 1e-8.
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize(
     ("name", "scale"),
@@ -79,6 +81,7 @@ def undefined_in_part(x):
     return jnp.where(x.max(axis=(1, 2)) > 0.9, jnp.nan, 0.0) + network(x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 @pytest.mark.parametrize("name", [name for name in ATTACKS if name not in ("fgsm", "pgd", "mim", "cw")])
 def test_non_finite_logits_count_as_wrong(name, norm):
@@ -177,6 +180,7 @@ def test_objectives_and_losses_of_low_precision_logits(dtype):
 # Keys
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])
 @pytest.mark.parametrize("name", ["pgd", "apgd", "square"])
 def test_keys_of_other_implementations(name, impl):
@@ -239,6 +243,7 @@ def executables():
     return len(jax.devices()[0].client.live_executables())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["pgd", "autoattack", "partial"])
 def test_new_functions_do_not_leak_programs(kind):
     def call(i):

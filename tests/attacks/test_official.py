@@ -36,6 +36,7 @@ def misses(net, variant, name, robust):
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("head", HEADS)
 def test_official(head, variant, tmp_path):
@@ -60,6 +61,7 @@ def test_official(head, variant, tmp_path):
     assert abs(ours / theirs - 1) <= 0.02, (ours, theirs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", [attacks.cross_entropy, attacks.cw_margin])
 def test_comparison_rejects_pgd_20_in_place_of_any_attack(objective):
     missed = {name: [] for name in STANDARD}

@@ -92,6 +92,7 @@ def test_every_public_function_is_tested():
 L2_MODES = ("rank promotion", "dtype promotion", "float64")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "norm"), [*((mode, "linf") for mode in MODES), *((mode, "l2") for mode in L2_MODES)])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(name, mode, norm):
@@ -102,6 +103,7 @@ def test_attacks(name, mode, norm):
     assert np.isfinite(x_adv).all() and (np.asarray(x_adv) != np.asarray(X)).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "no jit"])  # it runs compiled programs
 def test_autoattack(mode):
     version = "plus" if mode in ("rank promotion", "dtype promotion", "debug infs") else ("apgd-ce", "fab-t", "square")
@@ -120,6 +122,7 @@ def test_jitted_attack(mode):
         assert np.isfinite(compiled(KEY, None, X, Y)).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_objectives_and_losses(name, mode):

@@ -167,6 +167,7 @@ def test_checkpoint_metadata_is_checked():
             known(json.loads(json.dumps({**meta, name: value})))
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_gives_one_line(tmp_path):
     """Runs a process: pending reads printed tracebacks from threads, which no fixture captures."""
     command = [sys.executable, "-m", "lt_adv.main", *TINY, f"--workdir={tmp_path / 'run'}"]

@@ -87,6 +87,7 @@ def check(name, images, level):
         assert not wrong.any(), f"{name} {level} {image.shape}: {wrong.sum()} pixels, {difference[wrong][:9]}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*SIGNED, *UNSIGNED])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_equals_pillow(name, shape):

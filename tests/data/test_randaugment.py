@@ -68,6 +68,7 @@ def test_randaugment_draws_14_operations_evenly_at_magnitude_8():
     assert not remaining, "never drawn"
 
 
+@pytest.mark.slow
 def test_frequencies_of_autoaugment_match_its_probabilities():
     expected = Counter()
     for pair in AUTOAUGMENT:
@@ -133,6 +134,7 @@ def test_policy_is_applied_before_crop_and_flip(name):
     np.testing.assert_array_equal(result, expected)
 
 
+@pytest.mark.slow
 def test_augmented_step_does_not_depend_on_the_number_of_devices():
     (_, plain), (_, one), (_, eight) = (
         run(AT(num_steps=0), devices, steps=1, augment=name)

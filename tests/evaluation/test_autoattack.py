@@ -42,6 +42,7 @@ def test_a_stored_column_is_reused_unless_damaged(toy, run_both, tmp_path, monke
         read_records(tmp_path)
 
 
+@pytest.mark.slow
 def test_predictions_depend_on_neither_batch_size_nor_devices(run_both):
     reference, _ = run_both(batch_size=7, devices=8, directory=None)
     for size, devices in ((20, 1), (3, 2)):

@@ -81,6 +81,7 @@ def verdict(diagnostics):
     return lambda head, **mask: masking.masking_verdict(diagnostics(head, **mask), diagnostics("linear"), GROUPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_networks_without_masking_are_trustworthy(diagnostics, verdict, head):
     result = verdict(head)
@@ -107,6 +108,7 @@ def test_diagnostics_of_a_network_without_masking(diagnostics, heads):
     assert summary["worst"] <= min(summary["accuracy"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "mask"),
     [
@@ -217,6 +219,7 @@ def small(heads):
     return network, network.x[rows[::8]], network.y[rows[::8]], options
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [True, False])
 def test_a_random_forward_pass_is_reported(small, jitted):
     """Noise drawn in each pass, or from a counter that a trace would freeze."""
@@ -244,6 +247,7 @@ def test_without_a_baseline_there_is_no_verdict(small):
     assert verdict["trustworthy"] is None and "needs a baseline" in verdict["words"] and not verdict["reasons"]
 
 
+@pytest.mark.slow
 def test_neither_batches_nor_devices_change_the_diagnostics(small):
     network, x, y, options = small
     run = functools.partial(

@@ -35,6 +35,7 @@ def measured(tmp_path_factory):
     return code, json.loads((folder / "tiny.json").read_text())
 
 
+@pytest.mark.slow
 def test_record_has_machine_versions_and_config(measured):
     _, result = measured
     assert result["kind"] == "step" and result["command"].startswith("python -m experiments.benchmark step --config=")

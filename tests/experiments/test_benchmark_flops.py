@@ -135,6 +135,7 @@ STEPS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "entries", "expected", "passes"), STEPS)
 def test_cost_of_a_step(build, config, entries, expected, passes):
     program = build(config, *entries)

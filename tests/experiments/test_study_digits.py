@@ -12,6 +12,7 @@ from experiments.study.__main__ import main, parse
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.mark.slow
 def test_study_of_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")

@@ -34,6 +34,7 @@ EVERY = addons.names()
 CASES = {name: (AT(num_steps=1), (name,)) for name in EVERY} | {"all": (ALP(num_steps=1), EVERY)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_eight_devices_equal_one(name):
     inner, chosen = CASES[name]

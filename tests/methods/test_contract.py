@@ -33,7 +33,7 @@ def one_device(request):
         return (stage.method, options), run(stage.method, 1, **options)
 
 
-@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+@pytest.mark.parametrize("parallel", ["pmap", pytest.param("shard_map", marks=pytest.mark.slow)])
 def test_eight_devices_equal_one(one_device, parallel):
     (method, options), expected = one_device
     assert_same(run(method, 8, parallel, **options), expected, 1e-9)

@@ -124,6 +124,7 @@ def meta(stage):
     return json.loads((last(stage) / "meta" / "metadata").read_text())
 
 
+@pytest.mark.slow
 def test_the_teacher_has_equal_counts_and_the_student_all_images(trained, config):
     teacher, student = (meta(trained / "checkpoints" / name) for name in ("0_teacher", "1_student"))
     counts = data.long_tailed(data.load(config.data), config.data).class_counts
@@ -133,6 +134,7 @@ def test_the_teacher_has_equal_counts_and_the_student_all_images(trained, config
     assert all(("train/loss_matching" in row) == (row["stage"] == "1_student") for row in rows)
 
 
+@pytest.mark.slow
 def test_resume_in_the_first_stage_equals_the_uninterrupted_run(train, trained, tmp_path, capsys):
     again = tmp_path / "again"
     shutil.copytree(trained, again)

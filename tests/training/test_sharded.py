@@ -43,6 +43,7 @@ def test_the_longest_divisible_axis_is_sharded_in_the_requested_fields():
     assert {s.spec for s in jax.tree.leaves(alone)} == {P()}, "one device has it all"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("sharded", [("opt_state",), ALL], ids=["optimiser", "all"])
 def test_sharded_training_equals_one_device(sharded):

@@ -31,6 +31,7 @@ def assert_same_bits(actual, expected):
         assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), jax.tree_util.keystr(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "devices"), [("pmap", 2), ("shard_map", 2), ("shard_map", 1)])
 def test_streamed_equals_resident_bit_for_bit(parallel, devices, caplog):
     """Until the second epoch, with a restart within it; compiled once."""

@@ -126,6 +126,7 @@ class Draws(AT):
         return out._replace(method_state={"index": net.gather(batch.index)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("parallel", "devices"), [("pmap", 1), ("pmap", 8), ("shard_map", 8)])
 def test_class_aware_draws_in_cycles_on_any_number_of_devices(parallel, devices):
     """16 of four classes, so each class four times in every batch; and the same images after a restart."""
