@@ -205,7 +205,7 @@ def headline(results: Path = RESULTS) -> str:
 
 def configuration() -> str:
     """Every entry that all configs have, by section: its default for CIFAR-10 and its meaning."""
-    defaults = schema.flat(common.get("cifar10", epochs=80, drop_epochs=(60, 75), of=80).to_dict())
+    defaults = schema.flatten(common.get("cifar10", epochs=80, drop_epochs=(60, 75), of=80).to_dict())
     blocks = []
     for section, names in itertools.groupby(MEANING, key=lambda name: name.partition(".")[0] if "." in name else ""):
         rows = [[f"`{name}`", f"`{_literal(defaults[name])}`", MEANING[name]] for name in names]

@@ -107,7 +107,7 @@ def test_a_network_compared_with_itself_is_trustworthy(workdirs):
 def test_bad_baselines_are_refused(workdirs, answer, tmp_path):  # noqa: F811
     baseline, _ = workdirs
     assert re.search(
-        r"The baseline is the run in 'nowhere' \(config.eval.baseline\), where there is none: train it",
+        r"The baseline is the run in 'nowhere' \(config.eval.baseline\), which does not exist: train it",
         answer(*TINY, "--config.eval.baseline=nowhere"),
     )
     damaged = Path(shutil.copytree(baseline, tmp_path / "damaged"))

@@ -36,7 +36,7 @@ def test_builds(name, dataset):
     assert config.data.name == dataset and config.data.imbalance_ratio >= 1
     for fidelity in ("paper", "released_code"):
         config.fidelity = fidelity
-        schema.values(config)
+        schema.validate(config)
         stages = stage_builder.stages(config)  # a teacher has other epochs
         assert sum(stage.epochs for stage in stages if stage.name != "teacher") == config.optim.epochs
         optimizer.schedule(config.optim, 10, config.optim.epochs, fidelity == "released_code")
@@ -251,5 +251,5 @@ def test_every_dataset_takes_every_network(dataset):
     command = ["main", f"--config=configs/robal.py:dataset={dataset}", "--config.model.depth=16"]
     for name in BACKBONES:
         config = flags.parse([*command, f"--config.model.name={name}", "--config.model.width=2"]).config
-        schema.values(config)
+        schema.validate(config)
         assert config.model.name == name

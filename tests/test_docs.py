@@ -84,7 +84,7 @@ def test_records_page_runs_on_saved_records(tmp_path, monkeypatch):
 def test_commands_parse(page):
     parts = [part for block in BASH.findall(TEXT[page]) for line in block.splitlines() for part in line.split(" && ")]
     for command in (shlex.split(part) for part in parts if "lt_adv.main --" in part):
-        schema.values(flags.parse(command[command.index("lt_adv.main") :]).config)
+        schema.validate(flags.parse(command[command.index("lt_adv.main") :]).config)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -108,7 +108,7 @@ def test_extras_exist():
 
 
 def test_every_config_entry_has_a_meaning():
-    entries = schema.flat(flags.load("configs/at.py:dataset=cifar10").to_dict())
+    entries = schema.flatten(flags.load("configs/at.py:dataset=cifar10").to_dict())
     assert set(MEANING) == {name for name in entries if not name.startswith("eval.attacks.")}
     assert set(MEANING) >= set(schema.ENTRIES)
 

@@ -139,7 +139,7 @@ LWS = "--config=configs/lws.py:dataset=digits"
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        ([LWS, "--config.init_from=nowhere"], r"begins with the run in 'nowhere' .*where there is none: train it"),
+        ([LWS, "--config.init_from=nowhere"], r"starts from the run in 'nowhere' .*which does not exist: train it"),
         ([LWS, "--config.init_from="], "config.init_from is missing: method finetune begins with the network of"),
         ([LWS, "--config.method.freeze=(backbone"], r"'\(backbone' is not a valid regular expression"),
         ([LWS, "--config.method.freeze=bakbone"], r"No parameter matches the frozen pattern 'bakbone'\. There are: "),

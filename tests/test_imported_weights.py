@@ -108,7 +108,7 @@ def test_imported_weights_are_evaluated_with_their_statistics_and_the_adjustment
         (["--config.init_from=absent.npz"], "There is no file of weights absent.npz."),
         (
             ["--config.init_from={path}", "--mode=train"],
-            "training begins with a run, '{path}' is only for --mode=eval.",
+            "training starts from a run; '{path}' is only for --mode=eval.",
         ),
         (
             ["--config.init_from={path}", "--config=configs/tde.py:dataset=digits"],
@@ -127,7 +127,7 @@ def test_evaluation_accepts_the_config_of_any_method(weights, config):
     from lt_adv.cli import schema
 
     path, _ = weights
-    schema.values(
+    schema.validate(
         flags.parse(["main", f"--config=configs/{config}.py:dataset=digits", f"--config.init_from={path}"]).config
     )
 

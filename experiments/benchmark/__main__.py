@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> int:
         from lt_adv.cli import schema  # imports jax, which takes seconds: invalid arguments are refused first
         from lt_adv.evaluation.report import table
 
-        schema.values(config)
+        schema.validate(config)
     except ValueError as error:
         print("Error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

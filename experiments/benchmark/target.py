@@ -59,7 +59,7 @@ def from_config(config: Any, workdir: str | None) -> Target:
     model, image = models.create(config.model, len(split.class_names)), split.test.image
     if workdir:
         variables, _ = checkpoint.read_variables(workdir)
-        schema.network(config, split, variables, workdir)
+        schema.validate_variables(config, split, variables, workdir)
         variables = {name: variables[name] for name in ("params", "batch_stats")}
     else:
         variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image.shape[1:]), np.float32))

@@ -89,12 +89,12 @@ def train(arguments: flags.Arguments, setting: str, device: str) -> None:
     from lt_adv.training.checkpoint import Checkpoints
 
     config, workdir = arguments.config, arguments.workdir
-    schema.values(config)
+    schema.validate(config)
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir} has checkpoints, which the PyTorch baseline cannot resume: use another --workdir.")
     workdirs.compare(config, workdir, training=True)
     split = data.long_tailed(data.load(config.data), config.data)
-    schema.fits(config, split, 1)
+    schema.validate_for_split(config, split, 1)
     trainer = Trainer(config, split, setting=setting, device=device, seed=config.seed)
     with workdirs.claim(config, workdir):
         lines = metric_logging.Lines(workdir / "metrics.jsonl")

@@ -108,7 +108,7 @@ def check(study: jobs.Study) -> None:
     errors = []
     for row in with_bases(study.rows):
         try:
-            schema.values(flags.parse(jobs.command(study, jobs.Job(row, study.seeds[0], study.part))[1:]).config)
+            schema.validate(flags.parse(jobs.command(study, jobs.Job(row, study.seeds[0], study.part))[1:]).config)
             return
         except ValueError as error:
             errors.append(f"row {row}: {error}")

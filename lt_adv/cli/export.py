@@ -111,7 +111,7 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
         raise ImportError(f"--mode=export needs {' and '.join(missing)}: pip install -e '.[export]'.")
     from safetensors.numpy import save
 
-    if schema.imports(config):
+    if schema.uses_external_weights(config):
         raise ValueError(
             "config.init_from names external weights: --mode=export only exports networks trained by lt_adv."
         )

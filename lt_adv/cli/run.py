@@ -1,4 +1,4 @@
-"""A run from config to report: what `main` calls. Training and evaluation meet here and know nothing of each other."""
+"""Training and evaluation of a config, from the command line to the report."""
 
 import hashlib
 import json
@@ -18,8 +18,12 @@ from lt_adv.training import checkpoint, checksums, loop, metric_logging, shardin
 
 
 def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
-    """Train (or go on), then evaluate. ValueError before anything is written for a config that cannot be, or does not
-    fit the data, the devices or what is in the working directory."""
+    """Trains, or resumes training, then evaluates.
+
+    Raises:
+      ValueError: before anything is written, for an invalid config, or one that does not fit the data, the devices or
+        the working directory.
+    """
     prepare(config)
     require_same_config(config)
     workdirs.compare(config, workdir, training=True)
@@ -27,8 +31,9 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
     dataset, mesh = data.load(config.data), sharding.make_mesh()
     split = data.long_tailed(dataset, config.data)
     for stage in stage_builder.stages(config):
-        own = stage_builder.configured(config, stage)
-        schema.stage_fits(own, stage, data.long_tailed(dataset, own.data) if stage.overrides else split, mesh.size)
+        stage_config = stage_builder.configured(config, stage)
+        stage_split = data.long_tailed(dataset, stage_config.data) if stage.overrides else split
+        schema.validate_stage(stage_config, stage, stage_split, mesh.size)
     _images(config.eval, split)
     with workdirs.claim(config, workdir):
         describe(config, split, workdir, mesh)
@@ -37,8 +42,8 @@ def train(config: ml_collections.ConfigDict, workdir: epath.Path) -> None:
 
 
 def prepare(config: ml_collections.ConfigDict) -> None:
-    """ValueError for values that cannot be; then jax may start."""
-    schema.values(config)
+    """Validates the config, then configures jax."""
+    schema.validate(config)
     environment.prepare(config.optim.batch_size, config.cpu_devices)
     if config.eval.baseline:
         require_finished_run(
@@ -47,7 +52,7 @@ def prepare(config: ml_collections.ConfigDict) -> None:
 
 
 def require_same_config(config: ml_collections.ConfigDict) -> None:
-    """ValueError unless all processes have this config; from here on the first one speaks for all."""
+    """Raises ValueError unless all processes have the same config; only the primary process prints from here on."""
     metric_logging.console.quiet = not distributed.is_primary()
     distributed.assert_same_everywhere(
         "The config", json.dumps(workdirs.immutable_entries(config.to_dict()), sort_keys=True)
@@ -55,39 +60,39 @@ def require_same_config(config: ml_collections.ConfigDict) -> None:
 
 
 def check_init_from(config: ml_collections.ConfigDict) -> None:
-    """ValueError unless the run that training is to begin with, if there is one, is there and finished."""
-    if schema.imports(config):
-        raise ValueError(f"config.init_from: training begins with a run, {config.init_from!r} is only for --mode=eval.")
+    """Raises ValueError unless each run that a stage starts from exists and is finished."""
+    if schema.uses_external_weights(config):
+        raise ValueError(f"config.init_from: training starts from a run; {config.init_from!r} is only for --mode=eval.")
     for stage in stage_builder.stages(config):
         if stage.init in ("fresh", "previous"):
             continue
         require_finished_run(
-            stage.init, f"Stage {stage.name!r} begins with the run in {stage.init!r} (config.init_from)"
+            stage.init, f"Stage {stage.name!r} starts from the run in {stage.init!r} (config.init_from)"
         )
 
 
-def require_finished_run(run: str, words: str) -> None:
-    """ValueError, which begins with `words`, unless the run in this directory is there and finished."""
+def require_finished_run(run: str, description: str) -> None:
+    """Raises ValueError, which begins with `description`, unless the directory holds a finished run."""
     try:
         _, meta = checkpoint.look(run)
     except FileNotFoundError as error:
-        raise ValueError(f"{words}, where there is none: train it first, or name another.") from error
+        raise ValueError(f"{description}, which does not exist: train it first, or name another.") from error
     if not _finished(meta, "last"):
-        raise ValueError(f"{words}, which is at {_position(meta)}: let it finish, or name another.")
+        raise ValueError(f"{description}, which is at {_position(meta)}: let it finish, or name another.")
 
 
 def describe(config, split, workdir, mesh) -> None:
-    """Say once what is about to run."""
+    """Prints versions, devices, method, network and class counts."""
     device = mesh.devices.flat[0]
-    cut = split.class_counts_before
+    counts_before = split.class_counts_before
     devices = f"{mesh.size} x {device.device_kind}  {config.parallel}"
     metric_logging.console.print(f"lt_adv {lt_adv.__version__}  jax {jax.__version__}  {devices}")
     method = " + ".join((config.method.name, *config.addons))
     names = f"method {method}  model {config.model.name}  data {config.data.name}"
     metric_logging.console.print(f"{names}  workdir {workdir}")
     counts = f"class counts {_short(split.class_counts)}"
-    if cut != split.class_counts:
-        counts += f" after the validation cut ({_short(cut)} before)"
+    if counts_before != split.class_counts:
+        counts += f" without the validation images ({_short(counts_before)} with them)"
     metric_logging.console.print(f"{counts}  imbalance ratio {max(split.class_counts) / min(split.class_counts):.1f}")
 
 
@@ -99,26 +104,30 @@ def _short(counts) -> str:
 def load_trained(
     config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
-    """(variables, meta, split) of the network that `config.eval` asks for; ValueError unless the config is its own."""
+    """Returns (variables, meta, split) of the network that `config.eval` selects.
+
+    Raises:
+      ValueError: the network was trained with another config.
+    """
     prepare(config)
     workdirs.compare(config, workdir)
     variables, meta = checkpoint.read_variables(workdir, config.eval.checkpoint)
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
-    _finished(meta, config.eval.checkpoint)  # or of another version
+    _finished(meta, config.eval.checkpoint)  # raises for checkpoints of another version
     if meta["class_counts"] != list(split.class_counts):
-        theirs, ours = _short(meta["class_counts"]), _short(split.class_counts)
+        trained, configured = _short(meta["class_counts"]), _short(split.class_counts)
         raise ValueError(
-            f"{workdir} was trained with class counts {theirs}, this config gives {ours}; it is at {_position(meta)}: "
-            "let it finish, or correct the config."
+            f"{workdir} was trained with class counts {trained}, this config gives {configured}; "
+            f"it is at {_position(meta)}: let it finish, or correct the config."
         )
-    schema.network(config, split, variables, workdir)
+    schema.validate_variables(config, split, variables, workdir)
     return variables, meta, split
 
 
 def load_external(
     config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
 ) -> tuple[dict[str, Any], dict[str, Any], data.LongTailed]:
-    """As `load_trained`, from the file of weights in `config.init_from`; meta does not know how it was trained."""
+    """As `load_trained`, from the file of weights in `config.init_from`; meta has nothing of the training."""
     prepare(config)
     workdirs.compare(config, workdir)
     split = data.long_tailed(data.load(config.data) if dataset is None else dataset, config.data)
@@ -128,19 +137,21 @@ def load_external(
 def evaluate(
     config: ml_collections.ConfigDict, workdir: epath.Path, dataset: data.Dataset | None = None
 ) -> dict[str, Any]:
-    """Evaluate the trained network of a working directory and write its report; interrupted, it resumes.
+    """Evaluates the trained network of a working directory, or resumes that, and writes the report.
 
-    The report goes to the working directory itself, or to reports/<config.eval.report> where that is named. Weights of
-    others, a file in `config.init_from`, are evaluated as if they had been trained in the working directory. Of several
-    processes the first one gets the report.
+    The report is written to the working directory, or to reports/<config.eval.report> in it. External weights, a file
+    in `config.init_from`, are evaluated as if they had been trained in the working directory.
+
+    Returns:
+      The summary of the report on the primary process, {} on the others.
     """
     prepare(config)
     require_same_config(config)
-    imports = schema.imports(config)
-    found = (load_external if imports else load_trained)(config, workdir, dataset)
-    _images(config.eval, found[2])
+    imports = schema.uses_external_weights(config)
+    variables, meta, split = (load_external if imports else load_trained)(config, workdir, dataset)
+    _images(config.eval, split)
     with workdirs.claim(config, workdir) if imports else workdirs.locked(workdir):
-        return _evaluate(config, workdir, *found)
+        return _evaluate(config, workdir, variables, meta, split)
 
 
 def _evaluate(
@@ -150,17 +161,17 @@ def _evaluate(
     meta: dict[str, Any],
     split: data.LongTailed,
 ) -> dict[str, Any]:
-    """`evaluate`, in a working directory that this process holds."""
+    """`evaluate`, in a working directory that this process has locked."""
     distributed.restore_sigterm_handler()
     options, counts = config.eval, split.class_counts
-    if not schema.imports(config) and not _finished(meta, options.checkpoint):
+    if not schema.uses_external_weights(config) and not _finished(meta, options.checkpoint):
         metric_logging.console.print(
             f"Note: this evaluates {_position(meta)}, not the end of training.", soft_wrap=True
         )
     images, subset = _images(options, split)
     specs = options.attacks.to_dict()
-    chosen = options.only or [name for name, spec in specs.items() if not evaluation.needs_all_images(spec)]
-    specs = {name: spec for name, spec in specs.items() if name in chosen}
+    selected = options.only or [name for name, spec in specs.items() if not evaluation.needs_all_images(spec)]
+    specs = {name: spec for name, spec in specs.items() if name in selected}
     mesh, apply = sharding.make_mesh(), stage_builder.evaluated(config, split)
     key = jax.random.key(options.seed, impl="threefry2x32")
     records = evaluation.evaluate(
@@ -177,8 +188,8 @@ def _evaluate(
         console=metric_logging.console,
     )
     summary = {}
-    if distributed.is_primary():  # on its own devices
-        network, own = (apply, variables), distributed.local(mesh)
+    if distributed.is_primary():
+        network, local_mesh = (apply, variables), distributed.local(mesh)
         shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.needs_all_images(spec)])
         context = {
             "class_counts": counts,
@@ -191,7 +202,7 @@ def _evaluate(
         }
         if shown:
             context["examples"] = evaluation.examples(
-                key, *network, images, records, attack=shown, spec=specs[shown], class_counts=counts, mesh=own
+                key, *network, images, records, attack=shown, spec=specs[shown], class_counts=counts, mesh=local_mesh
             )
         directory = report_directory(config, workdir)
         summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
@@ -202,18 +213,18 @@ def _evaluate(
 
 
 def report_directory(config: ml_collections.ConfigDict, workdir: epath.Path) -> epath.Path:
-    """The working directory itself, or the part of it for a report that has a name."""
+    """Returns the working directory, or the directory in it of a named report."""
     return workdir / "reports" / config.eval.report if config.eval.report else workdir
 
 
 def _images(options: ml_collections.ConfigDict, split: data.LongTailed) -> tuple[data.Split, str]:
-    """The images to evaluate on, and which they are in words."""
+    """Returns the images to evaluate on, and their description."""
     images = split.test if options.split == "test" else split.validation
     if not options.subset_per_class:
         return images, f"the whole {options.split} split"
-    chosen = evaluation.balanced_subset(images.label, options.subset_per_class)
-    words = f"class-balanced subset, {options.subset_per_class} per class, seed 0"
-    return images.take(chosen), words if options.split == "test" else f"{words}, of the validation split"
+    subset = evaluation.balanced_subset(images.label, options.subset_per_class)
+    description = f"class-balanced subset, {options.subset_per_class} per class, seed 0"
+    return images.take(subset), description if options.split == "test" else f"{description}, of the validation split"
 
 
 def _position(meta: Mapping[str, Any]) -> str:
@@ -221,16 +232,16 @@ def _position(meta: Mapping[str, Any]) -> str:
 
 
 def _finished(meta: Mapping[str, Any], which: str) -> bool:
-    """Whether a checkpoint is the end of the last stage; the best one on validation counts as asked for."""
+    """Returns whether a checkpoint is the end of the last stage, or the best one of the last stage if `which` is so."""
     if missing := [name for name in checksums.ENTRIES if name not in meta]:
-        words = f"The checkpoint of stage {meta.get('stage')} says nothing of its {missing[0]}"
-        raise ValueError(f"{words}: it is of an earlier version, which cannot be read.")
+        entry = f"The checkpoint of stage {meta.get('stage')} has no entry {missing[0]}"
+        raise ValueError(f"{entry}: it was written by an earlier version, which cannot be read.")
     ended = meta["step"] == meta["total_steps"] or which == "best"
     return ended and meta["stage"].startswith(f"{meta['stages'] - 1}_")
 
 
 def header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) -> dict[str, Any]:
-    """What identifies an evaluation, beside what the evaluator sees itself. No times: they would start it anew."""
+    """Returns the entries that identify an evaluation, without those of the evaluator. No times: records are reused."""
     adjustment = config.eval.adjustment
     return {
         "model": _model(config),
@@ -239,7 +250,7 @@ def header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) ->
         "split": config.eval.split,
         "subset": subset,
         "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
-        **(_training(config, meta) if "step" in meta else meta),  # of weights of others, nothing is known
+        **(_training(config, meta) if "step" in meta else meta),  # external weights have no training
         "evaluation_seed": config.eval.seed,
         "config_digest": hashlib.sha256(json.dumps(workdirs.immutable_entries(config.to_dict())).encode()).hexdigest()[
             :16
@@ -251,7 +262,7 @@ def header(config, split: data.LongTailed, meta: dict[str, Any], subset: str) ->
 
 
 def _training(config: ml_collections.ConfigDict, meta: Mapping[str, Any]) -> dict[str, Any]:
-    """How the network was trained."""
+    """Returns the entries that describe the training."""
     attack, start = config.attack, stage_builder.stages(config)[-1].method.attack_start
     return {
         "method": _method(config),
@@ -271,15 +282,16 @@ def _training(config: ml_collections.ConfigDict, meta: Mapping[str, Any]) -> dic
 
 
 def _method(config: ml_collections.ConfigDict) -> str:
-    """trades (beta 6) + robustlt (alpha 0.3, warmup 0.8) + awp (gamma 0.005)."""
+    """Describes the method: trades (beta 6) + robustlt (alpha 0.3, warmup 0.8) + awp (gamma 0.005)."""
 
-    def said(name: str, **options: Any) -> str:
+    def describe_options(name: str, **options: Any) -> str:
         values = ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in options.items())
         return name + (f" ({values})" if values else "")
 
-    method = stage_builder.method(config)  # an option that the config leaves open has its value there
+    method = stage_builder.method(config)  # with the defaults of options that the config leaves out
     options = {option: getattr(method, option) for option in config.method if option != "name"}
-    return " + ".join([said(config.method.name, **options), *(said(name, **config[name]) for name in config.addons)])
+    addons = [describe_options(name, **config[name]) for name in config.addons]
+    return " + ".join([describe_options(config.method.name, **options), *addons])
 
 
 def _model(config: ml_collections.ConfigDict) -> str:

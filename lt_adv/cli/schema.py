@@ -36,7 +36,7 @@ def number(interval: str, hint: str = "", kind: type = float) -> Rule:
     return rule
 
 
-def whole(interval: str) -> Rule:
+def integer(interval: str) -> Rule:
     return number(interval, kind=int)
 
 
@@ -48,7 +48,7 @@ def one_of(choices: Collection[str]) -> Rule:
     return rule
 
 
-def a(*kinds: type) -> Rule:
+def of_type(*kinds: type) -> Rule:
     def rule(path: str, value: Any) -> None:
         if not isinstance(value, kinds):
             names = " or ".join(kind.__name__ for kind in kinds)
@@ -63,13 +63,13 @@ def file_name(path: str, value: Any) -> None:
 
 
 def path_of(path: str, value: Any) -> None:
-    a(str)(path, value)
+    of_type(str)(path, value)
     atomic_io.parse_path(value, path)
 
 
-def each(rule: Rule) -> Rule:
+def tuple_of(rule: Rule) -> Rule:
     def rules(path: str, values: Any) -> None:
-        a(tuple)(path, values)
+        of_type(tuple)(path, values)
         for value in values:
             rule(f"each of {path}", value)
 
@@ -84,28 +84,28 @@ PIXELS = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137
 RATIO = "it is max count / min count, so the literature's 0.02 is ratio 50"
 LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS), number("(0, inf)"), number("[0, inf)")
 MOST = 1000000  # upper bound of every count: no sum of counts overflows 32 bits
-ONE_OR_MORE, ZERO_OR_MORE, SEED = whole(f"[1, {MOST}]"), whole(f"[0, {MOST}]"), whole("[0, 4294967295]")
+ONE_OR_MORE, ZERO_OR_MORE, SEED = integer(f"[1, {MOST}]"), integer(f"[0, {MOST}]"), integer("[0, 4294967295]")
 
 # Entries of every config. A model, head, method, adjustment or attack validates its own options.
 ENTRIES: Mapping[str, Rule] = {
     "seed": SEED,
     "init_from": path_of,
     "parallel": one_of(sharding.PARALLEL),
-    "sharded": each(one_of(sharding.SHARDED)),
+    "sharded": tuple_of(one_of(sharding.SHARDED)),
     "cpu_devices": optional(ONE_OR_MORE),
     "fidelity": base.check_fidelity,
-    "data.name": a(str),
-    "data.title": a(str),
+    "data.name": of_type(str),
+    "data.title": of_type(str),
     "data.data_dir": optional(path_of),
     "data.path": optional(path_of),
-    "data.image_size": optional(whole(f"[1, {images.LARGEST}]")),
-    "data.download": a(bool),
-    "data.test_split": a(str),
+    "data.image_size": optional(integer(f"[1, {images.LARGEST}]")),
+    "data.download": of_type(bool),
+    "data.test_split": of_type(str),
     "data.resident_gib": NOT_NEGATIVE,
     "data.imbalance": one_of(longtail.PROFILES),
     "data.imbalance_ratio": number("[1, inf)", RATIO),
     "data.balanced_fraction": number("(0, 1]"),
-    "data.class_counts": each(ONE_OR_MORE),
+    "data.class_counts": tuple_of(ONE_OR_MORE),
     "data.validation_per_class": ZERO_OR_MORE,
     "data.validation_from": one_of(longtail.ORIGINS),
     "data.equalise": number("[0, 1]"),
@@ -113,10 +113,10 @@ ENTRIES: Mapping[str, Rule] = {
     "data.sampler": one_of(device_dataset.SAMPLERS),
     "data.augment": one_of(augment.AUGMENTS),
     "data.pad": ZERO_OR_MORE,
-    "model.name": a(str),
-    "model.head.name": a(str),
-    "method.name": a(str),
-    "addons": each(a(str)),
+    "model.name": of_type(str),
+    "model.head.name": of_type(str),
+    "method.name": of_type(str),
+    "addons": tuple_of(of_type(str)),
     "robustlt.alpha": number("[0, 1]"),
     "robustlt.warmup": number("[0, 1]", "it is a fraction of the epochs"),
     "awp.gamma": NOT_NEGATIVE,
@@ -129,12 +129,12 @@ ENTRIES: Mapping[str, Rule] = {
     "optim.batch_size": ONE_OR_MORE,
     "optim.learning_rate": POSITIVE,
     "optim.momentum": number("[0, 1)"),
-    "optim.nesterov": a(bool),
+    "optim.nesterov": of_type(bool),
     "optim.weight_decay": NOT_NEGATIVE,
     "optim.schedule": one_of(optimizer.SCHEDULES),
-    "optim.drop_epochs": each(ZERO_OR_MORE),
+    "optim.drop_epochs": tuple_of(ZERO_OR_MORE),
     "optim.drop_factor": number("(0, 1]"),
-    "optim.first_epoch": whole("[0, 1]"),
+    "optim.first_epoch": integer("[0, 1]"),
     "optim.warmup_epochs": ZERO_OR_MORE,
     "average.name": one_of(("none", "ema", "swa")),
     "average.decay": number("[0, 1)"),
@@ -142,20 +142,20 @@ ENTRIES: Mapping[str, Rule] = {
     "log.every_steps": ONE_OR_MORE,
     "log.clean_per_class": ZERO_OR_MORE,
     "log.validate_every_epochs": ONE_OR_MORE,
-    "log.tensorboard": a(bool),
+    "log.tensorboard": of_type(bool),
     "checkpoint.every_epochs": ONE_OR_MORE,
     "checkpoint.keep": ONE_OR_MORE,
     "eval.batch_size": ONE_OR_MORE,
     "eval.dtype": one_of(models.DTYPES),
     "eval.split": one_of(("test", "validation")),
     "eval.subset_per_class": ZERO_OR_MORE,
-    "eval.only": each(a(str)),
+    "eval.only": tuple_of(of_type(str)),
     "eval.baseline": path_of,
     "eval.report": lambda path, value: None if value == "" else file_name(path, value),
     "eval.groups": one_of(longtail.GROUPS),
     "eval.checkpoint": one_of(("last", "best")),
     "eval.seed": SEED,
-    "eval.adjustment.name": a(str),
+    "eval.adjustment.name": of_type(str),
 }
 OPTIONS = ("model.", "method.", "eval.adjustment.", "eval.attacks.")  # sections whose entries depend on a name
 ATTACK_OPTIONS: Mapping[str, Rule] = {
@@ -171,12 +171,12 @@ ATTACK_OPTIONS: Mapping[str, Rule] = {
 L2 = {"eps": POSITIVE, "step_size": POSITIVE}  # an L2 distance over many pixels may exceed 1
 
 
-def flat(config: Mapping[str, Any]) -> dict[str, Any]:
+def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     """Flattens nested dicts: {"optim": {"epochs": 80}} -> {"optim.epochs": 80}."""
     return flax.traverse_util.flatten_dict(config, sep=".")
 
 
-def values(config: ml_collections.ConfigDict) -> None:
+def validate(config: ml_collections.ConfigDict) -> None:
     """Validates every entry of the config and of each stage, without the data.
 
     Raises:
@@ -191,7 +191,7 @@ def values(config: ml_collections.ConfigDict) -> None:
         raise ValueError(
             f"config.attack.start is {start!r}, but config.fidelity or config.addons sets {used!r}: leave it out."
         )
-    starts_from_run = config.init_from and not imports(config)
+    starts_from_run = config.init_from and not uses_external_weights(config)
     if starts_from_run and config.init_from not in {stage.init for stage in stages}:
         raise ValueError(f"config.init_from: method {config.method.name} does not start from another run.")
     models.create(config.model, num_classes=2)
@@ -199,7 +199,7 @@ def values(config: ml_collections.ConfigDict) -> None:
     posthoc.create(adjustment, config.model.head.name)
     if adjustment.name == "tde" and config.method.name != "tde":
         raise ValueError(f"The adjustment 'tde' needs the state of method tde, and the method is {config.method.name}.")
-    if adjustment.name == "tde" and imports(config):
+    if adjustment.name == "tde" and uses_external_weights(config):
         raise ValueError(
             f"The adjustment 'tde' needs the state of method tde, and {config.init_from} holds only weights."
         )
@@ -210,22 +210,22 @@ def values(config: ml_collections.ConfigDict) -> None:
     for name, value in (("checkpoint", "best"), ("split", "validation")):
         if config.eval[name] == value and not config.data.validation_per_class:
             raise ValueError(f"config.eval.{name} is {value!r}, which needs config.data.validation_per_class above 0.")
-    optional(whole(f"[1, {config.optim.batch_size}]"))("config.cpu_devices", config.cpu_devices)
+    optional(integer(f"[1, {config.optim.batch_size}]"))("config.cpu_devices", config.cpu_devices)
     if config.sharded and config.parallel == "pmap":
         raise ValueError("config.sharded: pmap replicates the state on every device, use config.parallel=shard_map.")
     if config.average.name == "ema" and config.average.start_epoch:
         raise ValueError("config.average.start_epoch applies to 'swa' only: leave it at 0 for 'ema'.")
     if config.average.name == "swa":
-        whole(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
+        integer(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
 
 
-def imports(config: ml_collections.ConfigDict) -> bool:
+def uses_external_weights(config: ml_collections.ConfigDict) -> bool:
     """Returns whether `config.init_from` names a file of external weights instead of a run."""
     return weight_files.is_file(str(config.get("init_from") or ""))
 
 
 def _entries(config: ml_collections.ConfigDict) -> None:
-    entries = flat(config.to_dict())
+    entries = flatten(config.to_dict())
     for path, value in entries.items():
         if path in ENTRIES:
             ENTRIES[path](f"config.{path}", value)
@@ -236,7 +236,7 @@ def _entries(config: ml_collections.ConfigDict) -> None:
         elif isinstance(value, float):
             number("(-inf, inf)")(f"config.{path}", value)
         elif value is not None:
-            a(str, int, tuple, list)(f"config.{path}", value)
+            of_type(str, int, tuple, list)(f"config.{path}", value)
     if missing := [path for path in ENTRIES if path not in entries]:
         raise ValueError(f"config.{missing[0]} is missing: build configs with common.get, which sets every entry.")
 
@@ -255,31 +255,31 @@ def _stage(config: ml_collections.ConfigDict, stage: base.Stage) -> None:
 
 
 def _attack(name: str, spec: Any, path: str) -> None:
-    a(ml_collections.ConfigDict)(path, spec)
+    of_type(ml_collections.ConfigDict)(path, spec)
     file_name("each key of config.eval.attacks", name)
     if name in (CLEAN, WORST):
         raise ValueError(f"{path}: the name {name!r} is reserved for the report, choose another.")
     rules = {**ATTACK_OPTIONS, **(L2 if spec.get("norm") == "l2" else {})}
     for option, value in spec.items():
-        optional(rules.get(option, a(object)))(f"{path}.{option}", value)
+        optional(rules.get(option, of_type(object)))(f"{path}.{option}", value)
     try:
         attack_specs.resolve(spec)
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
 
 
-def fits(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
+def validate_for_split(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
     """Raises ValueError unless the config can be trained on this split with this number of devices."""
     longtail.check_no_empty_class(split.class_counts, split.class_names, config.data.name)
     if config.data.augment != "none":  # a larger padding would give crops without any pixel of the image
-        whole(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
+        integer(f"[0, {min(split.train.image.shape[1:3])})")("config.data.pad", config.data.pad)
     models.create(config.model, len(split.class_names))
     stage_builder.steps_per_epoch(config, split, devices)
 
 
-def stage_fits(config: ml_collections.ConfigDict, stage: base.Stage, split: data.LongTailed, devices: int) -> None:
+def validate_stage(config: ml_collections.ConfigDict, stage: base.Stage, split: data.LongTailed, devices: int) -> None:
     """Raises ValueError unless the stage, with its resolved config and split, can be trained."""
-    fits(config, split, devices)
+    validate_for_split(config, split, devices)
     variables, _ = stage_builder.shapes(config, split)
     optimizer.frozen_mask(variables["params"], stage.freeze)
     if stage.init not in ("fresh", "previous"):
@@ -292,7 +292,7 @@ def _flat(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-def network(config: ml_collections.ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
+def validate_variables(config: ml_collections.ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
     """Raises ValueError unless `variables`, read from `origin`, have the shapes of the configured network."""
     configured, _ = stage_builder.shapes(config, split)
     stored = {name: tree for name, tree in variables.items() if name != "method_state"}

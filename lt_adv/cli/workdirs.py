@@ -86,7 +86,7 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[No
                 atomic_io.make_folder(workdir)
                 _lock(workdir, stack)
                 compare(
-                    config, workdir, training=not schema.imports(config)
+                    config, workdir, training=not schema.uses_external_weights(config)
                 )  # another process may have created it meanwhile
                 content = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
                 atomic_io.write_atomically(workdir / "config.json", content)
@@ -106,6 +106,6 @@ def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[No
 def immutable_entries(config: Mapping[str, Any], *, training: bool = False) -> dict[str, str]:
     """Returns {"optim.epochs": "80", ...} for the entries that must not change between two starts."""
     fixed = {
-        k: v for k, v in schema.flat(config).items() if not k.startswith(FREE) or training and k.startswith(WATCHED)
+        k: v for k, v in schema.flatten(config).items() if not k.startswith(FREE) or training and k.startswith(WATCHED)
     }
     return {name: json.dumps(value) for name, value in fixed.items()}

@@ -107,7 +107,7 @@ def test_a_value_that_is_given_holds_in_either_fidelity(weight, fidelity):
     """Also if it equals a default, and from the command line."""
     command = ["", "--config=configs/reat.py:dataset=digits", f"--config.method.tail_weight={weight}"]
     config = flags.parse([*command, f"--config.fidelity={fidelity}"]).config
-    schema.values(config)
+    schema.validate(config)
     assert stage_builder.method(config).tail_weight == weight
     assert methods.create({"name": "reat", "tail_weight": weight}, fidelity=fidelity).tail_weight == weight
     assert REAT(tail_weight=weight, fidelity=fidelity).tail_weight == weight

@@ -189,7 +189,7 @@ def test_values_of_a_row(name, dataset):
     assert config.optim.warmup_epochs == (5 if name == "focal" else 0)
     epochs, drops = (25, (15, 20)) if name == "resampling" else (80, (60, 75))
     assert (config.optim.epochs, config.optim.drop_epochs) == (epochs, drops)
-    row, baseline = (schema.flat(c.to_dict()) for c in (config, get("at", f"dataset={dataset}")))
+    row, baseline = (schema.flatten(c.to_dict()) for c in (config, get("at", f"dataset={dataset}")))
     allowed = ("method.", "model.head.", "data.sampler", "optim.epochs", "optim.drop_epochs", "optim.warmup_epochs")
     different = {path for path in {*row, *baseline} if row.get(path) != baseline.get(path)}
     assert not {path for path in different if not path.startswith(allowed)}, "the rest is plain adversarial training's"

@@ -93,7 +93,7 @@ def get_config(arg=None):
 
 def _entries():
     entries = {name: flags.load(f"{ROOT}/configs/{name}.py:dataset=digits").to_dict() for name in FRESH}
-    return {name: schema.flat(tree) for name, tree in entries.items()}
+    return {name: schema.flatten(tree) for name, tree in entries.items()}
 
 
 ENTRIES = _entries()
