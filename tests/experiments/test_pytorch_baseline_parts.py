@@ -196,7 +196,7 @@ def test_learning_rate_follows_the_schedule_of_lt_adv():
     [
         ({"data.sampler": "class_aware"}, "config.data.sampler = 'class_aware'"),
         ({"average.name": "ema"}, "config.average.name = 'ema'"),
-        ({"model.depth": 11}, "depth is 6 n"),
+        ({"model.depth": 11}, "depth of a WideResNet must be 6 n"),
         ({"model.head.name": "lws"}, "linear and cosine heads, not LearnableScale"),
         ({"data.augment": "randaugment"}, "config.data.augment = 'randaugment'"),
         ({"method.name": "at_ldam"}, "at_ldam"),

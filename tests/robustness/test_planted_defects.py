@@ -133,7 +133,7 @@ def _unsafe(load, path, **options):
     ("case", "where", "instead"),
     [
         (test_config_values.case, (schema, "values"), lambda config: None),
-        (test_archives.case, (archives, "_safe_path"), lambda name: name),
+        (test_archives.case, (archives, "_safe"), lambda name: name),
         (test_archives.case, (archives, "check"), lambda archive, path: None),
         (test_image_folders.case, (cache, "shutil"), KeepsFiles()),
         (test_npz.case, (np, "load"), functools.partial(_unsafe, np.load)),

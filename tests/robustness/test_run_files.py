@@ -54,14 +54,14 @@ def computed_once():
         options["transfer"] = (linear, weights)
         return once("probe", original, key, linear, weights, images, labels, **options)
 
-    original = diagnose.probe
+    original = diagnose.run_diagnostics
     examples = functools.partial(once, "examples", evaluation.examples)
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
         with (
             mock.patch.object(evaluation, "examples", examples),
-            mock.patch.object(diagnose, "probe", probe),
+            mock.patch.object(diagnose, "run_diagnostics", probe),
             mock.patch.object(diagnose, "QUERIES", 10),
             mock.patch.object(plots, "png", lambda figure: b"a picture"),
         ):
