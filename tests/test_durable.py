@@ -146,6 +146,7 @@ def test_checkpoint_whose_sync_failed_is_ignored(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2"}
 
 
+@pytest.mark.slow
 def test_all_files_of_a_run(calls, tmp_path, monkeypatch):
     """The run trains, evaluates with AutoAttack and exports."""
     monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))

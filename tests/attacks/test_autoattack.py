@@ -105,6 +105,7 @@ def test_same_under_every_transformation(name):
     assert compiled(KEY, None, x, y).shape == x.shape
 
 
+@pytest.mark.slow
 def test_fab_finds_the_nearest_wrong_point_of_a_linear_network():
     """Two classes and one hyperplane: the distance to it is known."""
     w = np.linspace(-1, 1, 30).reshape(1, *SHAPE[:1], 5, 1).astype(np.float32)
@@ -156,6 +157,7 @@ def test_result_is_independent_of_batch_size_and_devices(short, norm):
         np.testing.assert_allclose(one.x_adv, other.x_adv, atol=2e-5)
 
 
+@pytest.mark.slow
 def test_robustness_decreases_with_the_radius(short):
     robust = [attacks.autoattack(KEY, network, X, Y, eps=eps, batch_size=32).robust for eps in (0, 0.05, 0.1, 0.5, 1)]
     for small, large in zip(robust, robust[1:], strict=False):
@@ -174,6 +176,7 @@ def test_all_images_wrong_and_all_images_robust(short):
     assert all_.robust.all() and np.array_equal(all_.x_adv, X) and (all_.broken_by == -1).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("classes", [2, 3])
 def test_few_classes(short, classes):
     few = lambda x: network(x)[:, :classes]  # noqa: E731

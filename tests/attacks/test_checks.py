@@ -165,6 +165,7 @@ def test_numeric_options_may_be_arrays(name):
 # Shapes of examples
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(64,), (8, 8), (8, 8, 1), (4, 4, 4), (1, 64, 1), (64, 1, 1)])
 def test_square_attacks_vectors_and_images(shape):
     x = X.reshape(-1, *shape)
@@ -185,6 +186,7 @@ def test_square_needs_no_channel_axis():
     np.testing.assert_array_equal(plain, with_channel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "norm", "attacked"),
     [((64,), "linf", True), ((8, 8), "linf", True), ((64,), "l2", False), ((2, 2, 4, 4), "linf", False)],
@@ -230,6 +232,7 @@ def test_objectives_must_return_one_value_per_example(name):
             ATTACKS[name](KEY, network, X, Y, eps=0.1, objective=objective)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["pgd", "apgd", "fab", "square"])
 def test_labels_of_any_integer_type_under_strict_promotion(name):
     for dtype in (np.uint8, np.int8, np.uint32, np.int64):

@@ -111,6 +111,7 @@ def test_autoattack_with_paused_images(monkeypatch):
     assert one_batch.evaluations == two_batches.evaluations
 
 
+@pytest.mark.slow
 def test_randomised_network_uses_new_draws_and_broken_images_stay_broken():
     def noisy(x, keys):
         return network(x + 0.1 * jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys))
@@ -139,6 +140,7 @@ def test_randomised_network_uses_new_draws_and_broken_images_stay_broken():
     np.testing.assert_array_equal(result.robust, np.arange(6) == 3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("norm", ["linf", "l2"])
 def test_nan_gradients_do_not_break_images(norm):
     def network_with_a_pole(x):

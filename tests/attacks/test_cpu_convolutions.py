@@ -70,6 +70,7 @@ NETWORKS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NETWORKS)
 def test_same_gradient(name):
     with jax.enable_x64(True):

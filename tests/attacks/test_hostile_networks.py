@@ -49,6 +49,7 @@ def test_non_finite_gradient_entries_count_as_zero(name, norm):
         np.testing.assert_allclose(x_adv, attack(KEY, with_derivatives([0.0, 0.0, 0.0]), X, Y), atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", GRADIENT)
 def test_the_derivative_of_a_norm_at_zero(name):
     """NaN, at the black pixel of the clean images."""
@@ -223,6 +224,7 @@ def by_position(x):
     return network(x) + 5.0 * jnp.arange(len(x))[:, None] * jnp.arange(4.0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("coupled", [batch_norm, by_position])
 def test_autoattack_notes_dependent_images(coupled):
     y = np.asarray(coupled(X).argmax(-1))

@@ -28,6 +28,7 @@ def read(split, first=0, total=7, local_rows=ALL, **options):
         return list(batches)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("class_aware", "cycles"), [(False, False), (True, False), (True, True)])
 def test_batches_match_the_draws_of_the_steps(class_aware, cycles):
     """Over two epochs and the start of a third; each has its own order."""

@@ -15,6 +15,7 @@ def run_both(toy, run):
     return lambda **options: run(attacks={"pgd": toy.pgd, "autoattack": SPEC}, **options)
 
 
+@pytest.mark.slow
 def test_a_stored_column_is_reused_unless_damaged(toy, run_both, tmp_path, monkeypatch):
     first, text = run_both()
     assert first.conditions == ("clean", "pgd", "autoattack", "worst")

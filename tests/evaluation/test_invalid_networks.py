@@ -33,6 +33,7 @@ def test_logits_that_are_not_finite_count_as_wrong(toy, run, tmp_path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("short")
 def test_notes_of_autoattack_are_in_the_report(run, tmp_path):
     """Also when the column is read from the records."""

@@ -16,6 +16,8 @@ from jax.sharding import Mesh
 from lt_adv.evaluation import masking
 from tests.attacks.conftest import digits  # noqa: F401 (a fixture)
 
+pytestmark = pytest.mark.slow
+
 IMAGES, EPS = 150, 0.15
 PROTOCOL = {"eps": EPS, "step_size": EPS / 4, "queries": 200}
 GROUPS = {"head": range(3), "body": range(3, 7), "tail": range(7, 10)}
@@ -81,7 +83,6 @@ def verdict(diagnostics):
     return lambda head, **mask: masking.masking_verdict(diagnostics(head, **mask), diagnostics("linear"), GROUPS)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_networks_without_masking_are_trustworthy(diagnostics, verdict, head):
     result = verdict(head)
@@ -108,7 +109,6 @@ def test_diagnostics_of_a_network_without_masking(diagnostics, heads):
     assert summary["worst"] <= min(summary["accuracy"].values())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "mask"),
     [
@@ -219,7 +219,6 @@ def small(heads):
     return network, network.x[rows[::8]], network.y[rows[::8]], options
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("jitted", [True, False])
 def test_a_random_forward_pass_is_reported(small, jitted):
     """Noise drawn in each pass, or from a counter that a trace would freeze."""
@@ -247,7 +246,6 @@ def test_without_a_baseline_there_is_no_verdict(small):
     assert verdict["trustworthy"] is None and "needs a baseline" in verdict["words"] and not verdict["reasons"]
 
 
-@pytest.mark.slow
 def test_neither_batches_nor_devices_change_the_diagnostics(small):
     network, x, y, options = small
     run = functools.partial(

@@ -49,6 +49,7 @@ def test_record_has_machine_versions_and_config(measured):
     assert not re.search(r"[= ']/\w", json.dumps(result)), "a path of this machine"
 
 
+@pytest.mark.slow
 def test_summary_follows_the_runs(measured):
     _, result = measured
     first, second = (run for run in result["runs"] if run["series"] == "jax")
@@ -66,6 +67,7 @@ def test_summary_follows_the_runs(measured):
     assert jax["compile_warm_seconds"] < jax["compile_cold_seconds"], "the second process finds the compiled step"
 
 
+@pytest.mark.slow
 def test_failure_is_recorded_and_the_rest_continues(measured):
     code, result = measured
     assert code == 1

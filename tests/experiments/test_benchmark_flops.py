@@ -149,6 +149,7 @@ def test_cost_of_a_step(build, config, entries, expected, passes):
 SMALL = ["--config.model.depth=10", "--config.model.width=1"]
 
 
+@pytest.mark.slow
 def test_attack_step_is_a_forward_and_a_gradient(build):
     def step(number):
         return flops.step(build("robal.py:dataset=cifar10", *SMALL, f"--config.attack.num_steps={number}"))

@@ -40,7 +40,7 @@ COUNTS = (11, 7, 4, 2)
 BATCH = 8
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread")]
 
 
 def make_config(name: str, network: str = "wrn_10_1", **changes) -> ml_collections.ConfigDict:
@@ -190,7 +190,6 @@ def assert_same_step(config, setting, step, forwards):
         assert_same_change(statistics, step.after["batch_stats"], step.before["batch_stats"])
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "network"),
     # Compiling lt_adv's step of a ResNet-18 takes ten seconds: one method with each number of forwards, and each head.
@@ -204,7 +203,6 @@ def test_one_step_equals_that_of_lt_adv(name, network):
     assert_same_step(config, "released", step, forwards if forwards == 1 else 0)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("name", "forwards"), [("robal_r", 4), ("trades", 3)])
 def test_released_code_updates_statistics_in_every_forward(name, forwards):
     """Uses the start, the KL term and the forwards of the released code."""

@@ -13,7 +13,7 @@ from experiments.pytorch_baseline import autoattack
 HEADS = target.HEADS
 
 
-pytestmark = pytest.mark.usefixtures("one_torch_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread")]
 
 
 def channels_first(images):

@@ -18,6 +18,8 @@ from tests.experiments.test_pytorch_baseline import make_config, make_trainer
 from tests.models.test_backbones import NETWORKS as GOLDEN
 from tests.models.test_backbones import flax_path, golden_variables
 
+pytestmark = pytest.mark.slow
+
 NETWORKS = ({"name": "wide_resnet", "depth": 16, "width": 2}, {"name": "resnet18"}, {"name": "preact_resnet18"})
 HEADS = ("linear", "linear_no_bias", "cosine", "cosine_plus")
 

@@ -12,6 +12,8 @@ from lt_adv.cli import flags, run
 from lt_adv.training import checkpoint
 from tests.experiments import NO_TORCH
 
+pytestmark = pytest.mark.slow
+
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 
 CONFIG = "--config=configs/at_bsl.py:dataset=digits,epochs=2"

@@ -18,6 +18,8 @@ from lt_adv.methods import base
 from lt_adv.training import loop, sharding, stage_builder
 from lt_adv.training.checkpoint import read_variables
 
+pytestmark = pytest.mark.slow
+
 
 @dataclasses.dataclass(frozen=True)
 class Distil(base.Method):
@@ -73,7 +75,6 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.slow
 def test_two_stages_and_the_frozen_teacher(teacher_and_student):
     workdir, _, (teacher, student) = teacher_and_student
     assert teacher.info.class_counts.tolist() == [24] * 10 and student.info.class_counts.tolist()[-1] == 12
@@ -128,7 +129,6 @@ def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student,
     assert np.abs(before["params"]["head"]["kernel"] - after["params"]["head"]["kernel"]).max() > 1e-3
 
 
-@pytest.mark.slow
 def test_results_do_not_depend_on_the_default_prng(run, tmp_path):
     """JAX_DEFAULT_PRNG_IMPL=rbg in the environment: the same run, bit for bit."""
     stage = base.Stage(method=Distil(), epochs=1, init="fresh")

@@ -66,6 +66,7 @@ def test_the_state_stays_sharded_and_the_step_compiles_once(caplog):
     assert sum("Finished XLA compilation of jit(sharded_step)" in line for line in caplog.messages) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 2, 4])
 def test_shards_are_restored_on_any_number_of_devices(tmp_path, devices):
     _, state, _, _ = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)

@@ -38,6 +38,7 @@ def test_streamed_equals_resident_bit_for_bit(parallel, devices, caplog):
     check_equals_resident(parallel, devices, caplog)
 
 
+@pytest.mark.slow
 def test_streamed_class_aware_sampling_equals_resident(caplog):
     check_equals_resident("shard_map", 2, caplog, sampler="class_aware", cycles=True)
 

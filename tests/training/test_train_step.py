@@ -150,6 +150,7 @@ def test_class_aware_draws_in_cycles_on_any_number_of_devices(parallel, devices)
     np.testing.assert_array_equal(images[split().label == 3], 10)
 
 
+@pytest.mark.slow
 def test_robal_updates_statistics_twice_and_the_released_code_four_times():
     method = RoBal(num_steps=0, start="zero", beta=0.0)
     moves = {}
@@ -188,6 +189,7 @@ def test_repeats_bit_for_bit_and_depends_on_the_key():
     assert not np.allclose(a.params["kernel"], c.params["kernel"], rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_constant_on_any_number_of_devices(float64):
     options = {"freeze": "Conv_0/", "freeze_batch_stats": True}
     (first, _), one = (run(AT(num_steps=1), 1, steps=steps, **options) for steps in (0, 4))
@@ -199,6 +201,7 @@ def test_frozen_parameters_stay_constant_on_any_number_of_devices(float64):
     assert np.abs(state.params["kernel"] - first.params["kernel"]).max() > 1e-4
 
 
+@pytest.mark.slow
 def test_the_attack_can_see_the_network_in_another_dtype():
     """`attack_apply` is what `perturb` sees and nothing else does: one that is upside down makes the loss smaller."""
     model = Small()
