@@ -69,3 +69,14 @@ def pytest_addoption(parser):
     group = parser.getgroup("faults", "fault campaign (tests/robustness/test_faults.py)")
     group.addoption("--faults", type=int, metavar="N", help="inject N faults at each point and write the results")
     group.addoption("--faults-seed", type=int, default=0, metavar="SEED", help="seed of the faults [0]")
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Prints how long the slow tests and the others took."""
+    seconds = {"not slow": 0.0, "slow": 0.0}
+    for reports in terminalreporter.stats.values():
+        for report in reports:
+            if hasattr(report, "duration"):
+                seconds["slow" if "slow" in report.keywords else "not slow"] += report.duration
+    parts = ", ".join(f"{part} {total:.0f}" for part, total in seconds.items())
+    terminalreporter.write_line(f"Seconds of tests, summed over workers: {parts}")

@@ -92,7 +92,9 @@ def two_process_run(launch, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("two")
     first, second = succeeded(launch(workdir))
     assert "4 x cpu" in first.stdout and "Report:" in first.stdout
-    assert not [line for line in second.stdout.splitlines() if not line.startswith("[Gloo]")], "only the primary prints"
+    # Threads of Gloo print at the same time, so their lines may be mixed.
+    printed = [line for line in second.stdout.splitlines() if line and "Gloo" not in line and "peer ranks" not in line]
+    assert not printed, "only the primary prints"
     return workdir
 
 
