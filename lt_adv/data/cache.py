@@ -179,8 +179,9 @@ def _publish(temporary: Path, folder: Path) -> None:
 def _remove_stale(folder: Path) -> None:
     """Removes temporary folders of this cache that killed processes left more than a day ago."""
     for path in folder.parent.glob(f".{folder.name}.*"):
-        if time.time() - path.stat().st_mtime > STALE_SECONDS:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # another process has just renamed it
+            if time.time() - path.stat().st_mtime > STALE_SECONDS:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _umask() -> int:

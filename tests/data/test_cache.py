@@ -184,3 +184,10 @@ def test_two_processes_write_one_cache(tmp_path):
         _, errors = process.communicate(timeout=120)
         assert process.returncode == 0, errors
     assert len(list((tmp_path / "lt_adv_cache").iterdir())) == 40
+
+
+def test_a_temporary_folder_that_vanishes_is_not_stale(tmp_path, monkeypatch):
+    """Another process renames its finished folder between the listing and the look at its age."""
+    vanished = tmp_path / ".set.abc"
+    monkeypatch.setattr(type(tmp_path), "glob", lambda self, pattern: iter([vanished]))
+    cache._remove_stale(tmp_path / "set")

@@ -132,7 +132,7 @@ def _unsafe(load, path, **options):
 @pytest.mark.parametrize(
     ("case", "where", "instead"),
     [
-        (test_config_values.case, (schema, "values"), lambda config: None),
+        (test_config_values.case, (schema, "validate"), lambda config: None),
         (test_archives.case, (archives, "_safe"), lambda name: name),
         (test_archives.case, (archives, "check"), lambda archive, path: None),
         (test_image_folders.case, (cache, "shutil"), KeepsFiles()),
