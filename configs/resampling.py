@@ -1,4 +1,4 @@
-"""Class-aware re-sampling of the whole training: a uniform class, then a uniform image of it.
+"""Class-aware re-sampling throughout training: a uniform class, then a uniform image of the class.
 
 Paper      Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/resampling.py:dataset=cifar10
