@@ -36,8 +36,13 @@ class Terminated(BaseException):
     """SIGTERM arrived while nothing had to be saved. Like KeyboardInterrupt, `except Exception` does not catch it."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns the exit code: 0, or 2 after one line that begins with "Error:"."""
+def main(argv: Sequence[str] | None = None, hooks: Sequence[Any] = ()) -> int:
+    """Runs one command and returns the exit code: 0, or 2 after one line that begins with "Error:".
+
+    Args:
+      argv: the command line, with the name of the program; by default that of the process.
+      hooks: `lt_adv.training.hooks.Hook`s for the training loop.
+    """
     argv = list(sys.argv if argv is None else argv)
     if {"-h", "--help"} & set(argv[1:]):
         print(__doc__)
@@ -50,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         arguments = flags.parse(argv)
-        run_command = load_command(arguments)
+        run_command = load_command(arguments, hooks)
         run_command(arguments.config, arguments.workdir)
     except Exception as error:
         if is_preempted(error):
@@ -74,14 +79,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def load_command(arguments: flags.Arguments) -> Callable[[Any, Any], Any]:
+def load_command(arguments: flags.Arguments, hooks: Sequence[Any]) -> Callable[[Any, Any], Any]:
     """Returns the function of (config, workdir) that `--mode` selects."""
-    from lt_adv.cli import export  # these import jax: after the flags are parsed, so that invalid ones fail at once
-    from lt_adv.cli import run as runs
+    # These import jax: after the flags are parsed, so that invalid ones are refused at once.
+    from lt_adv.cli import evaluate, export, train
 
     commands: dict[str, Callable[[Any, Any], Any]] = {
-        "train": runs.train,
-        "eval": runs.evaluate,
+        "train": functools.partial(train.train, hooks=hooks),
+        "eval": evaluate.evaluate,
         "export": functools.partial(export.export, command=arguments.command),
     }
     return commands[arguments.mode]

@@ -5,14 +5,10 @@ import re
 import shutil
 from pathlib import Path
 
-import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh
 from matplotlib.image import imread
 
 from lt_adv import main
-from lt_adv.cli import run as runs
 from lt_adv.evaluation.masking import compare, diagnose
 from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (a fixture)
 
@@ -27,6 +23,7 @@ TINY = [
     "--config.log.clean_per_class=0",
     "--config.eval.subset_per_class=1",
     "--config.eval.batch_size=10",
+    "--config.cpu_devices=1",  # compiling for eight takes twice as long
     "--config.eval.only=('fgsm',)",
 ]
 
@@ -34,7 +31,6 @@ TINY = [
 @pytest.fixture(scope="module", autouse=True)
 def small():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         patch.setattr(compare, "NUM_STEPS", 2)
         patch.setattr(diagnose, "QUERIES", 3)
         patch.chdir(ROOT)

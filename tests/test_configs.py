@@ -11,6 +11,7 @@ import pytest
 
 from configs import common
 from lt_adv.cli import flags, schema
+from lt_adv.cli.experiment import Experiment
 from lt_adv.models.classifier import BACKBONES
 from lt_adv.training import optimizer, stage_builder
 
@@ -36,8 +37,8 @@ def test_builds(name, dataset):
     assert config.data.name == dataset and config.data.imbalance_ratio >= 1
     for fidelity in ("paper", "released_code"):
         config.fidelity = fidelity
-        schema.validate(config)
-        stages = stage_builder.stages(config)  # a teacher has other epochs
+        Experiment.from_config(config)
+        stages = Experiment.from_config(config).stages  # a teacher has other epochs
         assert sum(stage.epochs for stage in stages if stage.name != "teacher") == config.optim.epochs
         optimizer.schedule(config.optim, 10, config.optim.epochs, fidelity == "released_code")
 
@@ -112,7 +113,7 @@ def test_protocol_of_robals_study(name, dataset):
     config = get(name, dataset=dataset)
     assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 34, 10)
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (0.031, 0.0078, 5)
-    assert stage_builder.stages(config)[0].method.start == ("gaussian" if name == "trades" else "uniform")
+    assert Experiment.from_config(config).stages[0].method.start == ("gaussian" if name == "trades" else "uniform")
     assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (80, 64, 2e-4)
     assert sgd(config) == (0.1, 0.9, False, (60, 75))
     attacks = config.eval.attacks
@@ -127,9 +128,9 @@ def test_protocol_of_at_bsl(dataset, model):
     config = get("at_bsl", dataset=dataset)
     assert (config.model.name, config.model.head.name, config.eval.adjustment.name) == (model, "linear", "none")
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (8 / 255, 2 / 255, 10)
-    assert stage_builder.stages(config)[0].method.start == "gaussian"
+    assert Experiment.from_config(config).stages[0].method.start == "gaussian"
     config.attack.start = "zero"  # overrides the method's start
-    assert stage_builder.stages(config)[0].method.start == "zero"
+    assert Experiment.from_config(config).stages[0].method.start == "zero"
     assert (config.optim.epochs, config.optim.batch_size, config.optim.weight_decay) == (100, 128, 5e-4)
     assert sgd(config) == (0.1, 0.9, False, (75, 90, 100))
     attacks = config.eval.attacks
@@ -170,8 +171,8 @@ def test_lt_adv_recipe_has_no_crops_in_short_runs_only():
 def rates(config, epochs, fidelity="paper", steps_per_epoch=7):
     """Returns {epoch, from 1: learning rate}; asserts that the rate is constant within an epoch."""
     config.fidelity = fidelity
-    (stage,) = stage_builder.stages(config)
-    schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, steps_per_epoch)
+    (stage,) = Experiment.from_config(config).stages
+    schedule = stage_builder.learning_rate(schema.stage_config(config, stage), stage, steps_per_epoch)
     rates = {}
     for epoch in epochs:
         first, last = (float(schedule(step)) for step in ((epoch - 1) * steps_per_epoch, epoch * steps_per_epoch - 1))
@@ -235,8 +236,8 @@ def test_drops_compound_in_the_released_code_of_robals_study_only(name):
     config.optim.drop_epochs = (2,)
     rates = {}
     for config.fidelity in ("paper", "released_code"):
-        stage = stage_builder.stages(config)[-1]
-        schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, 1)
+        stage = Experiment.from_config(config).stages[-1]
+        schedule = stage_builder.learning_rate(schema.stage_config(config, stage), stage, 1)
         rates[config.fidelity] = float(schedule(stage.epochs - 1))
     assert (rates["released_code"] < 0.5 * rates["paper"]) == (name not in not_compounding)
 
@@ -251,5 +252,5 @@ def test_every_dataset_takes_every_network(dataset):
     command = ["main", f"--config=configs/robal.py:dataset={dataset}", "--config.model.depth=16"]
     for name in BACKBONES:
         config = flags.parse([*command, f"--config.model.name={name}", "--config.model.width=2"]).config
-        schema.validate(config)
+        Experiment.from_config(config)
         assert config.model.name == name

@@ -11,6 +11,7 @@ import pytest
 from experiments import front_figure
 from experiments.config_entries import MEANING
 from lt_adv.cli import flags, schema
+from lt_adv.cli.experiment import Experiment
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
@@ -84,7 +85,7 @@ def test_records_page_runs_on_saved_records(tmp_path, monkeypatch):
 def test_commands_parse(page):
     parts = [part for block in BASH.findall(TEXT[page]) for line in block.splitlines() for part in line.split(" && ")]
     for command in (shlex.split(part) for part in parts if "lt_adv.main --" in part):
-        schema.validate(flags.parse(command[command.index("lt_adv.main") :]).config)
+        Experiment.from_config(flags.parse(command[command.index("lt_adv.main") :]).config)
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -16,7 +16,6 @@ from jax.sharding import Mesh
 
 from lt_adv import main
 from lt_adv.attacks import journal
-from lt_adv.cli import run as runs
 from lt_adv.data import cache
 from lt_adv.data.dataset import Source, SplitReader
 from lt_adv.runtime import atomic_io
@@ -149,7 +148,6 @@ def test_checkpoint_whose_sync_failed_is_ignored(tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_all_files_of_a_run(calls, tmp_path, monkeypatch):
     """The run trains, evaluates with AutoAttack and exports."""
-    monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
     workdir = f"--workdir={tmp_path / 'run'}"
     assert main.main(["main", *TINY, workdir]) == 0
     assert main.main(["main", *TINY, workdir, "--mode=export"]) == 0

@@ -13,12 +13,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from etils import epath
-from jax.sharding import Mesh
 from safetensors.numpy import load_file
 
 from lt_adv import attacks, main
-from lt_adv.cli import export, flags
-from lt_adv.cli import run as runs
+from lt_adv.cli import export, flags, networks
+from lt_adv.cli.experiment import Experiment
 
 pytestmark = pytest.mark.slow
 
@@ -27,6 +26,7 @@ CONFIG = [
     "--config=configs/robal.py:dataset=digits,epochs=2",
     "--config.attack.num_steps=0",
     "--config.average.name=ema",
+    "--config.cpu_devices=1",  # compiling for eight takes twice as long
     "--config.checkpoint.every_epochs=1",
     "--config.eval.subset_per_class=5",
     "--config.eval.only=('fgsm',)",
@@ -53,7 +53,6 @@ def exported_run(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("exported") / "run"
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
-        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         for mode in ("train", "export"):
             assert main.main(["main", *CONFIG, f"--workdir={workdir}", f"--mode={mode}"]) == 0
     return workdir
@@ -76,8 +75,9 @@ def network(exported_run):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         config = config_of()
-    variables, _, split = runs.load_trained(config, epath.Path(exported_run))
-    return runs.stage_builder.evaluated(config, split), variables, split.test.image[:64].astype(np.float32) / 255
+    experiment = Experiment.from_config(config)
+    apply, variables, _ = networks.load(experiment, epath.Path(exported_run))
+    return apply, variables, experiment.split.test.image[:64].astype(np.float32) / 255
 
 
 def averaged_weights(workdir):

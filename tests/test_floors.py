@@ -124,8 +124,8 @@ def test_every_room_is_listed():
         ("lt_adv.evaluation.metrics", "from lt_adv.methods import base"),
         ("lt_adv.evaluation.metrics", "import lt_adv.training.loop"),
         ("lt_adv.training.loop", "from lt_adv import evaluation"),
-        ("lt_adv.training.loop", "from lt_adv.cli import run"),
-        ("lt_adv.cli.run", "from lt_adv import main"),
+        ("lt_adv.training.loop", "from lt_adv.cli import experiment"),
+        ("lt_adv.cli.train", "from lt_adv import main"),
         ("lt_adv.cli.flags", "import jax"),  # listed in LIGHT
         ("lt_adv.training.loop", "from configs import common"),
         ("lt_adv.runtime.registry", "import numpy"),

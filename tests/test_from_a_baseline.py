@@ -9,16 +9,16 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from configs import at, finetune_resampling, finetune_reweighting, lws
 from lt_adv import main
-from lt_adv.cli import run as runs
+from lt_adv.cli import flags, train
+from lt_adv.cli.experiment import Experiment
 from lt_adv.methods.at import AT
 from lt_adv.methods.base import Stage
-from lt_adv.training import optimizer, stage_builder
+from lt_adv.training import optimizer
 from lt_adv.training.checkpoint import read_variables
-from tests.bad_input.conftest import ROOT, answer, no_training  # noqa: F401 (fixtures)
+from tests.bad_input.conftest import ROOT, answer, hooks, no_training  # noqa: F401 (fixtures)
 
 # Two epochs of one step, no attack: what is tested is where a run begins and what it moves.
 TINY = [
@@ -30,6 +30,7 @@ TINY = [
     "--config.eval.batch_size=50",
     "--config.log.clean_per_class=0",
     "--config.checkpoint.every_epochs=1",
+    "--config.cpu_devices=1",
 ]
 AT_TWO = "--config=configs/at.py:dataset=digits,epochs=2"
 
@@ -44,7 +45,6 @@ def start(tmp_path_factory):
         return folder / name
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         patch.chdir(ROOT)
         yield call
 
@@ -96,7 +96,7 @@ def test_the_released_code_updates_statistics(config):
     c = config.get_config("dataset=digits")
     assert c.init_from == "workdirs/at-dataset=digits"
     for c.fidelity, frozen in (("paper", True), ("released_code", False)):
-        (stage,) = stage_builder.stages(c)
+        (stage,) = Experiment.from_config(c).stages
         assert stage.freeze_batch_stats == frozen and stage.freeze.startswith("backbone/")
         assert stage.init == c.init_from and stage.epochs == 1
 
@@ -137,7 +137,7 @@ LWS = "--config=configs/lws.py:dataset=digits"
 
 
 @pytest.mark.parametrize(
-    ("flags", "line"),
+    ("arguments", "line"),
     [
         ([LWS, "--config.init_from=nowhere"], r"starts from the run in 'nowhere' .*which does not exist: train it"),
         ([LWS, "--config.init_from="], "config.init_from is missing: method finetune begins with the network of"),
@@ -154,9 +154,9 @@ LWS = "--config=configs/lws.py:dataset=digits"
         ),
     ],
 )
-def test_bad_starting_points(start, baseline, answer, no_training, flags, line):  # noqa: F811
-    begins = [] if flags[0] != LWS or "init_from" in flags[1] else [f"--config.init_from={baseline}"]
-    assert re.search(line, answer(*flags, *begins, *TINY))
+def test_bad_starting_points(start, baseline, answer, no_training, arguments, line):  # noqa: F811
+    begins = [] if arguments[0] != LWS or "init_from" in arguments[1] else [f"--config.init_from={baseline}"]
+    assert re.search(line, answer(*arguments, *begins, *TINY))
 
 
 def test_an_unfinished_baseline_is_refused(start, baseline, answer, no_training, tmp_path):  # noqa: F811
@@ -175,13 +175,13 @@ def test_an_unfinished_baseline_is_refused(start, baseline, answer, no_training,
         ({"data.class_counts": (5, 5)}, r"class_counts has 2 entries, the data set has 10 classes"),
     ],
 )
-def test_overrides_of_a_stage_are_validated(start, answer, no_training, monkeypatch, overrides, line):  # noqa: F811
+def test_overrides_of_a_stage_are_validated(tmp_path, overrides, line):
     stages = Stage(method=AT(), epochs=1), Stage(method=AT(), epochs=1, name="second", overrides=overrides)
-    monkeypatch.setattr(stage_builder, "stages", lambda _: stages)
-    assert re.search(line, answer(AT_TWO, *TINY))
+    with pytest.raises(ValueError, match=line):
+        train.check(Experiment.from_config(flags.parse(["", AT_TWO, *TINY]).config, stages=stages), tmp_path)
 
 
-def test_a_method_that_does_not_start_from_a_run(answer, baseline, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(stage_builder, "stages", lambda _: (Stage(method=AT(), epochs=1),))
-    printed = answer(AT_TWO, *TINY, f"--config.init_from={baseline}")
-    assert "config.init_from: method at does not start from another run" in printed
+def test_a_method_that_does_not_start_from_a_run(baseline):
+    config = flags.parse(["", AT_TWO, *TINY, f"--config.init_from={baseline}"]).config
+    with pytest.raises(ValueError, match=r"config\.init_from: method at does not start from another run"):
+        Experiment.from_config(config, stages=(Stage(method=AT(), epochs=1),))

@@ -8,11 +8,10 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 
 from lt_adv import data, main, models
 from lt_adv.cli import flags
-from lt_adv.cli import run as runs
+from lt_adv.cli.experiment import Experiment
 from lt_adv.evaluation import records
 from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (fixture)
 from tests.models.test_classifier import random_variables
@@ -23,13 +22,13 @@ TINY = [
     "--config.eval.only=('fgsm',)",
     "--config.eval.subset_per_class=5",
     "--config.eval.batch_size=50",
+    "--config.cpu_devices=1",  # compiling for eight takes twice as long
 ]
 TAU = 0.5
 
 
 @pytest.fixture(autouse=True)
-def one_device(monkeypatch):
-    monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
+def in_the_repository(monkeypatch):
     monkeypatch.chdir(ROOT)
 
 
@@ -124,10 +123,9 @@ def test_weights_that_cannot_be_evaluated(weights, answer, arguments, line):  # 
 @pytest.mark.parametrize("config", ["self_distillation", "taet", "finetune_resampling"])
 def test_evaluation_accepts_the_config_of_any_method(weights, config):
     """Also of methods whose training cannot start from a finished run."""
-    from lt_adv.cli import schema
 
     path, _ = weights
-    schema.validate(
+    Experiment.from_config(
         flags.parse(["main", f"--config=configs/{config}.py:dataset=digits", f"--config.init_from={path}"]).config
     )
 

@@ -7,13 +7,13 @@ import time
 from pathlib import Path
 
 import pytest
+from etils import epath
 
 from configs import at
 from lt_adv import main
-from lt_adv.cli import run as runs
-from lt_adv.cli import workdirs
+from lt_adv.cli import evaluate, networks, workdirs
 from lt_adv.runtime import distributed
-from tests.bad_input.conftest import DIGITS
+from tests.bad_input.conftest import DIGITS, RaiseBeforeTraining
 
 ROOT = Path(__file__).parents[1]
 HOLDER = """
@@ -38,7 +38,6 @@ def holder(tmp_path):
 
 def test_a_second_run_is_refused_until_the_first_is_killed(holder, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(runs.loop, "train", lambda *_: sys.exit("trains"))
     given = ["main", DIGITS, f"--workdir={tmp_path / 'run'}"]
     assert main.main(given) == 2
     printed = capsys.readouterr().err
@@ -47,16 +46,13 @@ def test_a_second_run_is_refused_until_the_first_is_killed(holder, tmp_path, mon
     holder.kill()
     holder.wait()
     with pytest.raises(SystemExit, match="trains"):
-        main.main(given)
+        main.main(given, [RaiseBeforeTraining(SystemExit("trains"))])
 
 
 def test_evaluation_is_refused_too(holder, tmp_path, monkeypatch):
-    split = runs.data.long_tailed(
-        runs.data.load(at.get_config("dataset=digits").data), at.get_config("dataset=digits").data
-    )
-    monkeypatch.setattr(runs, "load_trained", lambda *_: ({}, {}, split))
+    monkeypatch.setattr(networks, "load", lambda *_: None)
     with pytest.raises(ValueError, match="Another process uses"):
-        runs.evaluate(at.get_config("dataset=digits"), runs.epath.Path(tmp_path / "run"))
+        evaluate.evaluate(at.get_config("dataset=digits"), epath.Path(tmp_path / "run"))
 
 
 def test_what_a_killed_process_was_writing_is_removed(tmp_path):
@@ -81,8 +77,8 @@ def test_another_process_of_the_same_run_and_a_bucket_take_no_lock(tmp_path, mon
 DOOR = """
 import sys, time
 from lt_adv import main
-from lt_adv.cli import run
-run.train = lambda *_: print("begun", flush=True) or time.sleep(60)
+from lt_adv.cli import train
+train.train = lambda *_, hooks: print("begun", flush=True) or time.sleep(60)
 sys.exit(main.main(["main", "--config=configs/at.py:dataset=digits"]))
 """
 

@@ -113,10 +113,12 @@ def main(argv: Sequence[str]) -> int:
         return 0
     try:
         options, config_arguments, config = parse(argv)
-        from lt_adv.cli import schema  # imports jax, which takes seconds: invalid arguments are refused first
+        from lt_adv.cli.experiment import (
+            Experiment,  # imports jax, which takes seconds: invalid arguments are refused first
+        )
         from lt_adv.evaluation.report import table
 
-        schema.validate(config)
+        Experiment.from_config(config)
     except ValueError as error:
         print("Error:", " ".join(str(error).split()), file=sys.stderr)
         return 2

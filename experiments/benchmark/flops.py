@@ -100,5 +100,5 @@ def forward(model_config: Mapping[str, Any], image_shape: Sequence[int], num_cla
 def step(program: StageProgram) -> float:
     """Returns the FLOPs per image of one training step, attack and update, counted in the training program itself."""
     state = jax.eval_shape(program.first_state)
-    jaxpr = jax.make_jaxpr(program.step)(state, program.feed.example, program.teacher)
+    jaxpr = jax.make_jaxpr(program.step)(state, program.pipeline.example, program.teacher)
     return count(jaxpr) / program.config.optim.batch_size

@@ -75,7 +75,12 @@ def from_config(config: Any, workdir: str | None) -> Target:
     label = split.test.label if workdir else None
     eps = config.eval.attacks.autoattack.eps
     return Target(
-        image.astype(np.float32) / 255, label, eps, stage_builder.evaluated(config, split), variables, create_torch
+        image.astype(np.float32) / 255,
+        label,
+        eps,
+        stage_builder.evaluation_apply(config, split),
+        variables,
+        create_torch,
     )
 
 

@@ -27,7 +27,7 @@ def build(config: Any, devices: int | None = None) -> Any:
     """Returns the training program of the config's first stage, by default on the devices of `lt_adv.main`."""
     import jax
 
-    from lt_adv import data
+    from lt_adv.cli.experiment import Experiment
     from lt_adv.runtime import environment
     from lt_adv.training import sharding, stage_builder
 
@@ -35,7 +35,7 @@ def build(config: Any, devices: int | None = None) -> Any:
     if devices and devices > jax.device_count():
         raise ValueError(f"{devices} devices requested, {jax.device_count()} available.")
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    return stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh)
+    return stage_builder.build(Experiment.from_config(config, mesh=mesh).resolved_stages[0], mesh)
 
 
 def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict
         jax.block_until_ready(previous)
         previous = metrics
         with jax.transfer_guard("disallow"):
-            state, metrics = program.step(state, program.feed.example, program.teacher)
+            state, metrics = program.step(state, program.pipeline.example, program.teacher)
         return metrics
 
     times = measure(step, jax.block_until_ready, seconds)
@@ -74,7 +74,7 @@ def jax_profile(config: Any) -> dict[str, Any]:
 
     def step() -> Any:
         nonlocal state
-        state, metrics = program.step(state, program.feed.example, program.teacher)
+        state, metrics = program.step(state, program.pipeline.example, program.teacher)
         return metrics
 
     operations = profiling.operations(step)

@@ -220,7 +220,7 @@ def options_of(config: ml_collections.ConfigDict) -> Any:
         )
     if config.addons:
         raise ValueError(f"config.addons = {config.addons!r}: the PyTorch baseline supports none.")
-    (stage,) = stage_builder.stages(config)
+    (stage,) = stage_builder.create_stages(stage_builder.create_method(config), config)
     return stage.method
 
 

@@ -83,21 +83,21 @@ def train(arguments: flags.Arguments, setting: str, device: str) -> None:
     import torch
 
     from experiments.pytorch_baseline.step import Trainer
-    from lt_adv import data
     from lt_adv.cli import schema, workdirs
+    from lt_adv.cli.experiment import Experiment
     from lt_adv.training import metric_logging
     from lt_adv.training.checkpoint import Checkpoints
 
     config, workdir = arguments.config, arguments.workdir
-    schema.validate(config)
+    experiment = Experiment.from_config(config)
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir} has checkpoints, which the PyTorch baseline cannot resume: use another --workdir.")
     workdirs.compare(config, workdir, training=True)
-    split = data.long_tailed(data.load(config.data), config.data)
+    split = experiment.split
     schema.validate_for_split(config, split, 1)
     trainer = Trainer(config, split, setting=setting, device=device, seed=config.seed)
     with workdirs.claim(config, workdir):
-        lines = metric_logging.Lines(workdir / "metrics.jsonl")
+        lines = metric_logging.JsonLines(workdir / "metrics.jsonl")
         epochs, per_epoch = config.optim.epochs, trainer.steps_per_epoch
         meta: dict[str, Any] = {
             "stage": f"0_train by PyTorch {torch.__version__}, {setting}, on {device}",

@@ -102,13 +102,15 @@ def check(study: jobs.Study) -> None:
     """Raises ValueError if no row has a valid config; a single invalid row fails later, when it runs."""
     import jax
 
-    from lt_adv.cli import schema
+    from lt_adv.cli.experiment import Experiment
 
     jax.config.update("jax_platforms", "cpu")  # leaves the accelerators to the runs
     errors = []
     for row in with_bases(study.rows):
         try:
-            schema.validate(flags.parse(jobs.command(study, jobs.Job(row, study.seeds[0], study.part))[1:]).config)
+            Experiment.from_config(
+                flags.parse(jobs.command(study, jobs.Job(row, study.seeds[0], study.part))[1:]).config
+            )
             return
         except ValueError as error:
             errors.append(f"row {row}: {error}")

@@ -1,25 +1,26 @@
 """Loads the run that `config.eval.baseline` names and compares a network with it (`lt_adv.evaluation.masking`)."""
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
-import ml_collections
-import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from lt_adv import data
+from lt_adv.cli import networks
+from lt_adv.cli.experiment import Experiment
+from lt_adv.cli.networks import LoadedNetwork
 from lt_adv.data import longtail
 from lt_adv.evaluation import masking
 from lt_adv.runtime import atomic_io, distributed
-from lt_adv.training import metric_logging, sharding, stage_builder
+from lt_adv.training import metric_logging
 
 # Entries of config.eval that each run takes from its own config; the others are those of the current evaluation.
 PER_RUN = ("adjustment", "checkpoint", "dtype")
-LoadTrained = Callable[[ml_collections.ConfigDict, epath.Path], tuple[Any, dict[str, Any], data.LongTailed]]
 
 
-def baseline_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigDict:
+def baseline_config(config: ConfigDict) -> ConfigDict:
     """Returns the config of the baseline, with the evaluation settings, paths and devices of `config`.
 
     Raises:
@@ -39,40 +40,38 @@ def baseline_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigD
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = atomic_io.reason(path, error, atomic_io.JSON)
         raise ValueError(f"config.eval.baseline: {path} is damaged ({why}).") from error
-    return ml_collections.ConfigDict(stored)
+    return ConfigDict(stored)
 
 
 def compare(
-    config: ml_collections.ConfigDict,
+    experiment: Experiment,
     workdir: epath.Path,
-    network: masking.Network,
-    split: data.LongTailed,
+    network: LoadedNetwork,
     images: data.Split,
     specs: Mapping[str, Mapping[str, Any]],
-    load_trained: LoadTrained,
 ) -> dict[str, Any] | None:
     """Returns what `masking.compare_with_baseline` returns, and `baseline_run`; None where no baseline is named.
 
     Args:
-      config: of the run in `workdir`.
+      experiment: the run in `workdir`.
       workdir: its working directory; diagnostics are stored there and in that of the baseline.
-      network: (apply, variables) of the run.
-      split: its data set.
+      network: the network of the run.
       images: the images of the evaluation; the comparison uses a balanced sample.
       specs: the attacks of the evaluation.
-      load_trained: loads the variables, the checkpoint's meta data and the data set of the baseline.
 
     Raises:
       ValueError: when the baseline cannot be loaded or has other classes or another image size.
     """
+    config = experiment.config
     if not config.eval.baseline:
         return None
     directory, stored = epath.Path(config.eval.baseline), baseline_config(config)
     try:
-        variables, _, baseline_split = load_trained(stored, directory)
+        baseline = Experiment.from_config(stored)
+        baseline_network = networks.load(baseline, directory)
     except ValueError as error:
         raise ValueError(f"config.eval.baseline: the run in {directory}: {error}") from error
-    shapes = [(side.class_names, side.test.image.shape[1:]) for side in (split, baseline_split)]
+    shapes = [(side.split.class_names, side.split.test.image.shape[1:]) for side in (experiment, baseline)]
     if shapes[0] != shapes[1]:
         raise ValueError(
             f"config.eval.baseline: the run in {directory} was trained on other classes or another image size; "
@@ -86,29 +85,29 @@ def compare(
         f"{protocol['num_steps']} steps.",
         soft_wrap=True,
     )
+
+    def compared(side: Experiment, loaded: LoadedNetwork, directory: epath.Path) -> masking.ComparedNetwork:
+        return masking.ComparedNetwork(loaded.apply, loaded.variables, directory / "eval", identity(side))
+
     comparison = masking.compare_with_baseline(
-        masking.ComparedNetwork(*network, workdir / "eval", _identity(config, split)),
-        masking.ComparedNetwork(
-            stage_builder.evaluated(stored, baseline_split),
-            variables,
-            directory / "eval",
-            _identity(stored, baseline_split),
-        ),
+        compared(experiment, network, workdir),
+        compared(baseline, baseline_network, directory),
         sample,
         protocol=protocol,
-        groups=longtail.groups(np.asarray(split.class_counts), config.eval.groups),
+        groups=longtail.groups(experiment.split.class_counts, config.eval.groups),
         seed=config.eval.seed,
         batch_size=config.eval.batch_size,
-        mesh=distributed.local(sharding.make_mesh()),
+        mesh=distributed.local(experiment.mesh),
         console=metric_logging.console,
     )
     return {**comparison, "baseline_run": str(directory)}
 
 
-def _identity(config: ml_collections.ConfigDict, split: data.LongTailed) -> list[Any]:
+def identity(experiment: Experiment) -> list[Any]:
     """Returns what the evaluated network depends on, beside its code and weights."""
+    config = experiment.config
     settings = {name: config.eval.to_dict()[name] for name in PER_RUN}
-    return [config.model.to_dict(), settings, list(split.class_counts)]
+    return [config.model.to_dict(), settings, list(experiment.split.class_counts)]
 
 
 def _lists_to_tuples(tree: dict[str, Any]) -> dict[str, Any]:

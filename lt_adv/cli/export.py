@@ -18,16 +18,17 @@ import flax
 import jax
 import jax.export  # `import jax` does not import it
 import jax.numpy as jnp
-import ml_collections
 import numpy as np
 from etils import epath
+from ml_collections import ConfigDict
 
 from lt_adv import data, evaluation
 from lt_adv.attacks import cpu_convolutions
-from lt_adv.cli import run, schema, workdirs
+from lt_adv.cli import evaluate, networks, record_header, workdirs
+from lt_adv.cli.experiment import Experiment
 from lt_adv.models import posthoc
 from lt_adv.runtime import atomic_io, environment
-from lt_adv.training import metric_logging, stage_builder
+from lt_adv.training import metric_logging
 
 PLATFORMS = ("cpu", "cuda", "tpu")
 EXTRA = ("flatbuffers", "safetensors")  # jax.export uses the first
@@ -90,7 +91,7 @@ The code of lt_adv is licensed under Apache-2.0. The licence of the data set may
 """
 
 
-def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str) -> None:
+def export(config: ConfigDict, workdir: epath.Path, command: str) -> None:
     """Writes the folder `<workdir>/export` atomically; the same checkpoint and versions give the same bytes.
 
     With a report name, `eval.report`, the folder is reports/<name>/export and the card shows that report. The network
@@ -111,24 +112,26 @@ def export(config: ml_collections.ConfigDict, workdir: epath.Path, command: str)
         raise ImportError(f"--mode=export needs {' and '.join(missing)}: pip install -e '.[export]'.")
     from safetensors.numpy import save
 
-    if schema.uses_external_weights(config):
+    experiment = Experiment.from_config(config)
+    if experiment.uses_external_weights:
         raise ValueError(
             "config.init_from names external weights: --mode=export only exports networks trained by lt_adv."
         )
-    variables, meta, split = run.load_trained(config, workdir)
+    experiment.connect()
     if jax.process_count() > 1:
         raise ValueError("--mode=export runs in one process: start a single one.")
-    facts = run.header(config, split, meta, subset="")
+    evaluate.check_baseline(config)
+    network, split = networks.load(experiment, workdir), experiment.split
+    facts = record_header.header(experiment, network.meta, subset="")
     if facts["training"] != "finished":
-        where = f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
-        raise ValueError(f"{workdir} is at {where}: let the training finish, then export it.")
-    weights = flatten(posthoc.select_variables(config.eval.adjustment, variables))
+        raise ValueError(f"{workdir} is at {networks.position(network.meta)}: let the training finish, then export it.")
+    weights = flatten(posthoc.select_variables(config.eval.adjustment, network.variables))
     shape = tuple(split.train.image.shape[1:])
-    expected = {"weights_digest": evaluation.weights_digest(variables)}
+    expected = {"weights_digest": evaluation.weights_digest(network.variables)}
     expected |= {name: facts[name] for name in ("model", "adjustment", "split", "dataset_digest")}
-    directory = run.report_directory(config, workdir)
+    directory = evaluate.report_directory(config, workdir)
     contents = {
-        "network.jax": bytes(serialise(stage_builder.evaluated(config, split), weights, shape)),
+        "network.jax": bytes(serialise(network.apply, weights, shape)),
         "weights.safetensors": save(weights),
         "config.json": (json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n").encode(),
         "README.md": card(facts, command, split, *read_report(directory, expected)).encode(),
@@ -175,7 +178,7 @@ def serialise(apply: Callable[..., jax.Array], weights: Mapping[str, np.ndarray]
     images = jax.export.symbolic_shape(", ".join(["batch", *map(str, shape)]))
     arguments = jax.tree.map(jax.typeof, dict(weights)), jax.ShapeDtypeStruct(images, jnp.float32)
     # Source locations would put paths of this machine into the file, and give other bytes elsewhere.
-    limit = jax.config.jax_traceback_in_locations_limit
+    limit = jax.config.jax_traceback_in_locations_limit  # type: ignore[attr-defined]
     jax.config.update("jax_traceback_in_locations_limit", 0)
     try:
         return jax.export.export(jax.jit(differentiable), platforms=PLATFORMS)(*arguments).serialize(vjp_order=1)

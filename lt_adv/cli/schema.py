@@ -1,11 +1,11 @@
 """Validation of a config before anything is loaded, compiled or written. Every error is one line."""
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import flax
-import ml_collections
+from ml_collections import ConfigDict
 
 from lt_adv import data, models
 from lt_adv.attacks import initialization, norms
@@ -16,6 +16,7 @@ from lt_adv.methods import base
 from lt_adv.models import posthoc, weight_files
 from lt_adv.runtime import atomic_io, registry
 from lt_adv.training import checkpoint, optimizer, sharding, stage_builder
+from lt_adv.training.stage_builder import ResolvedStage
 
 Rule = Callable[[str, Any], None]  # (path of an entry, its value); raises ValueError
 
@@ -176,16 +177,12 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(config, sep=".")
 
 
-def validate(config: ml_collections.ConfigDict) -> None:
-    """Validates every entry of the config and of each stage, without the data.
+def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
+    """Validates what one entry alone does not show, without the data.
 
     Raises:
-      ValueError: an entry is missing, unknown, out of range, or has no effect.
+      ValueError: an entry does not fit another one, or has no effect.
     """
-    _entries(config)
-    stages = stage_builder.stages(config)  # raises for unknown methods and options
-    for stage in stages:
-        _stage(config, stage)
     start, used = config.attack.start, stages[-1].method.attack_start
     if start not in (None, used):
         raise ValueError(
@@ -219,12 +216,17 @@ def validate(config: ml_collections.ConfigDict) -> None:
         integer(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
 
 
-def uses_external_weights(config: ml_collections.ConfigDict) -> bool:
+def uses_external_weights(config: ConfigDict) -> bool:
     """Returns whether `config.init_from` names a file of external weights instead of a run."""
     return weight_files.is_file(str(config.get("init_from") or ""))
 
 
-def _entries(config: ml_collections.ConfigDict) -> None:
+def validate_entries(config: ConfigDict) -> None:
+    """Validates every entry.
+
+    Raises:
+      ValueError: an entry is missing, unknown or out of range.
+    """
     entries = flatten(config.to_dict())
     for path, value in entries.items():
         if path in ENTRIES:
@@ -241,10 +243,14 @@ def _entries(config: ml_collections.ConfigDict) -> None:
         raise ValueError(f"config.{missing[0]} is missing: build configs with common.get, which sets every entry.")
 
 
-def _stage(config: ml_collections.ConfigDict, stage: base.Stage) -> None:
+def stage_config(config: ConfigDict, stage: base.Stage) -> ConfigDict:
+    """Returns a copy of the config with the overrides of a stage, validated."""
+    config = config.copy_and_resolve_references()
     try:
+        with config.unlocked():
+            config.update_from_flattened_dict(dict(stage.overrides))
         if stage.overrides:
-            _entries(stage_builder.configured(config, stage))
+            validate_entries(config)
         re.compile(stage.freeze or "")
     except re.error as error:
         raise ValueError(
@@ -252,10 +258,11 @@ def _stage(config: ml_collections.ConfigDict, stage: base.Stage) -> None:
         ) from error
     except ValueError as error:
         raise ValueError(f"Stage {stage.name!r}: {error}") from error
+    return config
 
 
 def _attack(name: str, spec: Any, path: str) -> None:
-    of_type(ml_collections.ConfigDict)(path, spec)
+    of_type(ConfigDict)(path, spec)
     file_name("each key of config.eval.attacks", name)
     if name in (CLEAN, WORST):
         raise ValueError(f"{path}: the name {name!r} is reserved for the report, choose another.")
@@ -268,7 +275,7 @@ def _attack(name: str, spec: Any, path: str) -> None:
         raise ValueError(f"{path}: {error}") from error
 
 
-def validate_for_split(config: ml_collections.ConfigDict, split: data.LongTailed, devices: int) -> None:
+def validate_for_split(config: ConfigDict, split: data.LongTailed, devices: int) -> None:
     """Raises ValueError unless the config can be trained on this split with this number of devices."""
     longtail.check_no_empty_class(split.class_counts, split.class_names, config.data.name)
     if config.data.augment != "none":  # a larger padding would give crops without any pixel of the image
@@ -277,14 +284,13 @@ def validate_for_split(config: ml_collections.ConfigDict, split: data.LongTailed
     stage_builder.steps_per_epoch(config, split, devices)
 
 
-def validate_stage(config: ml_collections.ConfigDict, stage: base.Stage, split: data.LongTailed, devices: int) -> None:
-    """Raises ValueError unless the stage, with its resolved config and split, can be trained."""
-    validate_for_split(config, split, devices)
-    variables, _ = stage_builder.shapes(config, split)
-    optimizer.frozen_mask(variables["params"], stage.freeze)
-    if stage.init not in ("fresh", "previous"):
-        stored = {name: tree for name, tree in checkpoint.look(stage.init)[0].items() if name in variables}
-        stage_builder.mergeable(_flat(variables), _flat(stored), stage.init)
+def validate_initialization(stage: ResolvedStage) -> None:
+    """Raises ValueError if `Stage.freeze` matches no parameter, or `Stage.init` is a run of another network."""
+    shapes, init = stage.variable_shapes, stage.stage.init
+    optimizer.frozen_mask(shapes["params"], stage.stage.freeze)
+    if init not in ("fresh", "previous"):
+        stored = {name: tree for name, tree in checkpoint.look(init)[0].items() if name in shapes}
+        stage_builder.check_mergeable(_flat(shapes), _flat(stored), init)
 
 
 def _flat(tree: Any) -> dict[str, Any]:
@@ -292,9 +298,9 @@ def _flat(tree: Any) -> dict[str, Any]:
     return flax.traverse_util.flatten_dict(tree, sep="/")
 
 
-def validate_variables(config: ml_collections.ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
+def validate_variables(config: ConfigDict, split: data.LongTailed, variables: Any, origin: Any) -> None:
     """Raises ValueError unless `variables`, read from `origin`, have the shapes of the configured network."""
-    configured, _ = stage_builder.shapes(config, split)
+    configured, _ = stage_builder.variable_shapes(config, split)
     stored = {name: tree for name, tree in variables.items() if name != "method_state"}
     configured, stored = (
         {name: tuple(leaf.shape) for name, leaf in _flat(tree).items()} for tree in (configured, stored)

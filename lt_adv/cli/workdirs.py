@@ -8,8 +8,8 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import ml_collections
 from etils import epath
+from ml_collections import ConfigDict
 
 from lt_adv.cli import schema
 from lt_adv.runtime import atomic_io, distributed
@@ -50,7 +50,7 @@ def _lock(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
     atomic_io.remove_partial_writes(workdir)
 
 
-def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
+def compare(config: ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
     """Raises ValueError, with the difference, if the working directory was started with another config."""
     path = workdir / "config.json"
     if not path.exists():
@@ -70,7 +70,7 @@ def compare(config: ml_collections.ConfigDict, workdir: epath.Path, *, training:
 
 
 @contextlib.contextmanager
-def claim(config: ml_collections.ConfigDict, workdir: epath.Path) -> Iterator[None]:
+def claim(config: ConfigDict, workdir: epath.Path) -> Iterator[None]:
     """Creates the working directory if it is missing, locks it, and stores the config in it.
 
     Raises:

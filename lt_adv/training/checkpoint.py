@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lt_adv.runtime import atomic_io, distributed, registry
-from lt_adv.training.checksums import differing, known, sealed
+from lt_adv.training.checksums import mismatches, validate_metadata, with_digests
 
 TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
 VARIABLES = ("params", "batch_stats")
@@ -71,7 +71,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best_metric, self.directory))
 
     def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
-        meta = sealed(state, meta)
+        meta = with_digests(state, meta)
         if step in self._manager.all_steps():
             return
         with self._writing():
@@ -125,7 +125,7 @@ class Checkpoints:
                     state=ocp.args.StandardRestore(jax.tree.map(shape_on_mesh, target)), meta=ocp.args.JsonRestore()
                 ),
             )
-            state, meta = restored["state"], known(restored["meta"])
+            state, meta = restored["state"], validate_metadata(restored["meta"])
             dict(meta["digest"])  # if it is missing, all processes must fail here
         except TRANSIENT:
             raise  # a store that is unavailable is not a damaged checkpoint
@@ -134,7 +134,7 @@ class Checkpoints:
         if not distributed.all_true(failure is None):
             reason = _unreadable(failure, self.directory / str(step)) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
-        if wrong := differing(state, meta):
+        if wrong := mismatches(state, meta):
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
         return state, meta
 
@@ -267,7 +267,7 @@ def _variables(item: dict[str, Any]) -> dict[str, Any]:
 
 
 def _meta(stage: epath.Path, step: int) -> dict[str, Any]:
-    return known(json.loads((stage / str(step) / "meta" / "metadata").read_text()))
+    return validate_metadata(json.loads((stage / str(step) / "meta" / "metadata").read_text()))
 
 
 def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -277,6 +277,6 @@ def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]
         stage / str(step) / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
     )
     meta = _meta(stage, step)
-    if wrong := differing(restored, meta):
+    if wrong := mismatches(restored, meta):
         raise ValueError(f"its digest differs at {wrong[0]}")
     return _variables(restored), meta

@@ -41,7 +41,7 @@ def _compiled_checksums(mesh: Mesh | None) -> Any:
 
 
 def _all_checksums(tree: Any) -> Any:
-    def checksum(a):
+    def checksum(a: jax.Array) -> jax.Array:
         words = _words(a)
         position = jax.lax.iota(jnp.uint32, words.size)
         # Odd multipliers are units modulo 2**32: one changed word always changes the sum. Two sums make 64 bits.
@@ -60,28 +60,28 @@ def digest(tree: Any) -> dict[str, str]:
     }
 
 
-def sealed(state: Any, meta: dict[str, Any]) -> dict[str, Any]:
+def with_digests(state: Any, meta: dict[str, Any]) -> dict[str, Any]:
     """Returns `meta` with an entry "digest": those of the arrays of `state`, and of `meta` itself."""
-    return {**meta, "digest": {**digest(state), "meta": _seal(meta)}}
+    return {**meta, "digest": {**digest(state), "meta": _metadata_digest(meta)}}
 
 
-def _seal(meta: dict[str, Any]) -> str:
+def _metadata_digest(meta: dict[str, Any]) -> str:
     content = {name: value for name, value in meta.items() if name != "digest"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def differing(tree: Any, meta: dict[str, Any]) -> list[str]:
+def mismatches(tree: Any, meta: dict[str, Any]) -> list[str]:
     """Returns the paths of arrays whose digest differs from the stored one, and "meta" if the metadata differ."""
     stored, actual = meta["digest"], digest(tree)
     if "meta" in stored:  # older checkpoints have none
-        actual["meta"] = _seal(meta)
+        actual["meta"] = _metadata_digest(meta)
     return [name for name, value in actual.items() if stored.get(name) != value]
 
 
-def known(meta: Any) -> dict[str, Any]:
+def validate_metadata(meta: Any) -> dict[str, Any]:
     """Returns the metadata of a checkpoint; raises ValueError if an entry has the wrong type or is missing."""
     if not isinstance(meta, dict):
-        raise ValueError(f"what it says of itself is {meta!r:.50}")
+        raise ValueError(f"its metadata are not a dict but {meta!r:.50}")
     for name, kind in {"digest": dict, **ENTRIES}.items():
         if name in meta and (not isinstance(meta[name], kind) or isinstance(meta[name], bool)):
             raise ValueError(f"its {name} is {meta[name]!r:.50}")

@@ -23,7 +23,7 @@ BLOCK = 64  # steps whose batch indices are on the device at once
 
 
 @dataclasses.dataclass(frozen=True)
-class Feed:
+class InputPipeline:
     """Input of the training step.
 
     `batches(first, total)` is a context manager around an iterator over the `data` of the steps `first` to `total - 1`.
@@ -42,7 +42,7 @@ def resident(
     batch_size: int,
     mesh: Mesh,
     cycles: bool = False,
-) -> Feed:
+) -> InputPipeline:
     """Returns the input of a training set that every device holds.
 
     The `data` of a step are all images and, for a block of steps, the rows of the images that its batches take, their
@@ -61,13 +61,19 @@ def resident(
     columns = device_dataset.put(split, mesh)
     image = columns.pop("image")
     key, classes = sharding.replicate((jnp.copy(key), classes), mesh)  # a copy: the state's key is donated
-    options = {"num_examples": len(split), "batch_size": batch_size, "cycles": cycles}
-    options["steps_per_epoch"] = info.steps_per_epoch
     jit = functools.partial(jax.jit, out_shardings=distributed.replicated(mesh))
 
     @jit
     def draw(key: jax.Array, epoch: int, classes: Any, columns: dict[str, jax.Array]) -> dict[str, jax.Array]:
-        row = device_dataset.epoch_indices(key, epoch, classes, **options)
+        row = device_dataset.epoch_indices(
+            key,
+            epoch,
+            classes,
+            num_examples=len(split),
+            batch_size=batch_size,
+            steps_per_epoch=info.steps_per_epoch,
+            cycles=cycles,
+        )
         tables = {"row": row, **{name: column[row] for name, column in columns.items()}}
         padding = ((0, -len(row) % BLOCK), (0, 0))  # steps after the last one
         return {name: jnp.pad(a, padding).reshape(-1, BLOCK, batch_size) for name, a in tables.items()}
@@ -82,7 +88,7 @@ def resident(
             for block, block_steps in itertools.groupby(steps, lambda step: step % info.steps_per_epoch // BLOCK):
                 yield from itertools.repeat({"image": image, **take(tables, block)}, len(list(block_steps)))
 
-    return Feed(next(steps_data(0, 1)), lambda first, total: contextlib.nullcontext(steps_data(first, total)))
+    return InputPipeline(next(steps_data(0, 1)), lambda first, total: contextlib.nullcontext(steps_data(first, total)))
 
 
 def streamed(
@@ -94,7 +100,7 @@ def streamed(
     mesh: Mesh,
     parallel: str,
     cycles: bool = False,
-) -> Feed:
+) -> InputPipeline:
     """Returns the input of a training set that is read from the host, batch by batch.
 
     The batches equal those of `resident` bit for bit. Each process reads the examples of its local devices. A batch is
@@ -117,12 +123,19 @@ def streamed(
 
     @contextlib.contextmanager
     def batches(first: int, total: int) -> Iterator[Iterator[Any]]:
-        options = {"steps_per_epoch": info.steps_per_epoch, "classes": classes, "cycles": cycles}
         with prefetch.batches(
-            split, key, first, total, local_positions, batch_size=batch_size, **options
+            split,
+            key,
+            first,
+            total,
+            local_positions,
+            batch_size=batch_size,
+            steps_per_epoch=info.steps_per_epoch,
+            classes=classes,
+            cycles=cycles,
         ) as host_batches:
             yield ({name: put(column) for name, column in batch.items()} for batch in host_batches)
 
     example = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in ("label", "index")}
     example["image"] = jax.ShapeDtypeStruct((*shape, *split.image.shape[1:]), np.uint8)
-    return Feed(example, batches)
+    return InputPipeline(example, batches)

@@ -13,12 +13,15 @@ from absl import logging as warnings
 from etils import epath
 
 from lt_adv.runtime import atomic_io, distributed
+from lt_adv.training.hooks import Hook, LogEvent
+from lt_adv.training.stage_builder import StageProgram
+from lt_adv.training.train_state import TrainState
 
 SECONDS_BETWEEN_LINES = 3.0  # of the progress display without a terminal
 console = rich.console.Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
-class Lines:
+class JsonLines:
     """A file of JSON lines.
 
     Every change rewrites the file atomically: object stores cannot append, and the file is small. Only the primary
@@ -37,7 +40,7 @@ class Lines:
                 break
             self.rows.append(row)
 
-    def put_back(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def restore(self, rows: Iterable[Mapping[str, Any]]) -> None:
         """Replaces the rows by those stored in a checkpoint: the file may have been damaged since."""
         self.rows = [dict(row) for row in rows]
 
@@ -45,9 +48,9 @@ class Lines:
         if distributed.is_primary():
             atomic_io.write_atomically(self._path, "".join(json.dumps(r) + "\n" for r in self.rows))
 
-    def keep(self, last_step: int, stage: str, earlier: Iterable[str] = ()) -> None:
+    def truncate(self, last_step: int, stage: str, earlier_stages: Iterable[str] = ()) -> None:
         """Removes the rows after `last_step` of `stage`, where the run resumes."""
-        earlier = set(earlier)
+        earlier = set(earlier_stages)
         self.rows = [r for r in self.rows if r["stage"] in earlier or (r["stage"] == stage and r["step"] <= last_step)]
 
     def add(self, row: Mapping[str, Any]) -> None:
@@ -73,15 +76,45 @@ class TensorBoard:
         self._writer.flush()
 
 
-class Progress:
-    """Shows epoch, images/s, time left, loss, clean and robust accuracy.
+class LogHook(Hook):
+    """Writes the metrics to metrics.jsonl, the speed to timing.jsonl, and the metrics for TensorBoard if configured."""
+
+    def __init__(self, workdir: epath.Path):
+        self._workdir = workdir
+        self.metrics = JsonLines(workdir / "metrics.jsonl")
+        self._timing = JsonLines(workdir / "timing.jsonl")
+        self._tensorboard: TensorBoard | None = None
+        self._earlier_stages: list[str] = []
+
+    def on_stage_start(self, stage: StageProgram, state: TrainState) -> None:
+        for log in (self.metrics, self._timing):
+            log.truncate(int(state.step), stage.name, self._earlier_stages)
+        if stage.config.log.tensorboard and distributed.is_primary():
+            self._tensorboard = TensorBoard(self._workdir)
+
+    def on_log(self, event: LogEvent) -> None:
+        if not event.is_log_step:
+            return
+        position = {"stage": event.stage.name, "step": event.step}
+        row = {**position, "epoch": event.epoch, **event.metrics}
+        self.metrics.add(row)
+        if self._tensorboard:
+            self._tensorboard.add(row)
+        self._timing.add({**position, "images_per_second": event.images_per_second, "seconds": event.seconds})
+
+    def on_stage_end(self, stage: StageProgram, state: TrainState) -> None:
+        self._earlier_stages.append(stage.name)
+
+
+class ProgressHook(Hook):
+    """Shows epoch, images/s, time left, loss, clean and robust accuracy of a stage.
 
     In a terminal this is one line that is updated. Elsewhere one line is printed per epoch, and at most one every
-    SECONDS_BETWEEN_LINES.
+    SECONDS_BETWEEN_LINES. The hook is a context manager: the line is drawn inside.
     """
 
-    def __init__(self, stage: str, epochs: int, steps_per_epoch: int, batch_size: int, step: int):
-        self._size, self._epochs, self._per_epoch, self._stage = batch_size, epochs, steps_per_epoch, stage
+    def __init__(self, stage: StageProgram, step: int):
+        self._stage, self._total = stage, stage.resolved.num_steps
         self._printed = -math.inf
         self._bar = rich.progress.Progress(
             rich.progress.TextColumn("{task.description}"),
@@ -92,31 +125,32 @@ class Progress:
             console=console,
             disable=not console.is_terminal,
         )
-        self._task = self._bar.add_task(stage, total=epochs * steps_per_epoch, completed=step, numbers="compiling ...")
+        self._task = self._bar.add_task(stage.name, total=self._total, completed=step, numbers="compiling ...")
 
-    def __enter__(self):
+    def __enter__(self) -> "ProgressHook":
         self._bar.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         self._bar.__exit__(*error)
 
-    def update(self, step: int, row: Mapping[str, Any], images_per_second: float, epoch_ended: bool) -> None:
-        epoch = (step - 1) // self._per_epoch + 1
-        shown = [f"{images_per_second:,.0f} img/s"] + [
-            f"{label} {row[name]:.{digits}f}" if digits == 3 else f"{label} {100 * row[name]:.1f}"
-            for name, label, digits in COLUMNS
-            if name in row and row[name] == row[name]
+    def on_log(self, event: LogEvent) -> None:
+        name, epochs, metrics = self._stage.name, self._stage.info.epochs, event.metrics
+        shown = [f"{event.images_per_second:,.0f} img/s"] + [
+            f"{label} {metrics[key]:.{digits}f}" if digits == 3 else f"{label} {100 * metrics[key]:.1f}"
+            for key, label, digits in COLUMNS
+            if key in metrics and not math.isnan(metrics[key])
         ]
         text = "  ".join(shown)
-        self._bar.update(self._task, completed=step, description=f"{self._stage} {epoch}/{self._epochs}", numbers=text)
-        now, last = time.monotonic(), step == self._epochs * self._per_epoch
-        if epoch_ended and not console.is_terminal and (last or now - self._printed >= SECONDS_BETWEEN_LINES):
+        description = f"{name} {event.epoch}/{epochs}"
+        self._bar.update(self._task, completed=event.step, description=description, numbers=text)
+        now = time.monotonic()
+        is_due = event.is_last_step or now - self._printed >= SECONDS_BETWEEN_LINES
+        if event.epoch_ended and not console.is_terminal and is_due:
             self._printed = now
-            seconds_left = (self._epochs * self._per_epoch - step) * self._size / max(images_per_second, 1e-9)
-            console.print(
-                f"{self._stage} epoch {epoch}/{self._epochs}  {text}  left {seconds_left / 60:.1f} min", soft_wrap=True
-            )
+            images_left = (self._total - event.step) * self._stage.config.optim.batch_size
+            minutes = images_left / max(event.images_per_second, 1e-9) / 60
+            console.print(f"{name} epoch {event.epoch}/{epochs}  {text}  left {minutes:.1f} min", soft_wrap=True)
 
 
 COLUMNS = (

@@ -113,7 +113,7 @@ def _pmap(per_device: Callable[..., Any], update: Callable[..., Any], mesh: Mesh
     def without_key(state: Any) -> Any:
         return state.replace(key=jax.random.key_data(state.key)) if raw_keys else state
 
-    def update_step(state: Any, _: Any, data: Any, teacher: Any) -> Any:
+    def update_step(_: Any, state: Any, data: Any, teacher: Any) -> Any:
         state = with_key(state)
         state, metrics = update(state, per_device(state, data, teacher))
         return without_key(state), metrics
@@ -124,14 +124,17 @@ def _pmap(per_device: Callable[..., Any], update: Callable[..., Any], mesh: Mesh
     mapped = jax.pmap(
         update_step,
         axis_name=AXIS,
-        in_axes=(None, 0, 0 if streamed else None, None),
+        in_axes=(0, None, 0 if streamed else None, None),
         out_axes=None,
-        donate_argnums=0,
+        donate_argnums=1,
         devices=list(mesh.devices.flat),
     )
 
+    if not raw_keys:
+        return functools.partial(mapped, device_number)
+
     def step(state: Any, data: Any, teacher: Any) -> Any:
-        state, metrics = mapped(without_key(state), device_number, data, teacher)
+        state, metrics = mapped(device_number, without_key(state), data, teacher)
         return with_key(state), metrics
 
     return step

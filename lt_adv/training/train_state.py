@@ -1,5 +1,6 @@
 """The train state: everything that training carries from step to step, as arrays, so that a checkpoint is complete."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -38,7 +39,14 @@ class TrainState:
         return {**self.variables, "method_state": self.method_state}
 
 
-def create(key, variables, tx, method_state, *, averaged: bool) -> TrainState:
+def create(
+    key: jax.Array,
+    variables: Mapping[str, Any],
+    tx: optax.GradientTransformation,
+    method_state: Any,
+    *,
+    averaged: bool,
+) -> TrainState:
     """Returns the state before the first step of a stage, but for `metric_sums`: see `make_train_step`.
 
     A key of another implementation is replaced by a threefry key: see `attacks.initialization.threefry`.
@@ -57,7 +65,7 @@ def create(key, variables, tx, method_state, *, averaged: bool) -> TrainState:
     )
 
 
-def average_weight(average: dict[str, Any], step, steps_per_epoch: int):
+def average_weight(average: Mapping[str, Any], step: jax.Array, steps_per_epoch: int) -> jax.Array:
     """Returns the weight w of the new parameters in  a <- a + w (p - a)  after step `step` (from 0).
 
     "ema": 1 - min(decay, (1 + t) / (10 + t)), a shorter memory in the first steps. "swa": the mean of the weights at

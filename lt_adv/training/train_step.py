@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.data import augment
-from lt_adv.methods import Batch, DataInfo, Method, TrainProgress
+from lt_adv.methods import Batch, DataInfo, LossOutput, Method, TrainProgress
 from lt_adv.runtime import registry
 from lt_adv.training import metrics, sharding
 from lt_adv.training.net import AXIS, Net
@@ -32,11 +32,11 @@ class StepOptions:
     pad: int = 4
     streamed: bool = False  # the step's `data` is the batch itself, not the training set to gather it from
     log_every: int = 50
-    average: Mapping[str, Any] | None = None
+    average: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"name": "none"})
     groups: Mapping[str, np.ndarray] | None = None  # "head" / "body" / "tail" -> class ids, for the metrics
     freeze_batch_stats: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.augment not in augment.AUGMENTS:
             raise registry.unknown("config.data.augment", self.augment, augment.AUGMENTS)
 
@@ -65,7 +65,7 @@ def is_log_step(step: int, steps_per_epoch: int, log_every: int) -> bool:
     return steps_done % log_every == 0 or steps_done == steps_per_epoch
 
 
-def sample_local_batch(state: TrainState, data, info: DataInfo, options: StepOptions) -> tuple[Batch, StepKeys]:
+def sample_local_batch(state: TrainState, data: Any, info: DataInfo, options: StepOptions) -> tuple[Batch, StepKeys]:
     """Returns this device's share of the batch, augmented, and the keys of the step."""
     size = options.batch_size // lax.axis_size(AXIS)
     position = lax.axis_index(AXIS) * size + jnp.arange(size)  # in the batch over all devices
@@ -76,8 +76,11 @@ def sample_local_batch(state: TrainState, data, info: DataInfo, options: StepOpt
 
     step_key = jax.random.fold_in(jax.random.fold_in(state.key, 1), state.step)
     streams = [jax.random.fold_in(step_key, n) for n in range(3)]
+    augment_keys, attack_keys, loss_keys = (jax.vmap(jax.random.fold_in, (None, 0))(key, position) for key in streams)
     keys = StepKeys(
-        *(jax.vmap(jax.random.fold_in, (None, 0))(stream, position) for stream in streams),
+        augment=augment_keys,
+        attack=attack_keys,
+        loss=loss_keys,
         dropout=jax.random.fold_in(jax.random.fold_in(step_key, 3), lax.axis_index(AXIS)),
     )
 
@@ -123,7 +126,7 @@ def make_train_step(
         attack_apply: the same network in another dtype, for `method.perturb`; `apply` by default.
         sharded: fields of the state that are sharded over the devices; see `sharding.shardings`.
 
-    The step's `data` come from the stage's `Feed`; `teacher` is the frozen variables of another network, or {}.
+    The step's `data` come from an `InputPipeline`; `teacher` is the frozen variables of another network, or {}.
 
     Raises:
         ValueError: for a batch size that is not a multiple of the number of devices, or an unknown `parallel`.
@@ -134,7 +137,7 @@ def make_train_step(
         )
     membership = metrics.group_membership(options.groups, info.num_classes)
 
-    def per_device_step(state: TrainState, data, teacher, *, attack=True) -> StepOutput:
+    def per_device_step(state: TrainState, data: Any, teacher: Any, *, attack: bool = True) -> StepOutput:
         """One step of  min_theta E loss(theta; x_adv),  x_adv = perturb(theta; x)."""
         progress = TrainProgress.at(state.step, info)
         batch, keys = sample_local_batch(state, data, info, options)
@@ -154,7 +157,7 @@ def make_train_step(
             net = network(attack_apply or apply, params)
             x_adv = method.perturb(keys.attack, net, batch, state.method_state, progress)
 
-        def loss_fn(params):
+        def loss_fn(params: Any) -> tuple[jax.Array, tuple[LossOutput, Any]]:
             net = network(apply, params)
             out = method.loss(keys.loss, net, batch, lax.stop_gradient(x_adv), state.method_state, progress)
             return out.loss, (out, net.batch_stats)
@@ -178,7 +181,7 @@ def make_train_step(
             metrics.accumulate(state.metric_sums, sums, restart=first_of_window),
         )
 
-    def end_epoch(method_state, progress: TrainProgress):
+    def end_epoch(method_state: Any, progress: TrainProgress) -> Any:
         """Returns `method_state`, or in the last step of an epoch what `method.epoch_end` makes of it."""
         is_last_step = (progress.step + 1) % info.steps_per_epoch == 0
         at_end = method.epoch_end(method_state, progress)
@@ -205,7 +208,7 @@ def make_train_step(
         )
         return state, metrics.averages(output.metric_sums)
 
-    def init_metric_sums(state: TrainState, data, teacher):
+    def init_metric_sums(state: TrainState, data: Any, teacher: Any) -> Any:
         """Returns zeros for every metric: the state must have its final structure before the first step."""
         without_attack = functools.partial(per_device_step, attack=False)  # only shapes are needed
         step = sharding.parallelize(without_attack, apply_gradients, mesh, parallel, sharded, options.streamed)

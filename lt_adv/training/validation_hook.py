@@ -10,8 +10,54 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv import attacks
 from lt_adv.attacks.initialization import threefry
+from lt_adv.data import longtail
 from lt_adv.runtime import distributed
+from lt_adv.training.hooks import Hook, LogEvent
 from lt_adv.training.net import AXIS
+from lt_adv.training.stage_builder import StageProgram
+
+
+class ValidationHook(Hook):
+    """Adds accuracies to the metrics of an event at the end of an epoch.
+
+    "train/clean/..." is the clean accuracy on a sample of the training images, "valid/clean/..." and "valid/pgd20/..."
+    that on the validation split, every `config.log.validate_every_epochs`.
+    """
+
+    def __init__(self, stage: StageProgram):
+        self._monitors = make_monitors(stage)
+
+    def on_log(self, event: LogEvent) -> None:
+        if not event.epoch_ended:
+            return
+        stage = event.stage
+        validate = event.epoch % stage.config.log.validate_every_epochs == 0 or event.is_last_step
+        variables = distributed.replicate(event.state.evaluated, distributed.replicated(stage.mesh))
+        for name, monitor in self._monitors.items():
+            if name == "train" or validate:
+                event.metrics |= {f"{name}/{metric}": value for metric, value in monitor(variables).items()}
+
+
+def make_monitors(stage: StageProgram) -> dict[str, "Monitor"]:
+    """Returns the monitors "train" and, where there is a validation split, "valid"."""
+    config, split = stage.config, stage.split
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), 99)
+    common: dict[str, Any] = {
+        "groups": longtail.groups(split.class_counts),
+        "mesh": stage.mesh,
+        "batch_size": config.eval.batch_size,
+    }
+    label = np.asarray(split.train.label)
+    first_of_class = [np.flatnonzero(label == c)[: config.log.clean_per_class] for c in range(len(split.class_counts))]
+    sample = np.concatenate(first_of_class)
+    monitors = {}
+    if len(sample):
+        monitors["train"] = Monitor(key, stage.apply, split.train.image[sample], label[sample], **common)
+    if split.validation is not None:
+        attack = {"eps": config.attack.eps, "step_size": config.attack.step_size, "num_steps": 20}
+        image, label = split.validation.image, split.validation.label
+        monitors["valid"] = Monitor(key, stage.apply, image, label, attack=attack, **common)
+    return monitors
 
 
 class Monitor:

@@ -6,13 +6,30 @@ import pytest
 
 from lt_adv import main
 from lt_adv.training import loop
+from lt_adv.training.hooks import Hook
 
 ROOT = Path(__file__).parents[2]
 DIGITS = "--config=configs/robal.py:dataset=digits"
 
 
+class RaiseBeforeTraining(Hook):
+    """Ends the run with an error where training would begin."""
+
+    def __init__(self, error):
+        self._error = error
+
+    def on_train_start(self, stages):
+        raise self._error
+
+
 @pytest.fixture
-def answer(capsys, tmp_path, monkeypatch):
+def hooks():
+    """The hooks of `answer`: a list to append to."""
+    return []
+
+
+@pytest.fixture
+def answer(capsys, tmp_path, monkeypatch, hooks):
     """Returns `answer(*arguments)` -> the error line of `main`, after the checks that hold for every such line."""
     monkeypatch.chdir(ROOT)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "data"))
@@ -21,7 +38,7 @@ def answer(capsys, tmp_path, monkeypatch):
         workdir = tmp_path / "run"
         existed = workdir.exists()
         has_workdir = any(arg.startswith("--workdir") for arg in arguments)
-        code = main.main(["main", *([] if has_workdir else [f"--workdir={workdir}"]), *arguments])
+        code = main.main(["main", *([] if has_workdir else [f"--workdir={workdir}"]), *arguments], hooks)
         printed = capsys.readouterr()
         assert code == 2, printed
         assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1, printed.err
@@ -33,10 +50,7 @@ def answer(capsys, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def no_training(monkeypatch):
-    """Stops where training would begin."""
-
-    def reached(*_):
-        raise loop.Preempted("training is reached")
-
-    monkeypatch.setattr(loop, "train", reached)
+def no_training(hooks):
+    """Stops where training would begin; returns the hooks that do so."""
+    hooks.append(RaiseBeforeTraining(loop.Preempted("training is reached")))
+    return hooks

@@ -8,9 +8,7 @@ import jax
 import pytest
 
 from lt_adv import main
-from lt_adv.cli import run as runs
-from lt_adv.training import loop
-from tests.bad_input.conftest import DIGITS, ROOT
+from tests.bad_input.conftest import DIGITS, ROOT, RaiseBeforeTraining
 
 # (arguments, regular expression of the error line).
 COMMAND_LINES = [
@@ -190,7 +188,7 @@ LIMITS = [
 @pytest.mark.parametrize("override", LIMITS)
 def test_value_at_the_limit_is_accepted(no_training, capsys, tmp_path, monkeypatch, override):
     monkeypatch.chdir(ROOT)
-    assert main.main(["main", f"--config.{override}", DIGITS, f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main.main(["main", f"--config.{override}", DIGITS, f"--workdir={tmp_path / 'run'}"], no_training) == 0
     printed = capsys.readouterr()
     assert "training is reached" in printed.out and not printed.err
     assert (tmp_path / "run" / "config.json").exists()
@@ -222,13 +220,9 @@ def test_bad_config_file(answer, tmp_path, source, line):
 
 
 @pytest.mark.parametrize("bug", [TypeError, KeyError, AssertionError, RuntimeError])
-def test_bug_keeps_its_traceback(monkeypatch, tmp_path, bug):
-    def train(*_):
-        raise bug("a bug")
-
-    monkeypatch.setattr(loop, "train", train)
+def test_bug_keeps_its_traceback(tmp_path, bug):
     with pytest.raises(bug):
-        main.main(["main", DIGITS, f"--workdir={tmp_path / 'run'}"])
+        main.main(["main", DIGITS, f"--workdir={tmp_path / 'run'}"], [RaiseBeforeTraining(bug("a bug"))])
 
 
 MEMORY = r"Out of memory \([^:]*(: Out of memory)?.*\): reduce config\.optim\.batch_size, "
@@ -243,24 +237,17 @@ LOST = r"Another process of this run has ended or cannot be reached \(INTERNAL: 
         (jax.errors.JaxRuntimeError("INTERNAL: Gloo all-reduce failed: Connection closed by peer\nTrace: ..."), LOST),
     ],
 )
-def test_machine_failure_gives_one_line(answer, monkeypatch, tmp_path, error, line):
-    def train(*_):
-        raise error
-
+def test_machine_failure_gives_one_line(answer, hooks, monkeypatch, tmp_path, error, line):
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(loop, "train", train)
+    hooks.append(RaiseBeforeTraining(error))
     monkeypatch.setattr("lt_adv.runtime.distributed.is_distributed", lambda: line == LOST)
     monkeypatch.setattr(main, "skip_jax_shutdown_barrier", lambda _: None)
     printed = answer(DIGITS)
     assert re.search(line, printed) and "Trace" not in printed
 
 
-def test_interrupt_exits_with_130(monkeypatch, capsys, tmp_path):
-    def train(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(runs, "train", train)
-    assert main.main(["main", DIGITS, f"--workdir={tmp_path}"]) == 130
+def test_interrupt_exits_with_130(capsys, tmp_path):
+    assert main.main(["main", DIGITS, f"--workdir={tmp_path}"], [RaiseBeforeTraining(KeyboardInterrupt())]) == 130
     assert "The same command resumes" in capsys.readouterr().err
 
 

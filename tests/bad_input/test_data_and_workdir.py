@@ -4,14 +4,11 @@ import errno
 import os
 import re
 
-import jax
 import numpy as np
 import pytest
-from jax.sharding import Mesh
 from PIL import Image
 
 from lt_adv import main
-from lt_adv.cli import run as runs
 from lt_adv.runtime import atomic_io
 from tests.bad_input.conftest import DIGITS
 
@@ -68,7 +65,6 @@ def test_class_without_training_images(answer, tmp_path):
 
 
 def test_batch_size_not_divisible_by_devices(answer, monkeypatch):
-    monkeypatch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()), ("data",)))
     printed = answer(DIGITS, "--config.optim.batch_size=65")
     assert "config.optim.batch_size = 65 is not a multiple of the 8 devices" in printed
 

@@ -15,7 +15,7 @@ from PIL import Image
 from lt_adv import main
 from lt_adv.data import cache, load
 from lt_adv.evaluation import plots, records
-from lt_adv.training.checksums import known
+from lt_adv.training.checksums import validate_metadata
 from tests.bad_input.conftest import DIGITS, ROOT
 from tests.bad_input.test_resume import TINY
 
@@ -34,7 +34,7 @@ def test_invalid_path(answer, entry, path, line):
 
 
 def test_name_that_looks_like_rich_markup(no_training, tmp_path, capsys):
-    assert main.main(["main", DIGITS, f"--workdir={tmp_path}/[/b]"]) == 0
+    assert main.main(["main", DIGITS, f"--workdir={tmp_path}/[/b]"], no_training) == 0
     assert "[/b]" in capsys.readouterr().out
 
 
@@ -157,14 +157,14 @@ def test_invalid_json_is_damaged(answer, tmp_path, content):
 
 def test_checkpoint_metadata_is_checked():
     meta = {"step": 1, "total_steps": 2, "stage": "0_train", "seconds": 0.5, "class_counts": [1, 2], "digest": {}}
-    assert known(meta) is meta and known({**meta, "stages": 1})
+    assert validate_metadata(meta) is meta and validate_metadata({**meta, "stages": 1})
     for other in ([], None, 3):
-        with pytest.raises(ValueError, match="what it says of itself"):
-            known(other)
+        with pytest.raises(ValueError, match="its metadata are not a dict"):
+            validate_metadata(other)
     changes = {"step": "1", "total_steps": None, "stage": [], "class_counts": 3, "digest": "", "seconds": float("nan")}
     for name, value in {**changes, "stages": "1"}.items():
         with pytest.raises(ValueError, match=name):
-            known(json.loads(json.dumps({**meta, name: value})))
+            validate_metadata(json.loads(json.dumps({**meta, name: value})))
 
 
 @pytest.mark.slow

@@ -12,27 +12,16 @@ import types
 from pathlib import Path
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from jax.sharding import Mesh
 
 from lt_adv import main
-from lt_adv.cli import run as runs
-from lt_adv.training import loop
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_device():
-    """Uses one device: compiling for eight takes twice as long."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runs.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
-        yield
-
+from tests.bad_input.conftest import RaiseBeforeTraining
 
 # A run of two epochs with one step each.
 TINY = [
     "--config=configs/at.py:dataset=digits,epochs=2",
+    "--config.cpu_devices=1",  # compiling for eight takes twice as long
     "--config.data.imbalance=balanced",
     "--config.data.balanced_fraction=0.02",
     "--config.optim.batch_size=16",
@@ -85,10 +74,9 @@ def test_changed_config_is_refused(answer, run):
         assert "config.json is damaged" in answer(*TINY)
 
 
-def test_entries_without_effect_on_the_run_may_change(run, no_training, monkeypatch, tmp_path):
-    monkeypatch.setattr(runs, "evaluate", lambda *_, **__: None)
+def test_entries_without_effect_on_the_run_may_change(run, no_training, tmp_path):
     overrides = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
-    assert main.main(["main", *TINY, *overrides, f"--workdir={run}"]) == 0
+    assert main.main(["main", *TINY, *overrides, f"--workdir={run}"], no_training) == 0
     assert json.loads((run / "config.json").read_text())["eval"]["groups"] == "reat"
 
 
@@ -186,15 +174,11 @@ def test_discarded_reads_print_nothing(monkeypatch):
     assert printed == ["elsewhere.py"]
 
 
-def test_single_process_keeps_the_traceback_of_a_runtime_error(monkeypatch, tmp_path):
+def test_single_process_keeps_the_traceback_of_a_runtime_error(tmp_path):
     """Only a run of several processes can lose a peer."""
-
-    def train(*_):
-        raise jax.errors.JaxRuntimeError("UNAVAILABLE: no answer")
-
-    monkeypatch.setattr(loop, "train", train)
+    error = jax.errors.JaxRuntimeError("UNAVAILABLE: no answer")
     with pytest.raises(jax.errors.JaxRuntimeError, match="no answer"):
-        main.main(["main", *TINY, f"--workdir={tmp_path / 'run'}"])
+        main.main(["main", *TINY, f"--workdir={tmp_path / 'run'}"], [RaiseBeforeTraining(error)])
 
 
 def test_disk_full_while_writing_a_checkpoint(answer, run, monkeypatch):
@@ -214,12 +198,9 @@ def test_disk_full_while_writing_a_checkpoint(answer, run, monkeypatch):
     assert tree(run / "checkpoints") == before
 
 
-def test_disk_full_while_writing_metrics(answer, monkeypatch, tmp_path):
-    def full(*_):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")
-
+def test_disk_full_while_writing_metrics(answer, hooks, tmp_path):
     (tmp_path / "run").mkdir()
-    monkeypatch.setattr(loop, "train", full)
+    hooks.append(RaiseBeforeTraining(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")))
     assert "metrics.jsonl: No space left on device. Nothing is half written" in answer(*TINY)
 
 

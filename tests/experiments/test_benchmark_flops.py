@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.benchmark import flops
 from lt_adv import data
 from lt_adv.cli import flags
+from lt_adv.cli.experiment import Experiment
 from lt_adv.training import sharding, stage_builder
 
 
@@ -97,9 +98,8 @@ def build():
     def build(config, *entries):
         arguments = ["", f"--config=configs/{config}", "--config.optim.batch_size=16", *entries]
         config = flags.parse(arguments).config
-        return stage_builder.build(
-            0, stage_builder.stages(config)[0], config, images, sharding.make_mesh(jax.devices()[:1])
-        )
+        mesh = sharding.make_mesh(jax.devices()[:1])
+        return stage_builder.build(Experiment.from_config(config, dataset=images, mesh=mesh).resolved_stages[0], mesh)
 
     return build
 

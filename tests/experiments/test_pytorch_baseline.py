@@ -17,6 +17,7 @@ torch = pytest.importorskip("torch", reason=NO_TORCH)
 from configs import at, at_bsl, robal, trades
 from experiments.pytorch_baseline.step import Trainer
 from lt_adv.attacks import initialization, norms
+from lt_adv.cli.experiment import Experiment
 from lt_adv.data import Dataset, Split, device_dataset, long_tailed
 from lt_adv.methods import DataInfo
 from lt_adv.models import create
@@ -100,14 +101,14 @@ class Step:
 
 def lt_adv_step(config: ml_collections.ConfigDict) -> Step:
     split, mesh, key = images_of(config), sharding.make_mesh(jax.devices()[:1]), jax.random.key(5)
-    train, (stage,), before = split.train, stage_builder.stages(config), first_variables(config)
+    train, (stage,), before = split.train, Experiment.from_config(config).stages, first_variables(config)
     counts = np.array(split.class_counts)
     info = DataInfo(
         class_counts=counts,
         steps_per_epoch=len(train) // BATCH,
         epochs=1,
         image_shape=train.image.shape[1:],
-        num_features=stage_builder.shapes(config, split)[1],
+        num_features=stage_builder.variable_shapes(config, split)[1],
     )
     with jax.enable_x64(True):
         # The random numbers of the step, from its keys.

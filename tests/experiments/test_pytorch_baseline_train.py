@@ -8,7 +8,7 @@ import pytest
 
 from experiments.pytorch_baseline import models, train, weights
 from lt_adv import data, evaluation
-from lt_adv.cli import flags, run
+from lt_adv.cli import evaluate, flags
 from lt_adv.training import checkpoint
 from tests.experiments import NO_TORCH
 
@@ -26,8 +26,7 @@ def test_lt_adv_evaluates_a_network_trained_in_pytorch(tmp_path, capsys):
     printed = capsys.readouterr().out
     assert "epoch 2/2" in printed
     config, workdir, *_ = flags.parse(["main", *options])
-    dataset = data.load(config.data)
-    summary, split = run.evaluate(config, workdir, dataset), data.long_tailed(dataset, config.data)
+    summary, split = evaluate.evaluate(config, workdir), data.long_tailed(data.load(config.data), config.data)
     header = summary["header"]
     assert header["stage"] == f"0_train by PyTorch {torch.__version__}, released, on cpu"
     assert header["training"] == "finished" and header["checkpoint_step"] == 2 * (len(split.train) // 64)

@@ -11,7 +11,8 @@ import pytest
 from experiments.study import jobs
 from experiments.study.__main__ import main, parse
 from experiments.study.rows import PRESETS, ROWS, Row, with_bases
-from lt_adv.cli import flags, schema
+from lt_adv.cli import flags
+from lt_adv.cli.experiment import Experiment
 from tests.experiments.fake_runs import option
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +36,7 @@ def test_every_row_has_a_valid_command(name, monkeypatch, tmp_path):
     for arguments in (["--dataset=digits", "--epochs=3"], *([f"--preset={preset}"] for preset in PRESETS)):
         study_options = parse([f"--rows={name}", f"--workdirs={tmp_path}", *arguments])
         config = flags.parse(jobs.command(study_options, jobs.Job(name, 0, study_options.part))[1:]).config
-        schema.validate(config)
+        Experiment.from_config(config)
 
 
 def test_titles_are_unique():
@@ -106,7 +107,7 @@ def test_commands_of_every_kind_of_row(study):
     config, other = (flags.parse(commands[name][1:]).config for name in ("at-seed0", "at-seed0/scales"))
     assert other.eval.only == ("scale_0p1", "scale_10")
     assert other.eval.attacks.scale_0p1.to_dict() == {**config.eval.attacks.pgd20.to_dict(), "logit_scale": 0.1}
-    schema.validate(other)
+    Experiment.from_config(other)
     with config.unlocked(), other.unlocked():
         del config.eval, other.eval
     assert config.to_dict() == other.to_dict()

@@ -12,7 +12,8 @@ import pytest
 
 from configs import at
 from lt_adv import attacks, methods
-from lt_adv.cli import run as runs
+from lt_adv.cli import record_header
+from lt_adv.cli.experiment import Experiment
 from lt_adv.data import longtail
 from lt_adv.methods import addons, base
 from lt_adv.methods.addons.awp import AWP
@@ -21,7 +22,6 @@ from lt_adv.methods.addons.robustlt import RobustLT, class_radii
 from lt_adv.methods.alp import ALP
 from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
-from lt_adv.training import stage_builder
 from lt_adv.training.net import AXIS, Net
 from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, Small, assert_same, run
@@ -93,11 +93,14 @@ def test_every_stage_is_wrapped():
 def test_from_the_config():
     config = at.get_config("dataset=cifar100")
     config.addons = ("robustlt", "awp")
-    (stage,) = stage_builder.stages(config)
+    experiment = Experiment.from_config(config)
+    (stage,) = experiment.stages
     assert stage.method == AWP(RobustLT(AT(num_steps=5), alpha=0.4, warmup=0.6), gamma=0.005)
-    assert runs._method(config) == "at + robustlt (alpha 0.4, warmup 0.6) + awp (gamma 0.005)"
+    described = "at + robustlt (alpha 0.4, warmup 0.6) + awp (gamma 0.005)"
+    assert record_header.describe_method(experiment) == described
     config.addons = ()
-    assert type(stage_builder.stages(config)[0].method) is AT and runs._method(config) == "at"
+    experiment = Experiment.from_config(config)
+    assert type(experiment.stages[0].method) is AT and record_header.describe_method(experiment) == "at"
     assert at.get_config("dataset=cifar10").robustlt.to_dict() == {"alpha": 0.3, "warmup": 0.8}
 
 

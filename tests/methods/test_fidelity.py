@@ -7,11 +7,12 @@ import json
 import jax
 import numpy as np
 import pytest
+from etils import epath
 from jax.sharding import Mesh
 
-from lt_adv import data, methods
-from lt_adv.cli import flags, schema, workdirs
-from lt_adv.cli import run as runs
+from lt_adv import methods
+from lt_adv.cli import flags, record_header, workdirs
+from lt_adv.cli.experiment import Experiment
 from lt_adv.methods import base
 from lt_adv.methods.reat import REAT
 from lt_adv.training import stage_builder
@@ -97,7 +98,7 @@ def test_options_of_a_method(name, fidelity):
 def test_options_of_a_config(name, fidelity):
     """No config sets a hyper-parameter that depends on the fidelity."""
     config = get(name, fidelity)
-    method = stage_builder.method(config)
+    method = Experiment.from_config(config).method
     assert values(method) == {**expected(config.method.name, fidelity), **CONFIGS.get(name, {})}
 
 
@@ -107,8 +108,7 @@ def test_a_value_that_is_given_holds_in_either_fidelity(weight, fidelity):
     """Also if it equals a default, and from the command line."""
     command = ["", "--config=configs/reat.py:dataset=digits", f"--config.method.tail_weight={weight}"]
     config = flags.parse([*command, f"--config.fidelity={fidelity}"]).config
-    schema.validate(config)
-    assert stage_builder.method(config).tail_weight == weight
+    assert Experiment.from_config(config).method.tail_weight == weight
     assert methods.create({"name": "reat", "tail_weight": weight}, fidelity=fidelity).tail_weight == weight
     assert REAT(tail_weight=weight, fidelity=fidelity).tail_weight == weight
 
@@ -125,11 +125,12 @@ def test_report_and_saved_config(tmp_path):
     """The report has the value; config.json has None, and the fidelity that decides it."""
     for fidelity, weight in (("paper", "0.1"), ("released_code", "1")):
         config = get("reat", fidelity)
-        assert runs._method(config) == f"reat (tail_margin 1, tail_weight {weight})"
+        described = f"reat (tail_margin 1, tail_weight {weight})"
+        assert record_header.describe_method(Experiment.from_config(config)) == described
         config.addons = ("awp",)
-        assert runs._method(config) == f"reat (tail_margin 1, tail_weight {weight}) + awp (gamma 0.005)"
+        assert record_header.describe_method(Experiment.from_config(config)) == f"{described} + awp (gamma 0.005)"
         workdir = tmp_path / fidelity
-        with workdirs.claim(config, runs.epath.Path(workdir)):
+        with workdirs.claim(config, epath.Path(workdir)):
             saved = json.loads((workdir / "config.json").read_text())
         assert saved["method"]["tail_weight"] is None and saved["fidelity"] == fidelity
 
@@ -150,8 +151,8 @@ def test_class_aware_rows_sample_in_cycles_in_the_released_code(name, streamed):
         config = get(name, fidelity, "dataset=digits")
         config.data.resident_gib = 0.0 if streamed else 8.0
         mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
-        built = stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh)
-        with built.feed.batches(0, 8) as batches:  # a resident set has the labels of a block of steps
+        built = stage_builder.build(Experiment.from_config(config, mesh=mesh).resolved_stages[0], mesh)
+        with built.pipeline.batches(0, 8) as batches:  # a resident set has the labels of a block of steps
             labels = [np.asarray(b["label"]) if streamed else np.asarray(b["label"])[n] for n, b in enumerate(batches)]
         counts = np.stack([np.bincount(label.ravel(), minlength=10) for label in labels])
         assert (counts.min() >= 5 and counts.max() <= 8) == (fidelity == "released_code")

@@ -10,9 +10,9 @@ import pytest
 
 from configs import reat
 from lt_adv import losses
+from lt_adv.cli.experiment import Experiment
 from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.reat import REAT
-from lt_adv.training import stage_builder
 from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, assert_same, make, run
 
@@ -36,9 +36,9 @@ class Spy(REAT):
 
 
 def test_counts_are_the_predictions_of_the_last_epoch_on_all_devices():
-    step, state, feed, teacher = make(Spy(num_steps=1), 2)  # two steps are an epoch
+    step, state, pipeline, teacher = make(Spy(num_steps=1), 2)  # two steps are an epoch
     extras = [jax.device_get(state.method_state)]
-    with feed.batches(0, 4) as batches:
+    with pipeline.batches(0, 4) as batches:
         for data in batches:
             state, _ = step(state, data, teacher)
             extras.append(jax.device_get(state.method_state))
@@ -106,7 +106,7 @@ def test_readings_and_weight_of_tail_alignment():
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
 def test_protocol(dataset):
     config = reat.get_config(f"dataset={dataset}")
-    (stage,) = stage_builder.stages(config)
+    (stage,) = Experiment.from_config(config).stages
     assert (stage.method.start, stage.epochs, config.model.name) == ("uniform", 80, "resnet18")
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (8 / 255, 2 / 255, 10)
     optim = config.optim

@@ -11,8 +11,9 @@ import pytest
 from jax.scipy.special import expit
 
 from configs import common
-from lt_adv import data, methods
+from lt_adv import methods
 from lt_adv.cli import schema
+from lt_adv.cli.experiment import Experiment
 from lt_adv.methods.at import AT
 from lt_adv.methods.focal import Focal
 from lt_adv.methods.ldam import LDAM
@@ -42,7 +43,7 @@ def get(name, arguments=""):
 def method_of(name, fidelity="paper"):
     config = get(name, "dataset=cifar10")
     config.fidelity = fidelity
-    (stage,) = stage_builder.stages(config)
+    (stage,) = Experiment.from_config(config).stages
     return stage.method
 
 
@@ -109,21 +110,18 @@ def test_focal_starts_from_the_frequencies():
     assert Focal(prior_bias=False).init_params(params, info) is params and AT().init_params(params, info) is params
 
 
-def test_a_run_starts_with_the_initial_parameters_of_its_method(monkeypatch):
+def test_a_run_starts_with_the_initial_parameters_of_its_method():
     """And the parameters of an earlier stage go before it."""
-    monkeypatch.setattr(
-        stage_builder.train_step, "make_train_step", lambda *_, **__: (None, lambda *_: {})
-    )  # takes no step
-    config = get("focal", "dataset=digits")
-    (stage,), mesh = stage_builder.stages(config), sharding.make_mesh(jax.devices()[:1])
-    dataset = data.load(config.data)
-    built = stage_builder.build(0, stage, config, dataset, mesh)
+    config, mesh = get("focal", "dataset=digits"), sharding.make_mesh(jax.devices()[:1])
+    (resolved,) = Experiment.from_config(config, mesh=mesh).resolved_stages
+    built = stage_builder.build(resolved, mesh)
     variables = jax.device_get(built.first_state().variables)
     np.testing.assert_allclose(
         expit(variables["params"]["head"]["bias"]), built.info.class_counts / built.info.class_counts.sum(), rtol=1e-5
     )
     previous = jax.tree.map(jnp.ones_like, variables)
-    later = stage_builder.build(1, dataclasses.replace(stage, init="previous"), config, dataset, mesh, previous)
+    later = dataclasses.replace(resolved, number=1, stage=dataclasses.replace(resolved.stage, init="previous"))
+    later = stage_builder.build(later, mesh, previous)
     assert (later.first_state().params["head"]["bias"] == 1).all()
 
 
@@ -144,9 +142,9 @@ def test_focal_needs_a_bias_to_start():
     config = get("focal", "dataset=digits")
     config.model.head.name = "cosine"
     with pytest.raises(ValueError, match=r"head\.name = 'cosine' does not have: choose 'linear', or .*prior_bias=F"):
-        stage_builder.stages(config)
+        Experiment.from_config(config)
     config.method.prior_bias = False
-    assert len(stage_builder.stages(config)) == 1
+    assert len(Experiment.from_config(config).stages) == 1
 
 
 @pytest.mark.parametrize("name", ["at", "robal", "margin", "focal", "deferred_reweighting", "at_bsl"])

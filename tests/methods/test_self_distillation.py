@@ -11,9 +11,10 @@ from etils import epath
 
 from configs import self_distillation
 from lt_adv import data
+from lt_adv.cli.experiment import Experiment
 from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.self_distillation import SelfDistillation
-from lt_adv.training import loop, sharding, stage_builder
+from lt_adv.training import loop, sharding
 from lt_adv.training.checkpoint import read_variables
 from tests.training.helpers import Small, assert_same, frozen_teacher, run
 
@@ -87,7 +88,7 @@ def test_bad_values_are_one_line(options, line):
 def test_stages():
     config = self_distillation.get_config("dataset=cifar10")
     config.average.start_epoch = 50
-    teacher, student = stage_builder.stages(config)
+    teacher, student = Experiment.from_config(config).stages
     assert (teacher.epochs, student.epochs, student.teacher, student.init) == (30, 100, "previous", "fresh")
     assert teacher.overrides == {"data.equalise": 0.5, "optim.drop_epochs": (23, 27), "average.start_epoch": 15}
     assert not student.overrides and config.optim.drop_epochs == (75, 90)
@@ -105,8 +106,8 @@ def config():
 
 @pytest.fixture(scope="module")
 def train(config):
-    dataset, mesh = data.load(config.data), sharding.make_mesh(jax.devices()[:1])
-    return lambda workdir: loop.train(config, epath.Path(workdir), dataset, mesh)
+    experiment = Experiment.from_config(config, mesh=sharding.make_mesh(jax.devices()[:1]))
+    return lambda workdir: loop.train(experiment.resolved_stages, epath.Path(workdir), experiment.mesh)
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 
 from configs import taet
+from lt_adv.cli import schema
+from lt_adv.cli.experiment import Experiment
 from lt_adv.methods.natural import Natural
 from lt_adv.methods.taet import TAET
 from lt_adv.training import optimizer, stage_builder
@@ -15,7 +17,7 @@ from tests.training.helpers import run
 @pytest.mark.parametrize("dataset", ["cifar10", "tiny_imagenet"])
 def test_protocol(dataset):
     config = taet.get_config(f"dataset={dataset}")
-    clean, adversarial = stage_builder.stages(config)
+    clean, adversarial = Experiment.from_config(config).stages
     assert isinstance(clean.method, Natural) and isinstance(adversarial.method, TAET)
     assert (clean.epochs, adversarial.epochs, adversarial.init) == (40, 60, "previous")
     method = adversarial.method
@@ -32,8 +34,8 @@ def test_drops_count_over_both_stages(drops, fidelity):
     config = taet.get_config("dataset=cifar10")
     config.optim.drop_epochs, config.fidelity = drops, fidelity
     rates, per_epoch = [], 3
-    for stage in stage_builder.stages(config):
-        schedule = stage_builder.learning_rate(stage_builder.configured(config, stage), stage, per_epoch)
+    for stage in Experiment.from_config(config).stages:
+        schedule = stage_builder.learning_rate(schema.stage_config(config, stage), stage, per_epoch)
         rates += [float(schedule(step)) for step in range(stage.epochs * per_epoch)]
     full = optimizer.schedule(config.optim, per_epoch, 100)
     np.testing.assert_allclose(rates, [full(step) for step in range(300)], rtol=1e-5)
@@ -45,7 +47,7 @@ def test_warm_up_and_average_count_over_both_stages():
     config.optim.warmup_epochs = 5
     for start, shifted in ((75, 35), (10, 0)):
         config.average.start_epoch = start
-        clean, adversarial = stage_builder.stages(config)
+        clean, adversarial = Experiment.from_config(config).stages
         assert "optim.warmup_epochs" not in clean.overrides and adversarial.overrides["optim.warmup_epochs"] == 0
         assert adversarial.overrides["average.start_epoch"] == shifted
 
@@ -57,7 +59,7 @@ def test_too_few_epochs_are_one_line(epochs):
     with pytest.raises(
         ValueError, match=rf"config\.method\.clean_epochs must be .*config\.optim\.epochs = {epochs}, not 40"
     ):
-        stage_builder.stages(config)
+        Experiment.from_config(config)
 
 
 def test_with_a_alone_the_loss_is_the_mean_of_class_means():

@@ -1,20 +1,15 @@
-"""One device and a temporary folder of its own for every module, and a trained run that the tests copy."""
+"""A temporary folder for every module, and a trained run that the tests copy."""
 
 import tempfile
 
-import jax
-import numpy as np
 import pytest
-from jax.sharding import Mesh
 
-from lt_adv.cli import run
 from tests.robustness.runs import NO_ATTACKS, train
 
 
 @pytest.fixture(scope="module", autouse=True)
 def alone(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
         yield
 
@@ -22,9 +17,7 @@ def alone(tmp_path_factory):
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
     """The working directory of a finished run, which must not be changed."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run.sharding, "make_mesh", lambda: Mesh(np.array(jax.devices()[:1]), ("data",)))
-        return train(tmp_path_factory.mktemp("trained") / "run", NO_ATTACKS)
+    return train(tmp_path_factory.mktemp("trained") / "run", NO_ATTACKS)
 
 
 def pytest_collection_modifyitems(config, items):

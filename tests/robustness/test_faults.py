@@ -210,7 +210,7 @@ def test_a_changed_byte_of_the_results_is_noticed(real):
     for part in ("array params/", "array opt_state/", "array average/", "array key", "batch-00014 attack/fgsm"):
         assert part in names
     assert {"metrics.jsonl", "export/network.jax", "file report.json", "checkpoint 35"} <= end.keys()
-    assert compare.differing(end, dict(end)) == [] and compare.differing(end, end | {"more": ""}) == ["more"]
+    assert compare.mismatches(end, dict(end)) == [] and compare.mismatches(end, end | {"more": ""}) == ["more"]
     array = np.arange(4, dtype=np.float32)
     other = np.frombuffer(bytes([array.tobytes()[0] ^ 1]) + array.tobytes()[1:], np.float32)
     assert compare._array(array) != compare._array(other) and compare._array(array) != compare._array(array[None])

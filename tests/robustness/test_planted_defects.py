@@ -14,8 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_adv.cli import run as runs
-from lt_adv.cli import schema
+from lt_adv.cli import schema, train
 from lt_adv.data import archives, cache
 from tests.robustness import test_archives, test_config_values, test_image_folders, test_npz
 from tests.robustness.inputs import DAMAGE, MEMORY, ROOT, VALUES, Case, attempt, damaged, inputs
@@ -58,40 +57,40 @@ def exit_at_once(*_, **__):
     sys.exit(3)
 
 
-def write_elsewhere(config, workdir):
+def write_elsewhere(config, workdir, hooks):
     (Path(workdir).parent / "elsewhere").write_text("x")
 
 
-def write_half(config, workdir):
+def write_half(config, workdir, hooks):
     Path(workdir).mkdir()
     (Path(workdir) / ".report.md.12.tmp").write_text("x")
 
 
-def run_hidden_code(config, workdir):
+def run_hidden_code(config, workdir, hooks):
     (Path(workdir).parent / "canary").write_text("x")
 
 
-def write_outside(config, workdir):
+def write_outside(config, workdir, hooks):
     path = ROOT / "outside-of-the-sandbox"
     path.write_text("x")
     path.unlink()
 
 
-def change_the_input(config, workdir):
+def change_the_input(config, workdir, hooks):
     (Path(workdir).parent / "given" / "new").write_text("x")
 
 
-def refuse_late(config, workdir):
+def refuse_late(config, workdir, hooks):
     Path(workdir).mkdir()
     raise ValueError("too late for that")
 
 
-def print_two_lines(config, workdir):
+def print_two_lines(config, workdir, hooks):
     print("Traceback (most recent call last):", file=sys.stderr)
     raise ValueError("something is wrong")
 
 
-def hang(config, workdir):
+def hang(config, workdir, hooks):
     os.kill(os.getpid(), signal.SIGALRM)  # as the timer does
 
 
@@ -111,7 +110,7 @@ def hang(config, workdir):
     ],
 )
 def test_planted_defect_fails(answer, monkeypatch, defect, message):
-    monkeypatch.setattr(runs, "train", defect)
+    monkeypatch.setattr(train, "train", defect)
     with pytest.raises(AssertionError, match=message):
         answer(None)
 
@@ -132,7 +131,7 @@ def _unsafe(load, path, **options):
 @pytest.mark.parametrize(
     ("case", "where", "instead"),
     [
-        (test_config_values.case, (schema, "validate"), lambda config: None),
+        (test_config_values.case, (schema, "validate_entries"), lambda config: None),
         (test_archives.case, (archives, "_safe"), lambda name: name),
         (test_archives.case, (archives, "check"), lambda archive, path: None),
         (test_image_folders.case, (cache, "shutil"), KeepsFiles()),
@@ -204,12 +203,12 @@ def test_state_of_a_sandbox(tmp_path):
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is known on Linux alone")
 def test_memory_and_time_are_limited_during_an_input_alone(answer, monkeypatch):
-    def read_limits(config, workdir):
+    def read_limits(config, workdir, hooks):
         limits.append((resource.getrlimit(resource.RLIMIT_AS)[0], signal.getitimer(signal.ITIMER_REAL)[0]))
 
     limits = []
     before = resource.getrlimit(resource.RLIMIT_AS)
-    monkeypatch.setattr(runs, "train", read_limits)
+    monkeypatch.setattr(train, "train", read_limits)
     assert answer(True) is None
     ((memory, seconds),) = limits
     assert memory > MEMORY and memory != before[0] and seconds > 0

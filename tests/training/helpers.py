@@ -86,19 +86,19 @@ def make(
     averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
     if options.streamed:
-        feed = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
+        pipeline = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
     else:
-        feed = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
+        pipeline = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
     state = sharding.replicate(train_state.create(key, variables, tx, method.init_state(info), averaged=averaged), mesh)
-    state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, feed.example, teacher)), mesh)
-    return step, sharding.shard_state(state, mesh, sharded), feed, teacher
+    state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, pipeline.example, teacher)), mesh)
+    return step, sharding.shard_state(state, mesh, sharded), pipeline, teacher
 
 
 def run(method, devices, parallel="pmap", steps=4, **options):
     """Returns the final state and the metrics of every step, as numpy."""
-    step, state, feed, teacher = make(method, devices, parallel, **options)
+    step, state, pipeline, teacher = make(method, devices, parallel, **options)
     rows = []
-    with feed.batches(0, steps) as batches:
+    with pipeline.batches(0, steps) as batches:
         for data in batches:
             state, metrics = step(state, data, teacher)
             rows.append(jax.device_get(metrics))

@@ -7,16 +7,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lt_adv import data
-from lt_adv.cli import flags, run
+from lt_adv.cli import flags
+from lt_adv.cli.experiment import Experiment
 from lt_adv.training import checkpoint, sharding, stage_builder
 
 
 def save(folder: str, config: Any) -> None:
     """Random numbers, because the zeros of a first state would be compressed to nothing."""
-    run.prepare(config)
-    mesh = sharding.make_mesh()
-    built = stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh)
+    experiment = Experiment.from_config(config)
+    experiment.connect()
+    built, mesh = stage_builder.build(experiment.resolved_stages[0], experiment.mesh), experiment.mesh
     checkpoints = checkpoint.Checkpoints(Path(folder) / "checkpoints")
 
     def draw(a: jax.Array) -> jax.Array:

@@ -99,12 +99,12 @@ def test_text_of_a_compiled_program():
 
 @pytest.mark.parametrize("sharded", [(), ("opt_state", "params")])
 def test_step_sums_its_gradient_once_and_transfers_nothing_to_the_host(sharded):
-    step, state, feed, teacher = make(methods.create({"name": "at"}, num_steps=3), 2, "shard_map", sharded=sharded)
-    jaxpr = jax.make_jaxpr(step)(state, feed.example, teacher)
+    step, state, pipeline, teacher = make(methods.create({"name": "at"}, num_steps=3), 2, "shard_map", sharded=sharded)
+    jaxpr = jax.make_jaxpr(step)(state, pipeline.example, teacher)
     gradient = sum(a.nbytes for a in jax.tree.leaves(state.params))
     exchanged = total(traced_collectives(jaxpr.jaxpr), "bytes")
     assert gradient <= exchanged < 2 * gradient, "the attack exchanges nothing, statistics and metrics are small"
-    text = step.lower(state, feed.example, teacher).compile().as_text()
+    text = step.lower(state, pipeline.example, teacher).compile().as_text()
     counts = compiled_collectives(text)
     assert ("all-gather" in counts) == bool(sharded)
     assert counts["all-reduce"]["bytes"] < 2 * gradient
@@ -114,8 +114,8 @@ def test_step_sums_its_gradient_once_and_transfers_nothing_to_the_host(sharded):
 def test_what_a_device_contributes_depends_neither_on_devices_nor_on_attack_steps():
     counts = []
     for devices, num_steps in ((2, 1), (4, 1), (8, 1), (2, 5)):
-        step, state, feed, teacher = make(methods.create({"name": "at"}, num_steps=num_steps), devices, "shard_map")
-        counts.append(traced_collectives(jax.make_jaxpr(step)(state, feed.example, teacher).jaxpr))
+        step, state, pipeline, teacher = make(methods.create({"name": "at"}, num_steps=num_steps), devices, "shard_map")
+        counts.append(traced_collectives(jax.make_jaxpr(step)(state, pipeline.example, teacher).jaxpr))
     assert total(counts[0], "count") > 0 and all(count == counts[0] for count in counts)
 
 

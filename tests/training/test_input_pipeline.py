@@ -15,8 +15,8 @@ TYPES = ("pvary", "pcast")  # operations of the type check of shard_map; they co
 KEY, MESH = jax.random.key(3), sharding.make_mesh(jax.devices()[:2])
 
 
-def make_feed(examples, batch_size, class_aware=False, key=KEY):
-    """(split, its class table, steps in an epoch, feed) of images 3 x 2."""
+def make_pipeline(examples, batch_size, class_aware=False, key=KEY):
+    """(split, its class table, steps in an epoch, pipeline) of images 3 x 2."""
     label = np.arange(examples, dtype=np.int32) % 3
     image = np.random.RandomState(0).randint(0, 256, (examples, 3, 2, 1)).astype(np.uint8)
     split = Split(image, label, np.arange(examples) * 10)
@@ -29,10 +29,10 @@ def make_feed(examples, batch_size, class_aware=False, key=KEY):
 def test_every_step_gets_the_rows_of_its_batch(class_aware):
     """Epochs of two blocks, the second incomplete; also when resumed within a block of the second epoch."""
     examples, batch_size = 2 * (input_pipeline.BLOCK + 9), 2
-    split, classes, steps, feed = make_feed(examples, batch_size, class_aware)
+    split, classes, steps, pipeline = make_pipeline(examples, batch_size, class_aware)
     options = {"num_examples": examples, "batch_size": batch_size, "classes": classes}
     for first, total in ((0, steps + 1), (steps + 5, 2 * steps + 3)):
-        with feed.batches(first, total) as batches:
+        with pipeline.batches(first, total) as batches:
             steps_data = list(batches)
         assert len(steps_data) == total - first
         for step, data in enumerate(steps_data, first):
@@ -48,7 +48,7 @@ def test_every_step_gets_the_rows_of_its_batch(class_aware):
 
 def test_only_the_images_depend_on_the_size_of_the_set():
     for examples in (64, 4096):
-        data = make_feed(examples, 4)[-1].example
+        data = make_pipeline(examples, 4)[-1].example
         assert data["image"].shape == (examples, 6)
         assert {data[name].shape for name in ("row", "label", "index")} == {(input_pipeline.BLOCK, 4)}
 
@@ -56,9 +56,9 @@ def test_only_the_images_depend_on_the_size_of_the_set():
 def test_the_key_of_the_state_may_be_donated():
     """Later epochs are drawn with this key, and a replicated copy may share its buffer."""
     key = jax.random.key(3)
-    *_, steps, feed = make_feed(8, 4, key=key)
+    *_, steps, pipeline = make_pipeline(8, 4, key=key)
     jax.block_until_ready(jax.jit(jax.random.clone, donate_argnums=0)(sharding.replicate(key, MESH)))
-    with feed.batches(steps, steps + 1) as batches:
+    with pipeline.batches(steps, steps + 1) as batches:
         assert set(np.asarray(next(batches)["row"][:steps]).ravel().tolist()) == set(range(8))
 
 
@@ -83,10 +83,10 @@ def is_jaxpr(part):
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
 def test_only_the_gather_reads_all_images(parallel):
     """Otherwise a step would cost more on a larger set: no sort, no copy, no change of layout."""
-    step, state, feed, teacher = make(methods.create({"name": "at"}, num_steps=1), 2, parallel)
+    step, state, pipeline, teacher = make(methods.create({"name": "at"}, num_steps=1), 2, parallel)
     texts = []
     for examples in (14_009, 200_003):
-        data = {**feed.example, "image": jax.ShapeDtypeStruct((examples, 36), jnp.uint8)}
+        data = {**pipeline.example, "image": jax.ShapeDtypeStruct((examples, 36), jnp.uint8)}
         jaxpr = jax.make_jaxpr(step)(state, data, teacher)
         ((name, (operand, *_)),) = [operation for operation in large(jaxpr.jaxpr, 14_000) if operation[0] not in TYPES]
         assert name == "gather" and operand == (examples, 36)

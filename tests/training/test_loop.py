@@ -14,9 +14,11 @@ from etils import epath
 
 from configs import at
 from lt_adv import data, losses
+from lt_adv.cli.experiment import Experiment
 from lt_adv.methods import base
 from lt_adv.training import loop, sharding, stage_builder
 from lt_adv.training.checkpoint import read_variables
+from lt_adv.training.hooks import Hook
 
 pytestmark = pytest.mark.slow
 
@@ -35,6 +37,14 @@ class Distil(base.Method):
         return base.LossOutput(value, logits, metrics)
 
 
+class RecordPrograms(Hook):
+    def __init__(self):
+        self.trained = []
+
+    def on_stage_start(self, stage, state):
+        self.trained.append(stage)
+
+
 @pytest.fixture(scope="module")
 def config():
     config = at.get_config("dataset=digits,epochs=2")
@@ -45,19 +55,15 @@ def config():
 
 @pytest.fixture(scope="module")
 def run(config, tmp_path_factory):
-    """start(stages, workdir) -> the programs that were built; one device."""
-    patch, dataset = pytest.MonkeyPatch(), data.load(config.data)
-    mesh, build = sharding.make_mesh(jax.devices()[:1]), stage_builder.build
+    """start(stages, workdir) -> the programs of the stages that were trained; one device."""
+    common = {"dataset": data.load(config.data), "mesh": sharding.make_mesh(jax.devices()[:1])}
 
-    def start(stages, workdir):
-        built = []
-        patch.setattr(stage_builder, "stages", lambda _: stages)
-        patch.setattr(stage_builder, "build", lambda *args: built.append(build(*args)) or built[-1])
-        loop.train(config, epath.Path(workdir), dataset, mesh)
-        return built
+    def start(stages, workdir, hooks=(), **changes):
+        experiment, programs = Experiment.from_config(config, stages=stages, **(common | changes)), RecordPrograms()
+        loop.train(experiment.resolved_stages, epath.Path(workdir), experiment.mesh, [programs, *hooks])
+        return programs.trained
 
-    yield start
-    patch.undo()
+    return start
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +98,7 @@ def test_two_stages_and_the_frozen_teacher(teacher_and_student):
 def test_a_finished_run_is_not_trained_again(run, teacher_and_student):
     workdir, stages, _ = teacher_and_student
     before = (workdir / "metrics.jsonl").read_text()
-    built = run(stages, workdir)
-    assert len(built) == 2 and (workdir / "metrics.jsonl").read_text() == before
+    assert run(stages, workdir) == [] and (workdir / "metrics.jsonl").read_text() == before
 
 
 def test_resume_in_the_second_stage_keeps_the_metrics_of_both(run, teacher_and_student, tmp_path, capsys):
@@ -107,14 +112,12 @@ def test_resume_in_the_second_stage_keeps_the_metrics_of_both(run, teacher_and_s
     assert (again / "metrics.jsonl").read_text() == (workdir / "metrics.jsonl").read_text()
 
 
-def test_other_images_are_refused(run, teacher_and_student, tmp_path, monkeypatch):
+def test_other_images_are_refused(run, config, teacher_and_student, tmp_path):
     workdir, stages, _ = teacher_and_student
     again = tmp_path / "again"
     shutil.copytree(workdir, again)
-    long_tailed = data.long_tailed
-    monkeypatch.setattr(data, "long_tailed", lambda *args: dataclasses.replace(long_tailed(*args), digest="other"))
     with pytest.raises(ValueError, match="was trained on other images"):
-        run(stages, again)
+        run(stages, again, dataset=dataclasses.replace(data.load(config.data), digest="other"))
 
 
 def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student, tmp_path):
@@ -178,3 +181,50 @@ def test_merge_reports_names_and_shapes_that_differ(caplog):
         stage_builder.merge(fresh, {"params": {"a": np.zeros(3)}}, "elsewhere")
     with pytest.raises(ValueError, match="none of its arrays"):
         stage_builder.merge(fresh, {"params": {"b": np.zeros(3)}}, "elsewhere")
+
+
+class RecordCalls(Hook):
+    def __init__(self, calls):
+        self._calls = calls
+
+    def on_train_start(self, stages):
+        self._calls.append(("train", [stage.name for stage in stages]))
+
+    def on_stage_start(self, stage, state):
+        self._calls.append(("start", stage.name, int(state.step)))
+
+    def on_step(self, stage, state):
+        self._calls.append(("step", stage.name, int(state.step)))
+
+    def on_log(self, event):
+        event.metrics["added"] = 1.0  # too late for metrics.jsonl, which a hook of the loop has written
+        self._calls.append(("log", event.step, event.epoch, event.epoch_ended, event.is_last_step))
+
+    def on_stage_end(self, stage, state):
+        self._calls.append(("end", stage.name, int(state.step)))
+
+
+def test_hooks_are_called_in_order(run, tmp_path):
+    """Seven steps an epoch; the metrics are fetched at its end."""
+    calls = []
+    run((base.Stage(method=Distil(), epochs=1),), tmp_path, [RecordCalls(calls)])
+    steps = [("step", "0_train", n) for n in range(7)]
+    assert calls[:-2] == [("train", ["0_train"]), ("start", "0_train", 0), *steps]
+    assert calls[-2:] == [("log", 7, 1, True, True), ("end", "0_train", 7)]
+    (row,) = rows(tmp_path)
+    assert row["step"] == 7 and "added" not in row and row["train/clean/accuracy"] >= 0
+
+
+def test_an_exception_of_a_hook_ends_the_run_and_loses_nothing(run, tmp_path):
+    """The checkpoint of the first epoch is there, and the run resumes from it."""
+
+    class FailInSecondEpoch(Hook):
+        def on_step(self, stage, state):
+            if int(state.step) == 8:
+                raise RuntimeError("of a hook")
+
+    stage, calls = base.Stage(method=Distil(), epochs=2), []
+    with pytest.raises(RuntimeError, match="of a hook"):
+        run((stage,), tmp_path, [FailInSecondEpoch()])
+    run((stage,), tmp_path, [RecordCalls(calls)])
+    assert calls[1] == ("start", "0_train", 7) and [row["step"] for row in rows(tmp_path)] == [7, 14]

@@ -53,7 +53,7 @@ def test_sharded_training_equals_one_device(sharded):
 
 
 def test_the_state_stays_sharded_and_the_step_compiles_once(caplog):
-    step, state, feed, teacher = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)
+    step, state, pipeline, teacher = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)
     before = specs(state)
     assert len(before) >= 3 * 2 and all(name.startswith((".params", ".opt_state", ".average")) for name in before)
     kernel = state.params["kernel"]
@@ -61,7 +61,7 @@ def test_the_state_stays_sharded_and_the_step_compiles_once(caplog):
     with jax.log_compiles():
         for _ in range(3):
             old = state
-            state, _ = step(state, feed.example, teacher)
+            state, _ = step(state, pipeline.example, teacher)
     assert specs(state) == before and old.params["kernel"].is_deleted(), "donated"
     assert sum("Finished XLA compilation of jit(sharded_step)" in line for line in caplog.messages) == 1
 

@@ -9,6 +9,7 @@ from jax.sharding import Mesh
 
 from configs import robal
 from lt_adv import data, methods
+from lt_adv.cli.experiment import Experiment
 from lt_adv.training import stage_builder
 from tests.training.helpers import make, run, split
 
@@ -16,9 +17,9 @@ METHOD = methods.create({"name": "at"}, num_steps=2)
 PER_EPOCH = len(split()) // 16
 
 
-def go(step, state, feed, teacher, first, last):
+def go(step, state, pipeline, teacher, first, last):
     rows = []
-    with feed.batches(first, last) as batches:
+    with pipeline.batches(first, last) as batches:
         for batch in batches:
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, batch, teacher)
@@ -45,10 +46,10 @@ def test_streamed_class_aware_sampling_equals_resident(caplog):
 
 def check_equals_resident(parallel, devices, caplog, **options):
     expected = run(METHOD, devices, parallel, steps=PER_EPOCH + 3, **options)
-    step, state, feed, teacher = make(METHOD, devices, parallel, streamed=True, **options)
+    step, state, pipeline, teacher = make(METHOD, devices, parallel, streamed=True, **options)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        state, before = go(step, state, feed, teacher, 0, PER_EPOCH + 1)
-        state, after = go(step, state, feed, teacher, PER_EPOCH + 1, PER_EPOCH + 3)
+        state, before = go(step, state, pipeline, teacher, 0, PER_EPOCH + 1)
+        state, after = go(step, state, pipeline, teacher, PER_EPOCH + 1, PER_EPOCH + 3)
     if parallel == "shard_map":  # pmap does not log the name of the function
         assert sum("Finished XLA compilation of jit(sharded_step)" in line for line in caplog.messages) == 1
     assert_same_bits((state.replace(key=jax.random.key_data(state.key)), before + after), expected)
@@ -63,9 +64,9 @@ def test_a_set_larger_than_resident_gib_is_streamed(sampler):
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     for fits, size in ((True, long_tailed.train.image.nbytes), (False, long_tailed.train.image.nbytes - 1)):
         config.data.resident_gib = size / 2**30
-        feed = stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh).feed
-        assert isinstance(feed.example["image"], jax.Array) == fits
-        with feed.batches(0, 1) as batches:
+        pipeline = stage_builder.build(Experiment.from_config(config, mesh=mesh).resolved_stages[0], mesh).pipeline
+        assert isinstance(pipeline.example["image"], jax.Array) == fits
+        with pipeline.batches(0, 1) as batches:
             label = np.asarray(next(batches)["label"])
         if not fits:
             common = np.mean(label == np.argmax(long_tailed.class_counts))

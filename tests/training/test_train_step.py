@@ -26,20 +26,20 @@ SWA = {"name": "swa", "decay": 0.0, "start_epoch": 1}
 @pytest.fixture(scope="module")
 def trained():
     """Six steps (three epochs of two) on four devices: (states on the host after each step, their metrics)."""
-    step, state, feed, teacher = make(AT(num_steps=1), 4, average=EMA, groups=GROUPS)
+    step, state, pipeline, teacher = make(AT(num_steps=1), 4, average=EMA, groups=GROUPS)
     compiled = []
     jax.monitoring.register_event_duration_secs_listener(
         lambda name, *_, **__: compiled.append(name) if name.endswith("backend_compile_duration") else None
     )
     states, rows, kinds = [jax.device_get(state)], [], []
-    with feed.batches(0, 6) as batches:
+    with pipeline.batches(0, 6) as batches:
         for data in batches:
             with jax.transfer_guard("disallow"):
                 state, metrics = step(state, data, teacher)
             kinds.append(len(compiled))
             states.append(jax.device_get(state))
             rows.append(jax.device_get(metrics))
-    return states, rows, kinds, (step, feed, teacher)
+    return states, rows, kinds, (step, pipeline, teacher)
 
 
 def test_one_compilation(trained):
@@ -48,10 +48,10 @@ def test_one_compilation(trained):
 
 
 def test_resume_is_bit_exact(trained):
-    states, rows, _, (step, feed, teacher) = trained
+    states, rows, _, (step, pipeline, teacher) = trained
     mesh = sharding.make_mesh(jax.devices()[:4])
     state = sharding.replicate(states[3], mesh)  # within an epoch, between two log steps
-    with feed.batches(3, 6) as batches:
+    with pipeline.batches(3, 6) as batches:
         for n, data in enumerate(batches, 3):
             state, metrics = step(state, data, teacher)
             chex.assert_trees_all_equal(jax.device_get(metrics), rows[n])
@@ -72,11 +72,11 @@ def test_average_is_an_ema_of_weights_and_statistics(trained):
 
 
 def test_swa_is_the_mean_over_epoch_ends():
-    step, state, feed, teacher = make(AT(num_steps=0), 1, average=SWA)
+    step, state, pipeline, teacher = make(AT(num_steps=0), 1, average=SWA)
     ends = []
     for n in range(6):
         donated = state
-        state, _ = step(state, feed.example, teacher)
+        state, _ = step(state, pipeline.example, teacher)
         if n == 5:  # where numpy looked at the state, CPU buffers cannot be reused
             assert all(a.is_deleted() for a in jax.tree.leaves((donated.params, donated.average, donated.opt_state)))
         if n < 3:  # before the end of epoch 1, where the mean starts, the average equals the weights
@@ -105,8 +105,8 @@ def test_metrics_of_the_groups_sum_to_the_metric_of_all_images(trained):
 def test_an_epoch_has_every_image_once_in_a_new_order():
     indices = []
 
-    step, state, feed, teacher = make(Draws(num_steps=0), 8)
-    with feed.batches(0, 4) as batches:
+    step, state, pipeline, teacher = make(Draws(num_steps=0), 8)
+    with pipeline.batches(0, 4) as batches:
         for data in batches:
             state, _ = step(state, data, teacher)
             indices.append(np.asarray(state.method_state["index"]))
@@ -131,13 +131,13 @@ class Draws(AT):
 def test_class_aware_draws_in_cycles_on_any_number_of_devices(parallel, devices):
     """16 of four classes, so each class four times in every batch; and the same images after a restart."""
     options = {"sampler": "class_aware", "cycles": True}
-    step, state, feed, teacher = make(Draws(num_steps=0), devices, parallel, **options)
+    step, state, pipeline, teacher = make(Draws(num_steps=0), devices, parallel, **options)
     classes = device_dataset.class_table(split().label, 4)
     indices, key = [], jax.random.key(3)  # that of `make`
     for n in range(7):  # five steps are an epoch
         if n == 4:
             state = sharding.replicate(jax.device_get(state), sharding.make_mesh(jax.devices()[:devices]))
-        with feed.batches(n, n + 1) as batches:
+        with pipeline.batches(n, n + 1) as batches:
             state, _ = step(state, next(batches), teacher)
         indices.append(np.asarray(state.method_state["index"]))
         expected = device_dataset.batch_rows(
@@ -155,12 +155,12 @@ def test_robal_updates_statistics_twice_and_the_released_code_four_times():
     method = RoBal(num_steps=0, start="zero", beta=0.0)
     moves = {}
     for fidelity in methods.base.FIDELITIES:
-        step, state, feed, teacher = make(
+        step, state, pipeline, teacher = make(
             dataclasses.replace(method, fidelity=fidelity, start="zero"), 1, augment="none"
         )
         start = float(state.batch_stats["BatchNorm_0"]["var"][0])
         variables = jax.device_get({"params": state.params, "batch_stats": state.batch_stats})
-        state, _ = step(state, feed.example, teacher)
+        state, _ = step(state, pipeline.example, teacher)
         moves[fidelity] = start, float(state.batch_stats["BatchNorm_0"]["var"][0]), variables
     # With x_adv = x every forward sees the same variance v: after k moves it is 0.9^k * start + (1 - 0.9^k) v.
     start, paper, variables = moves["paper"]

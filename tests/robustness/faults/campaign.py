@@ -129,7 +129,7 @@ def ending(run: Run, reference: Reference) -> list[str]:
         if outcome.code != TERMINATED:
             return [*problems, f"the run cannot be finished, exit code {outcome.code}: {last(outcome.err)}"]
         problems += state_mismatches(outcome, reference)
-    if other := compare.differing(compare.end(run), reference.end):
+    if other := compare.mismatches(compare.end(run), reference.end):
         problems.append(f"{len(other)} results differ, such as {other[0]}")
     return problems
 

@@ -30,7 +30,8 @@ from etils import epath
 
 from lt_adv import main
 from lt_adv.data import cache
-from lt_adv.training import checkpoint, checksums, train_step
+from lt_adv.training import checkpoint, checksums
+from lt_adv.training.hooks import Hook
 
 LOCAL = type(epath.Path("/"))
 evaluate = importlib.import_module("lt_adv.evaluation._evaluate")
@@ -72,13 +73,13 @@ def enter(
     logging.getLogger().handlers.clear()  # those of the imports, which `python -m lt_adv.main` would not have
     _trace(Path(f"{files}.trace"))
     if not digest:
-        checkpoint.differing = lambda *_: []
+        checkpoint.mismatches = lambda *_: []
     if slow:
         for owner, name in ((LOCAL, "write_bytes"), (os, "rename"), (os, "replace"), (ocp.CheckpointManager, "save")):
             _before(owner, name, lambda *_: time.sleep(slow))
     for injection in injections:
         SITES[injection.site](injection, lambda act=injection: _act(act, files))
-    sys.exit(main.main(["lt_adv.main", *argv]))
+    sys.exit(main.main(["lt_adv.main", *argv], HOOKS))
 
 
 def _act(injection: Injection, files: Path) -> None:
@@ -125,19 +126,17 @@ def _counted(injection: Injection, act: Callable[[], None]) -> Callable[..., Non
     return come_by
 
 
-def _each_step(come_by: Callable[[Any], None]) -> None:
-    make = train_step.make_train_step
+class BeforeStep(Hook):
+    """Calls a function of the state before each step."""
 
-    def make_train_step(*args: Any, **options: Any) -> Any:
-        step, init_metric_sums = make(*args, **options)
+    def __init__(self, function: Callable[[Any], None]):
+        self._function = function
 
-        def watched(state: Any, *rest: Any) -> Any:
-            come_by(state)
-            return step(state, *rest)
+    def on_step(self, stage: Any, state: Any) -> None:
+        self._function(state)
 
-        return watched, init_metric_sums
 
-    train_step.make_train_step = make_train_step
+HOOKS: list[Hook] = []  # of the training loop
 
 
 def _trace(path: Path) -> None:
@@ -150,7 +149,7 @@ def _trace(path: Path) -> None:
             number = int(jax.device_get(state.step))
         file.write(json.dumps({"step": number, "digest": hashlib.sha256(text.encode()).hexdigest()[:16]}) + "\n")
 
-    _each_step(step)
+    HOOKS.append(BeforeStep(step))
 
     def saving(_: Any, number: int, *rest: Any) -> None:
         file.write(json.dumps({"save": number}) + "\n")
@@ -159,7 +158,7 @@ def _trace(path: Path) -> None:
 
 
 def _at_step(injection: Injection, act: Callable[[], None]) -> None:
-    _each_step(_counted(injection, act))
+    HOOKS.append(BeforeStep(_counted(injection, act)))
 
 
 def _before_save(injection: Injection, act: Callable[[], None]) -> None:

@@ -48,7 +48,7 @@ def arrays(state: Path) -> dict[str, str]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): _array(np.asarray(leaf)) for path, leaf in leaves}
 
 
-def differing(first: dict[str, str], second: dict[str, str]) -> list[str]:
+def mismatches(first: dict[str, str], second: dict[str, str]) -> list[str]:
     """The names of results that are not equal in both."""
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
