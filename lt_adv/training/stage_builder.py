@@ -132,7 +132,7 @@ def build(
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
         groups=longtail.groups(counts),
-        streamed=split.train.image.nbytes > config.data.resident_gib * 2**30,
+        streamed=split.train.image.nbytes > config.data.max_device_gib * 2**30,
         freeze_batch_stats=stage.freeze_batch_stats,
     )
     attacked = model

@@ -55,14 +55,14 @@ def check_equals_resident(parallel, devices, caplog, **options):
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "class_aware"])
-def test_a_set_larger_than_resident_gib_is_streamed(sampler):
+def test_a_set_larger_than_max_device_gib_is_streamed(sampler):
     """A set that is one byte larger than the limit is streamed, with the sampler of the config."""
     config = robal.get_config("dataset=digits,epochs=1")
     config.data.sampler = sampler
     long_tailed = data.long_tailed(data.load(config.data), config.data)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     for fits, size in ((True, long_tailed.train.image.nbytes), (False, long_tailed.train.image.nbytes - 1)):
-        config.data.resident_gib = size / 2**30
+        config.data.max_device_gib = size / 2**30
         feed = stage_builder.build(0, stage_builder.stages(config)[0], config, data.load(config.data), mesh).feed
         assert isinstance(feed.example["image"], jax.Array) == fits
         with feed.batches(0, 1) as batches:
