@@ -9,7 +9,6 @@ import numpy as np
 from etils import epath
 
 from lt_adv import data
-from lt_adv.cli import entries, schema
 from lt_adv.data import longtail
 from lt_adv.evaluation import masking
 from lt_adv.runtime import atomic_io, distributed
@@ -29,7 +28,6 @@ def baseline_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigD
     path = epath.Path(config.eval.baseline) / "config.json"
     try:
         stored = json.loads(path.read_text(), object_hook=_lists_to_tuples)
-        changes = entries.renamed(schema.flatten(stored))
         per_run = {name: stored["eval"][name] for name in PER_RUN}
         stored["eval"] = {**config.eval.to_dict(), **per_run, "baseline": ""}
         stored["data"] |= {name: config.data[name] for name in ("data_dir", "download", "test_split")}
@@ -41,8 +39,6 @@ def baseline_config(config: ml_collections.ConfigDict) -> ml_collections.ConfigD
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         why = atomic_io.reason(path, error, atomic_io.JSON)
         raise ValueError(f"config.eval.baseline: {path} is damaged ({why}).") from error
-    if changes:
-        raise ValueError(f"config.eval.baseline: {path} has old names ({changes}): change them in the file.")
     return ml_collections.ConfigDict(stored)
 
 

@@ -85,6 +85,19 @@ def test_changed_config_is_refused(answer, run):
         assert "config.json is damaged" in answer(*TINY)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_run_with_the_entries_of_an_earlier_version_is_refused(answer, run, mode):
+    """In one line, with the new names; the old config would not be accepted any more."""
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["equalise"] = config["data"].pop("resample_balanced")
+    config["fidelity"] = "published"
+    (run / "config.json").write_text(json.dumps(config))
+    names = r"config\.data\.equalise is now config\.data\.resample_balanced; config\.fidelity=published is now config\."
+    assert re.search(
+        rf"config\.json has old names \({names}.* or use another --workdir\.$", answer(*TINY, f"--mode={mode}")
+    )
+
+
 def test_entries_without_effect_on_the_run_may_change(run, no_training, monkeypatch, tmp_path):
     monkeypatch.setattr(runs, "evaluate", lambda *_, **__: None)
     overrides = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
