@@ -1,6 +1,8 @@
 """The base of every config: settings of the data sets and the evaluation protocol, as plain data."""
 
-from ml_collections import ConfigDict, config_dict
+from ml_collections import ConfigDict
+
+from lt_adv.cli import entries
 
 # Data set -> title for reports, imbalance ratio and network.
 DATASETS = {
@@ -71,82 +73,18 @@ def get(
       step_size: of the attacks.
     """
     known = DATASETS.get(dataset, {"title": f"{dataset}-LT", "ratio": 50.0, "model": {"name": "resnet18"}})
-    digits = dataset == "digits"
-    if digits:
+    c = entries.default_config()
+    c.data.name, c.data.title, c.data.imbalance_ratio = dataset, known["title"], known["ratio"]
+    c.model.update(known["model"])
+    c.optim.epochs = epochs
+    c.optim.drop_epochs = tuple(scaled(drop, epochs, of) for drop in drop_epochs)
+    if dataset == "digits":
         eps, step_size = 0.1, 0.025
-    c = ConfigDict()
-    c.seed = 0
-    c.parallel = "pmap"  # or "shard_map"
-    c.sharded = ()  # of "opt_state", "average", "params": sharded over the devices, with shard_map
-    c.cpu_devices = config_dict.placeholder(int)  # None: one per core, as far as the batch divides
-    c.init_from = ""  # finished run whose parameters training starts from, or a file of weights to evaluate
-    c.fidelity = "paper"  # or "released_code": the quirks of the authors' code
-    c.data = {
-        "name": dataset,
-        "title": known["title"],  # for reports
-        "data_dir": "",  # $TFDS_DATA_DIR or ~/tensorflow_datasets
-        "path": "",  # image_folder and npz
-        "image_size": config_dict.placeholder(int),  # None: unchanged
-        "download": False,
-        "test_split": "",  # of a set of TensorFlow-Datasets; default test, or validation if there is no test split
-        "resident_gib": 8.0,  # larger training sets are streamed from the host instead of kept on the devices
-        "imbalance": "exponential",  # "step", "balanced", "none"
-        "imbalance_ratio": known["ratio"],
-        "balanced_fraction": 0.1,  # for "balanced"
-        "class_counts": (),  # explicit counts instead of a profile
-        "validation_per_class": 0,
-        "validation_from": "train",  # "unused": images outside the long-tailed subset first
-        "equalise": 0.0,  # > 0: every class gets this share of the largest class's count, by repeating or subsampling
-        "split_seed": 0,
-        "sampler": "uniform",  # "class_aware": uniform over classes; in cycles with released_code
-        "augment": "none" if digits else "crop_flip",
-        "pad": 4,
-    }
-    # Depth and width are options of WideResNets; other networks ignore them.
-    c.model = {"depth": 34, "width": 10, **known["model"], "dtype": "float32", "head": {"name": "linear"}}
-    c.method = {"name": "at"}
-    c.addons = ()  # "robustlt", "awp": wrappers of any method, the outermost last; each has a section of its name
-    many_classes = dataset in ("cifar100", "tiny_imagenet")  # RobustLT's values; CIFAR-10's for other sets are ours
-    c.robustlt = {"alpha": 0.4, "warmup": 0.6} if many_classes else {"alpha": 0.3, "warmup": 0.8}
-    c.awp = {"gamma": 0.005}
-    # None for the start: that of the method.
-    c.attack = {
-        "eps": eps,
-        "step_size": step_size,
-        "num_steps": 10,
-        "start": config_dict.placeholder(str),
-        "dtype": config_dict.placeholder(str),  # of the network in the training attack; None: that of the model
-    }
-    c.optim = {
-        "epochs": epochs,
-        "batch_size": 128,
-        "learning_rate": 0.1,
-        "momentum": 0.9,
-        "nesterov": False,
-        "weight_decay": 5e-4,
-        "schedule": "step",  # "cosine", "constant"
-        "drop_epochs": tuple(scaled(drop, epochs, of) for drop in drop_epochs),
-        "drop_factor": 0.1,
-        "first_epoch": 1,  # epochs count from 1, so a drop at 60 leaves 59 epochs at the old rate
-        "warmup_epochs": 0,
-    }
-    c.average = {"name": "none", "decay": 0.999, "start_epoch": 0}  # "ema", "swa"
-    c.log = {"every_steps": 50, "clean_per_class": 50, "validate_every_epochs": 1, "tensorboard": False}
-    c.checkpoint = {"every_epochs": 1, "keep": 2}
-    c.eval = {
-        "batch_size": 256,
-        "dtype": "float32",  # of the evaluated network, independent of the dtype in training
-        "split": "test",  # "validation" to choose hyper-parameters
-        "subset_per_class": 0,  # 0: all images
-        "only": (),  # names of attacks; default all but AutoAttack, which takes as long as hundreds of PGD-20
-        "baseline": "",  # working directory of a run to compare with, to detect gradient masking
-        "report": "",  # a name writes reports/<name>/report.json, "" writes report.json
-        "groups": "thirds",
-        "checkpoint": "last",  # or "best", on the validation split
-        "seed": 0,
-        "attacks": attacks(eps, step_size),
-        "adjustment": {"name": "none"},
-    }
+        c.data.augment = "none"
+    if dataset in ("cifar100", "tiny_imagenet"):  # RobustLT's values; CIFAR-10's, the default, for other sets are ours
+        c.robustlt = {"alpha": 0.4, "warmup": 0.6}
+    c.attack.eps, c.attack.step_size = eps, step_size
+    c.eval.attacks = attacks(eps, step_size)
     return c
 
 

@@ -15,7 +15,6 @@ Speed is recorded in benchmark/<name>.json by `experiments.benchmark`, fault inj
 
 import argparse
 import ast
-import itertools
 import json
 import re
 import sys
@@ -24,16 +23,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from configs import common
 from experiments import fault_tables
 from experiments.benchmark import tables as speed
-from experiments.config_entries import MEANING
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
 from experiments.study.summary import network, spread
 from experiments.study.tables import GROUPS
-from lt_adv.cli import schema
+from lt_adv.cli import entries
 from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import WORST
 from lt_adv.evaluation.report import table
@@ -204,17 +201,12 @@ def headline(results: Path = RESULTS) -> str:
 
 
 def configuration() -> str:
-    """Every entry that all configs have, by section: its default for CIFAR-10 and its meaning."""
-    defaults = schema.flatten(common.get("cifar10", epochs=80, drop_epochs=(60, 75), of=80).to_dict())
+    """Every entry that all configs have, by section: its default for CIFAR-10, type and range, and meaning."""
     blocks = []
-    for section, names in itertools.groupby(MEANING, key=lambda name: name.partition(".")[0] if "." in name else ""):
-        rows = [[f"`{name}`", f"`{_literal(defaults[name])}`", MEANING[name]] for name in names]
-        blocks += [f"### {section}"] * bool(section) + [table(["Entry", "Default", "Meaning"], rows, left=3)]
+    for section, group in entries.by_section():
+        rows = [[f"`{e.path}`", f"`{entries.literal(e.default)}`", e.rule.text, e.meaning] for e in group]
+        blocks += [f"### {section}"] * bool(section) + [table(["Entry", "Default", "Type", "Meaning"], rows, left=4)]
     return "\n\n".join(blocks)
-
-
-def _literal(value: Any) -> str:
-    return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
 def ablation(results: Path = RESULTS) -> str:

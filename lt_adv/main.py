@@ -11,6 +11,9 @@
 Invalid input gives one line on stderr and exit code 2; with LT_ADV_TRACEBACK=1 in the environment, a traceback.
 On SIGTERM the program saves a checkpoint if it is training and exits with code 0. The same command resumes training
 from the last checkpoint and evaluation from the last record.
+
+Entries of a config: default for CIFAR-10 in RoBal's protocol, meaning, and in brackets type and range. The docstring of
+a method, model or head lists its options, docs/evaluation.md those of eval.attacks.NAME.
 """
 
 import atexit
@@ -29,7 +32,7 @@ from lt_adv.cli import requirements
 if __name__ == "__main__":
     requirements.require_training_packages()
 
-from lt_adv.cli import flags  # noqa: E402
+from lt_adv.cli import entries, flags  # noqa: E402
 
 
 class Terminated(BaseException):
@@ -45,7 +48,7 @@ def main(argv: Sequence[str] | None = None, hooks: Sequence[Any] = ()) -> int:
     """
     argv = list(sys.argv if argv is None else argv)
     if {"-h", "--help"} & set(argv[1:]):
-        print(__doc__)
+        print(__doc__, entries.help_text(), sep="\n")
         return 0
     log = logging.StreamHandler()
     log.addFilter(is_shown)

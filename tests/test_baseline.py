@@ -121,6 +121,11 @@ def test_bad_baselines_are_refused(workdirs, answer, tmp_path):  # noqa: F811
     printed = answer(*compare_with_damaged)
     assert f"config.eval.baseline: the run in {damaged}: config.seed must be a whole number" in printed
     config["seed"] = seed
+    config["data"]["equalise"] = 0.0
+    (damaged / "config.json").write_text(json.dumps(config))
+    printed = answer(*compare_with_damaged)
+    assert f"the run in {damaged}: config.data.equalise is now config.data.resample_balanced." in printed
+    del config["data"]["equalise"]
     config["data"]["image_size"] = 9
     (damaged / "config.json").write_text(json.dumps(config))
     assert "trained on other classes or another image size" in answer(*compare_with_damaged)

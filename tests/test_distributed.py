@@ -32,7 +32,7 @@ SHORT = [
     "--config.eval.attacks.autoattack.eps=0.35", "--config.eval.subset_per_class=2", "--config.eval.batch_size=8",
 ]  # fmt: skip
 SHARDED = ["--config.parallel=shard_map", "--config.sharded=('opt_state','average','params')"]
-STREAMED = "--config.data.resident_gib=0"
+STREAMED = "--config.data.max_device_gib=0"
 HEARTBEAT_TIMEOUT = 10
 
 

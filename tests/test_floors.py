@@ -40,7 +40,12 @@ PACKAGES: dict[str, set[str]] = {
     "main": set(),
 }
 # Modules that may import less than their room, so that invalid flags are refused before jax is imported.
-LIGHT = {"lt_adv.cli.flags": {"absl", "etils", "ml_collections"}, "lt_adv.runtime.registry": set()}
+LIGHT = {
+    "lt_adv.cli.entries": {"ml_collections"},
+    "lt_adv.cli.flags": {"absl", "etils", "ml_collections"},
+    "lt_adv.runtime.atomic_io": {"etils"},
+    "lt_adv.runtime.registry": set(),
+}
 FILES = sorted((ROOT / "lt_adv").rglob("*.py"))
 
 

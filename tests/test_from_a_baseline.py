@@ -169,7 +169,7 @@ def test_an_unfinished_baseline_is_refused(start, baseline, answer, no_training,
 @pytest.mark.parametrize(
     ("overrides", "line"),
     [
-        ({"optim.drop_epochs": ("x",)}, r"Stage 'second': each of config\.optim\.drop_epochs must be"),
+        ({"optim.drop_epochs": ("x",)}, r"Stage 'second': item of config\.optim\.drop_epochs must be"),
         ({"optim.epohcs": 1}, r"Stage 'second': Unknown entry of config: 'optim\.epohcs'"),
         ({"optim.batch_size": 23}, r"config\.optim\.batch_size = 23 is more than the 22 training images"),
         ({"data.class_counts": (5, 5)}, r"class_counts has 2 entries, the data set has 10 classes"),

@@ -11,6 +11,7 @@ from absl import flags
 from etils import epath
 from ml_collections import ConfigDict, config_flags
 
+from lt_adv.cli import entries
 from lt_adv.runtime import atomic_io, registry
 
 MODES = ("train", "eval", "export")
@@ -45,6 +46,8 @@ def parse(argv: list[str]) -> Arguments:
         config = load(known.config)
         for arg in rest:
             if match := re.match(OVERRIDE, arg):
+                if changes := entries.renamed({match[1]: arg.partition("=")[2]}):
+                    raise ValueError(f"{changes}.")
                 _find(match[1], config)
         overridden = flags.FlagValues()
         overridden.set_gnu_getopt()

@@ -1,175 +1,34 @@
 """Validation of a config before anything is loaded, compiled or written. Every error is one line."""
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax
 from ml_collections import ConfigDict
 
 from lt_adv import data, models
-from lt_adv.attacks import initialization, norms
-from lt_adv.data import augment, device_dataset, images, longtail
+from lt_adv.cli.entries import (
+    ATTACK_OPTIONS,
+    ENTRIES,
+    FILE_NAME,
+    L2,
+    OPTIONS,
+    integer,
+    number,
+    of_type,
+    one_of,
+    optional,
+    renamed,
+)
+from lt_adv.data import longtail
 from lt_adv.evaluation import attack_specs
 from lt_adv.evaluation.records import CLEAN, WORST
 from lt_adv.methods import base
 from lt_adv.models import posthoc, weight_files
-from lt_adv.runtime import atomic_io, registry
-from lt_adv.training import checkpoint, optimizer, sharding, stage_builder
+from lt_adv.runtime import registry
+from lt_adv.training import checkpoint, optimizer, stage_builder
 from lt_adv.training.stage_builder import ResolvedStage
-
-Rule = Callable[[str, Any], None]  # (path of an entry, its value); raises ValueError
-
-
-def number(interval: str, hint: str = "", kind: type = float) -> Rule:
-    """Rule: a number in an interval such as "(0, 1]". NaN is in no interval."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
-
-    def rule(path: str, value: Any) -> None:
-        if isinstance(value, (int, kind)) and not isinstance(value, bool):
-            above = value > low if interval[0] == "(" else value >= low
-            below = value < high if interval[-1] == ")" else value <= high
-            if above and below:
-                return
-        name = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{path} must be {name} in {interval}, not {value!r}{': ' if hint else ''}{hint}.")
-
-    return rule
-
-
-def integer(interval: str) -> Rule:
-    return number(interval, kind=int)
-
-
-def one_of(choices: Collection[str]) -> Rule:
-    def rule(path: str, value: Any) -> None:
-        if not isinstance(value, str) or value not in choices:
-            raise registry.unknown(path, value, choices)
-
-    return rule
-
-
-def of_type(*kinds: type) -> Rule:
-    def rule(path: str, value: Any) -> None:
-        if not isinstance(value, kinds):
-            names = " or ".join(kind.__name__ for kind in kinds)
-            raise ValueError(f"{path} must be of type {names}, not {value!r}.")
-
-    return rule
-
-
-def file_name(path: str, value: Any) -> None:
-    if not (isinstance(value, str) and re.fullmatch(r"[\w-][\w.-]*", value)):
-        raise ValueError(f"{path} must be a name, of letters, digits, '_', '-' and '.', not {value!r}.")
-
-
-def path_of(path: str, value: Any) -> None:
-    of_type(str)(path, value)
-    atomic_io.parse_path(value, path)
-
-
-def tuple_of(rule: Rule) -> Rule:
-    def rules(path: str, values: Any) -> None:
-        of_type(tuple)(path, values)
-        for value in values:
-            rule(f"each of {path}", value)
-
-    return rules
-
-
-def optional(rule: Rule) -> Rule:
-    return lambda path, value: None if value is None else rule(path, value)
-
-
-PIXELS = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137"
-RATIO = "it is max count / min count, so the literature's 0.02 is ratio 50"
-LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS), number("(0, inf)"), number("[0, inf)")
-MOST = 1000000  # upper bound of every count: no sum of counts overflows 32 bits
-ONE_OR_MORE, ZERO_OR_MORE, SEED = integer(f"[1, {MOST}]"), integer(f"[0, {MOST}]"), integer("[0, 4294967295]")
-
-# Entries of every config. A model, head, method, adjustment or attack validates its own options.
-ENTRIES: Mapping[str, Rule] = {
-    "seed": SEED,
-    "init_from": path_of,
-    "parallel": one_of(sharding.PARALLEL),
-    "sharded": tuple_of(one_of(sharding.SHARDED)),
-    "cpu_devices": optional(ONE_OR_MORE),
-    "fidelity": base.check_fidelity,
-    "data.name": of_type(str),
-    "data.title": of_type(str),
-    "data.data_dir": optional(path_of),
-    "data.path": optional(path_of),
-    "data.image_size": optional(integer(f"[1, {images.LARGEST}]")),
-    "data.download": of_type(bool),
-    "data.test_split": of_type(str),
-    "data.resident_gib": NOT_NEGATIVE,
-    "data.imbalance": one_of(longtail.PROFILES),
-    "data.imbalance_ratio": number("[1, inf)", RATIO),
-    "data.balanced_fraction": number("(0, 1]"),
-    "data.class_counts": tuple_of(ONE_OR_MORE),
-    "data.validation_per_class": ZERO_OR_MORE,
-    "data.validation_from": one_of(longtail.ORIGINS),
-    "data.equalise": number("[0, 1]"),
-    "data.split_seed": SEED,
-    "data.sampler": one_of(device_dataset.SAMPLERS),
-    "data.augment": one_of(augment.AUGMENTS),
-    "data.pad": ZERO_OR_MORE,
-    "model.name": of_type(str),
-    "model.head.name": of_type(str),
-    "method.name": of_type(str),
-    "addons": tuple_of(of_type(str)),
-    "robustlt.alpha": number("[0, 1]"),
-    "robustlt.warmup": number("[0, 1]", "it is a fraction of the epochs"),
-    "awp.gamma": NOT_NEGATIVE,
-    "attack.eps": LENGTH,
-    "attack.step_size": LENGTH,
-    "attack.num_steps": optional(ZERO_OR_MORE),
-    "attack.start": optional(one_of(initialization.STARTS)),
-    "attack.dtype": optional(one_of(models.DTYPES)),
-    "optim.epochs": ONE_OR_MORE,
-    "optim.batch_size": ONE_OR_MORE,
-    "optim.learning_rate": POSITIVE,
-    "optim.momentum": number("[0, 1)"),
-    "optim.nesterov": of_type(bool),
-    "optim.weight_decay": NOT_NEGATIVE,
-    "optim.schedule": one_of(optimizer.SCHEDULES),
-    "optim.drop_epochs": tuple_of(ZERO_OR_MORE),
-    "optim.drop_factor": number("(0, 1]"),
-    "optim.first_epoch": integer("[0, 1]"),
-    "optim.warmup_epochs": ZERO_OR_MORE,
-    "average.name": one_of(("none", "ema", "swa")),
-    "average.decay": number("[0, 1)"),
-    "average.start_epoch": ZERO_OR_MORE,
-    "log.every_steps": ONE_OR_MORE,
-    "log.clean_per_class": ZERO_OR_MORE,
-    "log.validate_every_epochs": ONE_OR_MORE,
-    "log.tensorboard": of_type(bool),
-    "checkpoint.every_epochs": ONE_OR_MORE,
-    "checkpoint.keep": ONE_OR_MORE,
-    "eval.batch_size": ONE_OR_MORE,
-    "eval.dtype": one_of(models.DTYPES),
-    "eval.split": one_of(("test", "validation")),
-    "eval.subset_per_class": ZERO_OR_MORE,
-    "eval.only": tuple_of(of_type(str)),
-    "eval.baseline": path_of,
-    "eval.report": lambda path, value: None if value == "" else file_name(path, value),
-    "eval.groups": one_of(longtail.GROUPS),
-    "eval.checkpoint": one_of(("last", "best")),
-    "eval.seed": SEED,
-    "eval.adjustment.name": of_type(str),
-}
-OPTIONS = ("model.", "method.", "eval.adjustment.", "eval.attacks.")  # sections whose entries depend on a name
-ATTACK_OPTIONS: Mapping[str, Rule] = {
-    "eps": LENGTH,
-    "step_size": LENGTH,
-    "num_steps": ZERO_OR_MORE,
-    "start": one_of(initialization.STARTS),
-    "norm": lambda path, value: norms.get(value) and None,
-    "logit_scale": POSITIVE,
-    "confidence": NOT_NEGATIVE,
-    "decay": NOT_NEGATIVE,
-}
-L2 = {"eps": POSITIVE, "step_size": POSITIVE}  # an L2 distance over many pixels may exceed 1
 
 
 def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -228,9 +87,11 @@ def validate_entries(config: ConfigDict) -> None:
       ValueError: an entry is missing, unknown or out of range.
     """
     entries = flatten(config.to_dict())
+    if changes := renamed(entries):
+        raise ValueError(f"{changes}.")
     for path, value in entries.items():
         if path in ENTRIES:
-            ENTRIES[path](f"config.{path}", value)
+            ENTRIES[path].rule(f"config.{path}", value)
         elif not path.startswith(OPTIONS):
             section = path.partition(".")[0]
             near = [name for name in ENTRIES if name.partition(".")[0] == section]
@@ -239,7 +100,9 @@ def validate_entries(config: ConfigDict) -> None:
             number("(-inf, inf)")(f"config.{path}", value)
         elif value is not None:
             of_type(str, int, tuple, list)(f"config.{path}", value)
-    if missing := [path for path in ENTRIES if path not in entries]:
+    # Options that are left out have the default of their network.
+    required = [path for path in ENTRIES if path.endswith(".name") or not path.startswith(OPTIONS)]
+    if missing := [path for path in required if path not in entries]:
         raise ValueError(f"config.{missing[0]} is missing: build configs with common.get, which sets every entry.")
 
 
@@ -263,7 +126,7 @@ def stage_config(config: ConfigDict, stage: base.Stage) -> ConfigDict:
 
 def _attack(name: str, spec: Any, path: str) -> None:
     of_type(ConfigDict)(path, spec)
-    file_name("each key of config.eval.attacks", name)
+    FILE_NAME("each key of config.eval.attacks", name)
     if name in (CLEAN, WORST):
         raise ValueError(f"{path}: the name {name!r} is reserved for the report, choose another.")
     rules = {**ATTACK_OPTIONS, **(L2 if spec.get("norm") == "l2" else {})}

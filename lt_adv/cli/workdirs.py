@@ -11,12 +11,12 @@ from typing import Any
 from etils import epath
 from ml_collections import ConfigDict
 
-from lt_adv.cli import schema
+from lt_adv.cli import entries, schema
 from lt_adv.runtime import atomic_io, distributed
 
 LOCK = ".lock"
 # Entries that may change between two starts in a working directory; validation during training uses WATCHED.
-FREE = ("eval.", "data.data_dir", "data.download", "data.test_split", "data.resident_gib", "cpu_devices", "sharded")
+FREE = ("eval.", "data.data_dir", "data.download", "data.test_split", "data.max_device_gib", "cpu_devices", "sharded")
 WATCHED = ("eval.adjustment.", "eval.dtype")
 
 
@@ -56,10 +56,13 @@ def compare(config: ConfigDict, workdir: epath.Path, *, training: bool = False) 
     if not path.exists():
         return
     try:
-        stored = immutable_entries(json.loads(path.read_text()), training=training)
+        content = json.loads(path.read_text())
+        stored, changes = immutable_entries(content, training=training), entries.renamed(schema.flatten(content))
     except (ValueError, AssertionError, RecursionError) as error:  # not JSON, or not a dict
         why = atomic_io.reason(path, error, atomic_io.JSON)
         raise ValueError(f"{path} is damaged ({why}): restore it, or use another --workdir.") from error
+    if changes:
+        raise ValueError(f"{path} has old names ({changes}): change them in the file, or use another --workdir.")
     current = immutable_entries(config.to_dict(), training=training)
     changed = [name for name in sorted({*stored, *current}) if stored.get(name) != current.get(name)]
     if changed:

@@ -174,13 +174,13 @@ def resample_balanced(label: np.ndarray, selected: np.ndarray, share: float, see
       ValueError: for a share outside (0, 1], or one that leaves no images.
     """
     if not 0 < share <= 1:
-        raise ValueError(f"equalise must be a share of the largest class, in (0, 1], not {share}.")
+        raise ValueError(f"resample_balanced must be a share of the largest class, in (0, 1], not {share}.")
     chosen_label = np.asarray(label)[selected]
     members = [selected[chosen_label == c] for c in np.unique(chosen_label)]
     largest = max(map(len, members))
     count = int(share * largest)
     if not count:
-        raise ValueError(f"equalise {share} leaves no image of a class: the largest has {largest}.")
+        raise ValueError(f"resample_balanced {share} leaves no image of a class: the largest has {largest}.")
     rng = np.random.RandomState(seed)
     return np.concatenate([np.resize(rng.permutation(m), count) for m in members])
 
@@ -240,13 +240,13 @@ def largest_count(sizes: np.ndarray, class_names: Sequence[str] = (), **profile:
 def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
     """Returns the long-tailed subset of `dataset` that `data_config` describes; the test split is unchanged.
 
-    Selects training images by the profile, splits off the validation set, and resamples the rest if `equalise` is set.
+    Selects training images by the profile, splits off the validation set, and resamples the rest if the config says so.
 
     Args:
       dataset: the complete data set.
       data_config: keys class_counts (explicit counts, instead of a profile), imbalance ("none"), imbalance_ratio,
-        balanced_fraction, validation_per_class (0), validation_from ("train"), equalise (0, the `share` of
-        `resample_balanced`), split_seed (0).
+        balanced_fraction, validation_per_class (0), validation_from ("train"), resample_balanced (the share for the
+        function of this name, or 0), split_seed (0).
 
     Raises:
       ValueError: in one line, for a config that the data set cannot fulfil.
@@ -271,7 +271,7 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
     before = np.bincount(label[selected], minlength=num_classes)
     per_class, origin = data_config.get("validation_per_class", 0), data_config.get("validation_from", "train")
     train_positions, held_out = cut_validation(label, selected, per_class, seed, origin, dataset.class_names)
-    share = data_config.get("equalise", 0.0)
+    share = data_config.get("resample_balanced", 0.0)
     if share:
         train_positions = resample_balanced(label, train_positions, share, seed)
 

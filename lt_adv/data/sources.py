@@ -35,8 +35,8 @@ def load(data_config: Mapping[str, Any]) -> Dataset:
         path: of an image_folder or npz.
         image_size: side that images are scaled and cropped to; default unchanged.
         download: whether missing data may be downloaded; default False.
-        resident_gib: if the training images would take more GiB, and there is no cache yet, images are decoded at each
-          access; default no limit.
+        max_device_gib: if the training images would take more GiB, and there is no cache yet, images are decoded at
+          each access; default no limit.
         test_split: of a set of TensorFlow-Datasets; default test, or validation if there is no test split.
 
     Raises:
@@ -71,7 +71,7 @@ def _load(data_config: Mapping[str, Any]) -> Dataset:
         from lt_adv.data import tfds_source
 
         source = tfds_source.source(name, data_dir, size, bool(data_config.get("download", False)), test_split)
-    limit = data_config.get("resident_gib")
+    limit = data_config.get("max_device_gib")
     return cache.load(data_dir, name, source, float("inf") if limit is None else limit * 2**30)
 
 

@@ -122,14 +122,6 @@ class Stage:
     teacher: str | None = None
 
 
-def check_fidelity(path: str, value: Any) -> None:
-    """Raises ValueError unless `value`, of the config entry `path`, is one of FIDELITIES."""
-    if value == "published":
-        raise ValueError(f"{path} = 'published' is now called 'paper'.")
-    if value not in FIDELITIES:
-        raise registry.unknown(path, value, FIDELITIES)
-
-
 def by_fidelity(*, paper: Any, released_code: Any) -> Any:
     """Returns a dataclass field with a default for each fidelity.
 
@@ -155,7 +147,8 @@ class Method:
     fidelity: str = "paper"
 
     def __post_init__(self):
-        check_fidelity("config.fidelity", self.fidelity)
+        if self.fidelity not in FIDELITIES:
+            raise registry.unknown("config.fidelity", self.fidelity, FIDELITIES)
         if self.num_steps < 0:
             raise ValueError(f"config.attack.num_steps must not be negative, not {self.num_steps}.")
         for field in dataclasses.fields(self):

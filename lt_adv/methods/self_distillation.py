@@ -76,7 +76,7 @@ class SelfDistillation(base.Method):
         optim = config.optim
         ratio = self.teacher_epochs / optim.epochs
         overrides = {
-            "data.equalise": self.balance,
+            "data.resample_balanced": self.balance,
             "optim.drop_epochs": tuple(max(2, int(epoch * ratio + 0.5)) for epoch in optim.drop_epochs),
             "average.start_epoch": int(config.average.start_epoch * ratio),
         }

@@ -151,7 +151,7 @@ def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | Non
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
         groups=longtail.groups(split.class_counts),
-        streamed=split.train.image.nbytes > config.data.resident_gib * 2**30,
+        streamed=split.train.image.nbytes > config.data.max_device_gib * 2**30,
         freeze_batch_stats=stage.freeze_batch_stats,
     )
     attacked = model

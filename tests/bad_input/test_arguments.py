@@ -62,27 +62,30 @@ VALUES = [
     ("eval.seed=99999999999999999999", r"config\.eval\.seed must be"),
     ("cpu_devices=65", r"config\.cpu_devices must be a whole number in \[1, 64\], not 65"),
     ("parallel=pmpa", r"Unknown config\.parallel 'pmpa'\. Did you mean 'pmap'\? There are: pmap, shard_map"),
-    ("fidelity=published", r"config\.fidelity = 'published' is now called 'paper'"),
+    ("fidelity=published", r"config\.fidelity=published is now config\.fidelity=paper\."),
+    ("sharded=('params','x')", r"Unknown item of config\.sharded 'x'\. There are: average, opt_state, params"),
     ("fidelity=article", r"Unknown config\.fidelity 'article'\. There are: paper, released_code"),
     ("data.name=digitz", r"Unknown data set 'digitz'\. Did you mean 'digits'\?"),
     ("data.name=image_folder", r"image_folder needs --config\.data\.path"),
     ("data.imbalance=exponental", r"Unknown config\.data\.imbalance 'exponental'\. Did you mean 'exponential'\?"),
     ("data.balanced_fraction=0", r"config\.data\.balanced_fraction must be"),
-    ("data.class_counts=(5,0)", r"each of config\.data\.class_counts must be a whole number in \[1, 1000000\], not 0"),
+    ("data.class_counts=(5,0)", r"item of config\.data\.class_counts must be a whole number in \[1, 1000000\], not 0"),
     ("data.class_counts=(5,5)", r"class_counts has 2 entries, the data set has 10 classes"),
-    ("data.class_counts=many", r"each of config\.data\.class_counts must be a whole number"),
+    ("data.class_counts=many", r"item of config\.data\.class_counts must be a whole number"),
     ("data.validation_per_class=-1", r"config\.data\.validation_per_class must be"),
     ("data.validation_per_class=12", r"validation_per_class 12 leaves no training image of class 9"),
-    ("data.equalise=-1", r"config\.data\.equalise must be a number in \[0, 1\], not -1\.0"),
-    ("data.equalise=0.001", r"equalise 0\.001 leaves no image of a class: the largest has"),
+    ("data.resample_balanced=-1", r"config\.data\.resample_balanced must be a number in \[0, 1\], not -1\.0"),
+    ("data.resample_balanced=0.001", r"resample_balanced 0\.001 leaves no image of a class: the largest has"),
+    ("data.equalise=0.5", r"Error: config\.data\.equalise is now config\.data\.resample_balanced\.$"),
+    ("data.resident_gib=0", r"Error: config\.data\.resident_gib is now config\.data\.max_device_gib\.$"),
     ("data.image_size=0", r"config\.data\.image_size must be a whole number in \[1, 8192\], not 0"),
     ("data.sampler=unifrm", r"Unknown config\.data\.sampler 'unifrm'\. Did you mean 'uniform'\?"),
     ("data.augment=crop", r"Unknown config\.data\.augment 'crop'\."),
     ("data.pad=-1", r"config\.data\.pad must be"),
-    ("model.name=resnet19", r"Unknown model 'resnet19'\. Did you mean 'resnet18'\?"),
+    ("model.name=resnet19", r"Unknown config\.model\.name 'resnet19'\. Did you mean 'resnet18'\?"),
     ("model.depth=11", r"depth of a WideResNet must be 6 n \+ 4"),
-    ("model.dtype=float16", r"Unknown model dtype 'float16'"),
-    ("model.head.name=cosin", r"Unknown head 'cosin'\. Did you mean 'cosine'\?"),
+    ("model.dtype=float16", r"Unknown config\.model\.dtype 'float16'"),
+    ("model.head.name=cosin", r"Unknown config\.model\.head\.name 'cosin'\. Did you mean 'cosine'\?"),
     ("model.head.gamma=nan", r"config\.model\.head\.gamma must be a number in \(-inf, inf\), not nan"),
     ("model.head={'name':'cosine','gama':1}", r"Unknown option of head 'cosine'.* 'gama'\. Did you mean 'gamma'\?"),
     ("model.head={'name':'cosine','scale':'x'}", r"option scale of head 'cosine' must be of type float, not 'x'"),
@@ -94,9 +97,9 @@ VALUES = [
     ("method={'name':'trades','beta':None}", r"config\.method\.beta must be of type float, not None"),
     ("method={}", r"config\.method\.name is missing"),
     ("method={'name':'avmixup','lambda1':1.5}", r"config\.method\.lambda1 must be a number in \[0, 1\], not 1\.5"),
-    ("addons=awpp", r"Unknown addon 'awpp'\. Did you mean 'awp'\? There are: awp, robustlt"),
+    ("addons=awpp", r"Unknown item of config\.addons 'awpp'\. Did you mean 'awp'\? There are: awp, robustlt"),
     ("addons=('awp','awp')", r"config\.addons names 'awp' twice"),
-    ("addons=(1,)", r"each of config\.addons must be of type str, not 1"),
+    ("addons=(1,)", r"Unknown item of config\.addons 1\."),
     ("awp.gamma=-1", r"config\.awp\.gamma must be a number in \[0, inf\), not -1"),
     ("awp.gama=1", r"Unknown entry of config\.awp: 'gama'\. Did you mean 'gamma'\?"),
     ("robustlt.alpha=nan", r"config\.robustlt\.alpha must be a number in \[0, 1\], not nan"),
@@ -109,7 +112,7 @@ VALUES = [
     ("optim.momentum=1", r"config\.optim\.momentum must be a number in \[0, 1\), not 1\.0"),
     ("optim.weight_decay=-1", r"config\.optim\.weight_decay must be"),
     ("optim.schedule=steps", r"Unknown config\.optim\.schedule 'steps'\. Did you mean 'step'\?"),
-    ("optim.drop_epochs=(1,'x')", r"each of config\.optim\.drop_epochs must be a whole number"),
+    ("optim.drop_epochs=(1,'x')", r"item of config\.optim\.drop_epochs must be a whole number"),
     ("optim.drop_factor=0", r"config\.optim\.drop_factor must be"),
     ("optim.first_epoch=2", r"config\.optim\.first_epoch must be a whole number in \[0, 1\], not 2"),
     ("optim.warmup_epochs=-1", r"config\.optim\.warmup_epochs must be"),
@@ -130,7 +133,7 @@ VALUES = [
     ("eval.split=validation", r"config\.eval\.split is 'validation', which needs config\.data\.validation_per_class"),
     ("data.validation_from=rest", r"unused"),
     ("eval.checkpoint=best", r"config\.eval\.checkpoint is 'best', which needs config\.data\.validation_per_class"),
-    ("eval.adjustment.name=bondary", r"Unknown adjustment 'bondary'\. Did you mean 'boundary'\?"),
+    ("eval.adjustment.name=bondary", r"Unknown config\.eval\.adjustment\.name 'bondary'\. Did you mean 'boundary'\?"),
     ("eval.adjustment={'name':'cdt','tau':None}", r"option tau of adjustment 'cdt' must be of type float, not None"),
     ("eval.attacks={'a/b':{'attack':'fgsm','eps':0.1}}", r"each key of config\.eval\.attacks must be a name, .*'a/b'"),
     ("eval.attacks={'':{'attack':'fgsm','eps':0.1}}", r"each key of config\.eval\.attacks must be a name, .*''"),
@@ -143,7 +146,7 @@ VALUES = [
     ("eval.attacks.pgd20={'attack':'pgd','stepsize':1}", r"attacks\.pgd20: Unknown option of pgd 'stepsize'"),
     ("eval.attacks={'clean':{'attack':'fgsm','eps':0.1}}", r"the name 'clean' is reserved for the report"),
     ("eval.attacks={'new':{'attack':'pgd','eps':0.1}}", r"config\.eval\.attacks\.new: .* needs step_size, num_steps"),
-    ("eval.attacks={'new':{'attack':'fgsm','eps':0.1,'norm':'l3'}}", r"Unknown norm 'l3'"),
+    ("eval.attacks={'new':{'attack':'fgsm','eps':0.1,'norm':'l3'}}", r"Unknown config\.eval\.attacks\.new\.norm 'l3'"),
 ]
 
 
@@ -208,6 +211,8 @@ CONFIG_START = (
         ("def get_config():\n    raise ValueError('two\\nlines')", r"mine\.py: two lines"),
         ("def get_config():\n    pass", r"mine\.py must have a function get_config that returns a ConfigDict"),
         (CONFIG_START + "    c.optim.epohcs = 1\n    return c", r"Unknown entry of config: 'optim\.epohcs'\."),
+        (CONFIG_START + "    c.data.equalise = 0.5\n    return c", r"config\.data\.equalise is now config\.data\.res"),
+        (CONFIG_START + "    c.fidelity = 'published'\n    return c", r"config\.fidelity=published is now config\."),
         (CONFIG_START + "    del c.optim.epochs\n    return c", r"config\.optim\.epochs is missing"),
         (CONFIG_START + "    c.attack.eps = None\n    return c", r"config\.attack\.eps must be .*not None"),
         (CONFIG_START + "    c.method.f = print\n    return c", r"config\.method\.f must be of type"),
@@ -259,7 +264,8 @@ def test_traceback_on_demand(monkeypatch):
 
 def test_help_lists_flags(capsys):
     assert main.main(["main", "--help"]) == 0
-    assert "--config=FILE" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "--config=FILE" in printed and "\noptim.epochs " in printed
 
 
 @pytest.mark.parametrize(

@@ -74,6 +74,19 @@ def test_changed_config_is_refused(answer, run):
         assert "config.json is damaged" in answer(*TINY)
 
 
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_run_with_the_entries_of_an_earlier_version_is_refused(answer, run, mode):
+    """In one line, with the new names; the old config would not be accepted any more."""
+    config = json.loads((run / "config.json").read_text())
+    config["data"]["equalise"] = config["data"].pop("resample_balanced")
+    config["fidelity"] = "published"
+    (run / "config.json").write_text(json.dumps(config))
+    printed = answer(*TINY, f"--mode={mode}")
+    assert "config.data.equalise is now config.data.resample_balanced; config.fidelity=published is now" in printed
+    assert "run/config.json has old names (" in printed
+    assert "fidelity=paper): change them in the file, or use another --workdir." in printed
+
+
 def test_entries_without_effect_on_the_run_may_change(run, no_training, tmp_path):
     overrides = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
     assert main.main(["main", *TINY, *overrides, f"--workdir={run}"], no_training) == 0

@@ -181,11 +181,11 @@ def test_balanced_set_has_training_images_only():
     """IR 4: floor(gamma n_min) with gamma = IR / 2 is half of the largest class."""
     data = dataset(np.tile(np.arange(3), 40))
     config = {"imbalance": "exponential", "imbalance_ratio": 4, "validation_per_class": 2}
-    plain, equal = (longtail.long_tailed(data, {**config, **extra}) for extra in ({}, {"equalise": 0.5}))
+    plain, equal = (longtail.long_tailed(data, {**config, **extra}) for extra in ({}, {"resample_balanced": 0.5}))
     assert equal.class_counts == (19, 19, 19) and equal.class_counts_before == plain.class_counts_before
     assert set(equal.train.index) <= set(plain.train.index) and equal.digest != plain.digest
     np.testing.assert_array_equal(equal.validation.index, plain.validation.index)
-    quarter = longtail.long_tailed(data, {"imbalance": "none", "equalise": 0.25})
+    quarter = longtail.long_tailed(data, {"imbalance": "none", "resample_balanced": 0.25})
     assert quarter.class_counts == (10, 10, 10) and len(set(quarter.train.index)) == 30
     assert not np.array_equal((quarter.train.index[:10] - 1000) // 3, np.arange(10)), "random, not the first ones"
 

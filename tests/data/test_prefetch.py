@@ -110,21 +110,21 @@ def sizes(tmp_path):
 
 def test_large_set_is_decoded_at_each_access(sizes):
     """Images equal those of the decoded set; a set that has a cache is read from it."""
-    large = load({**sizes, "resident_gib": 0})
+    large = load({**sizes, "max_device_gib": 0})
     assert isinstance(large.train.image, images.LazyImages) and isinstance(large.test.image, images.LazyImages)
     assert large.train.image.shape == (14, 6, 6, 3) and large.train.image.nbytes == 14 * 108
-    small = load({**sizes, "resident_gib": 1})
+    small = load({**sizes, "max_device_gib": 1})
     assert isinstance(small.train.image, np.ndarray)
     np.testing.assert_array_equal(large.train.image, small.train.image)
     np.testing.assert_array_equal(large.train.label, small.train.label)
     for batch, decoded in zip(read(large.train), read(small.train), strict=True):
         np.testing.assert_array_equal(batch["image"], decoded["image"])
-    assert isinstance(load({**sizes, "resident_gib": 0}).train.image, np.ndarray), "the cache exists now"
+    assert isinstance(load({**sizes, "max_device_gib": 0}).train.image, np.ndarray), "the cache exists now"
 
 
 def test_long_tailed_subset_of_encoded_images(sizes, monkeypatch):
     monkeypatch.setattr(images, "CHUNK", 2)  # several threads
-    dataset = load({**sizes, "resident_gib": 0})
+    dataset = load({**sizes, "max_device_gib": 0})
     cut = long_tailed(dataset, {"class_counts": (4, 3, 1), "validation_per_class": 0})
     assert isinstance(cut.train.image, images.LazyImages) and cut.class_counts == (4, 3, 1)
     rows = np.array([7, 0, 3])
@@ -138,14 +138,14 @@ def test_labels_of_large_splits_are_cached(sizes, monkeypatch, caplog):
     monkeypatch.setattr(tfds_source, "LABEL_CACHE_BYTES", 0)
     calls, original = [], tfds_source._original_indices
     monkeypatch.setattr(tfds_source, "_original_indices", lambda ids: calls.append(1) or original(ids))
-    first = load({**sizes, "resident_gib": 0})
-    again = load({**sizes, "resident_gib": 0})
+    first = load({**sizes, "max_device_gib": 0})
+    again = load({**sizes, "max_device_gib": 0})
     assert len(calls) == 2, "once for each split"
     assert first.digest == again.digest
     np.testing.assert_array_equal(first.train.label, again.train.label)
     (file,) = (f for f in Path(sizes["data_dir"], "lt_adv_cache").glob("all_sizes-train-labels*.npz"))
     file.write_bytes(file.read_bytes()[:40])
-    assert load({**sizes, "resident_gib": 0}).digest == first.digest
+    assert load({**sizes, "max_device_gib": 0}).digest == first.digest
     assert "all_sizes-train-labels" in caplog.text and "is rebuilt" in caplog.text
 
 
@@ -154,7 +154,7 @@ def test_unreadable_image_is_named_at_its_access(tmp_path):
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(png(np.zeros((6, 6, 3), np.uint8)))
-    config = {"name": "image_folder", "path": str(tmp_path), "data_dir": str(tmp_path / "data"), "resident_gib": 0}
+    config = {"name": "image_folder", "path": str(tmp_path), "data_dir": str(tmp_path / "data"), "max_device_gib": 0}
     data = load(config)
     content = (tmp_path / "train/b/1.png").read_bytes()
     (tmp_path / "train/b/1.png").write_bytes(content[:40])

@@ -149,7 +149,7 @@ def test_class_aware_rows_sample_in_cycles_in_the_released_code(name, streamed):
     """Each of ten classes 5 to 8 times in a batch of 64, where independent draws leave that to chance."""
     for fidelity in FIDELITIES:
         config = get(name, fidelity, "dataset=digits")
-        config.data.resident_gib = 0.0 if streamed else 8.0
+        config.data.max_device_gib = 0.0 if streamed else 8.0
         mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
         built = stage_builder.build(Experiment.from_config(config, mesh=mesh).resolved_stages[0], mesh)
         with built.pipeline.batches(0, 8) as batches:  # a resident set has the labels of a block of steps

@@ -90,7 +90,11 @@ def test_stages():
     config.average.start_epoch = 50
     teacher, student = Experiment.from_config(config).stages
     assert (teacher.epochs, student.epochs, student.teacher, student.init) == (30, 100, "previous", "fresh")
-    assert teacher.overrides == {"data.equalise": 0.5, "optim.drop_epochs": (23, 27), "average.start_epoch": 15}
+    assert teacher.overrides == {
+        "data.resample_balanced": 0.5,
+        "optim.drop_epochs": (23, 27),
+        "average.start_epoch": 15,
+    }
     assert not student.overrides and config.optim.drop_epochs == (75, 90)
 
 

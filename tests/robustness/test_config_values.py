@@ -37,7 +37,7 @@ VALID: Mapping[str, Sequence[Any]] = {
     "data.class_counts": ((8,) * 10, (100, 9, 8, 7, 6, 5, 4, 3, 2, 1)),
     "data.validation_per_class": (0, 11),
     "data.validation_from": ("unused",),
-    "data.equalise": (0.0, 0.1, 1.0),
+    "data.resample_balanced": (0.0, 0.1, 1.0),
     "data.split_seed": (0, 4294967295),
     "data.sampler": ("uniform", "class_aware"),
     "data.augment": ("none", "crop_flip"),

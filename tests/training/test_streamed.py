@@ -56,14 +56,14 @@ def check_equals_resident(parallel, devices, caplog, **options):
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "class_aware"])
-def test_a_set_larger_than_resident_gib_is_streamed(sampler):
+def test_a_set_larger_than_max_device_gib_is_streamed(sampler):
     """A set that is one byte larger than the limit is streamed, with the sampler of the config."""
     config = robal.get_config("dataset=digits,epochs=1")
     config.data.sampler = sampler
     long_tailed = data.long_tailed(data.load(config.data), config.data)
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     for fits, size in ((True, long_tailed.train.image.nbytes), (False, long_tailed.train.image.nbytes - 1)):
-        config.data.resident_gib = size / 2**30
+        config.data.max_device_gib = size / 2**30
         pipeline = stage_builder.build(Experiment.from_config(config, mesh=mesh).resolved_stages[0], mesh).pipeline
         assert isinstance(pipeline.example["image"], jax.Array) == fits
         with pipeline.batches(0, 1) as batches:
