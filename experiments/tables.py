@@ -27,7 +27,6 @@ from typing import Any
 from configs import common
 from experiments import fault_tables
 from experiments.benchmark import tables as speed
-from experiments.config_entries import MEANING
 from experiments.study import findings
 from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
@@ -203,12 +202,17 @@ def headline(results: Path = RESULTS) -> str:
     return table(["", *columns], body)
 
 
-def configuration() -> str:
-    """Every entry that all configs have, by section: its default for CIFAR-10 and its meaning."""
+def configuration(page: Path = ROOT / "docs" / "configuration.md") -> str:
+    """Every entry that all configs have, by section: its default for CIFAR-10, and its meaning as in the page.
+
+    Raises:
+      KeyError: the page has a row for an entry that the configs lack.
+    """
+    meaning = dict(re.findall(r"^\| `([\w.]+)` \|.*\| (.+) \|$", page.read_text(), re.MULTILINE))
     defaults = schema.flatten(common.get("cifar10", epochs=80, drop_epochs=(60, 75), of=80).to_dict())
     blocks = []
-    for section, names in itertools.groupby(MEANING, key=lambda name: name.partition(".")[0] if "." in name else ""):
-        rows = [[f"`{name}`", f"`{_literal(defaults[name])}`", MEANING[name]] for name in names]
+    for section, names in itertools.groupby(meaning, key=lambda name: name.partition(".")[0] if "." in name else ""):
+        rows = [[f"`{name}`", f"`{_literal(defaults[name])}`", meaning[name]] for name in names]
         blocks += [f"### {section}"] * bool(section) + [table(["Entry", "Default", "Meaning"], rows, left=3)]
     return "\n\n".join(blocks)
 
@@ -241,8 +245,7 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
     records = speed.read(results / "benchmark").get(kind)
     if not records:
         return f"`{kind}`: {NOT_YET}; `python -m experiments.benchmark {speed.COMMANDS[kind]}` measures it."
-    head, rows = speed.TABLES[kind](records)
-    return table(head, rows, left=3)
+    return table(*speed.table(kind, records), left=3)
 
 
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}

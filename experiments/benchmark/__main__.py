@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import measurements, record, summary, tables, target
-from experiments.options import Parser, name, one_of, positive, some
+from experiments.options import Parser, name, one_of, positive, run_command, some
 from lt_adv.cli import flags
 from lt_adv.runtime import registry
 
@@ -67,12 +67,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
         ValueError: one line, for an invalid command line.
     """
     positive_ints = some(positive(int))
-    parser = Parser(prog="python -m experiments.benchmark", allow_abbrev=False, add_help=False)
-    subparsers = parser.add_subparsers(
-        dest="kind", required=True, metavar="/".join(measurements.MEASUREMENTS), parser_class=Parser
-    )
+    parser = Parser(prog="python -m experiments.benchmark")
+    subparsers = parser.add_subparsers(dest="kind", required=True, metavar="/".join(measurements.MEASUREMENTS))
     for kind in measurements.MEASUREMENTS:
-        sub = subparsers.add_parser(kind, allow_abbrev=False, add_help=False)
+        sub = subparsers.add_parser(kind)
         sub.add_argument("--runs", type=positive(int), default=5)
         sub.add_argument("--seconds", type=positive(float), default=20.0)
         sub.add_argument("--name", type=name)
@@ -107,34 +105,31 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
     return options, rest, flags.parse(["benchmark", *rest]).config
 
 
-def main(argv: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        options, config_arguments, config = parse(argv)
-        from lt_adv.cli import schema  # imports jax, which takes seconds: invalid arguments are refused first
-        from lt_adv.evaluation.report import table
+def run(argv: Sequence[str]) -> int:
+    options, config_arguments, config = parse(argv)
+    from lt_adv.cli import schema  # imports jax, which takes seconds: invalid arguments are refused first
+    from lt_adv.evaluation.report import table
 
-        schema.validate(config)
-    except ValueError as error:
-        print("Error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    schema.validate(config)
     result = record.new(options.kind, argv, config)
     fields = result["config"]
     default_name = "-".join([options.kind, *(str(fields[n]) for n in ("method", "network", "dtype", "batch_size"))])
     path = options.out / f"{options.name or default_name}.json"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit still prints the results so far
     try:
-        measurements.MEASUREMENTS[options.kind](result, config_arguments, options, lambda: record.write(path, result))
+        measurements.run(result, config_arguments, options, lambda: record.write(path, result))
     except KeyboardInterrupt:
         result["error"] = "stopped before the last round"
         record.write(path, result)
-    print(table(*tables.TABLES[options.kind]([result]), left=3))
+    print(table(*tables.table(options.kind, [result]), left=3))
     print(path)
     for line in summary.errors(result):
         print("Failed:", line, file=sys.stderr)
     return 1 if summary.errors(result) else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    return run_command(run, argv, __doc__)
 
 
 if __name__ == "__main__":
