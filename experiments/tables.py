@@ -40,6 +40,7 @@ from lt_adv.evaluation.report import table
 ROOT = Path(__file__).parents[1]
 CONFIGS, RESULTS = ROOT / "configs", ROOT / "experiments" / "results"
 FULL, SUBSET, ABLATION, NOT_YET = "full", "subset", "ablation", "not measured yet"
+VARIANTS = (ABLATION, "precision")  # beginnings of the names of studies that compare variants of a row
 NO_NUMBER = "no published number under this protocol that we could read"
 JPEG_ROWS = {"robal": "RoBal-N", "at_bsl": "AT-BSL", "at": "AT"}
 HEADLINE = ("at", "at_bsl", "reat", "robal", "self_distillation", "lt_adv")  # rows of the study in README.md
@@ -112,7 +113,7 @@ def on_test_images(results: Path) -> dict[str, list[tuple[str, Runs]]]:
     config alone.
     """
     measurements: dict[str, list[tuple[str, Runs]]] = {}
-    for folder in sorted(path for path in results.glob("*/") if not path.name.startswith(ABLATION)):
+    for folder in sorted(path for path in results.glob("*/") if not path.name.startswith(VARIANTS)):
         by_part = read(folder)
         for name in dict.fromkeys(name for name, _ in by_part):
             runs = by_part.get((name, FULL)) or by_part.get((name, SUBSET))
@@ -126,7 +127,7 @@ def on_test_images(results: Path) -> dict[str, list[tuple[str, Runs]]]:
 
 
 def jpeg_rows(results: Path = RESULTS) -> str:
-    """RoBal-N, AT-BSL and AT at the same budget: the whole test set, then the subset with all attacks."""
+    """RoBal-N, AT-BSL and AT at the same budget: the full test set, then the subset with all attacks."""
     runs = read(results / "jpeg_rows")
     if not runs:
         return f"CIFAR-10 (JPEG copy): {NOT_YET}."
@@ -161,27 +162,27 @@ def _part(runs: Results, part: str) -> list[str]:
 
 
 def precision(results: Path = RESULTS) -> str:
-    """Accuracies of `experiments.precision`, one row per precision: mean and standard deviation over the seeds."""
-    head = ["Device", "Config", "Precision", "Seeds", "Clean, balanced", "PGD-20, balanced", "PGD-20, tail"]
-    rows = []
-    for path in sorted((results / "precision").glob("*.json")):
-        record = json.loads(path.read_text())
-        for name in dict.fromkeys(run["precision"] for run in record["runs"]):
-            runs = [{"report": run} for run in record["runs"] if run["precision"] == name]
-            row = [record["header"]["device"], path.stem, name, str(len(runs))]
-            rows.append([*row, *(figure(runs, metric) for metric in runs[0]["report"]["metrics"])])
-    command = "python -m experiments.precision --name=robal-digits --config=configs/robal.py:dataset=digits"
-    return table(head, rows, left=3) if rows else f"Precision: {NOT_YET}; `{command}` measures it."
+    """The study `precision`, one row per precision: mean and standard deviation over the seeds."""
+    path = results / "precision" / "table.json"
+    if not path.exists():
+        return f"Precision: {NOT_YET}; `python -m experiments.study --preset=precision --scales=none` measures it."
+    made = json.loads(path.read_text())
+    metrics = {f"{title(c)}, balanced": f"eval/{c}/balanced_accuracy" for c in ("clean", "pgd20")}
+    head, rows = study_tables.accuracies(made, "Precision", metrics | {"PGD-20, tail": "eval/pgd20/accuracy_tail"})
+    for cells, row in zip(rows, made["rows"].values(), strict=True):
+        cells.insert(1, str(len(row["seeds"])))
+    head.insert(1, "Seeds")
+    return f"{study_tables.sentence(made)}\n\n{table(head, rows)}"
 
 
 def study(results: Path = RESULTS) -> str:
-    """Every study of `experiments.study` but the ablations: all images, the groups, and its pictures."""
+    """Every study of `experiments.study` that compares methods: all images, the groups, and its pictures."""
     blocks = []
-    for path in sorted(path for path in results.glob("*/table.json") if not path.parent.name.startswith(ABLATION)):
+    for path in sorted(path for path in results.glob("*/table.json") if not path.parent.name.startswith(VARIANTS)):
         made = json.loads(path.read_text())
         pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
         tables = [study_tables.all_images(made, published=False), study_tables.groups(made)]
-        tables += [*study_tables.verdicts(made), *findings.tables(made)]
+        tables += [*study_tables.masking_reasons(made), *findings.tables(made)]
         blocks.append(f"**{made['study']}.** {study_tables.page(made, tables, pictures)}")
     return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
 
