@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from configs import common
-from experiments import fault_tables
 from experiments.benchmark import tables as speed
 from experiments.study import findings
 from experiments.study import tables as study_tables
@@ -43,6 +42,14 @@ FULL, SUBSET, ABLATION, NOT_YET = "full", "subset", "ablation", "not measured ye
 VARIANTS = (ABLATION, "precision")  # beginnings of the names of studies that compare variants of a row
 NO_NUMBER = "no published number under this protocol that we could read"
 JPEG_ROWS = {"robal": "RoBal-N", "at_bsl": "AT-BSL", "at": "AT"}
+FAULT_COLUMNS = (
+    "Point",
+    "What happens",
+    "Faults",
+    "Failed",
+    "Fell back to an earlier checkpoint",
+    "Steps lost at most",
+)
 HEADLINE = ("at", "at_bsl", "reat", "robal", "self_distillation", "lt_adv")  # rows of the study in README.md
 
 Runs = Sequence[Mapping[str, Any]]  # a result per seed
@@ -237,8 +244,31 @@ def _unmeasured(what: str, preset: str) -> str:
 
 
 def faults(results: Path = RESULTS) -> str:
-    """The fault campaign of tests/robustness/test_faults.py."""
-    return fault_tables.page(results / "faults")
+    """Fault injection: a sentence for each campaign, and a row per point for those that verify digests."""
+    records = [json.loads(path.read_text()) for path in sorted((results / "faults").glob("*.json"))]
+    blocks = []
+    for record in sorted(records, key=lambda record: not record["digest"]):
+        points, machine, ends = record["points"], record["machine"], [run["end"] for run in record["runs"]]
+        total, failed = (sum(row[count] for row in points.values()) for count in ("faults", "failed"))
+        text = (
+            f"{total} faults at {len(points)} points, {failed} of them failed; {ends.count('the same')} of {len(ends)} "
+        )
+        text += f"runs ended like the run without faults ({machine['cores']} cores of {machine['cpu']}, "
+        text += f"jax {record['versions']['jax']}, commit {record['commit']})."
+        if not record["digest"]:
+            text = f"With the digest of checkpoints switched off: {text} A run that diverged fails at each later fault."
+        blocks.append(text)
+        if record["digest"]:
+            counts = {
+                name: [row["faults"], row["failed"], row["fell_back"] or "", row["lost"]]
+                for name, row in points.items()
+            }
+            rows = [
+                [f"`{name}`", points[name]["words"], *("" if n is None else str(n) for n in counts[name])]
+                for name in points
+            ]
+            blocks.append(table(FAULT_COLUMNS, rows, left=2))
+    return "\n\n".join(blocks) or f"Faults: {NOT_YET}; `pytest -m faults --faults=10` measures them."
 
 
 def benchmark(kind: str, results: Path = RESULTS) -> str:

@@ -44,10 +44,11 @@ from typing import Any
 
 from experiments.benchmark import measurements, record, summary, tables, target
 from experiments.options import Parser, name, one_of, positive, run_command, some
+from experiments.pytorch_baseline import SETTINGS
 from lt_adv.cli import flags
 from lt_adv.runtime import registry
 
-FRAMEWORKS = ("jax", "released", "tuned")
+FRAMEWORKS = ("jax", *SETTINGS)
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # those of the PyTorch baseline
 # With --golden the processes read nothing but the batch size from the config.
 GOLDEN = ("--config=configs/at.py:dataset=digits", "--config.eval.batch_size=500")

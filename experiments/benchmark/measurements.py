@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from experiments.benchmark import record as records
 from experiments.benchmark import summary, target
+from experiments.pytorch_baseline import SETTINGS
 
 Record = dict[str, Any]
 PEAK_SECONDS = 2.0
@@ -42,12 +43,12 @@ class Plan(NamedTuple):
 def step(record: Record, config: Sequence[str], options: Namespace) -> Plan:
     """Times the training step of JAX and of the PyTorch baseline in turn, each time in a fresh process."""
     seconds = {"seconds": options.seconds}
-    tasks = {name: Task("torch_step", {"setting": name, **seconds}, JAX_ON_CPU) for name in ("released", "tuned")}
+    tasks = {name: Task("torch_step", {"setting": name, **seconds}, JAX_ON_CPU) for name in SETTINGS}
     tasks["jax"] = Task("jax_step", seconds)
     record["flops"] = records.launch("flops", config)
     flops = dict.fromkeys(tasks, record["flops"]["step"]) if "step" in record["flops"] else {}
     selected = {name: tasks[name] for name in options.frameworks}
-    return Plan(lambda _: selected, {name: (name, "jax") for name in ("released", "tuned")}, flops)
+    return Plan(lambda _: selected, {name: (name, "jax") for name in SETTINGS}, flops)
 
 
 def profile(record: Record, config: Sequence[str], options: Namespace) -> Plan:
@@ -125,9 +126,7 @@ def first_step(config: Sequence[str], environment: Mapping[str, str], *, workdir
     line = Path(workdir) / "timing.jsonl"
     with tempfile.TemporaryFile("w+") as stderr:
         begin = time.perf_counter()
-        process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, **environment}
-        )
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=stderr, env={**os.environ, **environment})
         try:
             while not line.exists():
                 if process.poll() is not None:

@@ -1,5 +1,6 @@
 """One training step in PyTorch: as in the authors' code, and as fast as we can make it in PyTorch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,15 +11,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.pytorch_baseline import attack, methods, models, weights
+from experiments.pytorch_baseline import SETTINGS, attack, methods, models, weights
 from experiments.pytorch_baseline.data import Batches
-from lt_adv.data import LongTailed, augment
+from lt_adv.cli import schema
+from lt_adv.data import LongTailed
 from lt_adv.runtime import registry
 from lt_adv.training import optimizer, stage_builder
 
-SETTINGS = ("released", "tuned")
-# Config entries with only one supported value.
-FIXED = {"data.sampler": "uniform", "average.name": "none", "model.dropout": 0.0}
+SUPPORTED = {  # entry of the config -> supported values, of which the first is the default
+    "data.sampler": ("uniform",),
+    "data.augment": ("none", "crop_flip"),
+    "average.name": ("none",),
+    "model.dropout": (0.0,),
+    "addons": ((),),
+}
 
 
 class Trainer:
@@ -100,15 +106,10 @@ class Trainer:
             fused=True if self._tuned else None,
         )
         self._method = (methods.SHARED if self._tuned else methods.RELEASED)[config.method.name]
-        self._target, self._objective, self._loss = self._attack_target, self._attack_objective, self._training_loss
-        self._update: Callable[..., Tensor] = self._eager_update
-        if self._tuned and compiled:
-            self._target, self._objective, self._loss = (
-                torch.compile(part, fullgraph=True, dynamic=False)
-                for part in (self._target, self._objective, self._loss)
-            )
-            if on_gpu:
-                self._update = Graphed(self._update)
+        compiled, jit = compiled and self._tuned, functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        parts = (self._attack_target, self._attack_objective, self._training_loss)
+        self._target, self._objective, self._loss = map(jit, parts) if compiled else parts
+        self._update = Graphed(self._eager_update) if compiled and on_gpu else self._eager_update
 
     def step(self) -> Tensor:
         """Trains on the next batch and returns the loss on the device, without waiting for it."""
@@ -118,12 +119,11 @@ class Trainer:
 
     def step_on(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
         """Trains on images [b, c, h, w] in [0, 1] and labels [b]; the attack starts at `image + noise`."""
-        rate = self._rates[min(self.steps, len(self._rates) - 1)]
-        for group in self._optimiser.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        rate, (group,) = self._rates[min(self.steps, len(self._rates) - 1)], self._optimiser.param_groups
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
         self.steps += 1
         image, noise = (a.contiguous(memory_format=self._layout) for a in (image, noise))
         return self._update(image, label, noise)
@@ -210,16 +210,11 @@ def options_of(config: ml_collections.ConfigDict) -> Any:
     name = config.method.name
     if name not in methods.SHARED:
         raise registry.unknown("method of the PyTorch baseline:", name, methods.SHARED)
-    for path, value in FIXED.items():
-        section, entry = path.split(".")
-        if (actual := config[section].get(entry, value)) != value:
-            raise ValueError(f"config.{path} = {actual!r}: the PyTorch baseline supports only {value!r}.")
-    if config.data.augment in augment.POLICIES:
-        raise ValueError(
-            f"config.data.augment = {config.data.augment!r}: the PyTorch baseline supports crop_flip and none."
-        )
-    if config.addons:
-        raise ValueError(f"config.addons = {config.addons!r}: the PyTorch baseline supports none.")
+    entries = schema.flatten(config.to_dict())
+    for entry, supported in SUPPORTED.items():
+        if entries.get(entry, supported[0]) not in supported:
+            choices = " or ".join(map(repr, supported))
+            raise ValueError(f"config.{entry} = {entries[entry]!r}: the PyTorch baseline supports only {choices}.")
     (stage,) = stage_builder.stages(config)
     return stage.method
 

@@ -123,7 +123,8 @@ def sentence(summary: Summary) -> str:
     if "autoattack_images" in about:
         text += f" AutoAttack on {about['autoattack_images']} of them, one seed; it is not in the worst case."
     if "baseline" in about:
-        text += f" Gradient masking is judged by the gain over {about['baseline']}, on {about['judged_images']} images, one seed."
+        text += f" Gradient masking: checks of the gain over {about['baseline']}, on {about['judged_images']} images, "
+        text += "one seed."
     if about["different"]:
         text += f" Not the same for all rows: {', '.join(about['different']).replace('_', ' ')}."
     return text + " Accuracy in per cent; ± is the standard deviation over the seeds."
