@@ -36,7 +36,7 @@ def results(monkeypatch):
 @pytest.fixture
 def made(results):
     sweeps = {name: [run(0, swept=True)] for name in ("at", "robal")}
-    return {"study": "s", **summary.summarise(results, sweeps, {"cdt-seed0-full": "no such thing"}, PUBLISHED)}
+    return {"study": "s", **summary.summarise(results, PUBLISHED, {"cdt-seed0-full": "no such thing"}, scales=sweeps)}
 
 
 def test_autoattack_on_fewer_images_has_a_column_and_a_sentence(results):
@@ -44,7 +44,7 @@ def test_autoattack_on_fewer_images_has_a_column_and_a_sentence(results):
     smaller["report"]["header"]["images"] = 12
     metrics = smaller["report"]["metrics"]
     metrics |= {"eval/autoattack/accuracy": 0.25, "eval/autoattack/accuracy_tail": 0.125, "eval/worst/accuracy": 0.2}
-    made = summary.summarise(results, {}, {}, PUBLISHED, {"at": [smaller]})
+    made = summary.summarise(results, PUBLISHED, {}, autoattack={"at": [smaller]})
     figures = made["rows"]["at"]["figures"]
     assert figures["eval/autoattack/accuracy"]["values"] == [0.25]
     assert figures["eval/worst/accuracy"]["values"] != [0.2], "on all images"
@@ -166,7 +166,7 @@ def test_plots_show_the_figures(made):
 
 
 def test_without_a_sweep_there_is_no_plot_of_it(results):
-    assert "logit_scale" not in plots.draw(summary.summarise(results, {}, {}, {}))
+    assert "logit_scale" not in plots.draw(summary.summarise(results, {}, {}))
 
 
 def test_labels_do_not_cover_each_other(made, monkeypatch):
@@ -198,7 +198,7 @@ def test_panels_in_several_lines(made):
 
 def test_plot_of_many_classes():
     rows = {"at": [run(0, classes=100)], "robal": [run(1, classes=100)]}
-    figure = plots.draw(summary.summarise(rows, {}, {}, {}))["classes"]
+    figure = plots.draw(summary.summarise(rows, {}, {}))["classes"]
     assert len(figure.axes[0].lines[0].get_xdata()) == 100 and len(png(figure)) > 10_000
 
 
@@ -241,5 +241,5 @@ def test_documentation_has_the_ablations(made, tmp_path):
 
 def test_summary_names_the_varied_row(monkeypatch):
     monkeypatch.setitem(ROWS, "at_twice", Row("AT, twice", "at", varies="at"))
-    rows = summary.summarise({"at": [run(0)], "at_twice": [run(1)]}, {}, {}, {})["rows"]
+    rows = summary.summarise({"at": [run(0)], "at_twice": [run(1)]}, {}, {})["rows"]
     assert (rows["at"]["varies"], rows["at_twice"]["varies"]) == (None, "at")
