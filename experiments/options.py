@@ -19,6 +19,15 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
 
+    def parse_with_config(self, argv: Sequence[str], config: str) -> tuple[argparse.Namespace, list[str]]:
+        """Returns (options, the other arguments), all of which begin with a match of `config`."""
+        options, rest = self.parse_known_args(argv)
+        for argument in rest:
+            if not re.match(config, argument):
+                known = [f"--{option.replace('_', '-')}" for option in vars(options)]
+                raise registry.unknown("option", argument.partition("=")[0], [*known, "--config"])
+        return options, rest
+
 
 def run_command(command: Callable[[Sequence[str]], int], argv: Sequence[str], usage: str | None) -> int:
     """Returns the exit code of `command(argv)`; 2 after one line for a user error, 0 after `usage` for --help."""

@@ -250,24 +250,18 @@ def faults(results: Path = RESULTS) -> str:
     for record in sorted(records, key=lambda record: not record["digest"]):
         points, machine, ends = record["points"], record["machine"], [run["end"] for run in record["runs"]]
         total, failed = (sum(row[count] for row in points.values()) for count in ("faults", "failed"))
-        text = (
-            f"{total} faults at {len(points)} points, {failed} of them failed; {ends.count('the same')} of {len(ends)} "
-        )
-        text += f"runs ended like the run without faults ({machine['cores']} cores of {machine['cpu']}, "
+        text = f"{total} faults at {len(points)} points, {failed} of them failed; {ends.count('the same')} of "
+        text += f"{len(ends)} runs ended like the run without faults ({machine['cores']} cores of {machine['cpu']}, "
         text += f"jax {record['versions']['jax']}, commit {record['commit']})."
         if not record["digest"]:
             text = f"With the digest of checkpoints switched off: {text} A run that diverged fails at each later fault."
-        blocks.append(text)
-        if record["digest"]:
-            counts = {
-                name: [row["faults"], row["failed"], row["fell_back"] or "", row["lost"]]
-                for name, row in points.items()
-            }
-            rows = [
-                [f"`{name}`", points[name]["words"], *("" if n is None else str(n) for n in counts[name])]
-                for name in points
-            ]
-            blocks.append(table(FAULT_COLUMNS, rows, left=2))
+            blocks.append(text)
+            continue
+        rows = []
+        for name, row in points.items():
+            counts = (row["faults"], row["failed"], row["fell_back"] or None, row["lost"])
+            rows.append([f"`{name}`", row["words"], *("" if count is None else str(count) for count in counts)])
+        blocks += [text, table(FAULT_COLUMNS, rows, left=2)]
     return "\n\n".join(blocks) or f"Faults: {NOT_YET}; `pytest -m faults --faults=10` measures them."
 
 

@@ -44,12 +44,10 @@ from typing import Any
 
 from experiments.benchmark import measurements, record, summary, tables, target
 from experiments.options import Parser, name, one_of, positive, run_command, some
-from experiments.pytorch_baseline import SETTINGS
+from experiments.pytorch_baseline import ATTACKS, SETTINGS
 from lt_adv.cli import flags
-from lt_adv.runtime import registry
 
 FRAMEWORKS = ("jax", *SETTINGS)
-ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # those of the PyTorch baseline
 # With --golden the processes read nothing but the batch size from the config.
 GOLDEN = ("--config=configs/at.py:dataset=digits", "--config.eval.batch_size=500")
 
@@ -91,7 +89,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
         if kind == "scaling":
             for option in ("--batch-size", "--depth", "--num-steps", "--devices"):
                 sub.add_argument(option, type=positive_ints, default=[])
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_with_config(argv, r"--?(no)?config\b")
     if options.kind == "scaling" and not (options.batch_size or options.depth or options.num_steps or options.devices):
         raise ValueError("scaling needs at least one of --batch-size, --depth, --num-steps and --devices.")
     if getattr(options, "golden", None):
@@ -99,10 +97,6 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
             raise ValueError("--golden brings its network and images: leave out --config and --workdir.")
         options.alone, options.name = True, options.name or f"autoattack-golden-{options.golden}"
         rest = [*GOLDEN, *rest]
-    for argument in rest:
-        if argument.startswith("-") and not re.match(r"--?(no)?config\b", argument):
-            known = [f"--{option.replace('_', '-')}" for option in vars(options) if option != "kind"]
-            raise registry.unknown("option", argument.partition("=")[0], [*known, "--config"])
     return options, rest, flags.parse(["benchmark", *rest]).config
 
 

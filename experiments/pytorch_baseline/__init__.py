@@ -5,3 +5,4 @@ one step of lt_adv in float64. Needs the extra `torch`, but importing the packag
 """
 
 SETTINGS = ("released", "tuned")  # described in step.py
+ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # of autoattack.py

@@ -30,21 +30,17 @@ SUPPORTED = {  # entry of the config -> supported values, of which the first is 
 class Trainer:
     """Network, data and optimiser of `config` in PyTorch; `step()` trains on one batch.
 
-    released  eager and float32, every forward of the authors' code (`methods.RELEASED`), gradients of the
-              attack by torch.autograd.grad in a Python loop, torch.optim.SGD, PyTorch's defaults (on a GPU these
-              allow TF32 in convolutions).
-    tuned     each forward once, parameters frozen during the attack, attack gradient and loss through torch.compile,
-              fused SGD. On a GPU also channels_last, bfloat16 autocast around the backbone, TF32 for float32,
-              cudnn.benchmark, and the full step as one CUDA graph. On a CPU autocast where config.model.dtype is
-              "bfloat16".
+    released  eager and float32, every forward of the authors' code (`methods.RELEASED`), attack as a Python loop,
+              torch.optim.SGD, PyTorch's defaults (on a GPU these allow TF32 in convolutions).
+    tuned     each forward once, parameters frozen during the attack, torch.compile, fused SGD; bfloat16 autocast around
+              the backbone on a GPU, and on a CPU if config.model.dtype is "bfloat16". On a GPU also channels_last, TF32
+              for float32, cudnn.benchmark, and the full step as one CUDA graph.
 
     Both keep the uint8 images on the device and draw, crop and flip there, which is faster than the authors' DataLoader
-    on the host. Logits and losses are at least float32. model.dtype is the only dtype of the config that is read: as
-    described above, and "float64" makes everything float64, for comparisons. Batches and starts are random and differ
-    from those of lt_adv.
+    on the host. Logits and losses are at least float32; model.dtype "float64" makes everything float64, for
+    comparisons. Other dtypes of the config are ignored. Batches and starts are random and differ from those of lt_adv.
 
-    Start the process with JAX_PLATFORMS=cpu: jax only evaluates the learning rate, but would reserve most of the GPU's
-    memory.
+    Start the process with JAX_PLATFORMS=cpu, or JAX reserves most of the GPU's memory for the learning rate.
 
     Args:
         config: a config of lt_adv.
@@ -127,12 +123,6 @@ class Trainer:
         self.steps += 1
         image, noise = (a.contiguous(memory_format=self._layout) for a in (image, noise))
         return self._update(image, label, noise)
-
-    def logits(self, image: Tensor) -> Tensor:
-        """Returns logits in evaluation mode, with the running statistics."""
-        self.model.eval()
-        with torch.no_grad():
-            return self._logits(image.contiguous(memory_format=self._layout))
 
     def variables(self) -> dict[str, Any]:
         """Returns the weights and running statistics as flax variables of numpy arrays."""

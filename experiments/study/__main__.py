@@ -40,7 +40,7 @@ from experiments.study.rows import PRESETS, ROWS, Preset, with_bases
 from experiments.tables import CONFIGS, RESULTS, fields
 from lt_adv.cli import flags
 from lt_adv.evaluation.report import table
-from lt_adv.runtime import atomic_io, registry
+from lt_adv.runtime import atomic_io
 
 
 def seed(text: str) -> int:
@@ -75,11 +75,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     parser.add_argument("--name", type=name)
     parser.add_argument("--workdirs", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options, overrides = parser.parse_known_args(argv)
-    for argument in overrides:
-        if not re.match(flags.OVERRIDE, argument):
-            known = [f"--{option}" for option in vars(options)]
-            raise registry.unknown("option", argument.partition("=")[0], [*known, "--config.x.y=z"])
+    options, overrides = parser.parse_with_config(argv, flags.OVERRIDE)
     preset = PRESETS.get(options.preset, Preset())
     dataset = options.dataset or preset.dataset
     study_name = options.name or options.preset or dataset

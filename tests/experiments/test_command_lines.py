@@ -24,7 +24,7 @@ BENCHMARK = [
     (["step"], "--config is missing"),
     (["step", DIGITS, "--rnus=3"], "Did you mean '--runs'?"),
     (["step", DIGITS, "--workdir=w"], "Unknown option '--workdir'"),
-    (["step", DIGITS, "stray"], "Unexpected argument 'stray'"),
+    (["step", DIGITS, "stray"], "Unknown option 'stray'"),
     (["step", DIGITS, "--runs=0"], "--runs: must be above 0"),
     (["step", DIGITS, "--runs=two"], "--runs: must be a number of type int, not 'two'"),
     (["step", DIGITS, "--seconds=nan"], "--seconds: must be above 0"),

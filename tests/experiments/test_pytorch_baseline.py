@@ -101,14 +101,8 @@ class Step:
 def lt_adv_step(config: ml_collections.ConfigDict) -> Step:
     split, mesh, key = images_of(config), sharding.make_mesh(jax.devices()[:1]), jax.random.key(5)
     train, (stage,), before = split.train, stage_builder.stages(config), first_variables(config)
-    counts = np.array(split.class_counts)
-    info = DataInfo(
-        class_counts=counts,
-        steps_per_epoch=len(train) // BATCH,
-        epochs=1,
-        image_shape=train.image.shape[1:],
-        num_features=stage_builder.shapes(config, split)[1],
-    )
+    num_features = stage_builder.shapes(config, split)[1]
+    info = DataInfo(np.array(split.class_counts), len(train) // BATCH, 1, train.image.shape[1:], num_features)
     # The random numbers of the step, from its keys.
     epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
     rows = device_dataset.batch_indices(epoch_key, 0, num_examples=len(train), batch_size=BATCH)
@@ -140,16 +134,12 @@ def take(trainer: Trainer, step: Step) -> float:
 
 def values_per_channel(trainer: Trainer, image: np.ndarray) -> dict:
     """Returns path of a running variance -> number of batch values per channel."""
-    counts, handles = {}, []
+    counts = {}
     for name, module in trainer.model.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             path = (*name.split("."), "var")
-            handles.append(
-                module.register_forward_pre_hook(lambda m, x, p=path: counts.update({p: x[0][:, 0].numel()}))
-            )
-    trainer.logits(nchw(image))
-    for handle in handles:
-        handle.remove()
+            module.register_forward_pre_hook(lambda m, x, p=path: counts.update({p: x[0][:, 0].numel()}))
+    trainer.model.eval()(nchw(image))
     return counts
 
 

@@ -8,7 +8,7 @@ from tests.experiments import NO_TORCH
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 
 from experiments.benchmark import target
-from experiments.pytorch_baseline import autoattack
+from experiments.pytorch_baseline import ATTACKS, autoattack
 
 HEADS = target.HEADS
 
@@ -115,7 +115,7 @@ def test_each_attack_runs_on_the_images_still_robust(golden, monkeypatch):
         autoattack.autoattack(lambda x: net(x)[:, :3], x, y, attacks=names, **options)
 
 
-@pytest.mark.parametrize("name", autoattack.ATTACKS)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_points_stay_in_ball_and_box_and_are_misclassified(name, monkeypatch):
     monkeypatch.setattr(autoattack, "NUM_STEPS", 20)
     digits, net, x, y = every_fourth("cosine")
