@@ -173,24 +173,24 @@ def precision(results: Path = RESULTS) -> str:
     path = results / "precision" / "table.json"
     if not path.exists():
         return f"Precision: {NOT_YET}; `python -m experiments.study --preset=precision --scales=none` measures it."
-    made = json.loads(path.read_text())
+    summary = json.loads(path.read_text())
     metrics = {f"{title(c)}, balanced": f"eval/{c}/balanced_accuracy" for c in ("clean", "pgd20")}
-    head, rows = study_tables.accuracies(made, "Precision", metrics | {"PGD-20, tail": "eval/pgd20/accuracy_tail"})
-    for cells, row in zip(rows, made["rows"].values(), strict=True):
+    head, rows = study_tables.accuracies(summary, "Precision", metrics | {"PGD-20, tail": "eval/pgd20/accuracy_tail"})
+    for cells, row in zip(rows, summary["rows"].values(), strict=True):
         cells.insert(1, str(len(row["seeds"])))
     head.insert(1, "Seeds")
-    return f"{study_tables.sentence(made)}\n\n{table(head, rows)}"
+    return f"{study_tables.sentence(summary)}\n\n{table(head, rows)}"
 
 
 def study(results: Path = RESULTS) -> str:
     """Every study of `experiments.study` that compares methods: all images, the groups, and its pictures."""
     blocks = []
     for path in sorted(path for path in results.glob("*/table.json") if not path.parent.name.startswith(VARIANTS)):
-        made = json.loads(path.read_text())
+        summary = json.loads(path.read_text())
         pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
-        tables = [study_tables.all_images(made, published=False), study_tables.groups(made)]
-        tables += [*study_tables.masking_reasons(made), *findings.tables(made)]
-        blocks.append(f"**{made['study']}.** {study_tables.page(made, tables, pictures)}")
+        tables = [study_tables.all_images(summary, published=False), study_tables.groups(summary)]
+        tables += [*study_tables.masking_reasons(summary), *findings.tables(summary)]
+        blocks.append(f"**{summary['study']}.** {study_tables.page(summary, tables, pictures)}")
     return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
 
 
@@ -233,8 +233,8 @@ def ablation(results: Path = RESULTS) -> str:
     """Choices of ours on validation images: every folder ablation*, as a row became what it is in several rounds."""
     blocks = []
     for path in sorted(results.glob(f"{ABLATION}*/table.json")):
-        made = json.loads(path.read_text())
-        blocks.append(f"**{path.parent.name}.** {study_tables.page(made, [study_tables.choices(made)])}")
+        summary = json.loads(path.read_text())
+        blocks.append(f"**{path.parent.name}.** {study_tables.page(summary, [study_tables.choices(summary)])}")
     return "\n\n".join(blocks) or _unmeasured("Ablations", ABLATION)
 
 

@@ -1,4 +1,4 @@
-"""Runs one measuring task in a process for itself and prints its result as one line of JSON.
+"""Runs one measuring task in its own process and prints its result as one line of JSON.
 
     python -m experiments.benchmark.worker <task> <options as JSON> --config=... [--config.x.y=z ...]
 
