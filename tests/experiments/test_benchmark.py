@@ -147,6 +147,7 @@ def test_pytorch_step_is_timed_like_the_jax_step(monkeypatch):
     (trainer,) = trainers
     images = len(data.long_tailed(data.load(config.data), config.data).train)
     assert trainer.arguments == (16, images, "tuned", "cpu") and result["loss"] == 0.5 and result["memory"] > 1e6
+    assert result["images"] == 16
     assert trainer.steps == timing.WARM_UP_STEPS + timing.MIN_BLOCKS * result["steps"]
 
 
