@@ -23,7 +23,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from experiments import fault_tables
 from experiments.benchmark import tables as speed
 from experiments.study import findings
 from experiments.study import tables as study_tables
@@ -38,8 +37,17 @@ from lt_adv.evaluation.report import table
 ROOT = Path(__file__).parents[1]
 CONFIGS, RESULTS = ROOT / "configs", ROOT / "experiments" / "results"
 FULL, SUBSET, ABLATION, NOT_YET = "full", "subset", "ablation", "not measured yet"
+VARIANTS = (ABLATION, "precision")  # beginnings of the names of studies that compare variants of a row
 NO_NUMBER = "no published number under this protocol that we could read"
 JPEG_ROWS = {"robal": "RoBal-N", "at_bsl": "AT-BSL", "at": "AT"}
+FAULT_COLUMNS = (
+    "Point",
+    "What happens",
+    "Faults",
+    "Failed",
+    "Fell back to an earlier checkpoint",
+    "Steps lost at most",
+)
 HEADLINE = ("at", "at_bsl", "reat", "robal", "self_distillation", "lt_adv")  # rows of the study in README.md
 
 Runs = Sequence[Mapping[str, Any]]  # a result per seed
@@ -110,7 +118,7 @@ def on_test_images(results: Path) -> dict[str, list[tuple[str, Runs]]]:
     config alone.
     """
     measurements: dict[str, list[tuple[str, Runs]]] = {}
-    for folder in sorted(path for path in results.glob("*/") if not path.name.startswith(ABLATION)):
+    for folder in sorted(path for path in results.glob("*/") if not path.name.startswith(VARIANTS)):
         by_part = read(folder)
         for name in dict.fromkeys(name for name, _ in by_part):
             runs = by_part.get((name, FULL)) or by_part.get((name, SUBSET))
@@ -124,7 +132,7 @@ def on_test_images(results: Path) -> dict[str, list[tuple[str, Runs]]]:
 
 
 def jpeg_rows(results: Path = RESULTS) -> str:
-    """RoBal-N, AT-BSL and AT at the same budget: the whole test set, then the subset with all attacks."""
+    """RoBal-N, AT-BSL and AT at the same budget: the full test set, then the subset with all attacks."""
     runs = read(results / "jpeg_rows")
     if not runs:
         return f"CIFAR-10 (JPEG copy): {NOT_YET}."
@@ -159,28 +167,28 @@ def _part(runs: Results, part: str) -> list[str]:
 
 
 def precision(results: Path = RESULTS) -> str:
-    """Accuracies of `experiments.precision`, one row per precision: mean and standard deviation over the seeds."""
-    head = ["Device", "Config", "Precision", "Seeds", "Clean, balanced", "PGD-20, balanced", "PGD-20, tail"]
-    rows = []
-    for path in sorted((results / "precision").glob("*.json")):
-        record = json.loads(path.read_text())
-        for name in dict.fromkeys(run["precision"] for run in record["runs"]):
-            runs = [{"report": run} for run in record["runs"] if run["precision"] == name]
-            row = [record["header"]["device"], path.stem, name, str(len(runs))]
-            rows.append([*row, *(figure(runs, metric) for metric in runs[0]["report"]["metrics"])])
-    command = "python -m experiments.precision --name=robal-digits --config=configs/robal.py:dataset=digits"
-    return table(head, rows, left=3) if rows else f"Precision: {NOT_YET}; `{command}` measures it."
+    """The study `precision`, one row per precision: mean and standard deviation over the seeds."""
+    path = results / "precision" / "table.json"
+    if not path.exists():
+        return f"Precision: {NOT_YET}; `python -m experiments.study --preset=precision --scales=none` measures it."
+    summary = json.loads(path.read_text())
+    metrics = {f"{title(c)}, balanced": f"eval/{c}/balanced_accuracy" for c in ("clean", "pgd20")}
+    head, rows = study_tables.accuracies(summary, "Precision", metrics | {"PGD-20, tail": "eval/pgd20/accuracy_tail"})
+    for cells, row in zip(rows, summary["rows"].values(), strict=True):
+        cells.insert(1, str(len(row["seeds"])))
+    head.insert(1, "Seeds")
+    return f"{study_tables.sentence(summary)}\n\n{table(head, rows)}"
 
 
 def study(results: Path = RESULTS) -> str:
-    """Every study of `experiments.study` but the ablations: all images, the groups, and its pictures."""
+    """Every study of `experiments.study` that compares methods: all images, the groups, and its pictures."""
     blocks = []
-    for path in sorted(path for path in results.glob("*/table.json") if not path.parent.name.startswith(ABLATION)):
-        made = json.loads(path.read_text())
+    for path in sorted(path for path in results.glob("*/table.json") if not path.parent.name.startswith(VARIANTS)):
+        summary = json.loads(path.read_text())
         pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
-        tables = [study_tables.all_images(made, published=False), study_tables.groups(made)]
-        tables += [*study_tables.verdicts(made), *findings.tables(made)]
-        blocks.append(f"**{made['study']}.** {study_tables.page(made, tables, pictures)}")
+        tables = [study_tables.all_images(summary, published=False), study_tables.groups(summary)]
+        tables += [*study_tables.masking_reasons(summary), *findings.tables(summary)]
+        blocks.append(f"**{summary['study']}.** {study_tables.page(summary, tables, pictures)}")
     return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
 
 
@@ -213,8 +221,8 @@ def ablation(results: Path = RESULTS) -> str:
     """Choices of ours on validation images: every folder ablation*, as a row became what it is in several rounds."""
     blocks = []
     for path in sorted(results.glob(f"{ABLATION}*/table.json")):
-        made = json.loads(path.read_text())
-        blocks.append(f"**{path.parent.name}.** {study_tables.page(made, [study_tables.choices(made)])}")
+        summary = json.loads(path.read_text())
+        blocks.append(f"**{path.parent.name}.** {study_tables.page(summary, [study_tables.choices(summary)])}")
     return "\n\n".join(blocks) or _unmeasured("Ablations", ABLATION)
 
 
@@ -224,8 +232,25 @@ def _unmeasured(what: str, preset: str) -> str:
 
 
 def faults(results: Path = RESULTS) -> str:
-    """The fault campaign of tests/robustness/test_faults.py."""
-    return fault_tables.page(results / "faults")
+    """Fault injection: a sentence for each campaign, and a row per point for those that verify digests."""
+    records = [json.loads(path.read_text()) for path in sorted((results / "faults").glob("*.json"))]
+    blocks = []
+    for record in sorted(records, key=lambda record: not record["digest"]):
+        points, machine, ends = record["points"], record["machine"], [run["end"] for run in record["runs"]]
+        total, failed = (sum(row[count] for row in points.values()) for count in ("faults", "failed"))
+        text = f"{total} faults at {len(points)} points, {failed} of them failed; {ends.count('the same')} of "
+        text += f"{len(ends)} runs ended like the run without faults ({machine['cores']} cores of {machine['cpu']}, "
+        text += f"jax {record['versions']['jax']}, commit {record['commit']})."
+        if not record["digest"]:
+            text = f"With the digest of checkpoints switched off: {text} A run that diverged fails at each later fault."
+            blocks.append(text)
+            continue
+        rows = []
+        for name, row in points.items():
+            counts = (row["faults"], row["failed"], row["fell_back"] or None, row["lost"])
+            rows.append([f"`{name}`", row["words"], *("" if count is None else str(count) for count in counts)])
+        blocks += [text, table(FAULT_COLUMNS, rows, left=2)]
+    return "\n\n".join(blocks) or f"Faults: {NOT_YET}; `pytest -m faults --faults=10` measures them."
 
 
 def benchmark(kind: str, results: Path = RESULTS) -> str:
@@ -233,8 +258,7 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
     records = speed.read(results / "benchmark").get(kind)
     if not records:
         return f"`{kind}`: {NOT_YET}; `python -m experiments.benchmark {speed.COMMANDS[kind]}` measures it."
-    head, rows = speed.TABLES[kind](records)
-    return table(head, rows, left=3)
+    return table(*speed.table(kind, records), left=3)
 
 
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}

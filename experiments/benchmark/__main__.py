@@ -43,12 +43,11 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import measurements, record, summary, tables, target
-from experiments.options import Parser, name, one_of, positive, some
+from experiments.options import Parser, name, one_of, positive, run_command, some
+from experiments.pytorch_baseline import ATTACKS, SETTINGS
 from lt_adv.cli import flags
-from lt_adv.runtime import registry
 
-FRAMEWORKS = ("jax", "released", "tuned")
-ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")  # those of the PyTorch baseline
+FRAMEWORKS = ("jax", *SETTINGS)
 # With --golden the processes read nothing but the batch size from the config.
 GOLDEN = ("--config=configs/at.py:dataset=digits", "--config.eval.batch_size=500")
 
@@ -67,12 +66,10 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
         ValueError: one line, for an invalid command line.
     """
     positive_ints = some(positive(int))
-    parser = Parser(prog="python -m experiments.benchmark", allow_abbrev=False, add_help=False)
-    subparsers = parser.add_subparsers(
-        dest="kind", required=True, metavar="/".join(measurements.MEASUREMENTS), parser_class=Parser
-    )
+    parser = Parser(prog="python -m experiments.benchmark")
+    subparsers = parser.add_subparsers(dest="kind", required=True, metavar="/".join(measurements.MEASUREMENTS))
     for kind in measurements.MEASUREMENTS:
-        sub = subparsers.add_parser(kind, allow_abbrev=False, add_help=False)
+        sub = subparsers.add_parser(kind)
         sub.add_argument("--runs", type=positive(int), default=5)
         sub.add_argument("--seconds", type=positive(float), default=20.0)
         sub.add_argument("--name", type=name)
@@ -92,7 +89,7 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
         if kind == "scaling":
             for option in ("--batch-size", "--depth", "--num-steps", "--devices"):
                 sub.add_argument(option, type=positive_ints, default=[])
-    options, rest = parser.parse_known_args(argv)
+    options, rest = parser.parse_with_config(argv, r"--?(no)?config\b")
     if options.kind == "scaling" and not (options.batch_size or options.depth or options.num_steps or options.devices):
         raise ValueError("scaling needs at least one of --batch-size, --depth, --num-steps and --devices.")
     if getattr(options, "golden", None):
@@ -100,43 +97,34 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
             raise ValueError("--golden brings its network and images: leave out --config and --workdir.")
         options.alone, options.name = True, options.name or f"autoattack-golden-{options.golden}"
         rest = [*GOLDEN, *rest]
-    for argument in rest:
-        if argument.startswith("-") and not re.match(r"--?(no)?config\b", argument):
-            known = [f"--{option.replace('_', '-')}" for option in vars(options) if option != "kind"]
-            raise registry.unknown("option", argument.partition("=")[0], [*known, "--config"])
     return options, rest, flags.parse(["benchmark", *rest]).config
 
 
-def main(argv: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        options, config_arguments, config = parse(argv)
-        from lt_adv.cli.experiment import (
-            Experiment,  # imports jax, which takes seconds: invalid arguments are refused first
-        )
-        from lt_adv.evaluation.report import table
+def run(argv: Sequence[str]) -> int:
+    options, config_arguments, config = parse(argv)
+    from lt_adv.cli.experiment import Experiment  # imports jax: invalid arguments are refused first
+    from lt_adv.evaluation.report import table
 
-        Experiment.from_config(config)
-    except ValueError as error:
-        print("Error:", " ".join(str(error).split()), file=sys.stderr)
-        return 2
+    Experiment.from_config(config)
     result = record.new(options.kind, argv, config)
     fields = result["config"]
     default_name = "-".join([options.kind, *(str(fields[n]) for n in ("method", "network", "dtype", "batch_size"))])
     path = options.out / f"{options.name or default_name}.json"
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # a time limit still prints the results so far
     try:
-        measurements.MEASUREMENTS[options.kind](result, config_arguments, options, lambda: record.write(path, result))
+        measurements.run(result, config_arguments, options, lambda: record.write(path, result))
     except KeyboardInterrupt:
         result["error"] = "stopped before the last round"
         record.write(path, result)
-    print(table(*tables.TABLES[options.kind]([result]), left=3))
+    print(table(*tables.table(options.kind, [result]), left=3))
     print(path)
     for line in summary.errors(result):
         print("Failed:", line, file=sys.stderr)
     return 1 if summary.errors(result) else 0
+
+
+def main(argv: Sequence[str]) -> int:
+    return run_command(run, argv, __doc__)
 
 
 if __name__ == "__main__":

@@ -9,12 +9,28 @@ import numpy as np
 Runs = Sequence[Mapping[str, Any]]
 
 
-def series(runs: Runs) -> dict[str, dict[str, Any]]:
+def update(record: dict[str, Any], pairs: Mapping[str, tuple[str, str]], flops: Mapping[str, float]) -> None:
+    """Computes the statistics of a record from its runs.
+
+    Args:
+        record: gets "summary", "ratio", and "agreement" if its runs list the robust images.
+        pairs: label of a speed-up -> (slower series, faster series).
+        flops: series -> model FLOPs per image.
+    """
+    runs = record["runs"]
+    record["summary"] = series(runs, flops, peak(record))
+    record["ratio"] = {label: ratio(runs, *pair) for label, pair in pairs.items()}
+    if any("robust" in run for run in runs):
+        record["agreement"] = {label: agreement(runs, *pair) for label, pair in pairs.items()}
+
+
+def series(runs: Runs, flops: Mapping[str, float], peak: float | None) -> dict[str, dict[str, Any]]:
     """Returns the summary of each series over its runs.
 
     "ms" is the median of the runs' medians, "ms_min" and "ms_max" are their extremes, "memory" is the median of peak
     memory. "compile_cold_seconds" is the compile time of the first round, "compile_warm_seconds" the median over later
-    rounds, which load from the cache. "error" is the first error.
+    rounds, which load from the cache. Series with `flops` per image also have the model FLOP/s, and their share of
+    `peak` FLOP/s. "error" is the first error.
     """
     summaries: dict[str, dict[str, Any]] = {}
     for name in dict.fromkeys(run["series"] for run in runs):
@@ -28,6 +44,11 @@ def series(runs: Runs) -> dict[str, dict[str, Any]]:
             compiling = {run["round"]: run["compile_seconds"] for run in good}
             entry["compile_cold_seconds"] = compiling.pop(0, None)
             entry["compile_warm_seconds"] = statistics.median(compiling.values()) if compiling else None
+            entry["images_per_second"] = good[0]["images"] / (entry["ms"] / 1e3)
+            if name in flops:
+                entry["flops_per_second"] = entry["images_per_second"] * flops[name]
+                if peak:
+                    entry["share_of_peak"] = entry["flops_per_second"] / peak
         elif good:
             entry |= spread("seconds", [run["seconds"] for run in good])
     return summaries
@@ -38,15 +59,13 @@ def spread(name: str, values: Sequence[float]) -> dict[str, float]:
     return {name: statistics.median(values), f"{name}_min": min(values), f"{name}_max": max(values)}
 
 
-def add_rates(entry: dict[str, Any], images: int, flops: float | None, peak: float | None) -> None:
-    """Adds images/s to `entry`; with `flops` per image also the model FLOP/s, and their share of `peak` FLOP/s."""
-    if "ms" not in entry:
-        return
-    entry["images_per_second"] = images / (entry["ms"] / 1e3)
-    if flops:
-        entry["flops_per_second"] = entry["images_per_second"] * flops
-        if peak:
-            entry["share_of_peak"] = entry["flops_per_second"] / peak
+def by_round(runs: Runs, series: Sequence[str], entry: str) -> list[tuple[Any, ...]]:
+    """Returns the values of `entry` in each of `series`, for every round in which all of them have it."""
+    values: dict[int, dict[str, Any]] = {}
+    for run in runs:
+        if entry in run:
+            values.setdefault(run["round"], {})[run["series"]] = run[entry]
+    return [tuple(of[name] for name in series) for of in values.values() if of.keys() >= set(series)]
 
 
 def ratio(runs: Runs, slower: str, faster: str) -> dict[str, float] | None:
@@ -54,16 +73,15 @@ def ratio(runs: Runs, slower: str, faster: str) -> dict[str, float] | None:
 
     None if no round has both series.
     """
-    medians: dict[str, dict[int, float]] = {slower: {}, faster: {}}
-    for run in runs:
-        if run["series"] in medians and "ms" in run:
-            medians[run["series"]][run["round"]] = statistics.median(run["ms"])
-    both = sorted(medians[slower].keys() & medians[faster].keys())
-    if not both:
+    rounds = [tuple(map(statistics.median, pair)) for pair in by_round(runs, (slower, faster), "ms")]
+    if not rounds:
         return None
-    by_round = [medians[slower][number] / medians[faster][number] for number in both]
-    of_medians = statistics.median(medians[slower].values()) / statistics.median(medians[faster].values())
-    return {"median": of_medians, "min": min(by_round), "max": max(by_round)}
+    ratios = [slow / fast for slow, fast in rounds]
+    medians = [
+        statistics.median(statistics.median(run["ms"]) for run in runs if run["series"] == name and "ms" in run)
+        for name in (slower, faster)
+    ]
+    return {"median": medians[0] / medians[1], "min": min(ratios), "max": max(ratios)}
 
 
 def agreement(runs: Runs, torch: str, jax: str) -> dict[str, Any]:
@@ -72,15 +90,13 @@ def agreement(runs: Runs, torch: str, jax: str) -> dict[str, Any]:
     Equally strong attacks leave an image on which they disagree robust with equal probability. "error" is set where
     the two counts differ by more than three standard deviations of that coin.
     """
-    robust: dict[str, dict[int, np.ndarray]] = {torch: {}, jax: {}}
-    for run in runs:
-        if run["series"] in robust and "robust" in run:
-            bits = np.frombuffer(bytes.fromhex(run["robust"]), np.uint8)
-            robust[run["series"]][run["round"]] = np.unpackbits(bits, count=run["images"]).astype(bool)
-    both = sorted(robust[torch].keys() & robust[jax].keys())
-    if not both:
+    rounds = by_round(runs, (torch, jax), "robust")
+    if not rounds:
         return {}
-    in_torch, in_jax = (robust[name][both[0]] for name in (torch, jax))
+    images = next(run["images"] for run in runs if "robust" in run)
+    in_torch, in_jax = (
+        np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=images).astype(bool) for text in rounds[0]
+    )
     masks = {"both": in_torch & in_jax, "jax": in_jax & ~in_torch, "torch": in_torch & ~in_jax}
     counts: dict[str, Any] = {name: int(mask.sum()) for name, mask in masks.items()}
     if abs(counts["jax"] - counts["torch"]) > 3 * (counts["jax"] + counts["torch"]) ** 0.5:

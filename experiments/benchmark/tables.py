@@ -1,12 +1,11 @@
 """Tables of the records under experiments/results/benchmark/."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Record = Mapping[str, Any]
-Rows = tuple[list[str], list[list[str]]]
 UNKNOWN = "–"
 MAX_OPERATIONS = 8
 STANDARD = "apgd-ce+apgd-t+fab-t+square"
@@ -35,7 +34,7 @@ def number(value: float | None, unit: float = 1) -> str:
     if value is None:
         return UNKNOWN
     value /= unit
-    digits = max(0, 2 - len(str(int(abs(value)))) + 1) if abs(value) >= 1 else 2
+    digits = max(0, 3 - len(str(int(abs(value))))) if abs(value) >= 1 else 2
     return f"{value:,.{digits}f}"
 
 
@@ -70,109 +69,116 @@ def precision(config: Mapping[str, Any]) -> str:
     return config["dtype"] + (f", attack {config['attack_dtype']}" * (config["attack_dtype"] != config["dtype"]))
 
 
-def step(records: Sequence[Record]) -> Rows:
+def step(record: Record) -> Iterator[list[str]]:
     """Compares JAX with the PyTorch baseline; memory and compile times are JAX / as released / tuned."""
-    head = ["Device", "Network", "Method, attack steps", "Precision", "Batch", "JAX, ms", "PyTorch as released, ms"]
-    head += ["PyTorch tuned, ms", "Speed-up over released", "Speed-up over tuned", "JAX, images/s", "Share of peak"]
-    head += ["Peak memory, GiB", "Compile, s", "Compile with cache, s", "Rounds"]
-    rows = []
-    for record in records:
-        entries = [record["summary"].get(name, {}) for name in ("jax", "released", "tuned")]
-        share, ratio = entries[0].get("share_of_peak"), record["ratio"]
-        row = [*setup_cells(record), precision(record["config"]), str(record["config"]["batch_size"])]
-        row += [number(entry.get("ms")) for entry in entries]
-        row += [times(ratio.get(name)) for name in ("released", "tuned")]
-        row += [number(entries[0].get("images_per_second")), UNKNOWN if share is None else f"{100 * share:.0f} %"]
-        for name, unit in (("memory", 2**30), ("compile_cold_seconds", 1), ("compile_warm_seconds", 1)):
-            row.append(" / ".join(number(entry.get(name), unit) for entry in entries))
-        rows.append([*row, rounds(record)])
-    return head, rows
+    entries = [record["summary"].get(name, {}) for name in ("jax", "released", "tuned")]
+    share = entries[0].get("share_of_peak")
+    row = [*setup_cells(record), precision(record["config"]), str(record["config"]["batch_size"])]
+    row += [number(entry.get("ms")) for entry in entries]
+    row += [times(record["ratio"].get(name)) for name in ("released", "tuned")]
+    row += [number(entries[0].get("images_per_second")), UNKNOWN if share is None else f"{100 * share:.0f} %"]
+    for name, unit in (("memory", 2**30), ("compile_cold_seconds", 1), ("compile_warm_seconds", 1)):
+        row.append(" / ".join(number(entry.get(name), unit) for entry in entries))
+    yield row
 
 
-def profile(records: Sequence[Record]) -> Rows:
+def profile(record: Record) -> Iterator[list[str]]:
     """Lists the longest kinds of operations in the first run without an error."""
-    head = ["Device", "Network", "Method, attack steps", "Operation", "Share", "ms per step, of all threads", "Times"]
-    rows = []
-    for record in records:
-        run = next((run for run in record["runs"] if "operations" in run), None)
-        for entry in run["operations"][:MAX_OPERATIONS] if run else []:
-            share = f"{100 * entry['ms'] / (1e3 * run['seconds']):.0f} %"
-            rows.append([*setup_cells(record), entry["name"], share, number(entry["ms"]), number(entry["count"])])
-    return head, rows
+    run = next((run for run in record["runs"] if "operations" in run), {"operations": []})
+    for entry in run["operations"][:MAX_OPERATIONS]:
+        share = f"{100 * entry['ms'] / (1e3 * run['seconds']):.0f} %"
+        yield [*setup_cells(record), entry["name"], share, number(entry["ms"]), number(entry["count"])]
 
 
-def attack(records: Sequence[Record]) -> Rows:
-    head = ["Device", "Network", "Batch", "Attack", "JAX, ms per attack step", "PyTorch eager, ms", "Speed-up"]
-    rows = []
-    for record in records:
-        for steps, ratio in record["ratio"].items():
-            jax, torch = (record["summary"].get(f"{name} {steps}", {}) for name in ("jax", "torch"))
-            row = [*setup_cells(record)[:2], str(record["images"]), f"PGD-{steps}"]
-            row += [number(jax.get("ms_per_step")), number(torch.get("ms_per_step")), times(ratio)]
-            rows.append([*row, number(jax.get("images_per_second")), rounds(record)])
-    return [*head, "JAX, images/s", "Rounds"], rows
+def attack(record: Record) -> Iterator[list[str]]:
+    images = next((str(run["images"]) for run in record["runs"] if "images" in run), UNKNOWN)
+    for steps, ratio in record["ratio"].items():
+        entries = [record["summary"].get(f"{name} {steps}", {}) for name in ("jax", "torch")]
+        row = [*setup_cells(record)[:2], images, f"PGD-{steps}"]
+        row += [number(entry.get("ms"), int(steps)) for entry in entries]
+        yield [*row, times(ratio), number(entries[0].get("images_per_second"))]
 
 
-def autoattack(records: Sequence[Record]) -> Rows:
+def autoattack(record: Record) -> Iterator[list[str]]:
     """Compares AutoAttack; robust accuracy, evaluations per image and compile time are JAX / PyTorch."""
-    head = ["Device", "Network", "Images", "Attacks", "JAX, s", "PyTorch eager, s", "Speed-up", "Robust accuracy, %"]
-    head += ["Official", "Forward passes per image", "Gradients per image", "Compile, s", "Rounds"]
-    rows = []
-    for record in records:
-        for names, ratio in record["ratio"].items():
-            series = [f"{framework} {names}" for framework in ("jax", "torch")]
-            entries = [record["summary"].get(name, {}) for name in series]
-            runs = [next((r for r in record["runs"] if r["series"] == name and "robust" in r), None) for name in series]
-            images = next((run["images"] for run in runs if run), None)
-            network = record["config"]["network"] + ("" if record["trained"] else ", untrained")
-            row = [device(record), network, UNKNOWN if images is None else f"{images:,}"]
-            row += ["standard" if names == STANDARD else names.replace("+", ", ")]
-            row += [number(entry.get("ms"), 1e3) for entry in entries] + [times(ratio)]
-            agree = "" if "error" not in record["agreement"].get(names, {}) else " (differ)"
-            robust = [run and 100 * list(run["accuracy"].values())[-1] for run in runs]
-            row.append(" / ".join(UNKNOWN if share is None else f"{share:.2f}" for share in robust) + agree)
-            official = record.get("official", {}).get(names)
-            row.append(UNKNOWN if official is None else f"{100 * sum(official) / len(official):.2f}")
-            for kind in (0, 1):
-                per_image = [run and sum(count[kind] for count in run["evaluations"].values()) / images for run in runs]
-                row.append(" / ".join(map(number, per_image)))
-            row.append(" / ".join(number(entry.get("compile_cold_seconds")) for entry in entries))
-            rows.append([*row, rounds(record)])
-    return head, rows
+    for names, ratio in record["ratio"].items():
+        series = [f"{framework} {names}" for framework in ("jax", "torch")]
+        entries = [record["summary"].get(name, {}) for name in series]
+        runs = [next((r for r in record["runs"] if r["series"] == name and "robust" in r), None) for name in series]
+        images = next((run["images"] for run in runs if run), None)
+        network = record["config"]["network"] + ("" if record["trained"] else ", untrained")
+        row = [device(record), network, UNKNOWN if images is None else f"{images:,}"]
+        row += ["standard" if names == STANDARD else names.replace("+", ", ")]
+        row += [number(entry.get("ms"), 1e3) for entry in entries] + [times(ratio)]
+        agree = "" if "error" not in record["agreement"].get(names, {}) else " (differ)"
+        robust = [run and 100 * list(run["accuracy"].values())[-1] for run in runs]
+        row.append(" / ".join(UNKNOWN if share is None else f"{share:.2f}" for share in robust) + agree)
+        official = record.get("official", {}).get(names)
+        row.append(UNKNOWN if official is None else f"{100 * sum(official) / len(official):.2f}")
+        for kind in (0, 1):
+            per_image = [run and sum(count[kind] for count in run["evaluations"].values()) / images for run in runs]
+            row.append(" / ".join(map(number, per_image)))
+        yield [*row, " / ".join(number(entry.get("compile_cold_seconds")) for entry in entries)]
 
 
-def data(records: Sequence[Record]) -> Rows:
-    head = ["Device", "Images", "Batch", "Draw, gather, augment: images/s", "Load, s", "Load once decoded, s", "Rounds"]
-    rows = []
-    for record in records:
-        entries = record["summary"]
-        row = [device(record), record["config"]["dataset"], str(record["config"]["batch_size"])]
-        row.append(number(entries.get("pipeline", {}).get("images_per_second")))
-        row += [number(entries.get(f"load {name}", {}).get("seconds")) for name in ("cold", "warm")]
-        rows.append([*row, rounds(record)])
-    return head, rows
+def data(record: Record) -> Iterator[list[str]]:
+    entries = record["summary"]
+    row = [device(record), record["config"]["dataset"], str(record["config"]["batch_size"])]
+    row.append(number(entries.get("pipeline", {}).get("images_per_second")))
+    yield row + [number(entries.get(f"load {name}", {}).get("seconds")) for name in ("cold", "warm")]
 
 
-def start(records: Sequence[Record]) -> Rows:
-    head = ["Device", "Network", "Method, attack steps", "Command to first step, s", "With a filled compile cache, s"]
-    rows = []
-    for record in records:
-        entries = (record["summary"].get(name, {}) for name in ("cold", "warm"))
-        rows.append([*setup_cells(record), *(number(entry.get("seconds")) for entry in entries), rounds(record)])
-    return [*head, "Rounds"], rows
+def start(record: Record) -> Iterator[list[str]]:
+    entries = (record["summary"].get(name, {}) for name in ("cold", "warm"))
+    yield [*setup_cells(record), *(number(entry.get("seconds")) for entry in entries)]
 
 
-def scaling(records: Sequence[Record]) -> Rows:
-    rows = []
-    for record in records:
-        for name, entry in record["summary"].items():
-            option, value = name.split()
-            row = [*setup_cells(record)[:2], record["config"]["method"], f"{option.replace('_', ' ')} {value}"]
-            row += [number(entry.get("ms")), number(entry.get("images_per_second"))]
-            rows.append([*row, number(entry.get("flops_per_second"), 1e9), rounds(record)])
-    return ["Device", "Network", "Method", "Changed", "ms per step", "Images/s", "GFLOP/s", "Rounds"], rows
+def scaling(record: Record) -> Iterator[list[str]]:
+    for name, entry in record["summary"].items():
+        row = [*setup_cells(record)[:2], record["config"]["method"], name.replace("_", " ")]
+        row += [number(entry.get("ms")), number(entry.get("images_per_second"))]
+        yield [*row, number(entry.get("flops_per_second"), 1e9)]
 
 
-TABLES: Mapping[str, Callable[[Sequence[Record]], Rows]] = {
-    table.__name__: table for table in (step, profile, data, attack, autoattack, start, scaling)
+TABLES: Mapping[str, tuple[Callable[[Record], Iterator[list[str]]], list[str]]] = {
+    "step": (
+        step,
+        ["Device", "Network", "Method, attack steps", "Precision", "Batch", "JAX, ms", "PyTorch as released, ms"]
+        + ["PyTorch tuned, ms", "Speed-up over released", "Speed-up over tuned", "JAX, images/s", "Share of peak"]
+        + ["Peak memory, GiB", "Compile, s", "Compile with cache, s", "Rounds"],
+    ),
+    "profile": (
+        profile,
+        ["Device", "Network", "Method, attack steps", "Operation", "Share", "ms per step, of all threads", "Times"],
+    ),
+    "data": (
+        data,
+        ["Device", "Images", "Batch", "Draw, gather, augment: images/s", "Load, s", "Load once decoded, s", "Rounds"],
+    ),
+    "attack": (
+        attack,
+        ["Device", "Network", "Batch", "Attack", "JAX, ms per attack step", "PyTorch eager, ms", "Speed-up"]
+        + ["JAX, images/s", "Rounds"],
+    ),
+    "autoattack": (
+        autoattack,
+        ["Device", "Network", "Images", "Attacks", "JAX, s", "PyTorch eager, s", "Speed-up", "Robust accuracy, %"]
+        + ["Official", "Forward passes per image", "Gradients per image", "Compile, s", "Rounds"],
+    ),
+    "start": (
+        start,
+        ["Device", "Network", "Method, attack steps", "Command to first step, s", "With a filled compile cache, s"]
+        + ["Rounds"],
+    ),
+    "scaling": (
+        scaling,
+        ["Device", "Network", "Method", "Changed", "ms per step", "Images/s", "GFLOP/s", "Rounds"],
+    ),
 }
+
+
+def table(kind: str, records: Sequence[Record]) -> tuple[list[str], list[list[str]]]:
+    """Returns (head, rows) of all records of one kind, a row or more for each."""
+    rows_of, head = TABLES[kind]
+    rows = [row + [rounds(record)] * (head[-1] == "Rounds") for record in records for row in rows_of(record)]
+    return head, rows

@@ -1,5 +1,6 @@
 """The target of the measurement `autoattack`: a network in JAX and PyTorch with the same weights, images and labels."""
 
+import functools
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ class Target(NamedTuple):
     eps: float
     apply: Callable[[Any, Any], Any]  # (variables, x [b, h, w, c]) -> logits, in JAX
     variables: Any
-    torch: Callable[[], Any]  # returns a network (x [b, c, h, w]) -> logits, float32 on CPU, in evaluation mode
+    torch: Callable[[str], Any]  # device -> network (x [b, c, h, w]) -> logits, in evaluation mode
 
 
 def make_target(
@@ -64,13 +65,13 @@ def from_config(config: Any, workdir: str | None) -> Target:
     else:
         variables = jax.jit(model.init)(jax.random.key(config.seed), np.zeros((1, *image.shape[1:]), np.float32))
 
-    def create_torch() -> Any:
+    def create_torch(device: str) -> Any:
         from experiments.pytorch_baseline import models as pytorch_models
         from experiments.pytorch_baseline import weights
 
         net = pytorch_models.create(config.model, len(split.class_names), image.shape[-1])
         net.load_state_dict(weights.to_torch(variables))
-        return net.eval().requires_grad_(False)
+        return net.eval().requires_grad_(False).to(device)
 
     label = split.test.label if workdir else None
     eps = config.eval.attacks.autoattack.eps
@@ -94,7 +95,7 @@ def golden_digits(head: str, dtype: Any = np.float32) -> Target:
         weights["log_prior"] = np.log(share.astype(dtype))  # the golden code has float32 shares
         weights |= {name: np.asarray(value, dtype) for name, value in info["head_parameters"].items()}
     image, label = arrays["images"].astype(dtype), arrays["labels"].astype(np.int32)
-    return Target(image, label, info["eps"], digits_logits_jax, weights, lambda: digits_network_torch(weights))
+    return Target(image, label, info["eps"], digits_logits_jax, weights, functools.partial(digits_torch, weights))
 
 
 def official_accuracies(head: str) -> dict[str, Any]:
@@ -120,27 +121,22 @@ def digits_logits_jax(weights: Mapping[str, Any], x: Any) -> Any:
     return weights["scale"] * features @ kernel - weights["tau_p"] * weights["log_prior"]
 
 
-def digits_network_torch(weights: Mapping[str, Any]) -> Callable[[Any], Any]:
+def digits_torch(weights: Mapping[str, Any], device: str) -> Callable[[Any], Any]:
+    """Returns the network of `digits_logits_jax` in PyTorch."""
     import torch
     import torch.nn.functional as F
 
-    class Digits(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            for name, array in weights.items():
-                array = np.asarray(array)
-                kernel_array = array.transpose(3, 2, 0, 1) if array.ndim == 4 else array
-                self.register_buffer(name.replace(".", "_"), torch.tensor(kernel_array))
+    w = {name: torch.tensor(np.asarray(array), device=device) for name, array in weights.items()}
 
-        def forward(self, x: Any) -> Any:
-            for number, stride in enumerate(STRIDES):
-                kernel, bias = getattr(self, f"conv{number}_kernel"), getattr(self, f"conv{number}_bias")
-                x = F.relu(F.conv2d(x, kernel, bias, stride, padding=1), inplace=True)
-            features, kernel = x.mean((2, 3)), self.dense_kernel
-            if "log_prior" not in weights:
-                return features @ kernel + self.dense_bias
-            features = features / features.norm(dim=1, keepdim=True)
-            kernel = kernel / (kernel.norm(dim=0) + self.gamma)
-            return self.scale * features @ kernel - self.tau_p * self.log_prior
+    def logits(x: Any) -> Any:
+        for number, stride in enumerate(STRIDES):
+            kernel = w[f"conv{number}.kernel"].permute(3, 2, 0, 1)
+            x = F.relu(F.conv2d(x, kernel, w[f"conv{number}.bias"], stride, padding=1), inplace=True)
+        features, kernel = x.mean((2, 3)), w["dense.kernel"]
+        if "log_prior" not in w:
+            return features @ kernel + w["dense.bias"]
+        features = features / features.norm(dim=1, keepdim=True)
+        kernel = kernel / (kernel.norm(dim=0) + w["gamma"])
+        return w["scale"] * features @ kernel - w["tau_p"] * w["log_prior"]
 
-    return Digits()
+    return logits

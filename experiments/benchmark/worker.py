@@ -1,4 +1,4 @@
-"""Runs one measuring task in a process of its own and prints its result as one line of JSON.
+"""Runs one measuring task in its own process and prints its result as one line of JSON.
 
     python -m experiments.benchmark.worker <task> <options as JSON> --config=... [--config.x.y=z ...]
 
@@ -10,14 +10,12 @@ import json
 import math
 import os
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmark.autoattack import jax_autoattack, torch_autoattack
-from experiments.benchmark.devices import jax_memory, torch_device, torch_memory
-from experiments.benchmark.timing import measure
+from experiments.benchmark.timing import measure, peak_memory, timed, torch_device
 from lt_adv.cli import flags
 
 MAX_OPERATIONS = 20  # in the result of a profile
@@ -38,11 +36,10 @@ def build(config: Any, devices: int | None = None) -> Any:
     return stage_builder.build(Experiment.from_config(config, mesh=mesh).resolved_stages[0], mesh)
 
 
-def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict[str, Any]:
-    """Times the training step as the training loop runs it: state donated, two steps in flight, no metric fetched."""
+def training_step(program: Any) -> Callable[[], Any]:
+    """Returns the training step as the training loop runs it: state donated, two steps in flight, no metric fetched."""
     import jax
 
-    program = build(config, devices)
     state = program.first_state()
     metrics: Any = None
     previous: Any = None
@@ -55,9 +52,17 @@ def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict
             state, metrics = program.step(state, program.pipeline.example, program.teacher)
         return metrics
 
-    times = measure(step, jax.block_until_ready, seconds)
+    return step
+
+
+def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict[str, Any]:
+    """Times the training step."""
+    import jax
+
+    program = build(config, devices)
+    times, metrics = measure(training_step(program), jax.block_until_ready, seconds)
     loss = require_finite(float(metrics["loss"]))
-    return times | {"loss": loss, "devices": program.mesh.size, "memory": jax_memory(), "xla": xla_costs()}
+    return times | {"loss": loss, "images": config.optim.batch_size, "devices": program.mesh.size}
 
 
 def jax_profile(config: Any) -> dict[str, Any]:
@@ -70,14 +75,7 @@ def jax_profile(config: Any) -> dict[str, Any]:
     from experiments.benchmark import profiling
 
     program = build(config)
-    state = program.first_state()
-
-    def step() -> Any:
-        nonlocal state
-        state, metrics = program.step(state, program.pipeline.example, program.teacher)
-        return metrics
-
-    operations = profiling.operations(step)
+    operations = profiling.operations(training_step(program))
     seconds = sum(entry["ms"] for entry in operations) / 1e3
     return {"operations": operations[:MAX_OPERATIONS], "seconds": seconds, "devices": program.mesh.size}
 
@@ -89,15 +87,8 @@ def torch_step(config: Any, *, setting: str, seconds: float) -> dict[str, Any]:
     from lt_adv import data
 
     trainer = Trainer(config, data.long_tailed(data.load(config.data), config.data), setting=setting, device=device)
-    loss: Any = None
-
-    def step() -> Any:
-        nonlocal loss
-        loss = trainer.step()
-        return loss
-
-    times = measure(step, wait, seconds)
-    return times | {"loss": require_finite(float(loss)), "memory": torch_memory(device)}
+    times, loss = measure(trainer.step, wait, seconds)
+    return times | {"loss": require_finite(float(loss)), "images": config.optim.batch_size}
 
 
 def peak(config: Any, *, seconds: float) -> dict[str, Any]:
@@ -115,21 +106,19 @@ def peak(config: Any, *, seconds: float) -> dict[str, Any]:
     rates = {}
     for dtype in ("float32",) if device.platform == "cpu" else ("bfloat16", "float32"):
         a, b = (jax.random.normal(jax.random.key(i), (size, size), jnp.dtype(dtype)) for i in range(2))
-        product = jax.jit(jnp.matmul)
-        times = measure(functools.partial(product, a, b), jax.block_until_ready, seconds)
+        times, _ = measure(functools.partial(jax.jit(jnp.matmul), a, b), jax.block_until_ready, seconds)
         rates[dtype] = jax.device_count() * 2 * size**3 / (min(times["ms"]) / 1e3)
     names = {"device": device.device_kind, "platform": device.platform, "devices": jax.device_count()}
     return {**names, "matmul_size": size, "matmul_flops_per_second": rates}
 
 
 def flops(config: Any) -> dict[str, Any]:
-    """Returns model FLOPs per image of an evaluation-mode forward and of a training step, and their ratio."""
+    """Returns model FLOPs per image of an evaluation-mode forward and of a training step."""
     from experiments.benchmark import flops as flop_counter
 
     program = build(config)
     forward = flop_counter.forward(program.config.model, program.info.image_shape, program.info.num_classes)
-    step = flop_counter.step(program)
-    return {"forward": forward, "step": step, "passes": step / forward}
+    return {"forward": forward, "step": flop_counter.step(program)}
 
 
 def pipeline(config: Any, *, seconds: float) -> dict[str, Any]:
@@ -164,7 +153,7 @@ def pipeline(config: Any, *, seconds: float) -> dict[str, Any]:
         number, result = batch(number, on_device)
         return result
 
-    return measure(step, jax.block_until_ready, seconds) | {"memory": jax_memory()}
+    return measure(step, jax.block_until_ready, seconds)[0] | {"images": size}
 
 
 def load(config: Any, *, folder: str) -> dict[str, Any]:
@@ -180,9 +169,8 @@ def load(config: Any, *, folder: str) -> dict[str, Any]:
         downloads.parent.mkdir(parents=True)
         downloads.symlink_to((default / "downloads").absolute())
     config.data.data_dir = folder
-    start = time.perf_counter()
-    dataset = data.load(config.data)
-    return {"seconds": time.perf_counter() - start, "images": len(dataset.train) + len(dataset.test)}
+    seconds, dataset = timed(lambda: data.load(config.data))
+    return {"seconds": seconds, "images": len(dataset.train) + len(dataset.test)}
 
 
 def pgd_options(config: Any, num_steps: int) -> dict[str, Any]:
@@ -206,8 +194,8 @@ def jax_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, Any]
     x, y = jax.device_put((test.image.astype(np.float32) / 255, test.label), data_sharding)
     pgd = attacks.jit(attacks.pgd, program.apply, **pgd_options(config, num_steps))
     key = jax.random.key(config.eval.seed)
-    times = measure(lambda: pgd(key, variables, x, y), jax.block_until_ready, seconds)
-    return times | {"images": images, "devices": program.mesh.size, "memory": jax_memory()}
+    times, _ = measure(lambda: pgd(key, variables, x, y), jax.block_until_ready, seconds)
+    return times | {"images": images, "devices": program.mesh.size}
 
 
 def torch_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, Any]:
@@ -225,30 +213,16 @@ def torch_attack(config: Any, *, num_steps: int, seconds: float) -> dict[str, An
     x = torch.tensor(test.image, device=device).permute(0, 3, 1, 2) / 255
     y = torch.tensor(test.label, dtype=torch.int64, device=device)
     net = models.create(config.model, len(split.class_counts), x.shape[1]).to(device).eval()
+    options = pgd_options(config, num_steps)
 
     def objective(x_adv: Any) -> Any:
         return torch.nn.functional.cross_entropy(net(x_adv), y, reduction="sum")
 
     def pgd() -> Any:
-        options = pgd_options(config, num_steps)
         noise = torch.empty_like(x).uniform_(-options["eps"], options["eps"])
         return attack.pgd(objective, x, noise, **options)
 
-    return measure(pgd, wait, seconds) | {"images": len(y), "memory": torch_memory(device)}
-
-
-def xla_costs() -> dict[str, float]:
-    """Returns XLA's cost analysis of the largest compiled program: {"flops", "bytes"}, where the backend has them.
-
-    XLA counts one iteration of a rolled loop, and possibly nothing for convolutions in a library.
-    """
-    import jax
-
-    costs = [executable.cost_analysis() for executable in jax.devices()[0].client.live_executables()]
-    costs = [cost for cost in costs if cost.get("flops")]
-    largest: dict[str, float] = max(costs, key=lambda cost: cost["flops"], default={})
-    names = {"flops": "flops", "bytes": "bytes accessed"}
-    return {name: largest[entry] for name, entry in names.items() if entry in largest}
+    return measure(pgd, wait, seconds)[0] | {"images": len(y)}
 
 
 def require_finite(loss: float) -> float:
@@ -266,16 +240,21 @@ TASKS = {
 }
 
 
+def run(task: str, config_arguments: Sequence[str], **options: Any) -> dict[str, Any]:
+    """Returns the result of a task, with the peak memory of this process if the task times steps."""
+    result = TASKS[task](flags.parse(["worker", *config_arguments]).config, **options)
+    return result | ({"memory": peak_memory()} if "ms" in result else {})
+
+
 def main(argv: Sequence[str]) -> int:
-    name, options, *config = argv[1:]
+    task, options, *config_arguments = argv[1:]
     try:
-        result = TASKS[name](flags.parse(["worker", *config]).config, **json.loads(options))
+        print(json.dumps(run(task, config_arguments, **json.loads(options))))
     except Exception as error:
         text = " ".join(str(error).split()) or repr(error)
         kind = "Error" if isinstance(error, (ValueError, ImportError, OSError)) else type(error).__name__
         print(f"{kind}: {text}", file=sys.stderr)
         return 1
-    print(json.dumps(result))
     return 0
 
 

@@ -1,10 +1,8 @@
 """AutoAttack in the L-inf ball, eager, with the same computations as the released code.
 
-Each attack runs in batches of the images that are still robust and takes all its steps on the full batch, with the
-broken images. Targets come one after the other, each on the images that the targets before it left robust; only Square
-drops an image at the query that breaks it. The steps are those of `lt_adv.attacks`; Square has one window for the full
-batch, as released. Left out are repeated computations of the released code: logits of clean images, and the check of
-points that were not broken.
+Each attack, and each target of an attack, takes all its steps on a full batch of the images that are still robust; only
+Square drops an image at the query that breaks it, and has one window for the full batch. Left out are repeated
+computations of the released code: logits of clean images, and the check of points that were not broken.
 
 `x` is [batch, channels, height, width] in [0, 1], `eps` in units of that range, `y` and `target` are int64 [batch].
 """
@@ -241,9 +239,6 @@ def run_attack(
     return broken, wrong
 
 
-ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")
-
-
 def autoattack(
     net: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -255,7 +250,7 @@ def autoattack(
     generator: torch.Generator,
     queries: int = QUERIES,
 ) -> Result:
-    """Runs `attacks`, names from ATTACKS, one after the other on the images still robust, `batch_size` at a time."""
+    """Runs `attacks` one after the other on the images still robust, `batch_size` at a time."""
     parts = torch.arange(len(y), device=y.device).split(batch_size)
     clean = torch.cat([CountingNetwork(net).logits(x[rows]) for rows in parts])
     if clean.shape[1] < 4:

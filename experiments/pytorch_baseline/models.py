@@ -20,9 +20,7 @@ def conv(inputs: int, outputs: int, size: int, stride: int = 1) -> nn.Conv2d:
 
 
 def relu(x: Tensor) -> Tensor:
-    return F.relu(
-        x, inplace=True
-    )  # safe: only applied to sums and batch norms, whose gradients do not need their outputs
+    return F.relu(x, inplace=True)  # of sums and batch norms, whose gradients do not need their outputs
 
 
 def pool(x: Tensor) -> Tensor:

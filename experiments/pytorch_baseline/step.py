@@ -1,5 +1,6 @@
 """One training step in PyTorch: as in the authors' code, and as fast as we can make it in PyTorch."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,35 +11,36 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from experiments.pytorch_baseline import attack, methods, models, weights
+from experiments.pytorch_baseline import SETTINGS, attack, methods, models, weights
 from experiments.pytorch_baseline.data import Batches
-from lt_adv.data import LongTailed, augment
+from lt_adv.cli import schema
+from lt_adv.data import LongTailed
 from lt_adv.runtime import registry
 from lt_adv.training import optimizer, stage_builder
 
-SETTINGS = ("released", "tuned")
-# Config entries with only one supported value.
-FIXED = {"data.sampler": "uniform", "average.name": "none", "model.dropout": 0.0}
+SUPPORTED = {  # entry of the config -> supported values, of which the first is the default
+    "data.sampler": ("uniform",),
+    "data.augment": ("none", "crop_flip"),
+    "average.name": ("none",),
+    "model.dropout": (0.0,),
+    "addons": ((),),
+}
 
 
 class Trainer:
     """Network, data and optimiser of `config` in PyTorch; `step()` trains on one batch.
 
-    released  eager and float32, every forward of the authors' code (`methods.RELEASED`), gradients of the
-              attack by torch.autograd.grad in a Python loop, torch.optim.SGD, PyTorch's defaults (on a GPU these
-              allow TF32 in convolutions).
-    tuned     each forward once, parameters frozen during the attack, attack gradient and loss through torch.compile,
-              fused SGD. On a GPU also channels_last, bfloat16 autocast around the backbone, TF32 for float32,
-              cudnn.benchmark, and the full step as one CUDA graph. On a CPU autocast where config.model.dtype is
-              "bfloat16".
+    released  eager and float32, every forward of the authors' code (`methods.RELEASED`), attack as a Python loop,
+              torch.optim.SGD, PyTorch's defaults (on a GPU these allow TF32 in convolutions).
+    tuned     each forward once, parameters frozen during the attack, torch.compile, fused SGD; bfloat16 autocast around
+              the backbone on a GPU, and on a CPU if config.model.dtype is "bfloat16". On a GPU also channels_last, TF32
+              for float32, cudnn.benchmark, and the full step as one CUDA graph.
 
     Both keep the uint8 images on the device and draw, crop and flip there, which is faster than the authors' DataLoader
-    on the host. Logits and losses are at least float32. model.dtype is the only dtype of the config that is read: as
-    described above, and "float64" makes everything float64, for comparisons. Batches and starts are random and differ
-    from those of lt_adv.
+    on the host. Logits and losses are at least float32; model.dtype "float64" makes everything float64, for
+    comparisons. Other dtypes of the config are ignored. Batches and starts are random and differ from those of lt_adv.
 
-    Start the process with JAX_PLATFORMS=cpu: jax only evaluates the learning rate, but would reserve most of the GPU's
-    memory.
+    Start the process with JAX_PLATFORMS=cpu, or JAX reserves most of the GPU's memory for the learning rate.
 
     Args:
         config: a config of lt_adv.
@@ -100,15 +102,10 @@ class Trainer:
             fused=True if self._tuned else None,
         )
         self._method = (methods.SHARED if self._tuned else methods.RELEASED)[config.method.name]
-        self._target, self._objective, self._loss = self._attack_target, self._attack_objective, self._training_loss
-        self._update: Callable[..., Tensor] = self._eager_update
-        if self._tuned and compiled:
-            self._target, self._objective, self._loss = (
-                torch.compile(part, fullgraph=True, dynamic=False)
-                for part in (self._target, self._objective, self._loss)
-            )
-            if on_gpu:
-                self._update = Graphed(self._update)
+        compiled, jit = compiled and self._tuned, functools.partial(torch.compile, fullgraph=True, dynamic=False)
+        parts = (self._attack_target, self._attack_objective, self._training_loss)
+        self._target, self._objective, self._loss = map(jit, parts) if compiled else parts
+        self._update = Graphed(self._eager_update) if compiled and on_gpu else self._eager_update
 
     def step(self) -> Tensor:
         """Trains on the next batch and returns the loss on the device, without waiting for it."""
@@ -118,21 +115,14 @@ class Trainer:
 
     def step_on(self, image: Tensor, label: Tensor, noise: Tensor) -> Tensor:
         """Trains on images [b, c, h, w] in [0, 1] and labels [b]; the attack starts at `image + noise`."""
-        rate = self._rates[min(self.steps, len(self._rates) - 1)]
-        for group in self._optimiser.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+        rate, (group,) = self._rates[min(self.steps, len(self._rates) - 1)], self._optimiser.param_groups
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
         self.steps += 1
         image, noise = (a.contiguous(memory_format=self._layout) for a in (image, noise))
         return self._update(image, label, noise)
-
-    def logits(self, image: Tensor) -> Tensor:
-        """Returns logits in evaluation mode, with the running statistics."""
-        self.model.eval()
-        with torch.no_grad():
-            return self._logits(image.contiguous(memory_format=self._layout))
 
     def variables(self) -> dict[str, Any]:
         """Returns the weights and running statistics as flax variables of numpy arrays."""
@@ -210,16 +200,11 @@ def options_of(config: ml_collections.ConfigDict) -> Any:
     name = config.method.name
     if name not in methods.SHARED:
         raise registry.unknown("method of the PyTorch baseline:", name, methods.SHARED)
-    for path, value in FIXED.items():
-        section, entry = path.split(".")
-        if (actual := config[section].get(entry, value)) != value:
-            raise ValueError(f"config.{path} = {actual!r}: the PyTorch baseline supports only {value!r}.")
-    if config.data.augment in augment.POLICIES:
-        raise ValueError(
-            f"config.data.augment = {config.data.augment!r}: the PyTorch baseline supports crop_flip and none."
-        )
-    if config.addons:
-        raise ValueError(f"config.addons = {config.addons!r}: the PyTorch baseline supports none.")
+    entries = schema.flatten(config.to_dict())
+    for entry, supported in SUPPORTED.items():
+        if entries.get(entry, supported[0]) not in supported:
+            choices = " or ".join(map(repr, supported))
+            raise ValueError(f"config.{entry} = {entries[entry]!r}: the PyTorch baseline supports only {choices}.")
     (stage,) = stage_builder.create_stages(stage_builder.create_method(config), config)
     return stage.method
 

@@ -10,6 +10,7 @@
 --epochs=10        epochs of every row but the fine-tuned ones [those of each config, or of the preset]
 --preset=cpu       a budget: WRN-10-1, images of 16 x 16, 10 epochs, 1,000 test images
 --preset=ablation  the same budget for the choices of our recipe, on 1,000 validation images instead of the test set
+--preset=precision RoBal on digits in float32 and in bfloat16
 --config.x.y=z     overrides an entry in all configs
 --scales=0.1,1,10  PGD-20 on logits multiplied by these scales, for the first seed, or none [all of sweep.py]
 --autoattack=30    images per class for AutoAttack, for the first seed, or none [none]
@@ -33,19 +34,18 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import record
-from experiments.options import Parser, name, one_of, positive, some
+from experiments.options import Parser, name, one_of, positive, run_command, some
 from experiments.study import findings, jobs, summary, sweep, tables
-from experiments.study.rows import PRESETS, ROWS, with_bases
+from experiments.study.rows import PRESETS, ROWS, Preset, with_bases
 from experiments.tables import CONFIGS, RESULTS, fields
 from lt_adv.cli import flags
 from lt_adv.evaluation.report import table
-from lt_adv.main import one_line
-from lt_adv.runtime import atomic_io, registry
+from lt_adv.runtime import atomic_io
 
 
 def seed(text: str) -> int:
     if not re.fullmatch(r"\d{1,9}", text):
-        raise argparse.ArgumentTypeError(f"must be whole numbers from 0, not {text!r}")
+        raise argparse.ArgumentTypeError(f"must be integers from 0, not {text!r}")
     return int(text)
 
 
@@ -63,7 +63,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     Raises:
         ValueError: one line, for an invalid command line.
     """
-    parser = Parser(prog="python -m experiments.study", allow_abbrev=False, add_help=False)
+    parser = Parser(prog="python -m experiments.study")
     parser.add_argument("--rows", type=some(one_of("row", [*ROWS, "all"])), default=["all"])
     parser.add_argument("--seeds", type=some(seed))
     parser.add_argument("--dataset", type=name)
@@ -75,21 +75,17 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     parser.add_argument("--name", type=name)
     parser.add_argument("--workdirs", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    options, overrides = parser.parse_known_args(argv)
-    for argument in overrides:
-        if not re.match(flags.OVERRIDE, argument):
-            known = [f"--{option}" for option in vars(options)]
-            raise registry.unknown("option", argument.partition("=")[0], [*known, "--config.x.y=z"])
-    preset = PRESETS.get(options.preset)
-    all_rows = preset and preset.rows or tuple(row for row in ROWS if not ROWS[row].varies)
-    study_name = options.name or options.preset or options.dataset or "cifar10"
+    options, overrides = parser.parse_with_config(argv, flags.OVERRIDE)
+    preset = PRESETS.get(options.preset, Preset())
+    dataset = options.dataset or preset.dataset
+    study_name = options.name or options.preset or dataset
     return jobs.Study(
         name=study_name,
-        rows=tuple(all_rows if "all" in options.rows else options.rows),
-        seeds=tuple(options.seeds or (preset.seeds if preset else (0,))),
-        dataset=options.dataset or (preset.dataset if preset else "cifar10"),
-        epochs=options.epochs or (preset.epochs if preset else None),
-        overrides=(*(preset.overrides if preset else ()), *overrides),
+        rows=preset.rows if "all" in options.rows else tuple(options.rows),
+        seeds=tuple(options.seeds or preset.seeds),
+        dataset=dataset,
+        epochs=options.epochs or preset.epochs,
+        overrides=(*preset.overrides, *overrides),
         scales=tuple(sorted(options.scales)),
         autoattack=options.autoattack,
         baseline=options.baseline or "",
@@ -119,14 +115,13 @@ def check(study: jobs.Study) -> None:
 
 def tabulate(study: jobs.Study) -> dict[str, Any]:
     """Writes table.json and table.md from all results; returns the summary."""
-    claims = {path.stem: fields(path).get("Expected", "") for path in CONFIGS.glob("*.py")}
-    parts = (study.part, jobs.SWEEP, jobs.AUTOATTACK, jobs.VERDICT)
-    results, sweeps, autoattack, verdicts = (jobs.results(study, part) for part in parts)
-    failed = jobs.failures(study)
-    data = {"study": study.name, **summary.summarise(results, sweeps, failed, claims, autoattack, verdicts)}
+    published = {path.stem: fields(path).get("Expected", "") for path in CONFIGS.glob("*.py")}
+    results = {part: jobs.results(study, part) for part in (study.part, *jobs.ADDITIONAL)}
+    main_results, failed = results.pop(study.part), jobs.failures(study)
+    data = {"study": study.name, **summary.summarise(main_results, published, failed, **results)}
     record.write(study.folder / "table.json", data)
     plot_links = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
-    blocks = [tables.all_images(data), *tables.slices(data), *tables.verdicts(data), *findings.tables(data)]
+    blocks = [tables.all_images(data), *tables.slices(data), *tables.masking_reasons(data), *findings.tables(data)]
     text = tables.page(data, blocks, plot_links)
     atomic_io.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
     return data
@@ -143,27 +138,12 @@ def draw(study: jobs.Study, data: dict[str, Any]) -> None:
         (folder / f"{file}.png").write_bytes(png(figure))
 
 
-def main(argv: Sequence[str]) -> int:
-    if {"-h", "--help"} & set(argv):
-        print(__doc__)
-        return 0
-    try:
-        study = parse(argv)
-        check(study)
-    except ValueError as error:
-        print("Error:", one_line(error), file=sys.stderr)
-        return 2
-    try:
-        for folder in (study.workdirs, study.folder):  # fails before the first run
-            folder.mkdir(parents=True, exist_ok=True)
-        return run(study)
-    except OSError as error:
-        print("Error:", one_line(error), file=sys.stderr)
-        return 2
-
-
-def run(study: jobs.Study) -> int:
+def run(argv: Sequence[str]) -> int:
     """Runs the remaining jobs and writes tables and plots; returns the exit code."""
+    study = parse(argv)
+    check(study)
+    for folder in (study.workdirs, study.folder):  # fails before the first run
+        folder.mkdir(parents=True, exist_ok=True)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # handled like Ctrl-C
     code, remaining = 0, len(jobs.remaining_jobs(study))
     print(f"{remaining} of {len(study.jobs())} runs to do.", flush=True)
@@ -182,6 +162,10 @@ def run(study: jobs.Study) -> int:
     print(table(*tables.all_images(data)))
     print(study.folder / "table.md")
     return code
+
+
+def main(argv: Sequence[str]) -> int:
+    return run_command(run, argv, __doc__)
 
 
 if __name__ == "__main__":

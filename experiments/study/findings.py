@@ -7,7 +7,7 @@ from typing import Any
 Rows = Mapping[str, Mapping[str, Any]]
 Finding = tuple[str, str, str]  # (claim, measurement in words, verdict)
 
-BASELINE, OURS, WORST = "at", "lt_adv", "eval/worst/accuracy"
+BASELINE, OURS, WORST, WORST_TAIL = "at", "lt_adv", "eval/worst/accuracy", "eval/worst/accuracy_tail"
 RESCALING = ("cdt", "posthoc_cdt", "tau_norm")
 LONG_TAIL = (  # methods of long-tailed recognition combined with AT, as in the study of RoBal
     *("cosine", "margin", "ldam", "cdt", "logit_adjustment", "focal", "class_balanced_focal", "resampling"),
@@ -23,18 +23,20 @@ def findings(summary: Mapping[str, Any]) -> list[Finding]:
         return []
     images, classes = summary["about"]["images"], len(rows[BASELINE]["classes"])
     overall, tail = Noise(images), Noise(images * (classes // 3) / classes)  # the tail is the last third of the classes
+    long_tail = [name for name in LONG_TAIL if name in rows]
+    studied, others = [BASELINE, *long_tail] if long_tail else [], [name for name in rows if name != OURS]
     candidates: list[Finding | None] = [
         natural_gains_exceed_robust(rows),
         rescaling_gains_only_under_pgd(rows),
         natural_error_becomes_boundary_error(rows),
-        exceeds_long_tail_methods(rows, overall, "robal", "RoBal-N is the most robust of the study's methods", WORST),
-        exceeds_long_tail_methods(
-            rows, tail, "robal", "RoBal-N has the most robust tail of the study's methods", f"{WORST}_tail"
+        exceeds(rows, overall, "RoBal-N is the most robust of the study's methods", "robal", studied, WORST),
+        exceeds(rows, tail, "RoBal-N has the most robust tail of the study's methods", "robal", studied, WORST_TAIL),
+        exceeds(rows, tail, "REAT lifts the tail above AT-BSL", "reat", ["at_bsl"], WORST_TAIL),
+        exceeds(
+            rows, tail, "The self-teacher lifts the tail above AT-BSL", "self_distillation", ["at_bsl"], WORST_TAIL
         ),
-        lifts_tail_above_at_bsl(rows, tail, "reat", "REAT lifts the tail above AT-BSL"),
-        lifts_tail_above_at_bsl(rows, tail, "self_distillation", "The self-teacher lifts the tail above AT-BSL"),
-        exceeds_all_rows(rows, overall, "Our recipe is the most robust of all rows", WORST),
-        exceeds_all_rows(rows, tail, "Our recipe has the most robust tail of all rows", f"{WORST}_tail"),
+        exceeds(rows, overall, "Our recipe is the most robust of all rows", OURS, others, WORST),
+        exceeds(rows, tail, "Our recipe has the most robust tail of all rows", OURS, others, WORST_TAIL),
     ]
     return [finding for finding in candidates if finding]
 
@@ -64,10 +66,8 @@ def gain(rows: Rows, name: str, metric: str) -> float:
 
 def measured(rows: Rows, names: Sequence[str], *metrics: str) -> list[str]:
     """Returns those of `names` that have these metrics, or none if the baseline lacks one."""
-    complete = [
-        name for name in (BASELINE, *names) if name in rows and all(m in rows[name]["figures"] for m in metrics)
-    ]
-    return complete[1:] if BASELINE in complete else []
+    complete = [name for name, row in rows.items() if all(metric in row["figures"] for metric in metrics)]
+    return [name for name in names if name in complete] if BASELINE in complete else []
 
 
 def natural_gains_exceed_robust(rows: Rows) -> Finding | None:
@@ -112,32 +112,16 @@ def natural_error_becomes_boundary_error(rows: Rows) -> Finding | None:
     return claim, text, "held" if 2 * up > len(names) and edge > 0 else "not held"
 
 
-def exceeds_long_tail_methods(rows: Rows, noise: Noise, name: str, claim: str, metric: str) -> Finding | None:
-    others = measured(rows, LONG_TAIL, metric)
-    if not others or name not in measured(rows, [name], metric):
+def exceeds(rows: Rows, noise: Noise, claim: str, name: str, others: Sequence[str], metric: str) -> Finding | None:
+    """Compares a row with the best of `others`."""
+    others = measured(rows, others, metric)
+    if not others or not measured(rows, [name], metric):
         return None
-    best = max([BASELINE, *others], key=lambda other: mean(rows, other, metric))
-    return claim, *_against(rows, noise, name, best, metric)
-
-
-def exceeds_all_rows(rows: Rows, noise: Noise, claim: str, metric: str) -> Finding | None:
-    names = measured(rows, [name for name in rows if name not in (OURS, BASELINE)], metric)
-    if not measured(rows, [OURS], metric):
-        return None
-    return claim, *_against(rows, noise, OURS, max([BASELINE, *names], key=lambda row: mean(rows, row, metric)), metric)
-
-
-def lifts_tail_above_at_bsl(rows: Rows, noise: Noise, name: str, claim: str) -> Finding | None:
-    metric = f"{WORST}_tail"
-    if len(measured(rows, [name, "at_bsl"], metric)) < 2:
-        return None
-    return claim, *_against(rows, noise, name, "at_bsl", metric)
-
-
-def _against(rows: Rows, noise: Noise, name: str, other: str, metric: str) -> tuple[str, str]:
-    accuracy, other_accuracy = mean(rows, name, metric), mean(rows, other, metric)
-    text = f"worst case {100 * accuracy:.1f}, {rows[other]['title']} {100 * other_accuracy:.1f}"
-    return text, noise.verdict(accuracy, other_accuracy, min(len(rows[name]["seeds"]), len(rows[other]["seeds"])))
+    best = max(others, key=lambda other: mean(rows, other, metric))
+    accuracy, other_accuracy = mean(rows, name, metric), mean(rows, best, metric)
+    text = f"worst case {100 * accuracy:.1f}, {rows[best]['title']} {100 * other_accuracy:.1f}"
+    seeds = min(len(rows[name]["seeds"]), len(rows[best]["seeds"]))
+    return claim, text, noise.verdict(accuracy, other_accuracy, seeds)
 
 
 def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]], int]]:

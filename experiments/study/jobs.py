@@ -15,7 +15,8 @@ from experiments.benchmark import record
 from experiments.study import sweep
 from experiments.study.rows import ROWS, with_bases
 
-SWEEP, AUTOATTACK, VERDICT = "scales", "autoattack", "verdict"  # additional parts, of the first seed
+# Additional parts, of the first seed: each evaluates a network again, after the main evaluation.
+ADDITIONAL = SWEEP, AUTOATTACK, VERDICT = "scales", "autoattack", "verdict"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,13 +50,11 @@ class Study:
         jobs = []
         for seed in self.seeds:
             for row in with_bases([self.baseline, *self.rows] if self.baseline else self.rows):
-                jobs.append(Job(row, seed, self.part))
-                if self.scales and seed == self.seeds[0]:
-                    jobs.append(Job(row, seed, SWEEP))
-                if self.autoattack and seed == self.seeds[0]:
-                    jobs.append(Job(row, seed, AUTOATTACK))
-                if self.baseline not in ("", row) and seed == self.seeds[0]:
-                    jobs.append(Job(row, seed, VERDICT))
+                parts = [self.part]
+                if seed == self.seeds[0]:
+                    parts += [SWEEP] * bool(self.scales) + [AUTOATTACK] * bool(self.autoattack)
+                    parts += [VERDICT] * (self.baseline not in ("", row))
+                jobs += [Job(row, seed, part) for part in parts]
         return jobs
 
 
@@ -74,8 +73,7 @@ class Job:
 
     @property
     def is_additional(self) -> bool:
-        """Whether it evaluates a network again, after the main evaluation."""
-        return self.part in (SWEEP, AUTOATTACK, VERDICT)
+        return self.part in ADDITIONAL
 
     @property
     def network_row(self) -> str:

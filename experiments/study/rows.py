@@ -122,21 +122,29 @@ ABLATIONS = {
         addons=(("robustlt",),),
     ),
 }
-ROWS |= ABLATIONS
+# Parameters, statistics, logits and losses are float32 in all of them, and so is the evaluation.
+PRECISIONS = {
+    "robal_float32": Row("RoBal-N in float32", "robal", varies="robal"),
+    "robal_attack_bfloat16": Row(
+        "RoBal-N, attack in bfloat16", "robal", overrides=("--config.attack.dtype=bfloat16",), varies="robal"
+    ),
+    "robal_bfloat16": Row("RoBal-N in bfloat16", "robal", overrides=("--config.model.dtype=bfloat16",), varies="robal"),
+}
+ROWS |= ABLATIONS | PRECISIONS
 
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
     """Defaults of the command line; its overrides come before those of the command line.
 
-    Without `rows`, all rows but the variants.
+    Without `rows`, all rows but the variants; without `epochs`, those of each config.
     """
 
-    dataset: str
-    epochs: int
-    seeds: tuple[int, ...]
-    overrides: tuple[str, ...]
-    rows: tuple[str, ...] = ()
+    dataset: str = "cifar10"
+    epochs: int | None = None
+    seeds: tuple[int, ...] = (0,)
+    overrides: tuple[str, ...] = ()
+    rows: tuple[str, ...] = tuple(name for name, row in ROWS.items() if not row.varies)
 
 
 ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa")
@@ -174,6 +182,7 @@ PRESETS = {
     "ablation": Preset(
         "cifar10", 10, (0,), CPU + VALIDATION, ("at_bsl", "self_distillation", "lt_adv", "reat", *ABLATIONS)
     ),
+    "precision": Preset("digits", None, (0, 1, 2), ("--config.eval.only=('pgd20',)",), tuple(PRECISIONS)),
 }
 
 

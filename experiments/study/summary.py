@@ -1,7 +1,7 @@
 """Summarises the results of a study as plain data, for tables and plots."""
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,50 +13,63 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]  # row -> a result per seed
 
 def summarise(
     results: Results,
-    sweeps: Results,
-    failed: Mapping[str, str],
     published: Mapping[str, str],
+    failed: Mapping[str, str],
+    *,
+    scales: Results | None = None,
     autoattack: Results | None = None,
-    verdicts: Results | None = None,
-) -> dict:
+    verdict: Results | None = None,
+) -> dict[str, Any]:
     """Returns the summary of a study.
 
     Args:
         results: of the main evaluation.
-        sweeps: of PGD-20 on rescaled logits.
-        failed: job -> reason.
         published: config -> its published numbers in words.
-        autoattack: of AutoAttack, on fewer images.
-        verdicts: on the gain over a baseline.
+        failed: job -> reason.
+        scales: results of PGD-20 on rescaled logits.
+        autoattack: results of AutoAttack, on fewer images.
+        verdict: results of the comparison with a baseline.
 
     Returns:
         {"about": common facts, "rows": row -> its figures, "failed"}. Accuracies and errors are in [0, 1]; accuracies
         by class are means over the seeds.
     """
-    autoattack, verdicts = autoattack or {}, verdicts or {}
-    return {
-        "about": common_facts(results) | autoattack_images(autoattack) | verdict_facts(verdicts),
-        "rows": {
-            name: {
-                "title": ROWS[name].title,
-                "config": ROWS[name].config,
-                "varies": ROWS[name].varies,
-                "evaluates": ROWS[name].base if ROWS[name].evaluates else None,
-                "seeds": [run["seed"] for run in runs],
-                "figures": figures([run["report"]["metrics"] for run in runs])
-                | figures([autoattack_metrics(run["report"]["metrics"]) for run in autoattack.get(name, [])]),
-                "training_seconds": spread([run["training_seconds"] for run in runs]),
-                "published": published.get(ROWS[name].config, "") if ROWS[name].published else "",
-                "commits": sorted({run["commit"] for run in runs if run["commit"]}),
-                "warnings": sorted({line for run in runs for line in run["report"]["warnings"]}),
-                "classes": classes([run["report"] for run in runs]),
-                "verdict": verdicts[name][0]["report"]["reliability"]["verdict"] if name in verdicts else None,
-                "scales": scales(sweeps[name][0]["report"]) if name in sweeps else [],
-            }
-            for name, runs in results.items()
-        },
-        "failed": dict(failed),
-    }
+    scales, autoattack, verdict = scales or {}, autoattack or {}, verdict or {}
+    about = common_facts(results)
+    if autoattack:
+        about["autoattack_images"] = max(report["header"]["images"] for report in _reports(autoattack))
+    if verdict:
+        masking = next(_reports(verdict))["reliability"]
+        baseline = Path(masking["baseline_run"]).name.rpartition("-seed")[0]
+        about["judged_images"] = masking["protocol"]["images"]
+        about["baseline"] = ROWS[baseline].title if baseline in ROWS else baseline
+    rows = {}
+    for name, runs in results.items():
+        row, reports = ROWS[name], [run["report"] for run in runs]
+        of_autoattack = [
+            {metric: value for metric, value in run["report"]["metrics"].items() if "/autoattack/" in metric}
+            for run in autoattack.get(name, [])  # the main evaluation has the other metrics, on more images
+        ]
+        rows[name] = {
+            "title": row.title,
+            "config": row.config,
+            "varies": row.varies,
+            "evaluates": row.base if row.evaluates else None,
+            "seeds": [run["seed"] for run in runs],
+            "figures": figures([report["metrics"] for report in reports]) | figures(of_autoattack),
+            "training_seconds": spread([run["training_seconds"] for run in runs]),
+            "published": published.get(row.config, "") if row.published else "",
+            "commits": sorted({run["commit"] for run in runs if run["commit"]}),
+            "warnings": sorted({line for report in reports for line in report["warnings"]}),
+            "classes": classes(reports),
+            "verdict": verdict[name][0]["report"]["reliability"]["verdict"] if name in verdict else None,
+            "scales": accuracy_by_scale(scales[name][0]["report"]) if name in scales else [],
+        }
+    return {"about": about, "rows": rows, "failed": dict(failed)}
+
+
+def _reports(results: Results) -> Iterator[Mapping[str, Any]]:
+    return (run["report"] for runs in results.values() for run in runs)
 
 
 def spread(values: Sequence[float]) -> dict[str, Any]:
@@ -69,26 +82,6 @@ def figures(metrics: Sequence[Mapping[str, float | None]]) -> dict[str, dict[str
     """Returns each metric over the seeds; a metric that a seed lacks is left out."""
     names = [name for name in (metrics[0] if metrics else ()) if all(m.get(name) is not None for m in metrics)]
     return {name: spread([m[name] for m in metrics]) for name in names}  # type: ignore[misc]
-
-
-def autoattack_metrics(metrics: Mapping[str, float | None]) -> dict[str, float | None]:
-    """Returns the metrics of AutoAttack; the main evaluation has the others, on more images."""
-    return {name: value for name, value in metrics.items() if name.startswith("eval/autoattack/")}
-
-
-def autoattack_images(results: Results) -> dict[str, Any]:
-    """Returns the number of images of AutoAttack, if it was a separate part."""
-    counts = {run["report"]["header"]["images"] for runs in results.values() for run in runs}
-    return {"autoattack_images": max(counts)} if counts else {}
-
-
-def verdict_facts(verdicts: Results) -> dict[str, Any]:
-    """Returns the number of images behind the verdicts, and the title of the baseline."""
-    reports = [run["report"]["reliability"] for runs in verdicts.values() for run in runs]
-    if not reports:
-        return {}
-    name = Path(reports[0]["baseline_run"]).name.rpartition("-seed")[0]
-    return {"judged_images": reports[0]["protocol"]["images"], "baseline": ROWS[name].title if name in ROWS else name}
 
 
 def classes(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -107,16 +100,10 @@ def classes(reports: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def scales(report: Mapping[str, Any]) -> list[list[float]]:
+def accuracy_by_scale(report: Mapping[str, Any]) -> list[list[float]]:
     """Returns [scale of the logits, accuracy under PGD on them], ascending."""
-    names = {
-        attack["logit_scale"]: name for name, attack in report["header"]["attacks"].items() if is_scale_attack(name)
-    }
-    return [[scale, report["metrics"][f"eval/{names[scale]}/accuracy"]] for scale in sorted(names)]
-
-
-def is_scale_attack(name: str) -> bool:
-    return name in map(sweep.attack_name, sweep.SCALES)
+    metrics = {scale: f"eval/{sweep.attack_name(scale)}/accuracy" for scale in sweep.SCALES}
+    return [[scale, report["metrics"][name]] for scale, name in metrics.items() if name in report["metrics"]]
 
 
 def network(header: Mapping[str, Any]) -> str:
@@ -126,7 +113,7 @@ def network(header: Mapping[str, Any]) -> str:
 
 def common_facts(results: Results) -> dict[str, Any]:
     """Returns the most frequent value of each fact in the headers, and which facts differ between rows."""
-    headers = [run["report"]["header"] for runs in results.values() for run in runs]
+    headers = [report["header"] for report in _reports(results)]
     if not headers:
         return {}
     names = ("dataset", "epochs", "images", "subset", "device", "jax_version")

@@ -1,6 +1,6 @@
 """Tables of a study's summary, each (head, rows of text), and the markdown page of them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,20 +29,17 @@ def _spread(spread: Mapping[str, Any], factor: float, digits: int) -> str:
     return f"{factor * spread['mean']:.{digits}f}{tail}"
 
 
-def ordered(conditions: Iterable[str]) -> list[str]:
+def ordered(conditions: Sequence[str]) -> list[str]:
     """Sorts conditions as in CONDITIONS, then others, the worst case last, without duplicates."""
-
-    def position(condition: str) -> tuple[bool, int]:
-        known = condition in CONDITIONS
-        return condition == WORST, CONDITIONS.index(condition) if known else len(CONDITIONS)
-
-    return sorted(dict.fromkeys(conditions), key=position)
+    distinct = set(conditions)
+    others = [condition for condition in dict.fromkeys(conditions) if condition not in (*CONDITIONS, WORST)]
+    return [c for c in (*CONDITIONS, *others, WORST) if c in distinct]
 
 
 def conditions(summary: Summary) -> list[str]:
     """Returns the conditions under which at least one row was evaluated."""
     names = [name.split("/") for row in summary["rows"].values() for name in row["figures"]]
-    return ordered(name[1] for name in names if name[-1] == "accuracy")
+    return ordered([name[1] for name in names if name[-1] == "accuracy"])
 
 
 def accuracies(summary: Summary, caption: str, metrics: Mapping[str, str]) -> Table:
@@ -54,31 +51,31 @@ def accuracies(summary: Summary, caption: str, metrics: Mapping[str, str]) -> Ta
 
 
 def all_images(summary: Summary, published: bool = True) -> Table:
-    """Returns accuracies on all images under every condition, with verdict, seeds, seconds and published numbers."""
+    """Returns accuracies on all images under every condition, with signs of gradient masking, seeds, seconds and
+    published numbers."""
     head, rows = accuracies(summary, "All images", {title(c): f"eval/{c}/accuracy" for c in conditions(summary)})
     has_verdicts = any(row.get("verdict") for row in summary["rows"].values())
-    head += ["Verdict"] * has_verdicts
+    head += ["Gradient masking"] * has_verdicts
     for cells, row in zip(rows, summary["rows"].values(), strict=True):
-        cells += [verdict(row)] * has_verdicts
+        cells += [masking(row.get("verdict"))] * has_verdicts
         cells += [str(len(row["seeds"])), _spread(row["training_seconds"], 1, 0)]
         cells += [row["published"] or "–"] * published
     return [*head, "Seeds", "Training in s", *["Published (source: the config)"] * published], rows
 
 
-def verdict(row: Mapping[str, Any]) -> str:
-    """Returns the verdict on a gain over the baseline, with the groups of classes whose gain is not real."""
-    entry = row.get("verdict")
-    if not entry or entry["trustworthy"]:
-        return "trustworthy" if entry else ""
-    groups = dict.fromkeys(gain["group"] or "all" for gain in entry["gains"] if not gain["real"])
-    return f"**not real: {', '.join(groups)}**" if groups else "**not trustworthy**"
+def masking(verdict: Mapping[str, Any] | None) -> str:
+    """Describes signs of gradient masking, with the groups of classes whose robustness PGD overestimates."""
+    if not verdict or verdict["trustworthy"]:
+        return "no sign" if verdict else ""
+    groups = dict.fromkeys(gain["group"] or "all" for gain in verdict["gains"] if not gain["real"])
+    return f"**robustness overestimated: {', '.join(groups)}**" if groups else "**signs**"
 
 
-def verdicts(summary: Summary) -> list[Table]:
-    """Returns a table with the reasons of every verdict that has some, or nothing."""
-    rows = [row for row in summary["rows"].values() if row.get("verdict")]
-    reasons = [[row["title"], *row["verdict"]["reasons"]] for row in rows if row["verdict"]["reasons"]]
-    return [(["Not trustworthy", "Why"], [[name, " ".join(why)] for name, *why in reasons])] if reasons else []
+def masking_reasons(summary: Summary) -> list[Table]:
+    """Returns a table with all signs of gradient masking, or nothing."""
+    rows = [(row["title"], row["verdict"]["reasons"]) for row in summary["rows"].values() if row.get("verdict")]
+    signs = [[title, " ".join(reasons)] for title, reasons in rows if reasons]
+    return [(["Gradient masking", "Signs"], signs)] if signs else []
 
 
 def slices(summary: Summary) -> list[Table]:
@@ -126,7 +123,8 @@ def sentence(summary: Summary) -> str:
     if "autoattack_images" in about:
         text += f" AutoAttack on {about['autoattack_images']} of them, one seed; it is not in the worst case."
     if "baseline" in about:
-        text += f" Verdicts: the gain over {about['baseline']}, on {about['judged_images']} images, one seed."
+        text += f" Gradient masking: checks of the gain over {about['baseline']}, on {about['judged_images']} images, "
+        text += "one seed."
     if about["different"]:
         text += f" Not the same for all rows: {', '.join(about['different']).replace('_', ' ')}."
     return text + " Accuracy in per cent; ± is the standard deviation over the seeds."

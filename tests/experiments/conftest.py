@@ -19,10 +19,15 @@ TABLE = {
 }
 
 
+@pytest.fixture(autouse=True)
+def at_root(monkeypatch):
+    """The names of config files are relative."""
+    monkeypatch.chdir(ROOT)
+
+
 @pytest.fixture
 def study(tmp_path, monkeypatch):
     """Returns `study(*arguments)` -> (exit code, the fake runs of this call), with the rows of TABLE."""
-    monkeypatch.chdir(ROOT)
     rows = dict(ROWS)
     _set_rows(TABLE)
     monkeypatch.setattr("experiments.study.__main__.draw", lambda *_: None)  # slow, and tested in test_study_summary

@@ -1,48 +1,37 @@
 """The measurement `autoattack`: both frameworks on the same network, the summary and the table."""
 
 import json
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
-from experiments.benchmark import autoattack, record, summary, tables, target, worker
+from experiments.benchmark import record, summary, tables, target, timing, worker
 from experiments.benchmark.__main__ import main
 from lt_adv import data
 from lt_adv.cli import flags
 from lt_adv.training import checkpoint
 from tests.experiments import NO_TORCH
+from tests.experiments.test_benchmark import PEAK
 
-ROOT = Path(__file__).parents[2]
 DIGITS = "--config=configs/at.py:dataset=digits"
 NO_OPTIONS = {"golden": None, "images": None, "workdir": None, "eps": None}
-
-
-@pytest.fixture(autouse=True)
-def at_root(monkeypatch):
-    monkeypatch.chdir(ROOT)
 
 
 def in_this_process(task, config, environment=None, **options):
     """Replaces `record.launch`, without the time to import jax and torch in a new process."""
     if task == "peak":
-        return {"device": "cpu", "platform": "cpu", "devices": 1, "matmul_flops_per_second": {"float32": 1e12}}
-    options = json.loads(json.dumps(options))
-    return json.loads(json.dumps(worker.TASKS[task](flags.parse(["worker", *config]).config, **options)))
+        return PEAK
+    return json.loads(json.dumps(worker.run(task, config, **json.loads(json.dumps(options)))))
 
 
 def measured(tmp_path, monkeypatch, *arguments):
     """Returns (record, JAX run, PyTorch run) of a small measurement with a twentieth of the steps."""
-    torch = pytest.importorskip("torch", reason=NO_TORCH)
     from experiments.pytorch_baseline import autoattack as pytorch
 
     monkeypatch.setattr(record, "launch", in_this_process)
     monkeypatch.setattr(pytorch, "NUM_STEPS", 5)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     assert main(["autoattack", *arguments, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
-    torch.set_num_threads(threads)
     result = json.loads((tmp_path / "x.json").read_text())
     jax_run, torch_run = result["runs"][:2]
     assert jax_run["images"] == torch_run["images"] == 16 and jax_run["eps"] == torch_run["eps"]
@@ -52,7 +41,7 @@ def measured(tmp_path, monkeypatch, *arguments):
     return result, jax_run, torch_run
 
 
-def test_both_attack_a_golden_network(short, tmp_path, monkeypatch):
+def test_both_attack_a_golden_network(one_torch_thread, short, tmp_path, monkeypatch):
     result, jax_run, torch_run = measured(tmp_path, monkeypatch, "--golden=linear", "--attacks=apgd-ce,apgd-dlr")
     names = ["jax apgd-ce", "torch apgd-ce", "jax apgd-dlr", "torch apgd-dlr"]
     assert [run["series"] for run in result["runs"]] == names, "each alone, in turn"
@@ -63,7 +52,7 @@ def test_both_attack_a_golden_network(short, tmp_path, monkeypatch):
     assert "official" not in result, "it is of all images"
 
 
-def test_both_attack_the_network_of_a_config(tmp_path, monkeypatch, capsys):
+def test_both_attack_the_network_of_a_config(one_torch_thread, tmp_path, monkeypatch, capsys):
     arguments = [DIGITS, "--eps=0.02", "--attacks=square", "--queries=6"]
     result, jax_run, torch_run = measured(tmp_path, monkeypatch, *arguments)
     assert jax_run["eps"] == 0.02 and jax_run["accuracy"]["clean"] == 1 and not result["trained"]
@@ -84,17 +73,14 @@ def test_weights_of_a_run_in_both_frameworks(monkeypatch):
     test = data.long_tailed(data.load(config.data), config.data).test
     assert len(case.image) == len(case.label) == 20 and case.eps == 0.1
     np.testing.assert_array_equal(case.label[:2], test.label[[0, len(test) // 20]])
-    logits = case.torch()(torch.from_numpy(case.image.transpose(0, 3, 1, 2).copy()))
+    logits = case.torch("cpu")(torch.from_numpy(case.image.transpose(0, 3, 1, 2).copy()))
     np.testing.assert_allclose(case.apply(case.variables, case.image), logits, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (
-            "--config.eval.dtype=bfloat16",
-            "config.eval.dtype = 'bfloat16': AutoAttack of the PyTorch baseline supports",
-        ),
+        ("--config.eval.dtype=bfloat16", "config.eval.dtype = 'bfloat16': AutoAttack of the PyTorch baseline supports"),
         ("--config.eval.adjustment.name=logit_adjustment", "config.eval.adjustment.name = 'logit_adjustment'"),
     ],
 )
@@ -103,38 +89,15 @@ def test_unsupported_config_is_refused(change, message):
         target.make_target(flags.parse(["", DIGITS, change]).config, **NO_OPTIONS)
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        ([], "--config is missing"),
-        ([DIGITS, "--attacks=apgd"], "Unknown attack 'apgd'"),
-        ([DIGITS, "--attacks=fab"], "Unknown attack 'fab'"),
-        ([DIGITS, "--images=0"], "--images: must be above 0"),
-        ([DIGITS, "--queries=many"], "--queries: must be a number of type int"),
-        ([DIGITS, "--eps=-0.1"], "--eps: must be above 0"),
-        ([DIGITS, "--workdir=nowhere"], "--workdir: there is no folder 'nowhere'"),
-        ([DIGITS, "--golden=linear"], "--golden brings its network and images"),
-        (["--golden=linear", "--workdir=configs"], "--golden brings its network and images"),
-        (["--golden=robal"], "Unknown head 'robal'"),
-        ([DIGITS, "--querys=5"], "Did you mean '--queries'?"),
-    ],
-)
-def test_bad_arguments_give_one_line(arguments, expected, monkeypatch, capsys):
-    monkeypatch.setattr(record, "launch", lambda *_, **__: pytest.fail("a process was started"))
-    assert main(["autoattack", *arguments]) == 2
-    printed = capsys.readouterr().err
-    assert printed.startswith("Error: ") and printed.count("\n") == 1 and expected in printed
-
-
 def test_nested_spans_count_once():
-    assert autoattack.union_length([(5, 6), (0, 4), (1, 2), (3, 4.5)]) == 5.5 and autoattack.union_length([]) == 0
+    assert timing.union_length([(5, 6), (0, 4), (1, 2), (3, 4.5)]) == 5.5 and timing.union_length([]) == 0
 
 
 def test_compile_time_is_measured_apart():
-    with autoattack.compile_spans() as spans:
+    with timing.compile_spans() as spans:
         jax.jit(lambda x: jax.jit(lambda x: x * 3.125)(x) + 1)(1.0)
     count = len(spans)
-    assert count >= 3 and 0 < autoattack.union_length(spans) <= sum(end - start for start, end in spans) + 1e-9
+    assert count >= 3 and 0 < timing.union_length(spans) <= sum(end - start for start, end in spans) + 1e-9
     jax.jit(lambda x: x * 3.25)(1.0)
     assert len(spans) == count, "the listener is removed"
 
@@ -169,13 +132,22 @@ def test_table_row():
         "ratio": {"a": {"median": 2.0251, "min": 2.0251, "max": 2.0251}},
         "agreement": {"a": {"error": "they differ"}},
     }
-    head, (row,) = tables.autoattack([result])
-    shown = dict(zip(head, row, strict=True))
-    assert (shown["Device"], shown["Images"], shown["Attacks"]) == ("2 cores of Some CPU", "8", "a")
-    assert (shown["JAX, s"], shown["PyTorch eager, s"], shown["Speed-up"]) == ("12.3", "25.0", "2.03x")
-    assert shown["Robust accuracy, %"] == "50.00 / 50.00 (differ)" and shown["Official"] == "51.00"
-    assert shown["Forward passes per image"] == "101 / 101" and shown["Gradients per image"] == "50.5 / 50.5"
-    assert shown["Compile, s"] == "4.00 / –" and shown["Rounds"] == "2"
+    head, (row,) = tables.table("autoattack", [result])
+    assert dict(zip(head, row, strict=True)) == {
+        "Device": "2 cores of Some CPU",
+        "Network": "WRN-34-10",
+        "Images": "8",
+        "Attacks": "a",
+        "JAX, s": "12.3",
+        "PyTorch eager, s": "25.0",
+        "Speed-up": "2.03x",
+        "Robust accuracy, %": "50.00 / 50.00 (differ)",
+        "Official": "51.00",
+        "Forward passes per image": "101 / 101",
+        "Gradients per image": "50.5 / 50.5",
+        "Compile, s": "4.00 / –",
+        "Rounds": "2",
+    }
     result |= {"runs": [{"round": 0, "series": "jax a", "error": "out of memory"}], "summary": {}, "ratio": {"a": None}}
-    _, (row,) = tables.autoattack([result])
+    _, (row,) = tables.table("autoattack", [result])
     assert dict(zip(head, row, strict=True))["Robust accuracy, %"] == "– / – (differ)"

@@ -41,7 +41,7 @@ COUNTS = (11, 7, 4, 2)
 BATCH = 8
 
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread")]
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread", "float64")]
 
 
 def make_config(name: str, network: str = "wrn_10_1", **changes) -> ml_collections.ConfigDict:
@@ -102,35 +102,26 @@ class Step:
 def lt_adv_step(config: ml_collections.ConfigDict) -> Step:
     split, mesh, key = images_of(config), sharding.make_mesh(jax.devices()[:1]), jax.random.key(5)
     train, (stage,), before = split.train, Experiment.from_config(config).stages, first_variables(config)
-    counts = np.array(split.class_counts)
-    info = DataInfo(
-        class_counts=counts,
-        steps_per_epoch=len(train) // BATCH,
-        epochs=1,
-        image_shape=train.image.shape[1:],
-        num_features=stage_builder.variable_shapes(config, split)[1],
-    )
-    with jax.enable_x64(True):
-        # The random numbers of the step, from its keys.
-        epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
-        rows = device_dataset.batch_indices(epoch_key, 0, num_examples=len(train), batch_size=BATCH)
-        image = train.image[rows].astype(float) / 255
-        attack_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), 0), 1)
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(attack_key, jnp.arange(BATCH))
-        start = stage.method.attack_start
-        noise = initialization.starting_point(keys, jnp.zeros_like(image), config.attack.eps, start, norms.get("linf"))
+    num_features = stage_builder.variable_shapes(config, split)[1]
+    info = DataInfo(np.array(split.class_counts), len(train) // BATCH, 1, train.image.shape[1:], num_features)
+    # The random numbers of the step, from its keys.
+    epoch_key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)
+    rows = device_dataset.batch_indices(epoch_key, 0, num_examples=len(train), batch_size=BATCH)
+    image = train.image[rows].astype(float) / 255
+    attack_key = jax.random.fold_in(jax.random.fold_in(jax.random.fold_in(key, 1), 0), 1)
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(attack_key, jnp.arange(BATCH))
+    start = stage.method.attack_start
+    noise = initialization.starting_point(keys, jnp.zeros_like(image), config.attack.eps, start, norms.get("linf"))
 
-        model = create(config.model, info.num_classes, axis_name=AXIS)
-        rate = optimizer.schedule(config.optim, info.steps_per_epoch, info.epochs)
-        tx = optimizer.create(config.optim, rate, before["params"])
-        options = StepOptions(BATCH, config.attack.eps, config.attack.step_size, augment="none")
-        take_step, _ = make_train_step(stage.method, model.apply, tx, rate, info, options, mesh)
-        state = sharding.replicate(
-            train_state.create(key, before, tx, stage.method.init_state(info), averaged=False), mesh
-        )
-        data = input_pipeline.resident(train, None, key, info, BATCH, mesh).example
-        state, metrics = take_step(state, data, {})
-        after, loss = jax.device_get((state.variables, metrics["loss"]))
+    model = create(config.model, info.num_classes, axis_name=AXIS)
+    rate = optimizer.schedule(config.optim, info.steps_per_epoch, info.epochs)
+    tx = optimizer.create(config.optim, rate, before["params"])
+    options = StepOptions(BATCH, config.attack.eps, config.attack.step_size, augment="none")
+    take_step, _ = make_train_step(stage.method, model.apply, tx, rate, info, options, mesh)
+    state = sharding.replicate(train_state.create(key, before, tx, stage.method.init_state(info), averaged=False), mesh)
+    data = input_pipeline.resident(train, None, key, info, BATCH, mesh).example
+    state, metrics = take_step(state, data, {})
+    after, loss = jax.device_get((state.variables, metrics["loss"]))
     return Step(before, image, train.label[rows], np.asarray(noise), after, float(loss))
 
 
@@ -144,16 +135,12 @@ def take(trainer: Trainer, step: Step) -> float:
 
 def values_per_channel(trainer: Trainer, image: np.ndarray) -> dict:
     """Returns path of a running variance -> number of batch values per channel."""
-    counts, handles = {}, []
+    counts = {}
     for name, module in trainer.model.named_modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             path = (*name.split("."), "var")
-            handles.append(
-                module.register_forward_pre_hook(lambda m, x, p=path: counts.update({p: x[0][:, 0].numel()}))
-            )
-    trainer.logits(nchw(image))
-    for handle in handles:
-        handle.remove()
+            module.register_forward_pre_hook(lambda m, x, p=path: counts.update({p: x[0][:, 0].numel()}))
+    trainer.model.eval()(nchw(image))
     return counts
 
 

@@ -8,7 +8,7 @@ from tests.experiments import NO_TORCH
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 
 from experiments.benchmark import target
-from experiments.pytorch_baseline import autoattack
+from experiments.pytorch_baseline import ATTACKS, autoattack
 
 HEADS = target.HEADS
 
@@ -32,7 +32,7 @@ def paths(golden):
         arrays, digits = golden(f"attacks_digits_{head}"), target.golden_digits(head, np.float64)
         index = arrays["trajectory.index"]
         x, y = channels_first(digits.image[index]), torch.tensor(digits.label[index]).long()
-        return arrays, digits.eps, autoattack.CountingNetwork(digits.torch()), x, y
+        return arrays, digits.eps, autoattack.CountingNetwork(digits.torch("cpu")), x, y
 
     return load
 
@@ -64,7 +64,7 @@ def test_fab_takes_the_released_path(paths, assert_golden, head):
 @pytest.mark.parametrize("head", HEADS)
 def test_networks_equal_the_golden_ones(head, golden):
     arrays, digits = golden(f"attacks_digits_{head}"), target.golden_digits(head)
-    logits = digits.torch()(channels_first(digits.image))
+    logits = digits.torch("cpu")(channels_first(digits.image))
     np.testing.assert_allclose(logits, arrays["logits"], atol=1e-4)
     np.testing.assert_allclose(digits.apply(digits.variables, digits.image), arrays["logits"], atol=1e-4)
 
@@ -72,7 +72,7 @@ def test_networks_equal_the_golden_ones(head, golden):
 def every_fourth(head):
     """Returns (target, network, x, y) of every fourth image, in float32."""
     digits = target.golden_digits(head)
-    return digits, digits.torch(), channels_first(digits.image[::4]), torch.tensor(digits.label[::4]).long()
+    return digits, digits.torch("cpu"), channels_first(digits.image[::4]), torch.tensor(digits.label[::4]).long()
 
 
 def test_square_leaves_as_many_robust_as_the_released_code(golden):
@@ -115,7 +115,7 @@ def test_each_attack_runs_on_the_images_still_robust(golden, monkeypatch):
         autoattack.autoattack(lambda x: net(x)[:, :3], x, y, attacks=names, **options)
 
 
-@pytest.mark.parametrize("name", autoattack.ATTACKS)
+@pytest.mark.parametrize("name", ATTACKS)
 def test_points_stay_in_ball_and_box_and_are_misclassified(name, monkeypatch):
     monkeypatch.setattr(autoattack, "NUM_STEPS", 20)
     digits, net, x, y = every_fourth("cosine")

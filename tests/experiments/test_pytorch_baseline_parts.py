@@ -1,4 +1,6 @@
-"""Networks, weights, attack, batches and settings of the PyTorch baseline."""
+"""Networks, weights, attack, batches, settings and training of the PyTorch baseline."""
+
+import json
 
 import flax
 import jax
@@ -10,15 +12,17 @@ from tests.experiments import NO_TORCH
 
 torch = pytest.importorskip("torch", reason=NO_TORCH)
 
-from experiments.pytorch_baseline import attack, data, models, weights
-from lt_adv.data import Split
+from experiments.pytorch_baseline import attack, data, models, train, weights
+from lt_adv import evaluation
+from lt_adv.cli import evaluate, flags
+from lt_adv.data import Split, load, long_tailed
 from lt_adv.models import create
-from lt_adv.training import optimizer
+from lt_adv.training import checkpoint, optimizer
 from tests.experiments.test_pytorch_baseline import make_config, make_trainer
 from tests.models.test_backbones import NETWORKS as GOLDEN
 from tests.models.test_backbones import flax_path, golden_variables
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread")]
 
 NETWORKS = ({"name": "wide_resnet", "depth": 16, "width": 2}, {"name": "resnet18"}, {"name": "preact_resnet18"})
 HEADS = ("linear", "linear_no_bias", "cosine", "cosine_plus")
@@ -185,7 +189,9 @@ def test_cuda_graph_takes_the_same_steps(name):
 
 
 def test_learning_rate_follows_the_schedule_of_lt_adv():
-    config = make_config("at", **{"optim.drop_epochs": (2,), "optim.epochs": 2, "optim.warmup_epochs": 1})
+    config = make_config(
+        "at", **{"optim.drop_epochs": (2,), "optim.epochs": 2, "optim.warmup_epochs": 1, "attack.num_steps": 0}
+    )
     trainer = make_trainer(config)
     rate = optimizer.schedule(config.optim, trainer.steps_per_epoch, 2)
     for step_number in range(2 * trainer.steps_per_epoch):
@@ -201,6 +207,8 @@ def test_learning_rate_follows_the_schedule_of_lt_adv():
         ({"model.depth": 11}, "depth of a WideResNet must be 6 n"),
         ({"model.head.name": "lws"}, "linear and cosine heads, not LearnableScale"),
         ({"data.augment": "randaugment"}, "config.data.augment = 'randaugment'"),
+        ({"data.augment": "flip"}, "supports only 'none' or 'crop_flip'"),
+        ({"addons": ("awp",)}, r"config.addons = \('awp',\)"),
         ({"method.name": "at_ldam"}, "at_ldam"),
     ],
 )
@@ -212,3 +220,31 @@ def test_unsupported_config_is_refused(changes, message):
 def test_unknown_setting_is_refused():
     with pytest.raises(ValueError, match="fast"):
         make_trainer(make_config("at"), "fast")
+
+
+def test_lt_adv_evaluates_a_network_trained_in_pytorch(tmp_path, capsys):
+    options = ["--config=configs/at_bsl.py:dataset=digits,epochs=2", f"--workdir={tmp_path / 'run'}"]
+    options += ["--config.attack.num_steps=1", "--config.eval.only=('fgsm',)", "--config.eval.subset_per_class=12"]
+    assert train.main([*options, "--setting=released"]) == 0
+    printed = capsys.readouterr().out
+    assert "epoch 2/2" in printed
+    config, workdir, *_ = flags.parse(["main", *options])
+    dataset = load(config.data)
+    summary, split = evaluate.evaluate(config, workdir), long_tailed(dataset, config.data)
+    header = summary["header"]
+    assert header["stage"] == f"0_train by PyTorch {torch.__version__}, released, on cpu"
+    assert header["training"] == "finished" and header["checkpoint_step"] == 2 * (len(split.train) // 64)
+
+    # PyTorch predicts the same classes with these weights.
+    variables, _ = checkpoint.read_variables(workdir)
+    test = split.test.take(evaluation.balanced_subset(split.test.label, 12))
+    network = models.create(config.model, 10, channels=1).eval()
+    network.load_state_dict(weights.to_torch(variables))
+    with torch.no_grad():
+        prediction = network(torch.from_numpy(test.image).permute(0, 3, 1, 2) / 255).argmax(-1).numpy()
+    assert summary["metrics"]["eval/clean/accuracy"] == pytest.approx(np.mean(prediction == test.label))
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    assert [row["epoch"] for row in rows] == [1, 2] and rows[1]["train/loss"] < rows[0]["train/loss"]
+
+    assert train.main(options) == 2
+    assert "use another --workdir" in capsys.readouterr().err

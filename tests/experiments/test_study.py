@@ -1,21 +1,26 @@
-"""The processes of a study: order, resume, failures, refusal of bad arguments. Nothing is trained."""
+"""A study: its rows and presets, the order of the processes, resume, failures and additional parts; one real study."""
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from experiments.study import jobs
+from experiments.study import jobs, sweep
 from experiments.study.__main__ import main, parse
 from experiments.study.rows import PRESETS, ROWS, Row, with_bases
 from lt_adv.cli import flags
 from lt_adv.cli.experiment import Experiment
+from tests.experiments.conftest import ROOT
 from tests.experiments.fake_runs import option
 
-ROOT = Path(__file__).parents[2]
+
+def config_of(options, row):
+    """Returns the config of a row in the main evaluation."""
+    return flags.parse(jobs.command(options, jobs.Job(row, 0, options.part))[1:]).config
 
 
 def test_every_config_has_a_row_and_every_row_a_config():
@@ -24,9 +29,8 @@ def test_every_config_has_a_row_and_every_row_a_config():
 
 
 @pytest.mark.parametrize("name", ROWS)
-def test_every_row_has_a_valid_command(name, monkeypatch, tmp_path):
+def test_every_row_has_a_valid_command(name, tmp_path):
     """Its config accepts its arguments, epochs and every preset; its base is a row that trains."""
-    monkeypatch.chdir(ROOT)
     row = ROWS[name]
     assert ("{base}" in row.arguments) == (row.base is not None and not row.evaluates)
     if row.base:
@@ -34,47 +38,47 @@ def test_every_row_has_a_valid_command(name, monkeypatch, tmp_path):
     if row.evaluates:  # the config must equal that of the base
         assert row.share == ROWS[row.base].share and not ROWS[row.base].overrides
     for arguments in (["--dataset=digits", "--epochs=3"], *([f"--preset={preset}"] for preset in PRESETS)):
-        study_options = parse([f"--rows={name}", f"--workdirs={tmp_path}", *arguments])
-        config = flags.parse(jobs.command(study_options, jobs.Job(name, 0, study_options.part))[1:]).config
-        Experiment.from_config(config)
+        Experiment.from_config(config_of(parse([f"--rows={name}", f"--workdirs={tmp_path}", *arguments]), name))
 
 
 def test_titles_are_unique():
     assert len({row.title for row in ROWS.values()}) == len(ROWS)
 
 
-def test_cpu_preset_gives_every_row_the_same_budget(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    study_options = parse(["--preset=cpu", "--config.data.path=some/images"])
-    assert (study_options.name, study_options.seeds, study_options.epochs, study_options.part) == (
-        "cpu",
-        (0, 1),
-        10,
-        "subset",
-    )
-    assert study_options.rows == tuple(name for name in ROWS if not ROWS[name].varies)
-    assert study_options.workdirs == Path("workdirs/cpu")
+def test_cpu_preset_gives_every_row_the_same_budget():
+    options = parse(["--preset=cpu", "--config.data.path=some/images"])
+    assert (options.name, options.seeds, options.epochs, options.part) == ("cpu", (0, 1), 10, "subset")
+    assert options.rows == tuple(name for name in ROWS if not ROWS[name].varies)
+    assert options.workdirs == Path("workdirs/cpu")
     for name, row in ROWS.items():
-        config = flags.parse(jobs.command(study_options, jobs.Job(name, 0, study_options.part))[1:]).config
+        config = config_of(options, name)
         assert (config.data.name, config.data.path, config.data.image_size) == ("image_folder", "some/images", 16)
         assert config.data.imbalance_ratio == 50 and config.data.imbalance == "exponential"
         assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 10, 1)
         assert config.eval.subset_per_class == 100
-        assert {config.eval.attacks[name].eps for name in config.eval.only} == {0.031}
-        assert config.attack.eps == 0.031
+        assert {config.eval.attacks[name].eps for name in config.eval.only} == {config.attack.eps} == {0.031}
         if row.share == 1:
             assert config.optim.epochs == 10 and config.optim.batch_size == 64
 
 
-def test_ablations_never_use_the_test_set(monkeypatch):
-    monkeypatch.chdir(ROOT)
-    study_options = parse(["--preset=ablation", "--config.data.path=some/images"])
-    for name in study_options.rows:
-        config = flags.parse(jobs.command(study_options, jobs.Job(name, 0, study_options.part))[1:]).config
+def test_ablations_never_use_the_test_set():
+    options = parse(["--preset=ablation", "--config.data.path=some/images"])
+    for name in options.rows:
+        config = config_of(options, name)
         assert config.eval.split == "validation" and config.data.validation_per_class == 100
-    varied = {ROWS[name].varies for name in study_options.rows} - {None}
-    assert {"self_distillation", "reat"} <= varied <= set(study_options.rows)
-    assert all(ROWS[name].config == ROWS[ROWS[name].varies].config for name in study_options.rows if ROWS[name].varies)
+    varied = {ROWS[name].varies for name in options.rows} - {None}
+    assert {"self_distillation", "reat"} <= varied <= set(options.rows)
+    assert all(ROWS[name].config == ROWS[ROWS[name].varies].config for name in options.rows if ROWS[name].varies)
+
+
+def test_precisions_differ_in_training_only():
+    options = parse(["--preset=precision"])
+    assert (options.seeds, options.dataset, options.epochs, options.part) == ((0, 1, 2), "digits", None, "full")
+    configs = [config_of(options, name) for name in options.rows]
+    assert [(config.model.dtype, config.attack.dtype) for config in configs] == [
+        *(("float32", None), ("float32", "bfloat16"), ("bfloat16", None))
+    ]
+    assert {(config.eval.dtype, config.eval.only) for config in configs} == {("float32", ("pgd20",))}
 
 
 def test_row_runs_after_its_base(study):
@@ -209,36 +213,6 @@ def test_stopped_study_terminates_its_process(tmp_path, monkeypatch):
     assert (tmp_path / "saved").read_text() == "saved"
 
 
-@pytest.mark.parametrize(
-    ("arguments", "expected"),
-    [
-        (["--rows=at,robbal"], "Did you mean 'robal'?"),
-        (["--rows="], "Unknown row ''"),
-        (["--seeds=0,-1"], "--seeds: must be whole numbers"),
-        (["--seeds=one"], "--seeds: must be whole numbers"),
-        (["--epochs=0"], "--epochs: must be above 0"),
-        (["--epochs=ten"], "--epochs: must be a number of type int"),
-        (["--preset=gpu"], "Unknown preset 'gpu'"),
-        (["--scales=2"], "Unknown scale 2.0"),
-        (["--scales=much"], "Unknown scale 'much'"),
-        (["--name=.."], "--name: must be of letters"),
-        (["--row=at"], "Did you mean '--rows'?"),
-        (["stray"], "Unknown option 'stray'"),
-        (["--workdir=w"], "Did you mean '--workdirs'?"),
-        (["--rows=at", "--config.optim.batch_siz=3"], "row at: Unknown entry"),
-        (["--rows=at,robal", "--config.optim.batch_size=0"], "config.optim.batch_size must be a whole number"),
-        (["--rows=at", "--dataset=digits,epochs=3"], "--dataset: must be of letters"),
-    ],
-)
-def test_bad_arguments_give_one_line(arguments, expected, monkeypatch, capsys, tmp_path):
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(jobs, "execute", lambda *_: pytest.fail("a process was started"))
-    assert main([*arguments, f"--out={tmp_path}"]) == 2
-    printed = capsys.readouterr()
-    assert printed.err.startswith("Error: ") and printed.err.count("\n") == 1 and expected in printed.err
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("option_name", ["out", "workdirs"])
 def test_unwritable_folder_gives_one_line(option_name, study, capsys, tmp_path):
     (tmp_path / "file").write_text("mine")
@@ -253,15 +227,102 @@ def test_invalid_row_does_not_stop_the_others(study, monkeypatch):
 
 
 def test_real_process_reports_an_invalid_row(tmp_path, monkeypatch):
-    """Starts a real process and reads its error."""
-    monkeypatch.chdir(ROOT)
     monkeypatch.setitem(ROWS, "odd", Row("Odd", "at", "variant=Q"))
-    study_options = parse(["--rows=odd", "--dataset=digits", f"--out={tmp_path}", f"--workdirs={tmp_path}/runs"])
-    (answer,) = {reason for _, reason in jobs.run(study_options)}
+    options = parse(["--rows=odd", "--dataset=digits", f"--out={tmp_path}", f"--workdirs={tmp_path}/runs"])
+    (answer,) = {reason for _, reason in jobs.run(options)}
     assert "config argument 'variant=Q'" in answer and "\n" not in answer and sys.executable not in answer
 
 
-def test_help_describes_every_preset(capsys):
-    assert main(["--help"]) == 0
-    printed = capsys.readouterr().out
-    assert all(f"--preset={name}" in printed for name in PRESETS)
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}"])
+def test_damaged_result_is_made_again(tmp_path, content):
+    options = parse(["--rows=at", "--dataset=digits", "--scales=none", f"--out={tmp_path}", "--name=s"])
+    (job,) = options.jobs()
+    jobs.result_path(options, job).parent.mkdir()
+    jobs.result_path(options, job).write_text(content)
+    assert jobs.remaining_jobs(options) == [job] and jobs.results(options, options.part) == {}
+
+
+def test_autoattack_runs_for_the_first_seed_on_fewer_images(study):
+    arguments = ("--epochs=5", "--scales=none", "--autoattack=3", "--config.eval.attacks.pgd20.eps=0.05")
+    arguments += ("--config.eval.only=('pgd20',)", "--config.eval.subset_per_class=9")  # of the main evaluation
+    code, runs = study("--rows=at,shifted", "--seeds=0,1", *arguments)
+    assert code == 0
+    assert runs.names == ["at-seed0", "at-seed0/autoattack", "at-seed0/shifted", "at-seed0/shifted-autoattack"] + [
+        "at-seed1", "at-seed1/shifted",
+    ]  # fmt: skip
+    commands = dict(zip(runs.names, runs.commands, strict=True))
+    config = flags.parse(commands["at-seed0/autoattack"][1:]).config
+    assert config.eval.only == ("autoattack",) and config.eval.subset_per_class == 3
+    assert config.eval.attacks.autoattack.eps == 0.05, "the radius of pgd20"
+    assert option(commands["at-seed0/autoattack"], "mode") == "eval"
+
+
+def test_every_row_is_compared_with_the_baseline(study):
+    arguments = ("--scales=none", "--baseline=at", "--config.eval.only=('fgsm',)")
+    code, runs = study("--rows=robal,shifted", "--seeds=0,1", *arguments)
+    assert code == 0
+    assert runs.names == [
+        "at-seed0", "robal-seed0", "robal-seed0/verdict", "at-seed0/shifted", "at-seed0/shifted-verdict",
+        "at-seed1", "robal-seed1", "at-seed1/shifted",
+    ]  # fmt: skip
+    commands = dict(zip(runs.names, runs.commands, strict=True))
+    for name in ("robal-seed0/verdict", "at-seed0/shifted-verdict"):
+        config = flags.parse(commands[name][1:]).config
+        assert config.eval.only == ("pgd20",) and config.eval.baseline.endswith("/at-seed0")
+        assert option(commands[name], "mode") == "eval"
+    table = json.loads((study.folder / "table.json").read_text())
+    assert table["about"]["baseline"] == "AT" and table["rows"]["robal"]["verdict"]["trustworthy"]
+    assert table["rows"]["at"]["verdict"] is None
+    text = (study.folder / "table.md").read_text()
+    assert "| no sign |" in text and "| **robustness overestimated: all, tail** |" in text
+    assert "The gain is not real. Of it, nothing is left." in text
+    assert "the gain over AT, on 25 images" in text
+    results = [path.read_text() for path in study.folder.glob("*-verdict.json")]
+    assert len(results) == 2 and not any(str(study.folder.parent) in text for text in results)
+    shutil.rmtree(Path(option(commands["at-seed0"], "workdir")) / "checkpoints")
+    (study.folder / "robal-seed0-verdict.json").unlink()
+    code, runs = study("--rows=robal,shifted", "--seeds=0,1", *arguments)
+    assert code == 0 and runs.names == ["at-seed0", "robal-seed0/verdict"], (
+        "the verdict requires the network of the baseline"
+    )
+
+
+def test_the_sweep_follows_the_radius():
+    arguments = ["main", "--config=experiments/study/sweep.py:configs/at.py", "--config.eval.attacks.pgd20.eps=0.05"]
+    attacks = flags.parse(arguments).config.eval.attacks.to_dict()
+    assert {attacks[sweep.attack_name(scale)]["eps"] for scale in sweep.SCALES} == {0.05}
+    assert attacks["lsa"]["eps"] != 0.05
+    with pytest.raises(ValueError, match="config file"):
+        flags.parse(["main", "--config=experiments/study/sweep.py"])
+
+
+@pytest.mark.slow
+def test_study_of_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    arguments = ["--dataset=digits", "--epochs=2", "--name=small"]
+    arguments += [f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--config.eval.only=('pgd20',)"]
+    arguments += ["--config.eval.subset_per_class=20", "--config.attack.num_steps=1"]
+    arguments += ["--config.eval.attacks.pgd20.num_steps=2", "--config.log.clean_per_class=0"]
+    assert main([*arguments, "--rows=tau_norm", "--scales=none"]) == 0, capfd.readouterr()
+    assert capfd.readouterr().out.startswith("2 of 2 runs to do.")
+    assert main([*arguments, "--rows=at", "--scales=10"]) == 0, capfd.readouterr()
+    assert capfd.readouterr().out.startswith("1 of 2 runs to do."), "the network exists, the sweep is new"
+    folder = tmp_path / "small"
+    table = json.loads((folder / "table.json").read_text())
+    assert list(table["rows"]) == ["at", "tau_norm"] and not table["failed"]
+    assert table["about"]["images"] == 200 and table["about"]["epochs"] == 2 and table["about"]["eps"] == 0.1
+    for name, row in table["rows"].items():
+        figures = {k: v["mean"] for k, v in row["figures"].items()}
+        assert figures["eval/worst/accuracy"] <= figures["eval/pgd20/accuracy"]
+        assert row["training_seconds"]["mean"] > 0
+        log = (tmp_path / "runs" / f"{name}-seed0-subset.log").read_text()
+        assert "Report:" in log
+        result = (folder / f"{name}-seed0-subset.json").read_text()
+        assert str(tmp_path) not in result and json.loads(result)["report"]["context"]["training_seconds"] > 0
+    assert [scale for scale, _ in table["rows"]["at"]["scales"]] == [10] and not table["rows"]["tau_norm"]["scales"]
+    clean, adjusted = (table["rows"][name]["figures"]["eval/clean/accuracy"]["mean"] for name in ("at", "tau_norm"))
+    assert clean > 0.2 and adjusted != clean, "two epochs are enough to be above chance"
+    text = (folder / "table.md").read_text()
+    pictures = re.findall(r"!\[[\w ]+\]\((.*?)\)", text)
+    assert sorted(pictures) == [f"plots/{name}.png" for name in ("classes", "errors", "logit_scale", "robustness")]
+    assert all((folder / picture).stat().st_size > 10_000 for picture in pictures)

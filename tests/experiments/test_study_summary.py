@@ -36,7 +36,7 @@ def results(monkeypatch):
 @pytest.fixture
 def made(results):
     sweeps = {name: [run(0, swept=True)] for name in ("at", "robal")}
-    return {"study": "s", **summary.summarise(results, sweeps, {"cdt-seed0-full": "no such thing"}, PUBLISHED)}
+    return {"study": "s", **summary.summarise(results, PUBLISHED, {"cdt-seed0-full": "no such thing"}, scales=sweeps)}
 
 
 def test_autoattack_on_fewer_images_has_a_column_and_a_sentence(results):
@@ -44,7 +44,7 @@ def test_autoattack_on_fewer_images_has_a_column_and_a_sentence(results):
     smaller["report"]["header"]["images"] = 12
     metrics = smaller["report"]["metrics"]
     metrics |= {"eval/autoattack/accuracy": 0.25, "eval/autoattack/accuracy_tail": 0.125, "eval/worst/accuracy": 0.2}
-    made = summary.summarise(results, {}, {}, PUBLISHED, {"at": [smaller]})
+    made = summary.summarise(results, PUBLISHED, {}, autoattack={"at": [smaller]})
     figures = made["rows"]["at"]["figures"]
     assert figures["eval/autoattack/accuracy"]["values"] == [0.25]
     assert figures["eval/worst/accuracy"]["values"] != [0.2], "on all images"
@@ -111,12 +111,12 @@ def test_main_table(made, results):
 
 
 def test_condition_of_one_row_is_a_column(made):
-    for condition in ("autoattack", "own", "pgd100", "mim20"):
+    for condition in ("autoattack", "ead", "pgd100", "mim20"):
         made["rows"]["robal"]["figures"][f"eval/{condition}/accuracy"] = summary.spread([0.125])
     head, rows = tables.all_images(made)
-    shown = ["Clean", "FGSM", "PGD-20", "PGD-100", "MIM-20", "CW-20", "LSA", "AutoAttack", "OWN", "Worst case"]
+    shown = ["Clean", "FGSM", "PGD-20", "PGD-100", "MIM-20", "CW-20", "LSA", "AutoAttack", "EAD", "Worst case"]
     assert head[1:11] == shown
-    for name in ("PGD-100", "MIM-20", "AutoAttack", "OWN"):
+    for name in ("PGD-100", "MIM-20", "AutoAttack", "EAD"):
         assert cells(head, rows[1])[name] == "12.5" and cells(head, rows[0])[name] == ""
 
 
@@ -166,7 +166,7 @@ def test_plots_show_the_figures(made):
 
 
 def test_without_a_sweep_there_is_no_plot_of_it(results):
-    assert "logit_scale" not in plots.draw(summary.summarise(results, {}, {}, {}))
+    assert "logit_scale" not in plots.draw(summary.summarise(results, {}, {}))
 
 
 def test_labels_do_not_cover_each_other(made, monkeypatch):
@@ -198,19 +198,26 @@ def test_panels_in_several_lines(made):
 
 def test_plot_of_many_classes():
     rows = {"at": [run(0, classes=100)], "robal": [run(1, classes=100)]}
-    figure = plots.draw(summary.summarise(rows, {}, {}, {}))["classes"]
+    figure = plots.draw(summary.summarise(rows, {}, {}))["classes"]
     assert len(figure.axes[0].lines[0].get_xdata()) == 100 and len(png(figure)) > 10_000
+
+
+def write(folder, made):
+    """Writes the summary of a study to its folder."""
+    folder.mkdir(exist_ok=True)
+    (folder / "table.json").write_text(json.dumps(made))
 
 
 def test_documentation_has_the_studies(made, tmp_path):
     assert "not measured yet" in readme.study(tmp_path)
     (tmp_path / "s" / "plots").mkdir(parents=True)
     (tmp_path / "s" / "plots" / "robustness.png").touch()
-    (tmp_path / "s" / "table.json").write_text(json.dumps(made))
-    (tmp_path / "ablation").mkdir()
-    (tmp_path / "ablation" / "table.json").write_text(json.dumps({**made, "study": "ablation"}))
+    write(tmp_path / "s", made)
+    write(tmp_path / "ablation", {**made, "study": "ablation"})
+    write(tmp_path / "precision", {**made, "study": "precision"})
     text = readme.study(tmp_path)
-    assert text.startswith("**s.** Digits-LT, exponential profile; WRN-10-1, 3 epochs, eps 0.1") and "**a" not in text
+    assert text.startswith("**s.** Digits-LT, exponential profile; WRN-10-1, 3 epochs, eps 0.1")
+    assert "**a" not in text and "**p" not in text
     assert "| cdt-seed0-full | no such thing |" in text
     assert "(experiments/results/s/plots/robustness.png)" in text and "plots/errors.png" not in text
     first, second = (it for it in text.split("\n\n") if "| RoBal-N |" in it)
@@ -222,24 +229,32 @@ def test_documentation_has_the_ablations(made, tmp_path):
     assert "--preset=ablation --config.data.path=<folder of images>` measures it" in readme.ablation(tmp_path)
     rows = made["rows"]
     rows["at_twice"] = {**rows["at"], "title": "AT, twice", "varies": "at"}
-    (tmp_path / "ablation").mkdir()
-    (tmp_path / "ablation" / "table.json").write_text(json.dumps({**made, "study": "ablation"}))
+    write(tmp_path / "ablation", made)
+    write(tmp_path / "ablation_2", made)
     text, table = readme.ablation(tmp_path).split("\n\n")[:2]
     assert text.startswith("**ablation.** Digits-LT, exponential profile; WRN-10-1, 3 epochs")
+    assert "\n\n**ablation_2.** Digits-LT" in readme.ablation(tmp_path) and "measured yet" in readme.study(tmp_path)
     head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
-    of_all = ["Clean", "PGD-20", "CW-20", "Worst case"]
-    of_the_tail = ["PGD-20, tail", "CW-20, tail", "Worst case, tail"]
-    assert head == ["Row", *of_all, *of_the_tail]
+    overall, tail = ["Clean", "PGD-20", "CW-20", "Worst case"], ["PGD-20, tail", "CW-20, tail", "Worst case, tail"]
+    assert head == ["Row", *overall, *tail]
     assert [row[0] for row in body] == ["AT", "AT, twice", "AT, shifted", "RoBal-N"]
     metrics = [f"{c}/accuracy" for c in ("clean", "pgd20", "cw20", "worst")]
     metrics += [f"{c}/accuracy_tail" for c in ("pgd20", "cw20", "worst")]
-    (tmp_path / "ablation_2").mkdir()
-    (tmp_path / "ablation_2" / "table.json").write_text(json.dumps({**made, "study": "ablation"}))
-    assert "\n\n**ablation_2.** Digits-LT" in readme.ablation(tmp_path) and "measured yet" in readme.study(tmp_path)
     assert body[3][1:] == [f"{100 * rows['robal']['figures'][f'eval/{m}']['mean']:.1f}" for m in metrics]
+
+
+def test_documentation_has_the_precisions(made, tmp_path):
+    assert "--preset=precision --scales=none` measures it" in readme.precision(tmp_path)
+    write(tmp_path / "precision", made)
+    text, table = readme.precision(tmp_path).split("\n\n")
+    assert text.startswith("Digits-LT, exponential profile; WRN-10-1, 3 epochs")
+    assert table.startswith("| Precision | Seeds | Clean, balanced | PGD-20, balanced | PGD-20, tail |")
+    assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [
+        ["| AT", "2"], ["| RoBal-N", "1"], ["| AT, shifted", "1"],
+    ]  # fmt: skip
 
 
 def test_summary_names_the_varied_row(monkeypatch):
     monkeypatch.setitem(ROWS, "at_twice", Row("AT, twice", "at", varies="at"))
-    rows = summary.summarise({"at": [run(0)], "at_twice": [run(1)]}, {}, {}, {})["rows"]
+    rows = summary.summarise({"at": [run(0)], "at_twice": [run(1)]}, {}, {})["rows"]
     assert (rows["at"]["varies"], rows["at_twice"]["varies"]) == (None, "at")
