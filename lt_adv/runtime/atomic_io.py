@@ -13,6 +13,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from typing import BinaryIO
 
 from etils import epath
 
@@ -42,7 +43,7 @@ def sync(path: epath.PathLike) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Folders without read permission, and file systems that cannot sync folders, are written in their own time.
+        # Folders without read permission, or on a file system that cannot sync folders, are left to the system.
         if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) or not os.path.isdir(path):
             raise
 
@@ -202,9 +203,9 @@ def placeholder(folder: epath.PathLike) -> str | None:
     return None
 
 
-def _format_of_zip(stream: io.IOBase) -> str:
+def _format_of_zip(stream: BinaryIO) -> str:
     try:
-        with zipfile.ZipFile(stream) as archive:  # type: ignore[call-overload]
+        with zipfile.ZipFile(stream) as archive:
             names = archive.namelist()
     except Exception:  # zipfile raises many types for a damaged directory
         return DAMAGED_ZIP

@@ -36,7 +36,7 @@ def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
         local_batch_size = batch_size // distributed.process_count()
         with contextlib.suppress(RuntimeError):  # the backends are initialized already
             jax.config.update("jax_num_cpu_devices", cpu_devices or devices_for_batch(local_batch_size, cores()))
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
