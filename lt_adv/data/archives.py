@@ -16,15 +16,24 @@ import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 from PIL import Image
 
 from lt_adv.runtime import atomic_io
 
-Examples = Iterator[tuple[int, dict[str, Any]]]
-"""Yields (original index, {"image": encoded stream, "label": ..., "index": ...}) of each image."""
+
+class Example(TypedDict):
+    """One image as TensorFlow-Datasets stores it."""
+
+    image: BinaryIO  # encoded
+    label: int
+    index: int  # in the original data
+
+
+Examples = Iterator[tuple[int, Example]]  # yields (key, example); the key is the original index
+Splits = dict[str, Examples]
 VERSION = "1.0.0"  # of our TensorFlow-Datasets builders
 LARGEST = 200 << 20  # maximum bytes of a member; the largest official one has 154 million
 NUMBERED = re.compile(r".*_([0-9]{1,9})\.JPEG")  # file name of an image of Tiny-ImageNet
@@ -201,7 +210,7 @@ def _png(pixels: np.ndarray) -> io.BytesIO:
     return stream
 
 
-def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
+def read_tiny_imagenet(path: Path) -> tuple[list[str], Splits]:
     """Returns (class names, {"train": examples, "test": examples}) of tiny-imagenet-200.zip.
 
     Labels are the positions of the WordNet ids in sorted order; class names are the first words. "test" is the
@@ -252,7 +261,7 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
 
     def test() -> Examples:
         for file, wnid in annotations:
-            index = int(NUMBERED.fullmatch(file)[1])
+            index = int(NUMBERED.sub(r"\1", file))
             image = io.BytesIO(content("val", "images", file))
             yield index, {"image": image, "label": label[wnid], "index": index}
 

@@ -6,7 +6,7 @@ without branches. `apply` always performs the same transformations; those that a
 
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,20 @@ _BLENDS = ("brightness", "color", "contrast", "sharpness")  # with black, grey, 
 _UNIT = 1 << 16  # 1 in Pillow's fixed-point coordinates
 
 
-class Operation(NamedTuple):
-    """The parameters of `apply`, numbers or arrays of them; the defaults leave an image unchanged."""
+Number = int | np.ndarray | jax.Array  # of one operation, or [n] of a table of operations
 
-    source: Any = (_UNIT, 0, _UNIT // 2, 0, _UNIT, _UNIT // 2)  # pixel (x, y) is read at (a x + b y + c, d x + e y + f)
-    blend: Any = 0  # index in _BLENDS of the image to blend with
-    percent: Any = 100  # 0: that image, 100: the image itself
-    solarize_threshold: Any = 256  # the smallest value that is inverted
-    bit_mask: Any = 255  # of each value
-    autocontrast: Any = False  # stretch each channel to [0, 255]
-    equalize: Any = False  # equalise the histogram of each channel
+
+class Operation(NamedTuple):
+    """The parameters of `apply`; the defaults leave an image unchanged."""
+
+    # (a, b, c, d, e, f), or int32 [n, 6]: pixel (x, y) is read at (a x + b y + c, d x + e y + f).
+    source: tuple[int, ...] | np.ndarray | jax.Array = (_UNIT, 0, _UNIT // 2, 0, _UNIT, _UNIT // 2)
+    blend: Number = 0  # index in _BLENDS of the image to blend with
+    percent: Number = 100  # 0: that image, 100: the image itself
+    solarize_threshold: Number = 256  # the smallest value that is inverted
+    bit_mask: Number = 255  # applied to each value
+    autocontrast: Number = False  # stretch each channel to [0, 255]
+    equalize: Number = False  # equalise the histogram of each channel
 
 
 def operation(name: str, level: Fraction, height: int, width: int) -> Operation:
@@ -88,7 +92,7 @@ def apply(image: jax.Array, operation: Operation) -> jax.Array:
     return jnp.where(operation.equalize, _equalized(x), x).astype(image.dtype)
 
 
-def _transformed(image: jax.Array, source: jax.Array) -> jax.Array:
+def _transformed(image: jax.Array, source: tuple[int, ...] | np.ndarray | jax.Array) -> jax.Array:
     """Returns the nearest neighbour of each pixel's source."""
     height, width, _ = image.shape
     x, y = jnp.arange(width, dtype=jnp.int32), jnp.arange(height, dtype=jnp.int32)[:, None]

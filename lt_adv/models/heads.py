@@ -5,11 +5,11 @@ least float32 at full precision, even if the backbone computes in bfloat16 or an
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lt_adv.models.layers import Array, fan_in_uniform, wide_dtype
 
@@ -22,7 +22,7 @@ class Linear(nn.Module):
 
     num_classes: int
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
@@ -46,7 +46,7 @@ class LearnableScale(nn.Module):
     """
 
     num_classes: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
@@ -70,7 +70,7 @@ class Cosine(nn.Module):
     scale: float = 1.0
     gamma: float = 0.0
     eta: float = 1.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
@@ -17,13 +18,13 @@ kaiming_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "
 fan_in_uniform: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def wide_dtype(dtype: Any) -> Any:
+def wide_dtype(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype of parameters, statistics, features and logits: `dtype`, but at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def conv_and_norm(
-    *, dtype: Any, axis_name: str | None, train: bool, kernel_init: Initializer
+    *, dtype: DTypeLike, axis_name: str | None, train: bool, kernel_init: Initializer
 ) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
     """Returns `conv(features, size, stride, name=)` and `norm(name=)` for one forward pass of one network.
 
@@ -33,7 +34,7 @@ def conv_and_norm(
     wide = wide_dtype(dtype)
 
     def conv(features: int, size: int, stride: int = 1, *, name: str) -> nn.Conv:
-        # In numbers, because "SAME" pads a strided 3x3 convolution by (0, 1) instead of (1, 1).
+        # Explicit, because "SAME" pads a strided 3x3 convolution by (0, 1) instead of (1, 1).
         padding = ((size // 2, size // 2),) * 2
         return nn.Conv(
             features, (size, size), strides=stride, padding=padding, use_bias=False,
@@ -56,7 +57,7 @@ def residual_plan(widths: tuple[int, ...], blocks: int) -> Iterator[tuple[str, i
             yield f"stage{stage}_block{block}", width, 2 if stage > 1 and block == 0 else 1
 
 
-def global_average_pool(x: Array, dtype: Any) -> Array:
+def global_average_pool(x: Array, dtype: DTypeLike) -> Array:
     """Returns the mean over the image, summed in at least float32: [batch, height, width, d] -> [batch, d]."""
     return jnp.mean(x, axis=(1, 2), dtype=wide_dtype(dtype))
 
