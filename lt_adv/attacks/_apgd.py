@@ -234,7 +234,7 @@ def _attack(
         return jnp.clip(ball.project(point, x, expand_mask(eps, x)), low, high)
 
     def init(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
-        start = jnp.clip(x + expand_mask(eps, x) * _base.on_boundary(keys, x, ball), low, high)
+        start = jnp.clip(x + expand_mask(eps, x) * _base.random_directions(keys, x, ball), low, high)
         return starting_state(keys, x, y, target, eps, start)
 
     def step(logits_fn: KeyedLogitsFn, state: State) -> State:
@@ -256,7 +256,7 @@ def _attack(
 
             value, logits, gradient = lax.fori_loop(1, eot, add, (value, logits, gradient))
             value, gradient = value / eot, norms.finite(gradient / eot)
-        return advance(state, _base.comparable(value, state.x), _base.is_wrong(logits, state.y), gradient)
+        return advance(state, _base.finite_values(value, state.x), _base.is_wrong(logits, state.y), gradient)
 
     def advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
         """Takes one step, given the objective, the prediction and the gradient at `state.point`."""

@@ -86,7 +86,7 @@ def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) 
     return lax.stop_gradient((values, logits, norms.finite(gradient)))
 
 
-def comparable(values: Array, x: Array) -> Array:
+def finite_values(values: Array, x: Array) -> Array:
     """Makes values of an objective finite, in the type of x, so that they can be compared; NaN becomes the smallest."""
     limit = float(jnp.finfo(x.dtype).max)
     return jnp.nan_to_num(values.astype(x.dtype), nan=-limit, posinf=limit, neginf=-limit)
@@ -111,8 +111,8 @@ def where_rows(mask: Array, new: Tree, old: Tree) -> Tree:
     return jax.tree.map(pick, new, old)
 
 
-def on_boundary(keys: Array, x: Array, norm: norms.Norm) -> Array:
-    """Draws one random displacement of length one per example."""
+def random_directions(keys: Array, x: Array, norm: norms.Norm) -> Array:
+    """Returns one random displacement of length one per example, [b, ...]."""
     noise = jax.vmap(lambda key: norm.sample(key, x.shape[1:], x.dtype))(keys)
     return noise / jnp.maximum(norm.length(noise), jnp.finfo(x.dtype).tiny)  # a sample can be zero
 

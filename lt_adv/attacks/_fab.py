@@ -256,7 +256,7 @@ def _attack(
         if random_starts:
             width = jnp.asarray(min(high - low, jnp.finfo(x.dtype).max), x.dtype)  # eps may be infinite
             noise = jnp.clip(
-                x + expand_mask(jnp.minimum(eps, width) / 2, x) * _base.on_boundary(keys, x, ball), low, high
+                x + expand_mask(jnp.minimum(eps, width) / 2, x) * _base.random_directions(keys, x, ball), low, high
             )
             start = where_rows(r == 0, x, noise)
         no_distance = jnp.full_like(eps, jnp.finfo(eps.dtype).max)

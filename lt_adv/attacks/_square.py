@@ -139,7 +139,7 @@ def build_square(
         point = jax.vmap(proposal)(state.key, state.steps_taken - 1, state.x, state.x_adv, state.eps)
         point = where_rows(first, state.x_adv, point)
         logits = _base.logits_of(logits_fn, point, state.key)
-        value = _base.comparable(checks.check_values(objective(logits, state.y), state.x), state.x)
+        value = _base.finite_values(checks.check_values(objective(logits, state.y), state.x), state.x)
         broken = _base.is_wrong(logits, state.y)
         x_adv, value = where_rows(first | broken | (value > state.value), (point, value), (state.x_adv, state.value))
         new = state._replace(x_adv=x_adv, value=value, steps_taken=state.steps_taken + 1, broken=broken)

@@ -162,7 +162,7 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks: Iterabl
 def _publish(temporary: Path, folder: Path) -> None:
     """Renames the finished folder to its name and replaces a damaged one.
 
-    A valid folder of a faster process is left in place: it is equal and may be open.
+    A valid folder that a faster process has written is left in place: it has the same content and may be open.
     """
     if folder.exists() and not _is_valid(folder):
         # Moved before it is deleted, so that no process sees it half deleted. Open memory maps stay valid.

@@ -172,7 +172,7 @@ def check_labels(label: npt.ArrayLike, images: int, classes: float, where: str, 
     return label
 
 
-def listed(classes: Sequence[int] | np.ndarray, names: Sequence[str], limit: int = 5) -> str:
+def format_classes(classes: Sequence[int] | np.ndarray, names: Sequence[str], limit: int = 5) -> str:
     """Returns the classes in one line for an error message: "class 1 ('cat'), class 7 ('dog') and 3 more"."""
     more = f" and {len(classes) - limit} more" if len(classes) > limit else ""
     return ", ".join(f"class {c} ({names[c]!r})" for c in classes[:limit]) + more

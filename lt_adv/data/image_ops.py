@@ -86,13 +86,13 @@ def apply(image: jax.Array, operation: Operation) -> jax.Array:
     Equal to Pillow with one exception: where the exact value of brightness, color, contrast, sharpness or autocontrast
     is an integer, Pillow's rounding error can make it 1 less.
     """
-    x = _blended(_transformed(image, operation.source).astype(jnp.int32), operation)
+    x = _blend(_transform(image, operation.source).astype(jnp.int32), operation)
     x = jnp.where(x < operation.solarize_threshold, x, 255 - x) & operation.bit_mask
-    x = jnp.where(operation.autocontrast, _stretched(x), x)
-    return jnp.where(operation.equalize, _equalized(x), x).astype(image.dtype)
+    x = jnp.where(operation.autocontrast, _autocontrast(x), x)
+    return jnp.where(operation.equalize, _equalize(x), x).astype(image.dtype)
 
 
-def _transformed(image: jax.Array, source: tuple[int, ...] | np.ndarray | jax.Array) -> jax.Array:
+def _transform(image: jax.Array, source: tuple[int, ...] | np.ndarray | jax.Array) -> jax.Array:
     """Returns the nearest neighbour of each pixel's source."""
     height, width, _ = image.shape
     x, y = jnp.arange(width, dtype=jnp.int32), jnp.arange(height, dtype=jnp.int32)[:, None]
@@ -102,7 +102,7 @@ def _transformed(image: jax.Array, source: tuple[int, ...] | np.ndarray | jax.Ar
     return jnp.where(inside[..., None], image.at[row, column].get(mode="clip"), 0)
 
 
-def _blended(x: jax.Array, operation: Operation) -> jax.Array:
+def _blend(x: jax.Array, operation: Operation) -> jax.Array:
     """Inter- or extrapolates between another image and `x`, rounded down."""
     grey = x
     if x.shape[-1] == 3:  # luma of ITU-R 601
@@ -115,12 +115,13 @@ def _blended(x: jax.Array, operation: Operation) -> jax.Array:
     return jnp.clip((100 * other + operation.percent * (x - other)) // 100, 0, 255)
 
 
-def _stretched(x: jax.Array) -> jax.Array:
+def _autocontrast(x: jax.Array) -> jax.Array:
+    """Stretches each channel to [0, 255]."""
     low, high = x.min((0, 1)), x.max((0, 1))
     return jnp.where(high > low, 255 * (x - low) // jnp.maximum(high - low, 1), x)
 
 
-def _equalized(x: jax.Array) -> jax.Array:
+def _equalize(x: jax.Array) -> jax.Array:
     """Maps each value to the fraction of its channel's pixels below it, without those of the largest value."""
     values = x.reshape(-1, x.shape[-1])
     # A scatter, because a product of one-hot matrices takes a hundred times as long on a CPU.

@@ -10,7 +10,7 @@ from typing import TypedDict, Unpack, cast
 
 import numpy as np
 
-from lt_adv.data.dataset import Dataset, LongTailed, listed
+from lt_adv.data.dataset import Dataset, LongTailed, format_classes
 from lt_adv.runtime import registry
 
 PROFILES = ("exponential", "step", "balanced", "none")
@@ -89,12 +89,12 @@ def check_no_empty_class(counts: Sequence[int] | np.ndarray, class_names: Sequen
     if len(empty := np.flatnonzero(np.asarray(counts) == 0)):
         raise ValueError(
             f"The class {class_names[empty[0]]!r} has no training image. The training split of {source} lacks "
-            f"{listed(empty, class_names)}: remove such classes or add images."
+            f"{format_classes(empty, class_names)}: remove such classes or add images."
         )
 
 
 def _describe_class(c: int, class_names: Sequence[str]) -> str:
-    return listed([c], class_names) if class_names else f"class {c}"
+    return format_classes([c], class_names) if class_names else f"class {c}"
 
 
 def select(
@@ -133,7 +133,7 @@ def select(
     return np.concatenate(chosen).astype(np.int64)
 
 
-def cut_validation(
+def split_validation(
     label: np.ndarray,
     selected: np.ndarray,
     per_class: int,
@@ -279,7 +279,7 @@ def long_tailed(dataset: Dataset, data_config: registry.Config) -> LongTailed:
         selected = select(label, counts, seed, dataset.class_names)
     before = np.bincount(label[selected], minlength=num_classes)
     per_class, origin = data_config.get("validation_per_class", 0), data_config.get("validation_from", "train")
-    train_positions, held_out = cut_validation(label, selected, per_class, seed, origin, dataset.class_names)
+    train_positions, held_out = split_validation(label, selected, per_class, seed, origin, dataset.class_names)
     share = data_config.get("equalise", 0.0)
     if share:
         train_positions = resample_balanced(label, train_positions, share, seed)

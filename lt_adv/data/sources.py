@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from lt_adv.data import cache, images
-from lt_adv.data.dataset import Dataset, Source, SplitReader, array_reader, check_labels, in_memory, listed
+from lt_adv.data.dataset import Dataset, Source, SplitReader, array_reader, check_labels, format_classes, in_memory
 from lt_adv.data.folder import SPLITS, image_folder
 from lt_adv.runtime import atomic_io, registry
 
@@ -44,7 +44,8 @@ def load(data_config: registry.Config) -> Dataset:
     dataset = _load(data_config)
     missing = np.flatnonzero(np.bincount(dataset.test.label, minlength=len(dataset.class_names)) == 0)
     if len(missing):
-        log.warning("%s: no test image of %s: not evaluated.", dataset.name, listed(missing, dataset.class_names))
+        classes = format_classes(missing, dataset.class_names)
+        log.warning("%s: no test image of %s: not evaluated.", dataset.name, classes)
     return dataset
 
 

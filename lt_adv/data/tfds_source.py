@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 Record = Mapping[str, Any]  # feature -> value; images are encoded
 
-EMBEDDED = ("digits", "image_folder", "npz")
+NOT_IN_TFDS = ("digits", "image_folder", "npz")
 LABEL_CACHE_BYTES = 1 << 30  # labels of larger splits are cached, because reading them reads all images
 PEEK = 100  # records that are read to see whether a split has labels
 NEEDS_TENSORFLOW = 'needs TensorFlow: pip install -e ".[tfds-tf]"'
@@ -117,7 +117,7 @@ def _prepared_builder(name: str, data_dir: Path, download: bool) -> "tfds.core.D
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        known = [*EMBEDDED, *archives.ARCHIVES]
+        known = [*NOT_IN_TFDS, *archives.ARCHIVES]
         message = (
             f"{registry.unknown('data set', name, known)} TensorFlow-Datasets has no image set of that name either."
         )

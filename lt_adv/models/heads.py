@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lt_adv.models.layers import Array, fan_in_uniform, wide_dtype
+from lt_adv.models.layers import Array, at_least_float32, fan_in_uniform
 
 
 class Linear(nn.Module):
@@ -26,7 +26,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        features = features.astype(wide_dtype(self.dtype))
+        features = features.astype(at_least_float32(self.dtype))
         d, dtype = features.shape[-1], features.dtype
         kernel = self.param("kernel", fan_in_uniform, (d, self.num_classes), dtype)
         logits = jnp.dot(features, kernel, precision="highest")
@@ -50,7 +50,7 @@ class LearnableScale(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        features = features.astype(wide_dtype(self.dtype))
+        features = features.astype(at_least_float32(self.dtype))
         shape = features.shape[-1], self.num_classes
         kernel = self.param("kernel", fan_in_uniform, shape, features.dtype)
         scale = self.param("scale", nn.initializers.ones, (self.num_classes,), features.dtype)
@@ -74,7 +74,7 @@ class Cosine(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        features = features.astype(wide_dtype(self.dtype))
+        features = features.astype(at_least_float32(self.dtype))
         kernel = self.param("kernel", fan_in_uniform, (features.shape[-1], self.num_classes), features.dtype)
         directions = features / safe_norm(features, axis=-1) ** self.eta
         prototypes = kernel / (safe_norm(kernel, axis=0) ** self.eta + self.gamma)

@@ -21,11 +21,11 @@ from flax.typing import VariableDict
 
 from lt_adv.models import heads, weight_files
 from lt_adv.models.classifier import Classifier
-from lt_adv.models.weight_files import listed
+from lt_adv.models.weight_files import format_names
 
 PREFIX = re.compile(r"(module|model|net|_orig_mod)\.")  # of wrappers such as nn.DataParallel
-# Part of a PyTorch module name -> replacement. The numbers are positions in REAT's nn.Sequential.
-RENAMED: Sequence[tuple[str, str]] = (
+# Pattern in a PyTorch module name -> replacement. The numbers are positions in REAT's nn.Sequential.
+RENAMES: Sequence[tuple[str, str]] = (
     (r"^backbone\.", ""),
     (r"^(?:block(\d+)\.layer|layer(\d+))\.(\d+)\.", r"stage\1\2_block\3."),
     (r"\.convShortcut$", ".shortcut"),
@@ -44,7 +44,7 @@ LEAVES = {
     "running_mean": ("batch_stats", "mean"),
     "running_var": ("batch_stats", "var"),
 }
-# RoBal's linear head contains a layer `fc`, its cosine head is itself the layer. Only the names differ.
+# PyTorch module -> kind of head. RoBal's linear head contains a layer `fc`; its cosine head is the layer itself.
 HEADS = {"fc": "linear", "linear": "linear", "classifier.fc": "linear", "classifier": "cosine"}
 NORMALISATION = re.compile(r"(^|\.)(mean|std|mu|sigma)$")
 UNUSED: Mapping[str, str] = {
@@ -98,7 +98,7 @@ def convert(
     original_names = {name: name for name in state if name not in unused}
     if names := [name for name in original_names if NORMALISATION.search(name)]:
         raise ValueError(
-            f"{listed(names)} would normalise the images, but the networks of this project take pixels in [0, 1]."
+            f"{format_names(names)} would normalise the images, but the networks of this project take pixels in [0, 1]."
         )
     while (
         original_names
@@ -118,7 +118,7 @@ def convert(
     with np.errstate(over="ignore"):  # overflow gives infinity, which is checked below
         arrays = {path: tensors[path].array.astype(leaf.dtype) for path, leaf in expected.items()}
     if names := [tensors[path].name for path, array in arrays.items() if not np.isfinite(array).all()]:
-        raise ValueError(f"not finite: {listed(names)}.")
+        raise ValueError(f"not finite: {format_names(names)}.")
     return flax.traverse_util.unflatten_dict(arrays, sep="/"), unused
 
 
@@ -140,7 +140,7 @@ def _to_flax(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
         if module in HEADS:
             module = "head"
         else:
-            for pattern, replacement in RENAMED:
+            for pattern, replacement in RENAMES:
                 module = re.sub(pattern, replacement, module)
             if is_wide_resnet and module == "bn1":  # a WideResNet's last batch norm, a ResNet's first
                 module = "bn"
@@ -200,5 +200,5 @@ def _check_tensors(
         "not in the network": unknown,
         "of another shape or type (in flax's layout)": mismatched,
     }
-    if problems := [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]:
+    if problems := [f"{kind}: {format_names(names)}" for kind, names in kinds.items() if names]:
         raise ValueError("; ".join(problems) + ".")

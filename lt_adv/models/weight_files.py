@@ -63,7 +63,7 @@ def sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def listed(names: Sequence[str], limit: int = 5) -> str:
+def format_names(names: Sequence[str], limit: int = 5) -> str:
     """Returns the names in one line for an error message: "a, b, c, d, e and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
@@ -95,13 +95,13 @@ def _torch(path: pathlib.Path) -> StateDict:
         if len(networks) != 1:
             raise ValueError(
                 f"it must contain one state_dict with convolution kernels, not {len(networks)} "
-                f"({listed(networks) or 'none'}): save only that state_dict."
+                f"({format_names(networks) or 'none'}): save only that state_dict."
             )
         # A tensor next to the state_dict may belong to the network (the mean of the images): it is included.
         tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
         state = {**tensors, **content[networks[0]]}
     if names := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise ValueError(f"entries that are not tensors: {listed(names)}.")
+        raise ValueError(f"entries that are not tensors: {format_names(names)}.")
     casts = {torch.bfloat16: torch.float32}  # numpy has no bfloat16
     return {str(name): t.detach().to(casts.get(t.dtype, t.dtype)).numpy() for name, t in state.items()}
 

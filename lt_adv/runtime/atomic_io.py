@@ -137,7 +137,7 @@ def remove_partial_writes(folder: epath.PathLike) -> None:
 
 NPZ, ZIP, DAMAGED_ZIP = "an .npz file of NumPy", "a zip archive", "a zip archive that is damaged or cut short"
 TORCH, PICKLE = "a PyTorch file (torch.save)", "a pickle"
-SAFETENSORS, GZIP, TEXT, JSON = "a safetensors file", "a gzip archive", "a text", "a text in JSON"
+SAFETENSORS, GZIP, TEXT, JSON = "a safetensors file", "a gzip archive", "a text file", "a JSON file"
 LFS = "a Git LFS pointer in place of the file: fetch it with git lfs pull"
 ANNEX = "a git-annex pointer in place of the file: fetch it with git annex get"
 POINTERS = (LFS, ANNEX)
