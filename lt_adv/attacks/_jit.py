@@ -60,7 +60,7 @@ def jit(
 
     def num_classes(variables: PyTree, x: Array) -> int | None:
         if np.shape(x) not in classes:
-            logits = jax.eval_shape(apply, variables, x)  # the attack itself refuses anything but an array of logits
+            logits = jax.eval_shape(apply, variables, x)  # the attack checks that they are one array
             classes[np.shape(x)] = logits.shape[-1] if getattr(logits, "ndim", 0) == 2 else None
         return classes[np.shape(x)]
 

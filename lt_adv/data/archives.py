@@ -98,7 +98,7 @@ def ensure_downloaded(archive: Archive, folder: Path, download: bool) -> Path:
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
         raise FileNotFoundError(
-            f"{archive.url} could not be downloaded to {folder} ({reason}): put {archive.file} there by hand "
+            f"{archive.url} could not be downloaded to {folder} ({reason}): put {archive.file} there yourself "
             f"(sha256 {archive.sha256}); without any download: {OFFLINE}"
         ) from error
     finally:

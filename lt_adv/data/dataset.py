@@ -112,7 +112,7 @@ class LongTailed:
 
 @dataclasses.dataclass(frozen=True)
 class SplitReader:
-    """A split that can be decoded.
+    """A split of a data set that has not been decoded yet.
 
     Attributes:
       shape: shape of all images, [n, h, w, c].
@@ -131,10 +131,10 @@ class SplitReader:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Origin of a data set.
+    """Where a data set is read from.
 
     Attributes:
-      identity: anything JSON can write; cheap to compute, changes with the data.
+      identity: a JSON-serializable value that changes with the data and is cheap to compute.
       read: function that returns (class names, {"train": SplitReader, "test": SplitReader}).
     """
 

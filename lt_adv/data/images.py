@@ -41,7 +41,7 @@ class Encoded:
       read: function of positions that returns the files' bytes; thread-safe.
       label: [n].
       index: [n], positions in the original data.
-      identity: changes with the files, as far as that can be seen without reading them.
+      identity: a string that changes with the files; computed without reading them.
     """
 
     names: Sequence[str]
@@ -191,7 +191,7 @@ def _map_chunks(encoded: Encoded, function: Callable[[bytes, str], T]) -> Iterat
     def run(start: int) -> list[T]:
         return _map_images(encoded, range(start, min(start + CHUNK, len(names))), function)
 
-    # No more threads than cores: with small images the others would wait for the interpreter lock.
+    # No more threads than cores: with small images, more would only wait for the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         starts = iter(range(0, len(names), CHUNK))
         pending: deque[Future[list[T]]] = deque()

@@ -88,7 +88,7 @@ def check_no_empty_class(counts: Sequence[int] | np.ndarray, class_names: Sequen
     """Raises ValueError, with their names, if classes of `source` have no training image; `counts` is [C]."""
     if len(empty := np.flatnonzero(np.asarray(counts) == 0)):
         raise ValueError(
-            f"The class {class_names[empty[0]]!r} has no training image. The training split of {source} lacks "
+            f"The class {class_names[empty[0]]!r} has no training image. The training split of {source} has no "
             f"{format_classes(empty, class_names)}: remove such classes or add images."
         )
 
@@ -102,8 +102,8 @@ def select(
 ) -> np.ndarray:
     """Returns the positions of randomly selected images, int64 [sum(counts)], class by class in the order drawn.
 
-    One legacy generator serves all classes: the ascending positions of a class are shuffled in place, and the first
-    `counts[c]` are selected.
+    One `np.random.RandomState` is used for all classes in order. It shuffles the ascending positions of a class, of
+    which the first `counts[c]` are selected.
 
     Args:
       label: [n].
@@ -178,7 +178,8 @@ def split_validation(
 def resample_balanced(label: np.ndarray, selected: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
     """Resamples `selected` to floor(share n_max) images of every class; returns positions, class by class.
 
-    Larger classes are subsampled once; smaller classes repeat their images, each equally often up to one.
+    Larger classes are subsampled without replacement. In smaller classes images are repeated; the repetitions of two
+    images differ by at most one.
 
     Raises:
       ValueError: for a share outside (0, 1], or one that leaves no images.

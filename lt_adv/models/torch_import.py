@@ -2,8 +2,8 @@
 
 Supported are the tensor names of the RoBal, AT-BSL and REAT releases and of RobustBench's WideResNets (TRADES' names).
 
-Tensors do not determine everything, and the rest cannot be checked: scale, gamma and eta of a cosine head (set them in
-the config), an activation other than ReLU, and a normalisation of images in code. Two variants of PreActResNet-18 have
+The tensors do not determine, and an import cannot check: scale, gamma and eta of a cosine head (set them in the
+config), an activation other than ReLU, and a normalisation of images in code. Two variants of PreActResNet-18 have
 the same tensor names; supported is the one whose projection shortcut takes the activated input (RobustBench's
 PreActBlockV2).
 """
@@ -154,7 +154,7 @@ def _to_flax(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str
 
 
 def _architecture(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """Returns "WideResNet-28-10 for 3-channel images and 10 classes"; None if the tensors that tell it are missing."""
+    """Returns "WideResNet-28-10 for 3-channel images and 10 classes"; None if tensors needed for it are missing."""
     blocks = {match[0] for path in shapes if (match := re.search(r"stage(\d+)_block\d+(?=/)", path))}
     paths = [f"params/{name}/kernel" for name in ("backbone/conv1", "backbone/stage1_block0/conv1", "head")]
     stem, first, head = (shapes.get(path) for path in paths)

@@ -99,9 +99,9 @@ def replace_folder(path: epath.PathLike, contents: Mapping[str, bytes]) -> None:
       ValueError: the old folder has a file that is not in `contents` and would be lost.
     """
     path = epath.Path(path)
-    foreign = sorted({file.name for file in path.iterdir()} - set(contents)) if path.exists() else []
-    if foreign:
-        raise ValueError(f"{path} holds {foreign[0]}, which would be lost: move it, or the folder, elsewhere.")
+    unexpected = sorted({file.name for file in path.iterdir()} - set(contents)) if path.exists() else []
+    if unexpected:
+        raise ValueError(f"{path} holds {unexpected[0]}, which would be lost: move it, or the folder, elsewhere.")
     new, old = (path.parent / f".{path.name}.{os.getpid()}.{suffix}" for suffix in ("tmp", "old"))
     try:
         make_folder(path.parent)
@@ -166,7 +166,7 @@ HEAD = 1024  # bytes that are read to detect a format
 
 
 def format_of(file: epath.PathLike | bytes) -> str | None:
-    """Returns the format of a file, or of its content, such as "an HTML page"; None if its first bytes do not tell.
+    """Returns the format of a file, or of its content, such as "an HTML page"; None if it is not recognised.
 
     The member names of a zip archive are read as well. Nothing in the file is executed. Raises OSError if the file
     cannot be read.

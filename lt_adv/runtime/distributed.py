@@ -30,7 +30,7 @@ DEFAULT_HEARTBEAT_TIMEOUT = 100
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
     """Connects to the other processes if the environment names any. Call it before the first computation.
 
-    Set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID by hand; under Slurm,
+    Set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID yourself; under Slurm,
     Open MPI and on TPU pods JAX detects them. If a process dies or sends no heartbeat for LT_ADV_HEARTBEAT_TIMEOUT
     seconds (default 100), all others end: with our error message if a collective fails first, otherwise with JAX's.
 
@@ -115,7 +115,7 @@ def on_primary(action: Callable[[], None]) -> None:
     if is_primary():
         try:
             action()
-        except Exception as error:  # of any kind: the others must not wait for ever
+        except Exception as error:  # of any kind: the others must not wait indefinitely
             failure = error
     if failure:
         all_true(False)
@@ -141,7 +141,7 @@ def barrier(what: str) -> None:
 
 
 def device_put(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Puts arrays that every process holds on the devices of all processes; each process fills its own devices."""
+    """Puts arrays on the devices of all processes. Every process has the same arrays and fills its own devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
@@ -160,7 +160,7 @@ def local_rows(rows: int) -> slice:
 
 
 def all_gather(columns: PyTree, rows: int) -> PyTree:
-    """Returns all `rows` rows of arrays of which each process holds `local_rows(rows)`."""
+    """Gathers arrays from all processes: `columns` has `local_rows(rows)`, the result all `rows` rows."""
     if jax.process_count() == 1:
         return columns
     rows_per_process = -(-rows // jax.process_count())
@@ -178,7 +178,7 @@ def replicate(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Returns a full copy of `tree` on every device of a replicated `sharding`.
 
     Copies that already lie on this process's devices (as after pmap) are reused. One compiled program makes all others:
-    with several programs in flight, two processes may start different ones and wait for each other for ever.
+    with several programs in flight, two processes may start different ones and deadlock.
     """
     leaves, structure = jax.tree.flatten(tree)
     is_key = [jnp.issubdtype(a.dtype, jax.dtypes.prng_key) for a in leaves]

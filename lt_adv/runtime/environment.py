@@ -12,7 +12,7 @@ import pathlib
 import platform
 import subprocess
 
-MIN_IMAGES_PER_DEVICE = 16  # on a CPU; our choice, fewer were not measured
+MIN_IMAGES_PER_DEVICE = 16  # on a CPU; smaller values were not measured
 
 
 def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
@@ -24,7 +24,8 @@ def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
 
     Args:
       batch_size: images per step over all processes.
-      cpu_devices: number of CPU devices (`config.cpu_devices`); None for one per core, as far as the batch divides.
+      cpu_devices: number of CPU devices (`config.cpu_devices`); None for one per core, or fewer if the batch is
+        not divisible by the number of cores.
     """
     import jax
 
