@@ -34,13 +34,13 @@ def float64():
 @pytest.fixture
 def short(monkeypatch):
     """AutoAttack with a twentieth of the steps."""
-    programs = _autoattack._programs
+    build_attacks = _autoattack._build_attacks
 
-    def short_programs(*args):
-        attacks, notes = programs(*args)
+    def build_short_attacks(*args):
+        attacks, notes = build_attacks(*args)
         return {name: attack._replace(num_steps=attack.num_steps // 20) for name, attack in attacks.items()}, notes
 
-    monkeypatch.setattr(_autoattack, "_programs", short_programs)
+    monkeypatch.setattr(_autoattack, "_build_attacks", build_short_attacks)
 
 
 @pytest.fixture(scope="session")

@@ -94,7 +94,7 @@ def test_image_cache(calls, tmp_path):
 
 
 def test_attack_journal(calls, tmp_path):
-    attack_journal = journal.open_(tmp_path / "new" / "journal", "digest", np.zeros((2, 3)))
+    attack_journal = journal.open_journal(tmp_path / "new" / "journal", "digest", np.zeros((2, 3)))
     attack_journal.waiting.append(journal.Done(*(np.zeros(2) for _ in journal.FIELDS)))
     attack_journal.flush(0)
     assert calls.published() == [f"new/journal/{name}" for name in ("logits.npy", "call.txt", "0-000000.npz")]

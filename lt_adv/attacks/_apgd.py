@@ -14,42 +14,41 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, norms
-from lt_adv.attacks._base import Bounds, Iterated, Network, expand_mask, where_rows
+from lt_adv.attacks._base import IterativeAttack, expand_mask, where_rows
 from lt_adv.attacks.objectives import cross_entropy, targeted_dlr
-
-Objective = Callable[..., Array]
+from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn, Objective, TargetedObjective
 
 
 class State(NamedTuple):
     """State of the attack, one row per example."""
 
-    x: Array
-    y: Array
-    target: Array
-    key: Array
-    eps: Array
-    point: Array  # the next point to evaluate
-    last: Array  # the point before it
+    x: Array  # [b, ...]
+    y: Array  # int32 [b]
+    target: Array  # int32 [b]
+    key: Array  # [b]
+    eps: Array  # [b]
+    point: Array  # [b, ...], the next point to evaluate
+    previous_point: Array  # [b, ...]
     step_size: Array  # [b]
-    best: Array  # the point with the largest objective, that objective, and its gradient
-    best_value: Array
-    best_gradient: Array
-    value: Array  # the objective at the previous point
-    rises: Array  # steps since the last checkpoint that raised it
-    checked_value: Array  # the largest objective at the last checkpoint, and whether the step was halved there
-    halved: Array
-    steps_taken: Array
-    broken: Array
-    wrong: Array  # the last point that was classified wrongly, or the start
+    best_point: Array  # [b, ...], the point with the largest objective
+    best_value: Array  # [b], that objective
+    best_gradient: Array  # [b, ...], its gradient
+    previous_value: Array  # [b], the objective at the previous point
+    num_rises: Array  # int32 [b], steps since the last checkpoint that raised the objective
+    checkpoint_value: Array  # [b], the largest objective at the last checkpoint
+    checkpoint_halved: Array  # bool [b], whether the step size was halved there
+    steps_taken: Array  # int32 [b]
+    broken: Array  # bool [b]
+    wrong_point: Array  # [b, ...], the last point that was classified wrongly, or the start
 
     @property
     def x_adv(self) -> Array:
-        return where_rows(self.broken, self.wrong, self.best)
+        return where_rows(self.broken, self.wrong_point, self.best_point)
 
 
 def apgd(
     key: Array,
-    logits_fn: Callable[..., Array],
+    logits_fn: LogitsFn | KeyedLogitsFn,
     x: Array,
     y: Array,
     *,
@@ -76,7 +75,7 @@ def apgd(
       eps: radius of the ball, scalar or [batch], in the units of x.
       num_steps: points visited after the start; each costs one gradient.
       num_restarts: random starts, each only for images that are not broken yet.
-      objective: (logits, y) -> [batch], maximised: `cross_entropy`, `dlr` or a function of your own.
+      objective: (logits, y) -> [batch], maximised: `cross_entropy`, `dlr` or any other function.
       norm: "linf" or "l2".
       rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective.
       eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
@@ -108,22 +107,22 @@ def apgd(
     rho, eot = _options(rho, eot)
     checks.check_objective(objective)
 
-    def build(_: int) -> Iterated:
-        return apgd_program(objective, norm, num_steps, num_restarts, rho, eot, bounds)
+    def build(_: int) -> IterativeAttack[State]:
+        return build_apgd(objective, norm, num_steps, num_restarts, rho, eot, bounds)
 
     return _base.attack_batch(build, key, logits_fn, x, y, eps, random=eot is not None)
 
 
 def apgd_targeted(
     key: Array,
-    logits_fn: Callable[..., Array],
+    logits_fn: LogitsFn | KeyedLogitsFn,
     x: Array,
     y: Array,
     *,
     eps: ArrayLike,
     num_steps: int = 100,
     num_targets: int = 9,
-    objective: Objective = targeted_dlr,
+    objective: TargetedObjective = targeted_dlr,
     norm: str = "linf",
     rho: float = 0.75,
     eot: int | None = None,
@@ -172,27 +171,33 @@ def apgd_targeted(
     rho, eot = _options(rho, eot)
     checks.check_objective(objective)
 
-    def build(classes: int) -> Iterated:
-        return apgd_targeted_program(objective, norm, num_steps, min(num_targets, classes - 1), rho, eot, bounds)
+    def build(classes: int) -> IterativeAttack[State]:
+        return build_apgd_targeted(objective, norm, num_steps, min(num_targets, classes - 1), rho, eot, bounds)
 
     return _base.attack_batch(build, key, logits_fn, x, y, eps, random=eot is not None)
 
 
 def _options(rho: float, eot: int | None) -> tuple[float, int | None]:
-    return checks.number("rho", rho, 0, 1), None if eot is None else checks.count("eot", eot, least=1)
+    return checks.number("rho", rho, 0, 1), None if eot is None else checks.count("eot", eot, minimum=1)
 
 
-def apgd_program(
+def build_apgd(
     objective: Objective, norm: str, num_steps: int, num_restarts: int, rho: float, eot: int | None, bounds: Bounds
-) -> Iterated:
-    """Builds `apgd`."""
+) -> IterativeAttack[State]:
+    """Returns `apgd` as an `IterativeAttack`."""
     return _attack(lambda logits, state: objective(logits, state.y), norm, num_steps, num_restarts, rho, eot, bounds)
 
 
-def apgd_targeted_program(
-    objective: Objective, norm: str, num_steps: int, num_targets: int, rho: float, eot: int | None, bounds: Bounds
-) -> Iterated:
-    """Builds `apgd_targeted`."""
+def build_apgd_targeted(
+    objective: TargetedObjective,
+    norm: str,
+    num_steps: int,
+    num_targets: int,
+    rho: float,
+    eot: int | None,
+    bounds: Bounds,
+) -> IterativeAttack[State]:
+    """Returns `apgd_targeted` as an `IterativeAttack`."""
     return _attack(
         lambda logits, state: objective(logits, state.y, state.target), norm, num_steps, num_targets, rho, eot, bounds
     )
@@ -213,14 +218,14 @@ def checkpoints(num_steps: int) -> dict[int, int]:
 
 
 def _attack(
-    objective: Callable[[Array, "State"], Array],
+    objective: Callable[[Array, State], Array],
     norm: str,
     num_steps: int,
-    rounds: int,
+    num_rounds: int,
     rho: float,
     eot: int | None,
     bounds: Bounds,
-) -> Iterated:
+) -> IterativeAttack[State]:
     ball, (low, high) = norms.get(norm), bounds
     intervals = checkpoints(num_steps)
     steps_since_check = np.array([intervals.get(step, 0) for step in range(num_steps + 1)], np.int32)
@@ -228,16 +233,16 @@ def _attack(
     def project(point: Array, x: Array, eps: Array) -> Array:
         return jnp.clip(ball.project(point, x, expand_mask(eps, x)), low, high)
 
-    def begin(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
-        start = jnp.clip(x + expand_mask(eps, x) * _base.on_boundary(keys, x, ball), low, high)
+    def init(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
+        start = jnp.clip(x + expand_mask(eps, x) * _base.random_directions(keys, x, ball), low, high)
         return starting_state(keys, x, y, target, eps, start)
 
-    def step(network: Network, state: State) -> State:
+    def step(logits_fn: KeyedLogitsFn, state: State) -> State:
         def draw(e: Array | int) -> tuple[Array, Array, Array]:
             keys = jax.vmap(lambda key, k: jax.random.fold_in(key, k * (eot or 1) + e))(state.key, state.steps_taken)
 
             def value(x: Array) -> tuple[Array, Array]:
-                logits = _base.logits_of(network, x, keys)
+                logits = _base.logits_of(logits_fn, x, keys)
                 return objective(logits, state), logits
 
             return _base.value_and_gradient(value, state.point)
@@ -251,25 +256,25 @@ def _attack(
 
             value, logits, gradient = lax.fori_loop(1, eot, add, (value, logits, gradient))
             value, gradient = value / eot, norms.finite(gradient / eot)
-        return _advance(state, _base.comparable(value, state.x), _base.is_wrong(logits, state.y), gradient)
+        return advance(state, _base.finite_values(value, state.x), _base.is_wrong(logits, state.y), gradient)
 
-    def _advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
+    def advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
         """Takes one step, given the objective, the prediction and the gradient at `state.point`."""
         first = state.steps_taken == 0
         better = first | (value > state.best_value)
-        best, best_value, best_gradient = where_rows(
-            better, (state.point, value, gradient), (state.best, state.best_value, state.best_gradient)
+        best_point, best_value, best_gradient = where_rows(
+            better, (state.point, value, gradient), (state.best_point, state.best_value, state.best_gradient)
         )
         # The value before the first step counts as zero and that of the start is ignored, as in the released code,
         # whose history begins after the first step and wraps around.
-        rises = state.rises + (~first & (value > state.value)).astype(jnp.int32)
-        checked_value = jnp.where(first, value, state.checked_value)
+        num_rises = state.num_rises + (~first & (value > state.previous_value)).astype(jnp.int32)
+        checkpoint_value = jnp.where(first, value, state.checkpoint_value)
         interval = jnp.asarray(steps_since_check)[jnp.minimum(state.steps_taken, num_steps)]
         check = interval > 0
-        stalls = ~state.halved & (checked_value >= best_value)
-        halve = check & ((rises.astype(value.dtype) <= rho * interval.astype(value.dtype)) | stalls)
+        stalls = ~state.checkpoint_halved & (checkpoint_value >= best_value)
+        halve = check & ((num_rises.astype(value.dtype) <= rho * interval.astype(value.dtype)) | stalls)
         step_size = jnp.where(halve, state.step_size / 2, state.step_size)
-        point, gradient = where_rows(halve, (best, best_gradient), (state.point, gradient))
+        point, gradient = where_rows(halve, (best_point, best_gradient), (state.point, gradient))
         x, share = state.x, expand_mask(jnp.where(first, 1.0, 0.75).astype(point.dtype), point)
         # The released code adds 1e-12 as well. It matters where the softmax is saturated: a gradient of length 1e-12
         # gives half a step.
@@ -279,34 +284,34 @@ def _attack(
             gradient = norms.representable(gradient)
             direction = gradient / (ball.length(gradient) + 1e-12)
         z = project(point + expand_mask(step_size, point) * direction, x, state.eps)
-        next_point = project(point + (z - point) * share + (point - state.last) * (1 - share), x, state.eps)
+        next_point = project(point + (z - point) * share + (point - state.previous_point) * (1 - share), x, state.eps)
         new = state._replace(
             point=next_point,
-            last=point,
+            previous_point=point,
             step_size=step_size,
-            best=best,
+            best_point=best_point,
             best_value=best_value,
             best_gradient=best_gradient,
-            value=jnp.where(first, state.value, value),
-            rises=jnp.where(check, 0, rises),
-            checked_value=jnp.where(check, best_value, checked_value),
-            halved=jnp.where(check, halve, state.halved),
+            previous_value=jnp.where(first, state.previous_value, value),
+            num_rises=jnp.where(check, 0, num_rises),
+            checkpoint_value=jnp.where(check, best_value, checkpoint_value),
+            checkpoint_halved=jnp.where(check, halve, state.checkpoint_halved),
             steps_taken=state.steps_taken + 1,
             broken=state.broken | wrong,
-            wrong=where_rows(wrong | first, state.point, state.wrong),
+            wrong_point=where_rows(wrong | first, state.point, state.wrong_point),
         )
         return where_rows(state.steps_taken <= num_steps, new, state)
 
     evaluations = eot or 1
-    return Iterated(begin, step, num_steps + 1, rounds, eot is not None, evaluations, evaluations)
+    return IterativeAttack(init, step, num_steps + 1, num_rounds, eot is not None, evaluations, evaluations)
 
 
 def starting_state(keys: Array, x: Array, y: Array, target: Array, eps: Array, start: Array) -> State:
     """Returns the state before the start is evaluated."""
-    zeros, batch = jnp.zeros_like(x), jnp.zeros_like(eps)
-    false = jnp.zeros_like(eps, bool)
+    zero, no_steps, false = jnp.zeros_like(eps), jnp.zeros_like(eps, jnp.int32), jnp.zeros_like(eps, bool)  # [b]
     return State(
-        x=x, y=y, target=target, key=keys, eps=eps, point=start, last=start, step_size=2 * eps, best=start,
-        best_value=batch, best_gradient=zeros, value=batch, rises=jnp.zeros_like(eps, jnp.int32), checked_value=batch,
-        halved=~false, steps_taken=jnp.zeros_like(eps, jnp.int32), broken=false, wrong=start,
+        x=x, y=y, target=target, key=keys, eps=eps, point=start, previous_point=start, step_size=2 * eps,
+        best_point=start, best_value=zero, best_gradient=jnp.zeros_like(x), previous_value=zero,
+        num_rises=no_steps, checkpoint_value=zero, checkpoint_halved=~false, steps_taken=no_steps,
+        broken=false, wrong_point=start,
     )  # fmt: skip

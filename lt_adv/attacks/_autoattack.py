@@ -4,20 +4,23 @@ import functools
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, continuous_batching, journal, norms
-from lt_adv.attacks._apgd import apgd_program, apgd_targeted_program
-from lt_adv.attacks._base import Bounds, Iterated
-from lt_adv.attacks._fab import fab_program, fab_targeted_program
-from lt_adv.attacks._square import square_program, unsupported
+from lt_adv.attacks._apgd import build_apgd, build_apgd_targeted
+from lt_adv.attacks._base import IterativeAttack
+from lt_adv.attacks._fab import build_fab, build_fab_targeted
+from lt_adv.attacks._square import build_square, unsupported
 from lt_adv.attacks.initialization import example_keys
 from lt_adv.attacks.objectives import dlr, logit_margin, stable_cross_entropy, targeted_dlr, targeted_logit_margin
+from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn, Objective, TargetedObjective
 
 VERSIONS = {
     "standard": ("apgd-ce", "apgd-t", "fab-t", "square"),
@@ -33,7 +36,7 @@ PROGRESS_SECONDS = 30.0  # between two lines of progress
 class Result(NamedTuple):
     """Result of AutoAttack in numpy arrays, one row per image in the order of x."""
 
-    x_adv: np.ndarray  # like x: a point that is classified wrongly, or x itself if none was found
+    x_adv: np.ndarray  # like x: a point that is classified wrongly; x itself if the attacks did not break the image
     robust: np.ndarray  # bool [n]: whether x_adv is classified as y, in batches of `batch_size`
     correct: np.ndarray  # bool [n]: whether x is classified as y
     prediction: np.ndarray  # int32 [n]: class of x_adv; -1 where the logits are not finite
@@ -46,9 +49,9 @@ class Result(NamedTuple):
 @jax.transfer_guard("allow")  # it moves images between host and devices by design
 def autoattack(
     key: Array,
-    logits_fn: Callable[..., Array],
-    x: Any,
-    y: Any,
+    logits_fn: LogitsFn | KeyedLogitsFn,
+    x: ArrayLike,
+    y: ArrayLike,
     *,
     eps: float,
     norm: str = "linf",
@@ -56,7 +59,7 @@ def autoattack(
     batch_size: int = 256,
     num_queries: int = 5000,
     bounds: Bounds = (0.0, 1.0),
-    resume: Any = None,
+    resume: str | Path | None = None,
     progress: Callable[[str], None] | None = None,
     devices: Sequence[jax.Device] | None = None,
 ) -> Result:
@@ -128,18 +131,18 @@ def autoattack(
     keys, random = example_keys(key, len(x)), version == "rand"
     network = continuous_batching.network(logits_fn, x[0], min(batch_size, len(x)), random, devices)
 
-    def logits_of(points: np.ndarray, rows: np.ndarray, number: int) -> np.ndarray:
-        """Computes logits for the images `rows`; a randomised network makes another draw for each `number`."""
+    def logits_of(points: np.ndarray, rows: np.ndarray, draw: int) -> np.ndarray:
+        """Computes logits for the images `rows`; `draw` selects the noise of a randomised network."""
         return continuous_batching.logits(
-            network, points, continuous_batching.fold_in_numbers(keys[rows], np.uint32(len(ATTACKS) + number))
+            network, points, continuous_batching.fold_in_numbers(keys[rows], np.uint32(len(ATTACKS) + draw))
         )
 
     all_rows = np.arange(len(x))
     clean = logits_of(x, all_rows, 0)
-    programs, replacements = _programs(names, clean.shape[-1], norm, bounds, random, num_queries)
+    iterative_attacks, replacements = _build_attacks(names, clean.shape[-1], norm, bounds, random, num_queries)
     notes.extend(replacements)
     checks.check_labels(y, len(x), clean.shape[-1])
-    dependence = continuous_batching.dependence(
+    dependence = continuous_batching.batch_dependence(
         network, x, continuous_batching.fold_in_numbers(keys, np.uint32(len(ATTACKS))), clean
     )
     if dependence > DEPENDENCE:
@@ -156,13 +159,13 @@ def autoattack(
     broken_by = np.where(correct, -1, 0).astype(np.int32)
     accuracy, evaluations = {"clean": float(correct.mean())}, {}
     call = journal.digest(x, y, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries))
-    log = journal.open_(resume, call, clean)
+    log = journal.open_journal(resume, call, clean)
     report = progress or (lambda _: None)
 
-    for number, (name, attack) in enumerate(programs.items(), start=1):
+    for index, (name, attack) in enumerate(iterative_attacks.items(), start=1):
         rows = np.flatnonzero(broken_by == -1)
         remaining, broken, steps = np.isin(all_rows, rows), np.zeros(len(x), bool), 0
-        resumed, start = log.read(number), time.perf_counter()
+        resumed, start = log.read(index), time.perf_counter()
         last_report, num_resumed = start, sum(len(done.rows) for done in resumed)
         new = continuous_batching.run(
             attack,
@@ -174,26 +177,24 @@ def autoattack(
             eps=radius,
             targets=ranking[:, 1:] if name.endswith("-t") else ranking[:, :1],
         )
-        for done in itertools.chain(resumed, _recorded(new, log, number, network.slots)):
+        for done in itertools.chain(resumed, _recorded(new, log, index, network.slots)):
             x_adv[done.rows[done.broken]] = done.x_adv
             broken[done.rows[done.broken]], remaining[done.rows] = True, False
             steps += int(done.steps.sum())
             if time.perf_counter() - last_report > PROGRESS_SECONDS:
                 last_report, tried = time.perf_counter(), len(rows) - remaining.sum()
                 seconds = (last_report - start) / max(tried - num_resumed, 1) * remaining.sum()
-                robust = 100 * (len(rows) - broken.sum()) / len(x)
-                report(
-                    f"{name}: {tried:,} of {len(rows):,} images, robust so far {robust:.2f} %, {_minutes(seconds)} left"
-                )
+                robust, left = 100 * (len(rows) - broken.sum()) / len(x), _duration(seconds)
+                report(f"{name}: {tried:,} of {len(rows):,} images, robust so far {robust:.2f} %, {left} left")
         if broken.any():  # evaluated again by the program of the final result: on the boundary rounding decides
             broken_rows = np.flatnonzero(broken)
-            prediction[broken_rows] = _predictions(logits_of(x_adv[broken_rows], broken_rows, number))
+            prediction[broken_rows] = _predictions(logits_of(x_adv[broken_rows], broken_rows, index))
             broken[broken_rows] = prediction[broken_rows] != y[broken_rows]
         x_adv[rows[~broken[rows]]] = x[rows[~broken[rows]]]
-        broken_by[broken] = number
+        broken_by[broken] = index
         accuracy[name] = float((broken_by == -1).mean())
         evaluations[name] = (steps * attack.forwards, steps * attack.gradients)
-        report(f"{name}: robust {100 * accuracy[name]:.2f} % after {_minutes(time.perf_counter() - start)}")
+        report(f"{name}: robust {100 * accuracy[name]:.2f} % after {_duration(time.perf_counter() - start)}")
 
     if not random:
         prediction = _predictions(logits_of(x_adv, all_rows, 0))
@@ -232,31 +233,32 @@ def attacks_of(version: str | Sequence[str]) -> tuple[str, ...]:
     return names
 
 
-@functools.lru_cache  # jax.jit caches a program by the identity of the attack
-def _programs(
+@functools.lru_cache  # the programs of an attack are cached by its identity
+def _build_attacks(
     names: tuple[str, ...], classes: int, norm: str, bounds: Bounds, random: bool, num_queries: int
-) -> tuple[dict[str, Iterated], tuple[str, ...]]:
+) -> tuple[dict[str, IterativeAttack], tuple[str, ...]]:
     """Returns the attacks by name, and a note for each objective replaced because of few classes."""
     if classes < 2:
         raise ValueError(f"There is nothing to attack: logits_fn returns logits of {classes} class.")
     restarts = 5 if names == VERSIONS["plus"] else 1
-    eot, targets, notes = EOT_DRAWS if random else None, min(9, classes - 1), []
-    ratio, targeted_ratio = dlr, targeted_dlr
+    eot, num_targets, notes = EOT_DRAWS if random else None, min(9, classes - 1), []
+    ratio: Objective = dlr
+    targeted_ratio: TargetedObjective = targeted_dlr
     if classes < 3 and "apgd-dlr" in names:
         ratio = logit_margin
         notes.append("apgd-dlr: the DLR needs three classes; the logit margin replaces it.")
     if classes < 4 and "apgd-t" in names:
         targeted_ratio = targeted_logit_margin
         notes.append("apgd-t: the targeted DLR needs four classes; the targeted logit margin replaces it.")
-    build = {
-        "apgd-ce": lambda: apgd_program(stable_cross_entropy, norm, 100, restarts, 0.75, eot, bounds),
-        "apgd-dlr": lambda: apgd_program(ratio, norm, 100, restarts, 0.75, eot, bounds),
-        "apgd-t": lambda: apgd_targeted_program(targeted_ratio, norm, 100, targets, 0.75, eot, bounds),
-        "fab": lambda: fab_program(classes, norm, 100, restarts, 0.1, 1.05, 0.9, bounds),
-        "fab-t": lambda: fab_targeted_program(norm, 100, targets, 0.1, 1.05, 0.9, bounds),
-        "square": lambda: square_program(logit_margin, norm, num_queries, 0.8, bounds),
+    builders: dict[str, Callable[[], IterativeAttack]] = {
+        "apgd-ce": lambda: build_apgd(stable_cross_entropy, norm, 100, restarts, 0.75, eot, bounds),
+        "apgd-dlr": lambda: build_apgd(ratio, norm, 100, restarts, 0.75, eot, bounds),
+        "apgd-t": lambda: build_apgd_targeted(targeted_ratio, norm, 100, num_targets, 0.75, eot, bounds),
+        "fab": lambda: build_fab(classes, norm, 100, restarts, 0.1, 1.05, 0.9, bounds),
+        "fab-t": lambda: build_fab_targeted(norm, 100, num_targets, 0.1, 1.05, 0.9, bounds),
+        "square": lambda: build_square(logit_margin, norm, num_queries, 0.8, bounds),
     }
-    return {name: build[name]() for name in names}, tuple(notes)
+    return {name: builders[name]() for name in names}, tuple(notes)
 
 
 def _num_slots(images: int, batch_size: int) -> int:
@@ -271,14 +273,14 @@ def _num_slots(images: int, batch_size: int) -> int:
 
 
 def _recorded(
-    results: Iterator[continuous_batching.Done], log: journal.Journal, number: int, least: int
+    results: Iterator[continuous_batching.Done], log: journal.Journal, index: int, minimum: int
 ) -> Iterator[continuous_batching.Done]:
     """Yields the results and writes them to the journal."""
     for done in results:
-        log.add(number, done, least)
+        log.add(index, done, minimum)
         yield done
-    log.flush(number)
+    log.flush(index)
 
 
-def _minutes(seconds: float) -> str:
+def _duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds >= 60 else f"{seconds:.1f} s"

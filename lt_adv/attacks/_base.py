@@ -1,62 +1,73 @@
 """The common form of AutoAttack's attacks: one rolled loop over independent examples.
 
-An attack is a start, which does not evaluate the network, and a step, which evaluates it once or twice. The row of an
+An attack is `init`, which does not evaluate the network, and `step`, which evaluates it once or twice. The row of an
 example in the state holds everything that its next step needs, including the number of steps taken. Examples at
 different steps can therefore share a batch, and `continuous_batching` refills the slots of finished examples.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import checks, norms
-from lt_adv.attacks.checks import Bounds
+from lt_adv.attacks import checks, norms, tracing
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import example_keys
 from lt_adv.attacks.objectives import prediction
-
-Network = Callable[[Array, Array], Array]  # (x [b, ...], one key per example [b]) -> logits [b, classes]
+from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn
 
 
 class State(Protocol):
-    """A NamedTuple of arrays, one row per example."""
+    """State of an attack: a NamedTuple of arrays, one row per example."""
 
-    steps_taken: Array  # int32 [b]
-    broken: Array  # bool [b]: whether a point of the ball is classified wrongly
-    x_adv: Array  # [b, ...] that point; otherwise the strongest one by the measure of the attack
+    @property
+    def steps_taken(self) -> Array:
+        """int32 [b]"""
+
+    @property
+    def broken(self) -> Array:
+        """bool [b]: whether a point of the ball is classified wrongly"""
+
+    @property
+    def x_adv(self) -> Array:
+        """[b, ...]: that point; otherwise the strongest one by the measure of the attack"""
 
 
-class Iterated(NamedTuple):
-    """An attack before it is given a network, images and a radius."""
+StateT = TypeVar("StateT", bound=State)
+Tree = TypeVar("Tree")  # a pytree of arrays
 
-    begin: Callable[..., Any]  # (keys [b], x, y, target [b], eps [b], round [b]) -> State
-    step: Callable[[Network, Any], Any]  # (network, state) -> state
+
+class IterativeAttack(NamedTuple, Generic[StateT]):
+    """An attack as a pair of functions `init` and `step`, like an optimizer of optax."""
+
+    init: Callable[..., StateT]  # (keys [b], x, y, target [b], eps [b], round [b]) -> state; no forward pass
+    step: Callable[[KeyedLogitsFn, StateT], StateT]
     num_steps: int  # steps of one round
-    rounds: int  # restarts, or targets
-    random: bool = False  # whether the network is called as (x, keys)
+    num_rounds: int  # restarts, or targets
+    random: bool = False  # whether the network is randomised
     forwards: int = 1  # forward passes of one step
     gradients: int = 1  # backward passes of one step
-    carries: tuple[str, ...] = ()  # fields that, with a new start, restore a state within a round; () if too large
+    saved_fields: tuple[str, ...] = ()  # with them and `init` a paused state is restored; () if they are too large
 
 
-def check(x: Array, y: Array, bounds: Any) -> Bounds:
+def check(x: Array | np.ndarray, y: Array | np.ndarray, bounds: Sequence[ArrayLike]) -> Bounds:
     """Returns the bounds as floats; ValueError unless images and labels are valid."""
-    bounds = checks.check_bounds(bounds)
-    checks.check_images(x, bounds)
+    low, high = checks.check_bounds(bounds)
+    checks.check_images(x, (low, high))
     checks.check_labels(y, len(x))
-    return bounds
+    return low, high
 
 
-def logits_of(network: Network, x: Array, keys: Array) -> Array:
-    """Returns the checked logits of the network, see `checks.check_logits`."""
-    return checks.check_logits(network(x, keys), x)
+def logits_of(logits_fn: KeyedLogitsFn, x: Array, keys: Array) -> Array:
+    """Returns the checked logits of x, see `checks.check_logits`."""
+    return checks.check_logits(logits_fn(x, keys), x)
 
 
-def _with_keys(logits_fn: Callable[..., Array], random: bool) -> Network:
+def _with_keys(logits_fn: Callable[..., Array], random: bool) -> KeyedLogitsFn:
     return logits_fn if random else lambda x, _: logits_fn(x)
 
 
@@ -75,7 +86,7 @@ def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) 
     return lax.stop_gradient((values, logits, norms.finite(gradient)))
 
 
-def comparable(values: Array, x: Array) -> Array:
+def finite_values(values: Array, x: Array) -> Array:
     """Makes values of an objective finite, in the type of x, so that they can be compared; NaN becomes the smallest."""
     limit = float(jnp.finfo(x.dtype).max)
     return jnp.nan_to_num(values.astype(x.dtype), nan=-limit, posinf=limit, neginf=-limit)
@@ -91,7 +102,7 @@ def expand_mask(mask: Array, rows: Array) -> Array:
     return mask.reshape(mask.shape + (1,) * (rows.ndim - mask.ndim))
 
 
-def where_rows(mask: Array, new: Any, old: Any) -> Any:
+def where_rows(mask: Array, new: Tree, old: Tree) -> Tree:
     """Selects the rows of the tree `new` where `mask` [b] is true, and those of `old` elsewhere."""
 
     def pick(new: Array, old: Array) -> Array:
@@ -100,22 +111,22 @@ def where_rows(mask: Array, new: Any, old: Any) -> Any:
     return jax.tree.map(pick, new, old)
 
 
-def on_boundary(keys: Array, x: Array, norm: norms.Norm) -> Array:
-    """Draws one random displacement of length one per example."""
+def random_directions(keys: Array, x: Array, norm: norms.Norm) -> Array:
+    """Returns one random displacement of length one per example, [b, ...]."""
     noise = jax.vmap(lambda key: norm.sample(key, x.shape[1:], x.dtype))(keys)
     return noise / jnp.maximum(norm.length(noise), jnp.finfo(x.dtype).tiny)  # a sample can be zero
 
 
 def attack_batch(
-    build: Callable[[int], Iterated],
+    build: Callable[[int], IterativeAttack[StateT]],
     key: Array,
-    logits_fn: Callable[..., Array],
+    logits_fn: LogitsFn | KeyedLogitsFn,
     x: Array,
     y: Array,
     eps: ArrayLike,
     *,
     random: bool = False,
-    infinite: bool = False,
+    allow_infinite: bool = False,
 ) -> Array:
     """Runs all rounds of an attack on one batch; traceable.
 
@@ -129,20 +140,20 @@ def attack_batch(
       x: images.
       y: labels.
       eps: radius, scalar or [batch].
-      random: see `Iterated`.
-      infinite: whether eps may be infinite.
+      random: see `IterativeAttack`.
+      allow_infinite: whether eps may be infinite.
 
     Returns:
       x_adv, for an image that is not broken its strongest point.
     """
-    network, y = _with_keys(logits_fn, random), y.astype(jnp.int32)
-    norms.check_length("eps", eps, x.shape[0], infinite)
+    keyed_logits_fn, y = _with_keys(logits_fn, random), y.astype(jnp.int32)
+    norms.check_length("eps", eps, x.shape[0], allow_infinite)
 
-    def batch() -> Array:
+    def attack_rounds() -> Array:
         keys = example_keys(key, x.shape[0])
         varies = jnp.zeros_like(x).reshape(len(x), -1).sum(axis=1)  # varies over the same mesh axes as x
         radius = norms.per_example(eps, x).reshape(-1) + varies
-        logits = logits_of(network, x, keys)
+        logits = logits_of(keyed_logits_fn, x, keys)
         classes = logits.shape[-1]
         if classes < 2:
             raise ValueError(f"logits_fn must return logits of at least two classes, got {classes}.")
@@ -154,11 +165,11 @@ def attack_batch(
             round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, r)
             target = jnp.take(ranking, (r + 1) % classes, axis=-1)  # ignored by untargeted attacks
             target += varies.astype(target.dtype)
-            state = attack.begin(round_keys, x, y, target, radius, jnp.full_like(y, r))
-            state = lax.fori_loop(0, attack.num_steps, lambda _, state: attack.step(network, state), state)
+            state = attack.init(round_keys, x, y, target, radius, jnp.full_like(y, r))
+            state = lax.fori_loop(0, attack.num_steps, lambda _, state: attack.step(keyed_logits_fn, state), state)
             return where_rows(broken, x_adv, state.x_adv), broken | state.broken
 
         carry = lax.stop_gradient((x, is_wrong(logits, y)))
-        return lax.fori_loop(0, attack.rounds, one_round, carry)[0]
+        return lax.fori_loop(0, attack.num_rounds, one_round, carry)[0]
 
-    return checks.run(batch, key, x, y, eps)
+    return tracing.run_compiled(attack_rounds, key, x, y, eps)

@@ -13,23 +13,24 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, norms
-from lt_adv.attacks._base import Bounds, Iterated, Network, expand_mask, where_rows
+from lt_adv.attacks._base import IterativeAttack, expand_mask, where_rows
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.objectives import targeted_logit_margin
+from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn
 
 
 class State(NamedTuple):
     """State of the attack, one row per example."""
 
-    x: Array
-    y: Array
-    target: Array
-    key: Array
-    eps: Array
-    point: Array
-    nearest: Array  # the wrong point nearest to x, and its distance (the largest float while there is none)
-    distance: Array
-    steps_taken: Array
+    x: Array  # [b, ...]
+    y: Array  # int32 [b]
+    target: Array  # int32 [b]
+    key: Array  # [b]
+    eps: Array  # [b]
+    point: Array  # [b, ...]
+    nearest: Array  # [b, ...], the wrong point nearest to x
+    distance: Array  # [b], of `nearest` from x; the largest float while there is none
+    steps_taken: Array  # int32 [b]
 
     @property
     def broken(self) -> Array:
@@ -42,7 +43,7 @@ class State(NamedTuple):
 
 def fab(
     key: Array,
-    logits_fn: Callable[..., Array],
+    logits_fn: LogitsFn,
     x: Array,
     y: Array,
     *,
@@ -99,15 +100,15 @@ def fab(
     num_steps, num_restarts = checks.count("num_steps", num_steps), checks.count("num_restarts", num_restarts)
     options = _options(alpha_max, eta, beta)
 
-    def build(classes: int) -> Iterated:
-        return fab_program(classes, norm, num_steps, num_restarts, *options, bounds)
+    def build(classes: int) -> IterativeAttack[State]:
+        return build_fab(classes, norm, num_steps, num_restarts, *options, bounds)
 
-    return _base.attack_batch(build, key, logits_fn, x, y, eps, infinite=True)
+    return _base.attack_batch(build, key, logits_fn, x, y, eps, allow_infinite=True)
 
 
 def fab_targeted(
     key: Array,
-    logits_fn: Callable[..., Array],
+    logits_fn: LogitsFn,
     x: Array,
     y: Array,
     *,
@@ -162,17 +163,17 @@ def fab_targeted(
     num_steps, num_targets = checks.count("num_steps", num_steps), checks.count("num_targets", num_targets)
     options = _options(alpha_max, eta, beta)
 
-    def build(classes: int) -> Iterated:
-        return fab_targeted_program(norm, num_steps, min(num_targets, classes - 1), *options, bounds)
+    def build(classes: int) -> IterativeAttack[State]:
+        return build_fab_targeted(norm, num_steps, min(num_targets, classes - 1), *options, bounds)
 
-    return _base.attack_batch(build, key, logits_fn, x, y, eps, infinite=True)
+    return _base.attack_batch(build, key, logits_fn, x, y, eps, allow_infinite=True)
 
 
 def _options(alpha_max: float, eta: float, beta: float) -> tuple[float, float, float]:
     return checks.number("alpha_max", alpha_max, 0, 1), checks.number("eta", eta, 0), checks.number("beta", beta, 0, 1)
 
 
-def fab_program(
+def build_fab(
     classes: int,
     norm: str,
     num_steps: int,
@@ -181,34 +182,34 @@ def fab_program(
     eta: float,
     beta: float,
     bounds: Bounds,
-) -> Iterated:
-    """Builds `fab`."""
+) -> IterativeAttack[State]:
+    """Returns `fab` as an `IterativeAttack`."""
     ball = norms.get(norm)
     return _attack(
-        lambda network, state: _nearest_plane(network, state, classes, ball),
+        lambda logits_fn, state: _nearest_plane(logits_fn, state, classes, ball),
         norm, num_steps, num_restarts, alpha_max, eta, beta, bounds, gradients=classes, random_starts=True,
     )  # fmt: skip
 
 
-def fab_targeted_program(
+def build_fab_targeted(
     norm: str, num_steps: int, num_targets: int, alpha_max: float, eta: float, beta: float, bounds: Bounds
-) -> Iterated:
-    """Builds `fab_targeted`."""
+) -> IterativeAttack[State]:
+    """Returns `fab_targeted` as an `IterativeAttack`."""
     return _attack(
         _plane_of_target, norm, num_steps, num_targets, alpha_max, eta, beta, bounds,
         gradients=1, random_starts=False,
     )  # fmt: skip
 
 
-def _plane_of_target(network: Network, state: State) -> tuple[Array, Array]:
+def _plane_of_target(logits_fn: KeyedLogitsFn, state: State) -> tuple[Array, Array]:
     """Returns z_t - z_y at the point [b] and its gradient [b, ...], both possibly divided by the same number."""
 
     def value(x: Array) -> tuple[Array, Array]:
-        logits = _base.logits_of(network, x, state.key)
+        logits = _base.logits_of(logits_fn, x, state.key)
         return targeted_logit_margin(logits, state.y, state.target), logits
 
-    value_, _, gradient = _base.value_and_gradient(value, state.point)
-    return _representable(value_, gradient)
+    margin, _, gradient = _base.value_and_gradient(value, state.point)
+    return _representable(margin, gradient)
 
 
 def _representable(value: Array, gradient: Array) -> tuple[Array, Array]:
@@ -219,15 +220,15 @@ def _representable(value: Array, gradient: Array) -> tuple[Array, Array]:
     return jnp.where(usable, value, 0).astype(gradient.dtype) / scale.reshape(-1), gradient / scale
 
 
-def _nearest_plane(network: Network, state: State, classes: int, ball: norms.Norm) -> tuple[Array, Array]:
+def _nearest_plane(logits_fn: KeyedLogitsFn, state: State, classes: int, ball: norms.Norm) -> tuple[Array, Array]:
     """Like `_plane_of_target`, for the class s != y whose plane is nearest to the point."""
-    logits, pull = jax.vjp(lambda x: _base.logits_of(network, x, state.key), state.point)
+    logits, vjp_fn = jax.vjp(lambda x: _base.logits_of(logits_fn, x, state.key), state.point)
     at_y = jax.nn.one_hot(state.y, classes, dtype=logits.dtype)
 
     def nearer(s: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         difference = jax.nn.one_hot(s, classes, dtype=logits.dtype)[None, :] - at_y
         value = jnp.sum(difference * logits, axis=-1)
-        value, gradient = _representable(value, with_fast_cpu_convolutions(lambda: pull(difference)[0])())
+        value, gradient = _representable(value, with_fast_cpu_convolutions(lambda: vjp_fn(difference)[0])())
         distance = jnp.abs(value) / (1e-12 + ball.dual(gradient).reshape(-1))
         return where_rows((distance < carry[0]) & (state.y != s), (distance, value, gradient), carry)
 
@@ -236,10 +237,10 @@ def _nearest_plane(network: Network, state: State, classes: int, ball: norms.Nor
 
 
 def _attack(
-    plane: Callable[[Network, "State"], tuple[Array, Array]],
+    plane: Callable[[KeyedLogitsFn, State], tuple[Array, Array]],
     norm: str,
     num_steps: int,
-    rounds: int,
+    num_rounds: int,
     alpha_max: float,
     eta: float,
     beta: float,
@@ -247,22 +248,22 @@ def _attack(
     *,
     gradients: int,
     random_starts: bool,
-) -> Iterated:
+) -> IterativeAttack[State]:
     ball, (low, high) = norms.get(norm), bounds
 
-    def begin(keys: Array, x: Array, y: Array, target: Array, eps: Array, r: Array) -> State:
+    def init(keys: Array, x: Array, y: Array, target: Array, eps: Array, r: Array) -> State:
         start = x
         if random_starts:
             width = jnp.asarray(min(high - low, jnp.finfo(x.dtype).max), x.dtype)  # eps may be infinite
             noise = jnp.clip(
-                x + expand_mask(jnp.minimum(eps, width) / 2, x) * _base.on_boundary(keys, x, ball), low, high
+                x + expand_mask(jnp.minimum(eps, width) / 2, x) * _base.random_directions(keys, x, ball), low, high
             )
             start = where_rows(r == 0, x, noise)
         no_distance = jnp.full_like(eps, jnp.finfo(eps.dtype).max)
         return State(x, y, target, keys, eps, start, x, no_distance, jnp.zeros_like(eps, jnp.int32))
 
-    def step(network: Network, state: State) -> State:
-        value, w = plane(network, state)
+    def step(logits_fn: KeyedLogitsFn, state: State) -> State:
+        value, w = plane(logits_fn, state)
         x, point = state.x, state.point
         # The plane is <w, p> = <w, point> - value, for any p.
         gap = value + jnp.sum((x - point) * w, axis=tuple(range(1, x.ndim)))
@@ -270,7 +271,7 @@ def _attack(
         point_length, clean_length = (jnp.maximum(ball.length(d), 1e-8) for d in (d_point, d_clean))
         alpha = jnp.minimum(point_length / (point_length + clean_length), alpha_max)
         point = jnp.clip((point + eta * d_point) * (1 - alpha) + (x + eta * d_clean) * alpha, low, high)
-        logits = _base.logits_of(network, point, state.key)
+        logits = _base.logits_of(logits_fn, point, state.key)
         wrong, distance = _base.is_wrong(logits, state.y), ball.length(point - x).reshape(-1)
         nearest, distance = where_rows(
             wrong & (distance < state.distance), (point, distance), (state.nearest, state.distance)
@@ -279,7 +280,7 @@ def _attack(
         new = state._replace(point=point, nearest=nearest, distance=distance, steps_taken=state.steps_taken + 1)
         return where_rows(state.steps_taken < num_steps, new, state)
 
-    return Iterated(begin, step, num_steps, rounds, forwards=2, gradients=gradients)
+    return IterativeAttack(init, step, num_steps, num_rounds, forwards=2, gradients=gradients)
 
 
 def to_plane(norm: str, point: Array, w: Array, value: Array, low: float, high: float) -> Array:

@@ -12,11 +12,12 @@ from jax import Array
 
 from lt_adv.attacks import checks
 from lt_adv.attacks._autoattack import autoattack
+from lt_adv.attacks.signatures import Attack, PyTree
 
 
 def jit(
-    attack: Callable[..., Array], apply: Callable[[Any, Array], Array], **options: Any
-) -> Callable[[Array, Any, Array, Array], Array]:
+    attack: Attack, apply: Callable[[PyTree, Array], Array], **options: Any
+) -> Callable[[Array, PyTree, Array, Array], Array]:
     """Returns a jitted attack that takes the variables of the network as an argument.
 
     It compiles once for all variables of the same shapes. An attack that is called outside jit on a new closure over
@@ -50,24 +51,24 @@ def jit(
         raise ValueError(f"{getattr(attack, '__name__', attack)} cannot take these options: {error}.") from None
 
     @jax.jit
-    def compiled(key: Array, variables: Any, x: Array, y: Array) -> Array:
+    def compiled(key: Array, variables: PyTree, x: Array, y: Array) -> Array:
         return attack(key, partial(apply, variables), x, y, **options)
 
-    bounds = options.get("bounds", getattr(parameters.get("bounds"), "default", None))
+    bounds = options.get("bounds", parameters["bounds"].default) if "bounds" in parameters else None
 
     classes: dict[tuple[int, ...], int | None] = {}  # by the shape of x
 
-    def num_classes(variables: Any, x: Array) -> int | None:
+    def num_classes(variables: PyTree, x: Array) -> int | None:
         if np.shape(x) not in classes:
-            logits = jax.eval_shape(apply, variables, x)  # the attack itself refuses anything but an array of logits
+            logits = jax.eval_shape(apply, variables, x)  # the attack checks that they are one array
             classes[np.shape(x)] = logits.shape[-1] if getattr(logits, "ndim", 0) == 2 else None
         return classes[np.shape(x)]
 
     @functools.wraps(compiled)
-    def call(key: Array, variables: Any, x: Array, y: Array) -> Array:
-        if "bounds" in parameters:
+    def call(key: Array, variables: PyTree, x: Array, y: Array) -> Array:
+        if bounds is not None:
             checks.check_images(x, checks.check_bounds(bounds))
-            if np.ndim(y) == 1 and checks.known(y) is not None:  # `kl_divergence` takes probabilities
+            if np.ndim(y) == 1 and checks.concrete_values(y) is not None:  # `kl_divergence` takes probabilities
                 checks.check_labels(y, len(x), num_classes(variables, x))
         return compiled(key, variables, x, y)
 

@@ -1,6 +1,5 @@
 """Square attack: random search over square windows. It uses predictions only and no gradients."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -10,8 +9,9 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, norms
-from lt_adv.attacks._base import Bounds, Iterated, Network, where_rows
+from lt_adv.attacks._base import IterativeAttack, where_rows
 from lt_adv.attacks.objectives import logit_margin
+from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn, Objective
 
 # Proposals at which the share of the pixels in a window is halved.
 HALVINGS = (11, 51, 201, 501, 1001, 2001, 4001, 6001, 8001)
@@ -21,26 +21,26 @@ TINY = 1e-12
 class State(NamedTuple):
     """State of the attack, one row per example. It stops changing once the example is broken."""
 
-    x: Array
-    y: Array
-    key: Array
-    eps: Array
-    x_adv: Array  # the best point so far
-    value: Array  # its objective
-    steps_taken: Array  # queries
-    broken: Array
+    x: Array  # [b, ...]
+    y: Array  # int32 [b]
+    key: Array  # [b]
+    eps: Array  # [b]
+    x_adv: Array  # [b, ...], the best point so far
+    value: Array  # [b], its objective
+    steps_taken: Array  # int32 [b], number of queries
+    broken: Array  # bool [b]
 
 
 def square(
     key: Array,
-    logits_fn: Callable[..., Array],
+    logits_fn: LogitsFn,
     x: Array,
     y: Array,
     *,
     eps: ArrayLike,
     num_queries: int = 5000,
     p_init: float = 0.8,
-    objective: Callable[[Array, Array], Array] = logit_margin,
+    objective: Objective = logit_margin,
     norm: str = "linf",
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
@@ -89,8 +89,8 @@ def square(
     num_queries, p_init = checks.count("num_queries", num_queries), checks.number("p_init", p_init, 0, 1)
     checks.check_objective(objective)
 
-    def build(_: int) -> Iterated:
-        return square_program(objective, norm, num_queries, p_init, bounds)
+    def build(_: int) -> IterativeAttack[State]:
+        return build_square(objective, norm, num_queries, p_init, bounds)
 
     return _base.attack_batch(build, key, logits_fn, x, y, eps)
 
@@ -114,12 +114,14 @@ def _image_shape(shape: tuple[int, ...]) -> tuple[int, int, int]:
     return {1: (1, *shape, 1), 2: (*shape, 1), 3: shape}[len(shape)]  # type: ignore[return-value]
 
 
-def square_program(objective: Callable, norm: str, num_queries: int, p_init: float, bounds: Bounds) -> Iterated:
-    """Builds `square`."""
+def build_square(
+    objective: Objective, norm: str, num_queries: int, p_init: float, bounds: Bounds
+) -> IterativeAttack[State]:
+    """Returns `square` as an `IterativeAttack`."""
     low, high = bounds
     start, propose = {"linf": (_stripes, _linf_proposal), "l2": (_bumps, _l2_proposal)}[norms.get(norm) and norm]
 
-    def begin(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
+    def init(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
         delta = jax.vmap(start)(keys, jax.vmap(_as_image)(x), eps).reshape(x.shape)
         no_value, zero = jnp.full_like(eps, -jnp.finfo(eps.dtype).max), jnp.zeros_like(eps, jnp.int32)
         return State(x, y, keys, eps, jnp.clip(x + delta, low, high), no_value, zero, jnp.zeros_like(eps, bool))
@@ -132,18 +134,18 @@ def square_program(objective: Callable, norm: str, num_queries: int, p_init: flo
     def sides(shape: tuple[int, ...]) -> np.ndarray:
         return _sides(p_init, _image_shape(shape), norm, vector=len(shape) == 1)
 
-    def step(network: Network, state: State) -> State:
+    def step(logits_fn: KeyedLogitsFn, state: State) -> State:
         first = state.steps_taken == 0
         point = jax.vmap(proposal)(state.key, state.steps_taken - 1, state.x, state.x_adv, state.eps)
         point = where_rows(first, state.x_adv, point)
-        logits = _base.logits_of(network, point, state.key)
-        value = _base.comparable(checks.check_values(objective(logits, state.y), state.x), state.x)
+        logits = _base.logits_of(logits_fn, point, state.key)
+        value = _base.finite_values(checks.check_values(objective(logits, state.y), state.x), state.x)
         broken = _base.is_wrong(logits, state.y)
         x_adv, value = where_rows(first | broken | (value > state.value), (point, value), (state.x_adv, state.value))
         new = state._replace(x_adv=x_adv, value=value, steps_taken=state.steps_taken + 1, broken=broken)
         return where_rows(~state.broken & (state.steps_taken <= num_queries), new, state)
 
-    return Iterated(begin, step, num_queries + 1, 1, gradients=0, carries=("x_adv", "value", "steps_taken"))
+    return IterativeAttack(init, step, num_queries + 1, 1, gradients=0, saved_fields=("x_adv", "value", "steps_taken"))
 
 
 def _sides(p_init: float, shape: tuple[int, ...], norm: str, vector: bool = False) -> np.ndarray:
@@ -189,8 +191,8 @@ def _linf_proposal(key: Array, level: Array, sides: np.ndarray, delta: Array, ep
 def _bumps(key: Array, x: Array, eps: Array) -> Array:
     """Returns a grid of bumps, each a fifth of the height, with random signs and directions."""
     side = x.shape[0] // 5
-    first = (x.shape[0] - 5 * side) // 2
-    cells = tuple((length - first) // side for length in x.shape[:2])
+    before = (x.shape[0] - 5 * side) // 2
+    cells = tuple((length - before) // side for length in x.shape[:2])
     key_transpose, key_sign = jax.random.split(key)
     transpose = jax.random.bernoulli(key_transpose, shape=(*cells, 1, 1))
     bump = jnp.asarray(_bump(side), x.dtype)
@@ -198,8 +200,8 @@ def _bumps(key: Array, x: Array, eps: Array) -> Array:
         key_sign, (*cells, 1, 1, x.shape[2]), x.dtype
     )
     grid = bumps.transpose(0, 2, 1, 3, 4).reshape(cells[0] * side, cells[1] * side, x.shape[2])
-    after = [length - first - cell * side for length, cell in zip(x.shape[:2], cells, strict=True)]
-    return _scaled(jnp.pad(grid, [(first, after[0]), (first, after[1]), (0, 0)]), eps)
+    after = [length - before - cell * side for length, cell in zip(x.shape[:2], cells, strict=True)]
+    return _scaled(jnp.pad(grid, [(before, after[0]), (before, after[1]), (0, 0)]), eps)
 
 
 def _l2_proposal(key: Array, level: Array, sides: np.ndarray, delta: Array, eps: Array) -> Array:

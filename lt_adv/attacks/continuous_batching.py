@@ -7,8 +7,8 @@ images, in one compiled program of one shape that runs on all devices.
 
 import functools
 from collections import deque
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,23 +16,25 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lt_adv.attacks import checks
-from lt_adv.attacks._base import Iterated, logits_of, where_rows
+from lt_adv.attacks import tracing
+from lt_adv.attacks._base import IterativeAttack, State, logits_of, where_rows
 from lt_adv.attacks.initialization import IMPL
+from lt_adv.attacks.signatures import KeyedLogitsFn, LogitsFn, PyTree
 
 CHUNK = {1: range(8, 26), 0: range(40, 91)}  # steps between two refills, with gradients and without
+IDLE = -1  # in place of an image, for a slot without one
 MAX_STEPS_IN_SLOT = 500  # steps after which an image is paused within a round if others wait
 
 
 class Network(NamedTuple):
     """A network on a mesh. Its arrays are arguments of the compiled programs."""
 
-    call: Any  # a pytree: (x [slots, ...], keys [slots]) -> logits
+    call: KeyedLogitsFn  # a `jax.tree_util.Partial`: (x [slots, ...], keys [slots]) -> logits
     mesh: Mesh
     slots: int
     programs: "Programs"
 
-    def put(self, rows: Any) -> Any:
+    def put(self, rows: PyTree) -> PyTree:
         """Shards arrays with one row per slot over the devices."""
         return jax.device_put(rows, NamedSharding(self.mesh, PartitionSpec("slots")))
 
@@ -46,12 +48,25 @@ class Done(NamedTuple):
     steps: np.ndarray  # int64 [k], steps taken for each image
 
 
-def network(logits_fn: Callable[..., Array], image: np.ndarray, slots: int, random: bool, devices: Any) -> Network:
-    """Prepares `logits_fn` for batches of at least `slots` images shaped like `image`, on all `devices`.
+def network(
+    logits_fn: LogitsFn | KeyedLogitsFn,
+    image: np.ndarray,
+    slots: int,
+    random: bool,
+    devices: Sequence[jax.Device] | None,
+) -> Network:
+    """Prepares `logits_fn` for batches of at least `slots` images shaped like `image`.
 
     The arrays of a `jax.tree_util.Partial` become arguments of the compiled programs. These are cached by the function,
     for the last few functions, and reused for other arrays of the same shapes. For any other function, the arrays that
     it closes over become arguments, and its programs are freed with the result.
+
+    Args:
+      logits_fn: the network; it takes (x, keys) if `random` is set.
+      image: an example, [...].
+      slots: images per batch, rounded up to a multiple of the number of devices.
+      random: whether the network is randomised.
+      devices: None for all devices of this process.
     """
     mesh = Mesh(np.asarray(devices if devices is not None else jax.local_devices()), ("slots",))
     slots = -(-slots // mesh.size) * mesh.size
@@ -60,7 +75,7 @@ def network(logits_fn: Callable[..., Array], image: np.ndarray, slots: int, rand
     else:
         x = jax.ShapeDtypeStruct((slots, *image.shape), image.dtype)
         keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=IMPL), slots)),) if random else ()
-        call, cached = jax.tree_util.Partial(*checks.trace(logits_fn, x, *keys)), compile_for(mesh)
+        call, cached = jax.tree_util.Partial(*tracing.trace(logits_fn, x, *keys)), compile_for(mesh)
     call = call if random else jax.tree_util.Partial(_without_keys, call)
     return Network(jax.device_put(call, NamedSharding(mesh, PartitionSpec())), mesh, slots, cached)
 
@@ -72,14 +87,14 @@ def _without_keys(call: Callable[[Array], Array], x: Array, _: Array) -> Array:
 class Programs(NamedTuple):
     """Jitted functions on a mesh, compiled once per attack, shapes of the network and number of slots."""
 
-    fill: Callable[..., Any]  # (attack, keys, x, y, target, eps, round) -> state
-    refill: Callable[..., Any]  # (attack, replaced, state, resumed, fields, keys, ...) -> state
-    advance: Callable[..., Any]  # (attack, steps, network, state) -> state, broken, steps taken
-    logits: Callable[..., Array]  # (network, x, keys)
+    fill: Callable[..., State]  # (attack, keys, x, y, target, eps, round) -> state
+    refill: Callable[..., State]  # (attack, replaced, state, resumed, fields, keys, ...) -> state
+    advance: Callable[..., tuple[State, Array, Array]]  # (attack, steps, network, state) -> state, broken, steps taken
+    logits: Callable[[KeyedLogitsFn, Array, Array], Array]  # (network, x, keys) -> logits
 
 
 @functools.lru_cache(maxsize=8)
-def programs(mesh: Mesh, function: Callable[..., Any]) -> Programs:
+def programs(mesh: Mesh, function: Callable[..., Array]) -> Programs:
     """Returns the programs of a mesh for networks that are this function of their arrays.
 
     Functions do not share programs, so that those of a function are freed once eight other functions were attacked.
@@ -92,20 +107,20 @@ def compile_for(mesh: Mesh) -> Programs:
     """Returns the programs of a mesh. Results are sharded like the inputs; otherwise they would be compiled again."""
     over_slots = NamedSharding(mesh, PartitionSpec("slots"))
 
-    def fill(attack: Iterated, *new: Array) -> Any:
-        return attack.begin(*new)
+    def fill(attack: IterativeAttack, *new: Array) -> State:
+        return attack.init(*new)
 
     def refill(
-        attack: Iterated, replaced: Array, state: Any, resumed: Array, fields: dict[str, Array], *new: Array
-    ) -> Any:
-        begun = attack.begin(*new)
-        return where_rows(replaced, where_rows(resumed, begun._replace(**fields), begun), state)
+        attack: IterativeAttack, replaced: Array, state: State, resumed: Array, fields: dict[str, Array], *new: Array
+    ) -> State:
+        initial = attack.init(*new)
+        return where_rows(replaced, where_rows(resumed, initial._replace(**fields), initial), state)
 
-    def advance(attack: Iterated, steps: int, call: Any, state: Any) -> Any:
+    def advance(attack: IterativeAttack, steps: int, call: KeyedLogitsFn, state: State) -> tuple[State, Array, Array]:
         state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(call, state), state)
         return state, state.broken, state.steps_taken
 
-    def logits(call: Any, x: Array, keys: Array) -> Array:
+    def logits(call: KeyedLogitsFn, x: Array, keys: Array) -> Array:
         return logits_of(call, x, keys)
 
     return Programs(
@@ -133,7 +148,7 @@ def logits(network: Network, x: np.ndarray, keys: Array) -> np.ndarray:
     return np.concatenate(batches)[: len(x)]
 
 
-def dependence(network: Network, x: np.ndarray, keys: Array, logits: np.ndarray, images: int = 3) -> float:
+def batch_dependence(network: Network, x: np.ndarray, keys: Array, logits: np.ndarray, images: int = 3) -> float:
     """Returns how much the logits of an image depend on its batch: the largest change, relative to the largest logit.
 
     A few images are evaluated in a batch that repeats one image, by the same program that computed `logits` in batches
@@ -150,7 +165,7 @@ def dependence(network: Network, x: np.ndarray, keys: Array, logits: np.ndarray,
 
 
 def run(
-    attack: Iterated,
+    attack: IterativeAttack,
     network: Network,
     rows: np.ndarray,
     *,
@@ -167,61 +182,65 @@ def run(
     that an interruption loses little. Once no more images wait than there are slots, images are paused and resumed in
     turn, because otherwise the last ones would run alone.
     """
-    size, total, program = network.slots, attack.num_steps, network.programs
+    slots, total, compiled = network.slots, attack.num_steps, network.programs
     steps = min(CHUNK[min(attack.gradients, 1)], key=lambda steps: (-total % steps, steps)) if total else 0
-    waiting, row = deque(rows.tolist()), np.full(size, -1)
-    steps_in_slot, is_new = np.zeros(size, int), np.ones(size, bool)
-    round_index, steps_taken, state = np.zeros(len(x), np.int32), np.zeros(len(x), np.int64), None
-    paused: dict[int, dict[str, np.ndarray]] = {}  # the carried fields of images that were paused within a round
+    waiting, image = deque(rows.tolist()), np.full(slots, IDLE)  # the image in each slot
+    steps_in_slot, is_new = np.zeros(slots, int), np.ones(slots, bool)
+    round_index, steps_taken = np.zeros(len(x), np.int32), np.zeros(len(x), np.int64)
+    state: State | None = None
+    paused: dict[int, dict[str, np.ndarray]] = {}  # image -> saved fields, if it was paused within a round
     while True:
-        for slot in np.flatnonzero(row < 0)[: len(waiting)]:
-            row[slot], steps_in_slot[slot], is_new[slot] = waiting.popleft(), 0, True
-        busy = row >= 0
+        for slot in np.flatnonzero(image == IDLE)[: len(waiting)]:
+            image[slot], steps_in_slot[slot], is_new[slot] = waiting.popleft(), 0, True
+        busy = image != IDLE
         if not busy.any():
             return
         if is_new.any():
-            at = np.where(busy, row, row[busy][0])  # an idle slot repeats an image; its result is ignored
-            rounds = round_index[at]
-            target = targets[at, np.minimum(rounds, targets.shape[1] - 1)]
-            new: tuple = (fold_in_numbers(keys[at], rounds.astype(np.uint32)), x[at], y[at], target, eps[at], rounds)
+            filled = np.where(busy, image, image[busy][0])  # an idle slot repeats an image; its result is ignored
+            rounds = round_index[filled]
+            target = targets[filled, np.minimum(rounds, targets.shape[1] - 1)]
+            round_keys = fold_in_numbers(keys[filled], rounds.astype(np.uint32))
+            new: tuple = (round_keys, x[filled], y[filled], target, eps[filled], rounds)
             if state is None:
-                state = program.fill(attack, *network.put(new))
+                state = compiled.fill(attack, *network.put(new))
             else:
-                resumed = is_new & busy & np.isin(row, list(paused))
-                fields = _paused_fields({name: getattr(state, name) for name in attack.carries}, resumed, row, paused)
+                resumed = is_new & busy & np.isin(image, list(paused))
+                current = {name: getattr(state, name) for name in attack.saved_fields}
+                fields = _paused_fields(current, resumed, image, paused)
                 replaced, resumed, fields, *new = network.put((is_new, resumed, fields, *new))
-                state = program.refill(attack, replaced, state, resumed, fields, *new)
-            is_new = np.zeros(size, bool)
-        state, *progress = program.advance(attack, steps, network.call, state)
+                state = compiled.refill(attack, replaced, state, resumed, fields, *new)
+            is_new = np.zeros(slots, bool)
+        state, *progress = compiled.advance(attack, steps, network.call, state)
         broken, taken = jax.device_get(progress)
         steps_in_slot += steps
         # A point that a randomised network classifies wrongly may be right in the next draw: the search continues.
-        ended = busy & (broken & (not attack.random) | (taken >= total))
-        steps_taken[row[ended]] += np.minimum(taken, total)[ended]
-        done = ended & (broken | (round_index[row] + 1 >= attack.rounds))
-        next_round = ended & ~done
-        round_index[row[next_round]] += 1
-        if 0 < len(waiting) <= size:
-            leaving = busy & ~ended & (steps_in_slot >= MAX_STEPS_IN_SLOT) & bool(attack.carries)
-            if leaving.any():
-                fields = jax.device_get({name: getattr(state, name) for name in attack.carries})
-                paused |= {row[slot]: {name: fields[name][slot] for name in fields} for slot in np.flatnonzero(leaving)}
-            waiting.extend(row[next_round | leaving].tolist())
-            row[next_round | leaving] = -1
-        is_new |= next_round & (row >= 0)
-        if done.any():
-            newly_broken = done & broken
+        round_done = busy & (broken & (not attack.random) | (taken >= total))
+        steps_taken[image[round_done]] += np.minimum(taken, total)[round_done]
+        finished = round_done & (broken | (round_index[image] + 1 >= attack.num_rounds))
+        next_round = round_done & ~finished
+        round_index[image[next_round]] += 1
+        if 0 < len(waiting) <= slots:
+            to_pause = busy & ~round_done & (steps_in_slot >= MAX_STEPS_IN_SLOT) & bool(attack.saved_fields)
+            if to_pause.any():
+                fields = jax.device_get({name: getattr(state, name) for name in attack.saved_fields})
+                for slot in np.flatnonzero(to_pause):
+                    paused[image[slot]] = {name: fields[name][slot] for name in fields}
+            waiting.extend(image[next_round | to_pause].tolist())
+            image[next_round | to_pause] = IDLE
+        is_new |= next_round & (image != IDLE)
+        if finished.any():
+            newly_broken = finished & broken
             points = np.asarray(state.x_adv)[newly_broken] if newly_broken.any() else x[:0]
-            yield Done(row[done], broken[done], points, steps_taken[row[done]])
-            row[done] = -1
+            yield Done(image[finished], broken[finished], points, steps_taken[image[finished]])
+            image[finished] = IDLE
 
 
 def _paused_fields(
-    current: dict[str, Array], resumed: np.ndarray, row: np.ndarray, paused: dict[int, dict[str, np.ndarray]]
+    current: dict[str, Array], resumed: np.ndarray, image: np.ndarray, paused: dict[int, dict[str, np.ndarray]]
 ) -> dict[str, np.ndarray]:
     """Returns the fields of resumed images in the rows of their slots, and removes them from `paused`."""
     fields = {name: np.zeros(value.shape, value.dtype) for name, value in current.items()}
     for slot in np.flatnonzero(resumed):
-        for name, value in paused.pop(row[slot]).items():
+        for name, value in paused.pop(image[slot]).items():
             fields[name][slot] = value
     return fields

@@ -8,21 +8,23 @@ slower. On CPU we therefore transpose explicitly, behind a barrier that prevents
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import ParamSpec, TypeVar
 
 import jax
 from jax import Array, lax
 from jax.extend import core
 
+P = ParamSpec("P")
+T = TypeVar("T")
 CALLS = ("jit", "pjit", "closed_call")
 
 
-def with_fast_cpu_convolutions(gradient: Callable[..., Any]) -> Callable[..., Any]:
+def with_fast_cpu_convolutions(gradient: Callable[P, T]) -> Callable[P, T]:
     """Returns `rewrite_convolutions(gradient)` on CPU and `gradient` itself elsewhere."""
     return rewrite_convolutions(gradient) if jax.default_backend() == "cpu" else gradient
 
 
-def rewrite_convolutions(gradient: Callable[..., Any]) -> Callable[..., Any]:
+def rewrite_convolutions(gradient: Callable[P, T]) -> Callable[P, T]:
     """Returns `gradient` with every convolution over images in the layouts NHWC and HWIO.
 
     `gradient` is the result of jax.grad or jax.value_and_grad; the returned function cannot be differentiated again.
@@ -30,19 +32,19 @@ def rewrite_convolutions(gradient: Callable[..., Any]) -> Callable[..., Any]:
     or a rematerialised part of the network are not rewritten, and neither are weight gradients, which are fast.
     """
 
-    def rewritten(*args: Any) -> Any:
+    def rewritten(*args: P.args, **kwargs: P.kwargs) -> T:
         # Inputs are closed over and not passed as arguments, so that each keeps its type, mesh axes included.
-        closed, shape = jax.make_jaxpr(lambda: gradient(*args), return_shape=True)()
+        closed, shape = jax.make_jaxpr(lambda: gradient(*args, **kwargs), return_shape=True)()
         return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, []))
 
     return rewritten
 
 
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> list[Any]:
+def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Array], args: Sequence[Array]) -> list[Array]:
     """Evaluates a jaxpr equation by equation, with convolutions replaced."""
-    values: dict[Any, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+    values: dict[core.Var, Array] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
 
-    def read(atom: Any) -> Any:
+    def read(atom: core.Var | core.Literal) -> Array:
         return atom.val if isinstance(atom, core.Literal) else values[atom]
 
     for equation in jaxpr.eqns:
@@ -60,7 +62,7 @@ def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any]) -> 
     return [read(atom) for atom in jaxpr.outvars]
 
 
-def _convolve(x: Array, kernel: Array, *, dimension_numbers: Any, **options: Any) -> Array:
+def _convolve(x: Array, kernel: Array, *, dimension_numbers: lax.ConvDimensionNumbers, **options: object) -> Array:
     image, weight, result = dimension_numbers
     space = range(1, x.ndim - 1)
     nhwc, hwio = (0, x.ndim - 1, *space), (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))

@@ -8,26 +8,22 @@ Rules that hold for all of them:
 - The result for an example depends on its own key only, never on the batch size. Keys of other implementations than
   threefry2x32 are replaced by threefry keys derived from them.
 - The objective is computed in at least the precision of x, whatever the type of the logits.
-- Options, images, labels and logits are checked before anything is computed. Values are checked where they are known,
-  outside a trace.
+- Options, images, labels and logits are checked before anything is computed. Values are checked where they are
+  concrete, outside a trace.
 """
 
-from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import checks, norms
+from lt_adv.attacks import checks, norms, tracing
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import starting_point
 from lt_adv.attacks.objectives import cross_entropy, cw_margin
-
-LogitsFn = Callable[[Array], Array]
-Objective = Callable[[Array, Array], Array]
+from lt_adv.attacks.signatures import Bounds, LogitsFn, Objective
 
 
 def fgsm(
@@ -41,7 +37,7 @@ def fgsm(
     norm: str = "linf",
     start: str = "zero",
     x_init: Array | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """Fast gradient sign method: x_adv = clip(x + eps sign(grad_x L(x, y))), one step of the whole radius.
 
@@ -93,7 +89,7 @@ def pgd(
     norm: str = "linf",
     start: str = "uniform",
     x_init: Array | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """Projected gradient descent on the negative objective: x_{t+1} = P(x_t + a sign(grad_x L(x_t, y))).
 
@@ -152,7 +148,7 @@ def mim(
     norm: str = "linf",
     start: str = "uniform",
     x_init: Array | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """Momentum iterative method: g_{t+1} = m g_t + grad / mean|grad|, x_{t+1} = P(x_t + a sign(g_{t+1})).
 
@@ -210,7 +206,7 @@ def cw(
     norm: str = "linf",
     start: str = "uniform",
     x_init: Array | None = None,
-    bounds: tuple[float, float] = (0.0, 1.0),
+    bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """PGD on the Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0): "CW-inf" of the robustness literature.
 
@@ -266,7 +262,7 @@ def _ascend(
     norm: str,
     start: str,
     x_init: Array | None,
-    bounds: tuple[float, float],
+    bounds: Bounds,
     decay: float | None = None,
 ) -> Array:
     """Runs any of the attacks above as one loop over (x_adv, momentum); `decay=None` means no momentum."""
@@ -292,18 +288,18 @@ def _ascend(
         def project(x_adv: Array) -> Array:
             return jnp.clip(ball.project(x_adv, x, radius), low, high)
 
-        def step(_: int, carry: tuple[Array, Any]) -> tuple[Array, Any]:
+        def step(_: int, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
             x_adv, momentum = carry
             gradient = norms.finite(with_fast_cpu_convolutions(jax.grad(total))(x_adv))
-            if decay is not None:
+            if decay is not None and momentum is not None:
                 gradient = momentum = decay * momentum + norms.unit_mean(gradient)
             # Stopped at each step, so that an outer gradient has no loop to differentiate.
             return lax.stop_gradient((project(x_adv + step_length * ball.direction(gradient)), momentum))
 
-        momentum = () if decay is None else jnp.zeros_like(x_adv)
+        momentum = None if decay is None else jnp.zeros_like(x_adv)
         x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
         x_adv, _ = lax.fori_loop(0, num_steps, step, (x_adv, momentum))
         # Inside a trace the values of eps, step_size and x_init are not checked: they may not be finite.
         return jnp.where(jnp.isfinite(x_adv), x_adv, lax.stop_gradient(x))
 
-    return checks.run(ascend, key, x, y, eps, step_size, decay, x_init)
+    return tracing.run_compiled(ascend, key, x, y, eps, step_size, decay, x_init)

@@ -6,29 +6,31 @@ import hashlib
 import io
 import itertools
 import os
-import pathlib
 import re
-from typing import Any
+from pathlib import Path
 
 import numpy as np
+from jax.typing import ArrayLike
 
 from lt_adv.attacks.continuous_batching import Done
 
 FIELDS = Done._fields
 
 
-def digest(*facts: Any) -> str:
-    """Returns a hash of everything that the result depends on."""
+def digest(*inputs: ArrayLike | tuple) -> str:
+    """Returns a hash of arrays and tuples of options."""
     total = hashlib.sha256()
-    for fact in facts:
-        array = np.ascontiguousarray(fact) if not isinstance(fact, tuple) else None
-        total.update(repr(fact).encode() if array is None else f"{array.dtype} {array.shape}".encode())
-        if array is not None:
+    for value in inputs:
+        if isinstance(value, tuple):
+            total.update(repr(value).encode())
+        else:
+            array = np.ascontiguousarray(value)
+            total.update(f"{array.dtype} {array.shape}".encode())
             total.update(array.view(np.uint8).data)
     return total.hexdigest()
 
 
-def open_(directory: Any, digest: str, logits: np.ndarray) -> "Journal":
+def open_journal(directory: str | Path | None, digest: str, logits: np.ndarray) -> "Journal":
     """Opens the journal in `directory`, creating it if it is absent; ValueError if it belongs to another call.
 
     None writes nothing. The clean `logits` identify the network; they are compared with a tolerance, because the number
@@ -36,7 +38,7 @@ def open_(directory: Any, digest: str, logits: np.ndarray) -> "Journal":
     """
     if directory is None:
         return Journal(None)
-    folder = pathlib.Path(directory) if isinstance(directory, str) else directory
+    folder = Path(directory) if isinstance(directory, str) else directory
     missing = list(itertools.takewhile(lambda path: not path.exists(), (folder, *folder.parents)))
     folder.mkdir(parents=True, exist_ok=True)
     for path in missing:
@@ -60,45 +62,45 @@ def open_(directory: Any, digest: str, logits: np.ndarray) -> "Journal":
 
 
 class Journal:
-    """Files `<number of the attack>-<number of the file>.npz`.
+    """Files `<index of the attack>-<index of the file>.npz`.
 
     A damaged file counts as absent: its images are attacked again.
     """
 
-    def __init__(self, folder: Any) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self.folder = folder
         self.waiting: list[Done] = []
         names = [path.name for path in folder.iterdir()] if folder is not None else []
         numbers = [int(match[1]) for match in map(re.compile(r"\d+-(\d+)\.npz").fullmatch, names) if match]
         self.files = max(numbers, default=-1) + 1
 
-    def add(self, number: int, done: Done, least: int) -> None:
-        """Adds finished images, and writes a file once `least` of them are waiting."""
+    def add(self, attack: int, done: Done, minimum: int) -> None:
+        """Adds finished images, and writes a file once `minimum` of them are waiting."""
         self.waiting.append(done)
-        if sum(len(done.rows) for done in self.waiting) >= least:
-            self.flush(number)
+        if sum(len(done.rows) for done in self.waiting) >= minimum:
+            self.flush(attack)
 
-    def flush(self, number: int) -> None:
+    def flush(self, attack: int) -> None:
         """Writes the waiting images."""
         if self.waiting and self.folder is not None:
             buffer = io.BytesIO()
-            columns: Any = dict(zip(FIELDS, zip(*self.waiting, strict=True), strict=True))
-            np.savez(buffer, **{name: np.concatenate(parts) for name, parts in columns.items()})  # type: ignore[arg-type]
-            _write(self.folder / f"{number}-{self.files:06d}.npz", buffer.getvalue())
+            columns = {name: np.concatenate([getattr(done, name) for done in self.waiting]) for name in FIELDS}
+            np.savez(buffer, **columns)  # type: ignore[arg-type]
+            _write(self.folder / f"{attack}-{self.files:06d}.npz", buffer.getvalue())
             self.files += 1
         self.waiting = []
 
-    def read(self, number: int) -> list[Done]:
+    def read(self, attack: int) -> list[Done]:
         """Returns the finished images of one attack."""
         records = []
-        for path in sorted(self.folder.glob(f"{number}-*.npz")) if self.folder is not None else ():
+        for path in sorted(self.folder.glob(f"{attack}-*.npz")) if self.folder is not None else ():
             with contextlib.suppress(Exception):  # damaged zip files fail with many types of errors
                 file = np.load(io.BytesIO(path.read_bytes()), allow_pickle=False)
                 records.append(Done(*(file[name] for name in FIELDS)))
         return records
 
 
-def _write(path: Any, content: bytes) -> None:
+def _write(path: Path, content: bytes) -> None:
     """Writes a file atomically, also with respect to power cuts: the content is on disk before the name."""
     new = path.parent / f"{path.name}.{os.getpid()}.new"
     new.write_bytes(content)
@@ -107,7 +109,7 @@ def _write(path: Any, content: bytes) -> None:
     _sync(path.parent)
 
 
-def _sync(path: Any) -> None:
+def _sync(path: Path) -> None:
     """Flushes a file, or the names in a folder, to the disk; does nothing for buckets."""
     if "://" in os.fspath(path):
         return

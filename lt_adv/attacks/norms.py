@@ -29,19 +29,19 @@ def get(name: str) -> Norm:
     return _NORMS[name]
 
 
-def check_length(name: str, value: ArrayLike, batch: int, infinite: bool = False) -> None:
-    """Raises a ValueError unless `value` is a scalar or [batch] and its known values are finite and not negative.
+def check_length(name: str, value: ArrayLike, batch: int, allow_infinite: bool = False) -> None:
+    """Raises a ValueError unless `value` is a scalar or [batch] and its concrete values are finite and not negative.
 
-    `infinite` allows infinite lengths.
+    `allow_infinite` allows infinite lengths.
     """
     if np.shape(value) not in ((), (batch,)):
         raise ValueError(f"{name} must be a scalar or [batch] = ({batch},), got shape {np.shape(value)}.")
-    values = checks.known(value)
+    values = checks.concrete_values(value)
     if values is not None and not checks.is_real(values.dtype):
         raise ValueError(f"{name} must be a number, got {value!r}.")
     if values is not None and not np.all(values >= 0):
         raise ValueError(f"{name} must not be negative or NaN, got {value}.")
-    if values is not None and not infinite and np.any(np.isinf(values)):
+    if values is not None and not allow_infinite and np.any(np.isinf(values)):
         raise ValueError(f"{name} must be finite, got {value}.")
 
 

@@ -1,7 +1,7 @@
 """Objectives that attacks maximise: functions (logits [batch, classes], y) -> [batch].
 
 Options are bound with functools.partial. All of them compute in at least float32, whatever the type of the logits, and
-raise a ValueError for labels that are not integers [batch] or, where their values are known, exceed the classes.
+raise a ValueError for labels that are not integers [batch] or, where their values are concrete, exceed the classes.
 """
 
 import jax

@@ -16,18 +16,27 @@ import zipfile
 from collections import Counter
 from collections.abc import Collection, Iterator
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import BinaryIO, TypedDict
 
 import numpy as np
 from PIL import Image
 
 from lt_adv.runtime import atomic_io
 
-Examples = Iterator[tuple[int, dict[str, Any]]]
-"""Yields (original index, {"image": encoded stream, "label": ..., "index": ...}) of each image."""
+
+class Example(TypedDict):
+    """One image as TensorFlow-Datasets stores it."""
+
+    image: BinaryIO  # encoded
+    label: int
+    index: int  # in the original data
+
+
+Examples = Iterator[tuple[int, Example]]  # yields (key, example); the key is the original index
+Splits = dict[str, Examples]
 VERSION = "1.0.0"  # of our TensorFlow-Datasets builders
-LARGEST = 200 << 20  # maximum bytes of a member; the largest official one has 154 million
-NUMBERED = re.compile(r".*_([0-9]{1,9})\.JPEG")  # file name of an image of Tiny-ImageNet
+MAX_MEMBER_BYTES = 200 << 20  # the largest official member has 154 million
+IMAGE_NAME = re.compile(r".*_([0-9]{1,9})\.JPEG")  # file name of an image of Tiny-ImageNet
 ARCHIVE_FORMATS = (atomic_io.GZIP, atomic_io.ZIP, atomic_io.DAMAGED_ZIP)
 OFFLINE = "python -m lt_adv.main --config=configs/robal.py:dataset=digits"
 
@@ -89,7 +98,7 @@ def ensure_downloaded(archive: Archive, folder: Path, download: bool) -> Path:
     except OSError as error:
         reason = getattr(error, "reason", None) or error.strerror or error
         raise FileNotFoundError(
-            f"{archive.url} could not be downloaded to {folder} ({reason}): put {archive.file} there by hand "
+            f"{archive.url} could not be downloaded to {folder} ({reason}): put {archive.file} there yourself "
             f"(sha256 {archive.sha256}); without any download: {OFFLINE}"
         ) from error
     finally:
@@ -113,7 +122,7 @@ def check(archive: Archive, path: Path) -> None:
         raise ValueError(f"{path} has sha256 {digest}, not {archive.sha256}: delete it and download it again.")
 
 
-def _safe(name: str) -> str:
+def _safe_name(name: str) -> str:
     parts = PurePosixPath(name)
     if parts.is_absolute() or ".." in parts.parts or "\\" in name:
         raise ValueError(f"it has a member outside its folder, {name!r}")
@@ -125,8 +134,8 @@ def _unreadable(path: Path, error: Exception) -> ValueError:
 
 
 def _check_size(name: str, size: int) -> None:
-    if size > LARGEST:
-        raise ValueError(f"{name} declares {size} bytes, more than the maximum of {LARGEST}")
+    if size > MAX_MEMBER_BYTES:
+        raise ValueError(f"{name} declares {size} bytes, more than the maximum of {MAX_MEMBER_BYTES}")
 
 
 def _tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
@@ -135,7 +144,7 @@ def _tar_members(path: Path, names: Collection[str]) -> dict[str, bytes]:
     try:
         with tarfile.open(path, "r:gz") as tar:
             for member in tar:
-                name = PurePosixPath(_safe(member.name)).name
+                name = PurePosixPath(_safe_name(member.name)).name
                 if name in names and (file := tar.extractfile(member) if member.isreg() else None):
                     _check_size(name, member.size)
                     members[name] = file.read()
@@ -177,8 +186,8 @@ def read_cifar(path: Path, coarse: bool) -> tuple[list[str], dict[str, tuple[np.
 
 def encoded_examples(image: np.ndarray, label: np.ndarray) -> Examples:
     """Yields the images as PNG streams, with their labels and positions."""
-    for index, (pixels, number) in enumerate(zip(image, label, strict=True)):
-        yield index, {"image": _png(pixels), "label": int(number), "index": index}
+    for index, (pixels, class_id) in enumerate(zip(image, label, strict=True)):
+        yield index, {"image": _png(pixels), "label": int(class_id), "index": index}
 
 
 def check_classes(path: Path, names: Collection[str], num_classes: int) -> None:
@@ -191,7 +200,7 @@ def _text(content: bytes, path: Path, name: str) -> str:
     try:
         return content.decode()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: {name} is not a text ({error}).") from error
+        raise ValueError(f"{path}: {name} is not UTF-8 text ({error}).") from error
 
 
 def _png(pixels: np.ndarray) -> io.BytesIO:
@@ -201,7 +210,7 @@ def _png(pixels: np.ndarray) -> io.BytesIO:
     return stream
 
 
-def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
+def read_tiny_imagenet(path: Path) -> tuple[list[str], Splits]:
     """Returns (class names, {"train": examples, "test": examples}) of tiny-imagenet-200.zip.
 
     Labels are the positions of the WordNet ids in sorted order; class names are the first words. "test" is the
@@ -210,7 +219,7 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
     """
     try:
         zipped = zipfile.ZipFile(path)
-        members = {PurePosixPath(_safe(name)).parts[1:]: name for name in zipped.namelist()}
+        members = {PurePosixPath(_safe_name(name)).parts[1:]: name for name in zipped.namelist()}
     except Exception as error:  # zipfile raises many types for a damaged archive
         raise _unreadable(path, error) from error
 
@@ -235,10 +244,14 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
 
     numbers: dict[str, list[tuple[int, tuple[str, ...]]]] = {wnid: [] for wnid in wnids}
     for parts in members:
-        if len(parts) == 4 and parts[0] == "train" and parts[1] in label and (match := NUMBERED.fullmatch(parts[3])):
+        if len(parts) == 4 and parts[0] == "train" and parts[1] in label and (match := IMAGE_NAME.fullmatch(parts[3])):
             numbers[parts[1]].append((int(match[1]), parts))
     annotations = [line.split("\t")[:2] for line in lines("val", "val_annotations.txt")]
-    if invalid := [row for row in annotations if len(row) < 2 or row[1] not in label or not NUMBERED.fullmatch(row[0])]:
+
+    def is_valid(row: list[str]) -> bool:
+        return len(row) == 2 and row[1] in label and IMAGE_NAME.fullmatch(row[0]) is not None
+
+    if invalid := [row for row in annotations if not is_valid(row)]:
         raise ValueError(f"{path}: the row {invalid[0]} of val_annotations.txt is not an image and its class.")
     if not annotations or not any(numbers.values()):
         raise ValueError(f"{path} has no images of its classes.")
@@ -252,7 +265,7 @@ def read_tiny_imagenet(path: Path) -> tuple[list[str], dict[str, Examples]]:
 
     def test() -> Examples:
         for file, wnid in annotations:
-            index = int(NUMBERED.fullmatch(file)[1])
+            index = int(IMAGE_NAME.sub(r"\1", file))
             image = io.BytesIO(content("val", "images", file))
             yield index, {"image": image, "label": label[wnid], "index": index}
 

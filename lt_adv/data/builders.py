@@ -5,7 +5,6 @@ include Tiny-ImageNet; these keep the original index of each image. Importing th
 lt_adv_cifar100 and lt_adv_tiny_imagenet, which `tfds.data_source` can then read.
 """
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +16,7 @@ from lt_adv.data import archives
 _CIFAR_CITATION = "Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009"
 
 
-class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
+class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
     """Checks the sha256 of an official archive in the manual folder and reads it."""
 
     VERSION = tfds.core.Version(archives.VERSION)
@@ -28,7 +27,7 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     CLASSES: ClassVar[int]
     CITATION: ClassVar[str] = _CIFAR_CITATION
 
-    def __init__(self, *, file_format: str = "array_record", **kwargs: Any):
+    def __init__(self, *, file_format: str = "array_record", **kwargs: Any) -> None:
         super().__init__(file_format=file_format, **kwargs)
 
     @property
@@ -50,7 +49,7 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             citation=self.CITATION,
         )
 
-    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
+    def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> archives.Splits:
         path = Path(dl_manager.manual_dir) / self._archive.file
         archives.check(self._archive, path)
         names, examples = self._read(path)
@@ -58,14 +57,14 @@ class _ArchiveBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         self.info.features["label"].names = names
         return examples
 
-    def _generate_examples(self) -> Iterator:
+    def _generate_examples(self) -> archives.Examples:
         raise AssertionError("_split_generators returns the examples of each split.")
 
-    def _read(self, path: Path) -> tuple[list[str], dict[str, Iterator]]:
+    def _read(self, path: Path) -> tuple[list[str], archives.Splits]:
         raise NotImplementedError
 
 
-def _cifar_examples(path: Path, coarse: bool) -> tuple[list[str], dict[str, Iterator]]:
+def _cifar_examples(path: Path, coarse: bool) -> tuple[list[str], archives.Splits]:
     names, splits = archives.read_cifar(path, coarse)
     return names, {split: archives.encoded_examples(*arrays) for split, arrays in splits.items()}
 
@@ -76,7 +75,7 @@ class LtAdvCifar10(_ArchiveBuilder):
     DATASET = "cifar10"
     CLASSES = 10
 
-    def _read(self, path: Path) -> tuple[list[str], dict[str, Iterator]]:
+    def _read(self, path: Path) -> tuple[list[str], archives.Splits]:
         return _cifar_examples(path, coarse=False)
 
 
@@ -86,7 +85,7 @@ class LtAdvCifar100(_ArchiveBuilder):
     DATASET = "cifar100"
     CLASSES = 100
 
-    def _read(self, path: Path) -> tuple[list[str], dict[str, Iterator]]:
+    def _read(self, path: Path) -> tuple[list[str], archives.Splits]:
         return _cifar_examples(path, coarse=True)
 
 
@@ -99,7 +98,7 @@ class LtAdvTinyImagenet(_ArchiveBuilder):
     ENCODING = "jpeg"
     CITATION = "Le and Yang, Tiny ImageNet Visual Recognition Challenge, 2015"
 
-    def _read(self, path: Path) -> tuple[list[str], dict[str, Iterator]]:
+    def _read(self, path: Path) -> tuple[list[str], archives.Splits]:
         return archives.read_tiny_imagenet(path)
 
 

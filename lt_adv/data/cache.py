@@ -14,13 +14,13 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from hashlib import sha256 as new_sha256
 from pathlib import Path
 
 import numpy as np
 
-from lt_adv.data.dataset import ARRAYS, Dataset, Source, Split, SplitReader, digest_of, make_dataset, sha256
+from lt_adv.data.dataset import ARRAYS, ArrayInfo, Dataset, Source, Split, SplitReader, digest_of, make_dataset, sha256
 from lt_adv.runtime import atomic_io
 
 VERSION = 1
@@ -50,8 +50,10 @@ def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> 
     class_names, readers = source.read()
     if invalid := [name for name in class_names if name != name.encode(errors="replace").decode()]:
         raise ValueError(f"The class name {invalid[0]!r} is not UTF-8, which reports need: rename the class.")
-    if math.prod(readers["train"].shape) > limit and all(r.image is not None for r in readers.values()):
-        return make_dataset(name, class_names, {k: Split(r.image, r.label, r.index) for k, r in readers.items()})
+    if math.prod(readers["train"].shape) > limit:
+        encoded = {k: Split(r.image, r.label, r.index) for k, r in readers.items() if r.image is not None}
+        if len(encoded) == len(readers):
+            return make_dataset(name, class_names, encoded)
     try:
         _write(folder, class_names, readers)
     except OSError as error:
@@ -71,7 +73,9 @@ def _is_valid(folder: Path) -> bool:
     return True
 
 
-def cached_arrays(data_dir: Path, name: str, identity: object, compute: Callable[[], dict[str, np.ndarray]]) -> dict:
+def cached_arrays(
+    data_dir: Path, name: str, identity: object, compute: Callable[[], dict[str, np.ndarray]]
+) -> dict[str, np.ndarray]:
     """Returns small arrays from `<data_dir>/lt_adv_cache/<name>-<hash>.npz`.
 
     If the file is missing or damaged, the arrays are computed and written.
@@ -86,7 +90,7 @@ def cached_arrays(data_dir: Path, name: str, identity: object, compute: Callable
         log.warning("%s is damaged (%s): it is rebuilt.", path, atomic_io.reason(path, error, atomic_io.NPZ))
     arrays = compute()
     content = io.BytesIO()
-    np.savez(content, **arrays)
+    np.savez(content, **arrays)  # type: ignore[arg-type]
     with contextlib.suppress(OSError):  # without a writable folder they are computed each time
         atomic_io.write_atomically(path, content.getvalue())
     return arrays
@@ -96,10 +100,9 @@ def _open(folder: Path, name: str) -> Dataset:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {}
     for file, expected in meta["arrays"].items():
-        array = np.load(
-            folder / f"{file}.npy", mmap_mode="r", allow_pickle=False
-        )  # raises for a file that is too short
-        if array.nbytes + array.offset != os.path.getsize(folder / f"{file}.npy"):
+        path = folder / f"{file}.npy"
+        array = np.load(path, mmap_mode="r", allow_pickle=False)  # raises for a file that is too short
+        if array.nbytes + array.offset != os.path.getsize(path):
             raise ValueError(f"{file}.npy has another size")
         if list(array.shape) != expected["shape"] or str(array.dtype) != expected["dtype"]:
             raise ValueError(f"{file}.npy is {array.dtype} {list(array.shape)}")
@@ -122,7 +125,7 @@ def _write(folder: Path, class_names: tuple[str, ...], readers: dict[str, SplitR
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         os.chmod(temporary, 0o777 & ~_umask())  # mkdtemp's 0700 would exclude other users of the data folder
-        arrays = {}
+        arrays: dict[str, ArrayInfo] = {}
         for split, reader in readers.items():
             path = temporary / f"{split}_image.npy"
             arrays[f"{split}_image"] = _write_array(path, reader.shape, "uint8", reader.blocks())
@@ -138,7 +141,7 @@ def _write(folder: Path, class_names: tuple[str, ...], readers: dict[str, SplitR
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict:
+def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks: Iterable[np.ndarray]) -> ArrayInfo:
     # A stream instead of a memory map, because a full disk kills a process that writes to a map.
     digest, rows = new_sha256(), 0
     with path.open("wb") as file:
@@ -159,7 +162,7 @@ def _write_array(path: Path, shape: tuple[int, ...], dtype: str, blocks) -> dict
 def _publish(temporary: Path, folder: Path) -> None:
     """Renames the finished folder to its name and replaces a damaged one.
 
-    A valid folder of a faster process is left in place: it is equal and may be open.
+    A valid folder that a faster process has written is left in place: it has the same content and may be open.
     """
     if folder.exists() and not _is_valid(folder):
         # Moved before it is deleted, so that no process sees it half deleted. Open memory maps stay valid.

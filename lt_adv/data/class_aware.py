@@ -45,17 +45,17 @@ def cycled_indices(
     # Each cycle draws each class once, so its number is also the number of earlier draws of a class.
     cycle = epoch * jnp.max(counts) + position // len(counts)
     class_seed, example_seed = jax.random.bits(key, (2,), jnp.uint32)
-    classes = shuffled(position % len(counts), len(counts), hashed(class_seed, cycle))
+    classes = permutation_entry(position % len(counts), len(counts), hash_uint32(class_seed, cycle))
     size = counts[classes]
-    within = shuffled(cycle % size, size, hashed(hashed(example_seed, classes), cycle // size))
+    within = permutation_entry(cycle % size, size, hash_uint32(hash_uint32(example_seed, classes), cycle // size))
     return order[starts[classes] + within].astype(jnp.int32)
 
 
-def shuffled(index: jax.Array, size: jax.Array | int, seed: jax.Array) -> jax.Array:
+def permutation_entry(index: jax.Array, size: jax.Array | int, seed: jax.Array) -> jax.Array:
     """Returns entry `index` of a random permutation of 0 to size - 1, without computing the other entries.
 
     A swap-or-not shuffle: each round draws a k, pairs every i with k - i modulo size, and swaps each of these pairs
-    with probability 1/2. Any number of rounds gives a permutation; after `ROUNDS` rounds the tests find no order.
+    with probability 1/2. Any number of rounds gives a permutation; after `ROUNDS` rounds the tests detect no pattern.
 
     Args:
       index: integers in [0, size), [n].
@@ -71,15 +71,15 @@ def shuffled(index: jax.Array, size: jax.Array | int, seed: jax.Array) -> jax.Ar
     index, size, seed = jnp.broadcast_arrays(*(jnp.asarray(a).astype(jnp.uint32) for a in (index, size, seed)))
 
     def shuffle_round(number: jax.Array, entry: jax.Array) -> jax.Array:
-        key = hashed(seed, number)
+        key = hash_uint32(seed, number)
         partner = (key % size + size - entry) % size
-        swaps = hashed(~key, jnp.maximum(entry, partner)) >> jnp.uint32(31)  # equal for both entries of a pair
+        swaps = hash_uint32(~key, jnp.maximum(entry, partner)) >> jnp.uint32(31)  # equal for both entries of a pair
         return jnp.where(swaps == 1, partner, entry)
 
     return jax.lax.fori_loop(0, ROUNDS, shuffle_round, index).astype(jnp.int32)
 
 
-def hashed(seed: jax.Array, value: jax.Array) -> jax.Array:
+def hash_uint32(seed: jax.Array, value: jax.Array) -> jax.Array:
     """Returns a uint32 hash of a uint32 and an integer, by the last steps of MurmurHash3."""
     x = seed + jnp.asarray(value).astype(jnp.uint32) * jnp.uint32(0x9E3779B1)
     x = (x ^ (x >> jnp.uint32(16))) * jnp.uint32(0x85EBCA6B)

@@ -3,12 +3,50 @@
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, TypedDict
 
 import numpy as np
+import numpy.typing as npt
 
 ARRAYS = ("image", "label", "index")
+
+
+class EncodedImages(Protocol):
+    """Images [n, h, w, c] that are decoded at each access; `images.LazyImages` implements it."""
+
+    shape: tuple[int, int, int, int]
+    dtype: np.dtype
+    ndim: int
+    nbytes: int
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice | np.ndarray) -> np.ndarray:
+        """Returns uint8 [k, h, w, c], decoded by a thread pool."""
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray: ...
+
+    def read(self, rows: np.ndarray) -> np.ndarray:
+        """Returns uint8 [k, h, w, c], decoded in the caller's thread."""
+
+    def at(self, rows: np.ndarray) -> "EncodedImages":
+        """Returns the images at these positions without decoding them."""
+
+    @property
+    def digest(self) -> str:
+        """A hash of the files and of the selected rows."""
+
+
+Images = np.ndarray | EncodedImages
+
+
+class ArrayInfo(TypedDict):
+    """Description of an array, a part of the digest of a data set."""
+
+    shape: Sequence[int]
+    dtype: str
+    sha256: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +59,7 @@ class Split:
       index: int64 [n], positions in the original data.
     """
 
-    image: np.ndarray
+    image: Images
     label: np.ndarray
     index: np.ndarray
 
@@ -74,7 +112,7 @@ class LongTailed:
 
 @dataclasses.dataclass(frozen=True)
 class SplitReader:
-    """A split that can be decoded.
+    """A split of a data set that has not been decoded yet.
 
     Attributes:
       shape: shape of all images, [n, h, w, c].
@@ -88,15 +126,15 @@ class SplitReader:
     label: np.ndarray
     index: np.ndarray
     blocks: Callable[[], Iterator[np.ndarray]]
-    image: Any = None
+    image: EncodedImages | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """Origin of a data set.
+    """Where a data set is read from.
 
     Attributes:
-      identity: anything JSON can write; cheap to compute, changes with the data.
+      identity: a JSON-serializable value that changes with the data and is cheap to compute.
       read: function that returns (class names, {"train": SplitReader, "test": SplitReader}).
     """
 
@@ -104,7 +142,7 @@ class Source:
     read: Callable[[], tuple[tuple[str, ...], dict[str, SplitReader]]]
 
 
-def check_labels(label: Any, images: int, classes: float, where: str, advice: str = "") -> np.ndarray:
+def check_labels(label: npt.ArrayLike, images: int, classes: float, where: str, advice: str = "") -> np.ndarray:
     """Returns the labels unchanged if they are integers in [0, `classes`), one for each of `images` images.
 
     Raises:
@@ -134,7 +172,7 @@ def check_labels(label: Any, images: int, classes: float, where: str, advice: st
     return label
 
 
-def listed(classes: Sequence[int], names: Sequence[str], limit: int = 5) -> str:
+def format_classes(classes: Sequence[int] | np.ndarray, names: Sequence[str], limit: int = 5) -> str:
     """Returns the classes in one line for an error message: "class 1 ('cat'), class 7 ('dog') and 3 more"."""
     more = f" and {len(classes) - limit} more" if len(classes) > limit else ""
     return ", ".join(f"class {c} ({names[c]!r})" for c in classes[:limit]) + more
@@ -145,14 +183,14 @@ def array_reader(image: np.ndarray, label: np.ndarray, index: np.ndarray) -> Spl
     return SplitReader(image.shape, label.astype(np.int32), index.astype(np.int64), lambda: iter([image]))
 
 
-def sha256(array: Any) -> str:
+def sha256(array: Images) -> str:
     """Returns the sha256 of an array's bytes in C order, or the digest of `images.LazyImages`."""
     if not isinstance(array, np.ndarray):
         return array.digest
-    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8)).hexdigest()
+    return hashlib.sha256(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data).hexdigest()
 
 
-def digest_of(class_names: tuple[str, ...], arrays: dict[str, dict]) -> str:
+def digest_of(class_names: Sequence[str], arrays: Mapping[str, ArrayInfo]) -> str:
     """Returns the digest of a data set: sha256 over its class names and each array's shape, dtype and sha256."""
     text = json.dumps({"class_names": class_names, "arrays": arrays}, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -167,7 +205,7 @@ def in_memory(name: str, source: Source) -> Dataset:
 
 def make_dataset(name: str, class_names: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
     """Returns the `Dataset` of these splits; makes their arrays read-only and computes the digest."""
-    arrays = {}
+    arrays: dict[str, ArrayInfo] = {}
     for split_name, split in splits.items():
         for field in ARRAYS:
             array = getattr(split, field)

@@ -123,7 +123,7 @@ def epoch_indices(
 ) -> jax.Array:
     """Returns `batch_rows` of all steps of an epoch, int32 [steps_per_epoch, batch_size].
 
-    One program per epoch, so that no step has to sort the whole set for its batch.
+    One program per epoch, so that no step has to permute the whole set for its batch.
     """
     rows_of_step = functools.partial(
         batch_rows, num_examples=num_examples, batch_size=batch_size, classes=classes, cycles=cycles

@@ -124,7 +124,7 @@ def _format_counts(skipped: Counter[str], limit: int = 8) -> str:
 
 
 def _size_and_time(file: os.DirEntry) -> tuple[int, int]:
-    """Returns (bytes, modification time in ns); refuses pipes and devices, which could be read for ever."""
+    """Returns (bytes, modification time in ns); raises ValueError for pipes and devices, whose reads may never end."""
     status = file.stat()
     if not stat.S_ISREG(status.st_mode):
         raise ValueError(f"{file.path} is not a regular file: in an image folder such names must be image files.")

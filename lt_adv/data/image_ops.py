@@ -6,7 +6,7 @@ without branches. `apply` always performs the same transformations; those that a
 
 import math
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +18,20 @@ _BLENDS = ("brightness", "color", "contrast", "sharpness")  # with black, grey, 
 _UNIT = 1 << 16  # 1 in Pillow's fixed-point coordinates
 
 
-class Operation(NamedTuple):
-    """The parameters of `apply`, numbers or arrays of them; the defaults leave an image unchanged."""
+Number = int | np.ndarray | jax.Array  # of one operation, or [n] of a table of operations
 
-    source: Any = (_UNIT, 0, _UNIT // 2, 0, _UNIT, _UNIT // 2)  # pixel (x, y) is read at (a x + b y + c, d x + e y + f)
-    blend: Any = 0  # index in _BLENDS of the image to blend with
-    percent: Any = 100  # 0: that image, 100: the image itself
-    solarize_threshold: Any = 256  # the smallest value that is inverted
-    bit_mask: Any = 255  # of each value
-    autocontrast: Any = False  # stretch each channel to [0, 255]
-    equalize: Any = False  # equalise the histogram of each channel
+
+class Operation(NamedTuple):
+    """The parameters of `apply`; the defaults leave an image unchanged."""
+
+    # (a, b, c, d, e, f), or int32 [n, 6]: pixel (x, y) is read at (a x + b y + c, d x + e y + f).
+    source: tuple[int, ...] | np.ndarray | jax.Array = (_UNIT, 0, _UNIT // 2, 0, _UNIT, _UNIT // 2)
+    blend: Number = 0  # index in _BLENDS of the image to blend with
+    percent: Number = 100  # 0: that image, 100: the image itself
+    solarize_threshold: Number = 256  # the smallest value that is inverted
+    bit_mask: Number = 255  # applied to each value
+    autocontrast: Number = False  # stretch each channel to [0, 255]
+    equalize: Number = False  # equalise the histogram of each channel
 
 
 def operation(name: str, level: Fraction, height: int, width: int) -> Operation:
@@ -82,13 +86,13 @@ def apply(image: jax.Array, operation: Operation) -> jax.Array:
     Equal to Pillow with one exception: where the exact value of brightness, color, contrast, sharpness or autocontrast
     is an integer, Pillow's rounding error can make it 1 less.
     """
-    x = _blended(_transformed(image, operation.source).astype(jnp.int32), operation)
+    x = _blend(_transform(image, operation.source).astype(jnp.int32), operation)
     x = jnp.where(x < operation.solarize_threshold, x, 255 - x) & operation.bit_mask
-    x = jnp.where(operation.autocontrast, _stretched(x), x)
-    return jnp.where(operation.equalize, _equalized(x), x).astype(image.dtype)
+    x = jnp.where(operation.autocontrast, _autocontrast(x), x)
+    return jnp.where(operation.equalize, _equalize(x), x).astype(image.dtype)
 
 
-def _transformed(image: jax.Array, source: jax.Array) -> jax.Array:
+def _transform(image: jax.Array, source: tuple[int, ...] | np.ndarray | jax.Array) -> jax.Array:
     """Returns the nearest neighbour of each pixel's source."""
     height, width, _ = image.shape
     x, y = jnp.arange(width, dtype=jnp.int32), jnp.arange(height, dtype=jnp.int32)[:, None]
@@ -98,7 +102,7 @@ def _transformed(image: jax.Array, source: jax.Array) -> jax.Array:
     return jnp.where(inside[..., None], image.at[row, column].get(mode="clip"), 0)
 
 
-def _blended(x: jax.Array, operation: Operation) -> jax.Array:
+def _blend(x: jax.Array, operation: Operation) -> jax.Array:
     """Inter- or extrapolates between another image and `x`, rounded down."""
     grey = x
     if x.shape[-1] == 3:  # luma of ITU-R 601
@@ -111,12 +115,13 @@ def _blended(x: jax.Array, operation: Operation) -> jax.Array:
     return jnp.clip((100 * other + operation.percent * (x - other)) // 100, 0, 255)
 
 
-def _stretched(x: jax.Array) -> jax.Array:
+def _autocontrast(x: jax.Array) -> jax.Array:
+    """Stretches each channel to [0, 255]."""
     low, high = x.min((0, 1)), x.max((0, 1))
     return jnp.where(high > low, 255 * (x - low) // jnp.maximum(high - low, 1), x)
 
 
-def _equalized(x: jax.Array) -> jax.Array:
+def _equalize(x: jax.Array) -> jax.Array:
     """Maps each value to the fraction of its channel's pixels below it, without those of the largest value."""
     values = x.reshape(-1, x.shape[-1])
     # A scatter, because a product of one-hot matrices takes a hundred times as long on a CPU.

@@ -5,9 +5,11 @@ import hashlib
 import io
 import math
 import os
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
+from typing import TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -15,6 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from lt_adv.data.dataset import SplitReader
 from lt_adv.runtime import atomic_io
 
+T = TypeVar("T")
 MAX_PIXELS = 1 << 26  # below Pillow's limit; a small file that declares more is a decompression bomb
 LARGEST = math.isqrt(MAX_PIXELS)  # maximum of config.data.image_size
 CHUNK = 256
@@ -38,7 +41,7 @@ class Encoded:
       read: function of positions that returns the files' bytes; thread-safe.
       label: [n].
       index: [n], positions in the original data.
-      identity: changes with the files, as far as that can be seen without reading them.
+      identity: a string that changes with the files; computed without reading them.
     """
 
     names: Sequence[str]
@@ -57,7 +60,9 @@ class LazyImages:
 
     dtype, ndim = np.dtype(np.uint8), 4
 
-    def __init__(self, encoded: Encoded, shape: tuple[int, int, int], size: int | None, rows: np.ndarray | None = None):
+    def __init__(
+        self, encoded: Encoded, shape: tuple[int, int, int], size: int | None, rows: np.ndarray | None = None
+    ) -> None:
         self._encoded, self._size = encoded, size
         self._rows = np.arange(len(encoded.names)) if rows is None else rows
         self.shape = (len(self._rows), *shape)
@@ -164,7 +169,7 @@ def resize(image: np.ndarray, size: int | None) -> np.ndarray:
     return np.stack([convert(Image.fromarray(x[..., 0] if channels == 1 else x), channels, size) for x in image])
 
 
-def _map_images(encoded: Encoded, positions: Sequence[int], function: Callable[[bytes, str], object]) -> list:
+def _map_images(encoded: Encoded, positions: Sequence[int], function: Callable[[bytes, str], T]) -> list[T]:
     """Returns `function(bytes, name)` of the images at these positions."""
     results = []
     for position, data in zip(positions, encoded.read(positions), strict=True):
@@ -179,23 +184,24 @@ def _map_images(encoded: Encoded, positions: Sequence[int], function: Callable[[
     return results
 
 
-def _map_chunks(encoded: Encoded, function: Callable[[bytes, str], object]) -> Iterator[list]:
+def _map_chunks(encoded: Encoded, function: Callable[[bytes, str], T]) -> Iterator[list[T]]:
     """Yields `_map_images` of all images in order, one list per chunk, at most 32 chunks ahead of the caller."""
     names = encoded.names
 
-    def run(start: int) -> list:
+    def run(start: int) -> list[T]:
         return _map_images(encoded, range(start, min(start + CHUNK, len(names))), function)
 
-    # No more threads than cores: with small images the others would wait for the interpreter lock.
+    # No more threads than cores: with small images, more would only wait for the interpreter lock.
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        starts, pending = iter(range(0, len(names), CHUNK)), []
+        starts = iter(range(0, len(names), CHUNK))
+        pending: deque[Future[list[T]]] = deque()
         try:
             while True:
                 while len(pending) < 32 and (start := next(starts, None)) is not None:
                     pending.append(pool.submit(run, start))
                 if not pending:
                     return
-                yield pending.pop(0).result()
+                yield pending.popleft().result()
         finally:
             for future in pending:
                 future.cancel()
@@ -228,16 +234,15 @@ def split_readers(
 
 
 def _common_shape(splits: dict[str, Encoded], size: int | None) -> tuple[int, int, int]:
-
     def header(data: bytes, name: str) -> tuple[tuple[int, int], bool]:
         image = _open(data, name)
         return image.size, _is_grey(image)
 
-    first, first_name, all_grey = None, "", True
+    first, first_name, all_grey = (0, 0), "", True
     for encoded in splits.values():
         headers = (h for chunk in _map_chunks(encoded, header) for h in chunk)
         for name, (wh, is_grey) in zip(encoded.names, headers, strict=True):
-            if first is None:
+            if not first_name:
                 first, first_name = wh, name
             if size is None and wh != first:
                 raise BadImage(

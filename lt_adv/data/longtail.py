@@ -5,17 +5,25 @@ selected images are those of the code of Wu et al., "Adversarial Robustness unde
 """
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import TypedDict, Unpack, cast
 
 import numpy as np
 
-from lt_adv.data.dataset import Dataset, LongTailed, listed
+from lt_adv.data.dataset import Dataset, LongTailed, format_classes
 from lt_adv.runtime import registry
 
 PROFILES = ("exponential", "step", "balanced", "none")
 ORIGINS = ("train", "unused")  # of a validation split
 GROUPS = ("thirds", "reat", "robustlt", "tenths")
+
+
+class Profile(TypedDict, total=False):
+    """The options of `class_counts`."""
+
+    imbalance_ratio: float
+    balanced_fraction: float
+    imbalance: str
 
 
 def class_counts(
@@ -76,24 +84,26 @@ def _checked_ratio(imbalance_ratio: float) -> float:
     return imbalance_ratio
 
 
-def check_no_empty_class(counts: Sequence[int], class_names: Sequence[str], source: str) -> None:
+def check_no_empty_class(counts: Sequence[int] | np.ndarray, class_names: Sequence[str], source: str) -> None:
     """Raises ValueError, with their names, if classes of `source` have no training image; `counts` is [C]."""
     if len(empty := np.flatnonzero(np.asarray(counts) == 0)):
         raise ValueError(
-            f"The class {class_names[empty[0]]!r} has no training image. The training split of {source} lacks "
-            f"{listed(empty, class_names)}: remove such classes or add images."
+            f"The class {class_names[empty[0]]!r} has no training image. The training split of {source} has no "
+            f"{format_classes(empty, class_names)}: remove such classes or add images."
         )
 
 
 def _describe_class(c: int, class_names: Sequence[str]) -> str:
-    return listed([c], class_names) if class_names else f"class {c}"
+    return format_classes([c], class_names) if class_names else f"class {c}"
 
 
-def select(label: np.ndarray, counts: Sequence[int], seed: int = 0, class_names: Sequence[str] = ()) -> np.ndarray:
+def select(
+    label: np.ndarray, counts: Sequence[int] | np.ndarray, seed: int = 0, class_names: Sequence[str] = ()
+) -> np.ndarray:
     """Returns the positions of randomly selected images, int64 [sum(counts)], class by class in the order drawn.
 
-    One legacy generator serves all classes: the ascending positions of a class are shuffled in place, and the first
-    `counts[c]` are selected.
+    One `np.random.RandomState` is used for all classes in order. It shuffles the ascending positions of a class, of
+    which the first `counts[c]` are selected.
 
     Args:
       label: [n].
@@ -123,7 +133,7 @@ def select(label: np.ndarray, counts: Sequence[int], seed: int = 0, class_names:
     return np.concatenate(chosen).astype(np.int64)
 
 
-def cut_validation(
+def split_validation(
     label: np.ndarray,
     selected: np.ndarray,
     per_class: int,
@@ -131,7 +141,7 @@ def cut_validation(
     origin: str = "train",
     class_names: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Splits off a balanced validation set; returns the positions of (train, validation). Training order is kept.
+    """Splits off a balanced validation set; returns the positions of (train, validation), in the order of `selected`.
 
     Args:
       label: [n].
@@ -168,7 +178,8 @@ def cut_validation(
 def resample_balanced(label: np.ndarray, selected: np.ndarray, share: float, seed: int = 0) -> np.ndarray:
     """Resamples `selected` to floor(share n_max) images of every class; returns positions, class by class.
 
-    Larger classes are subsampled once; smaller classes repeat their images, each equally often up to one.
+    Larger classes are subsampled without replacement. In smaller classes images are repeated; the repetitions of two
+    images differ by at most one.
 
     Raises:
       ValueError: for a share outside (0, 1], or one that leaves no images.
@@ -208,7 +219,7 @@ def groups(class_counts: Sequence[int], definition: str = "thirds") -> dict[str,
     return {"head": ranked[:first], "body": ranked[first:last], "tail": ranked[last:]}
 
 
-def largest_count(sizes: np.ndarray, class_names: Sequence[str] = (), **profile: Any) -> int:
+def largest_count(sizes: np.ndarray, class_names: Sequence[str] = (), **profile: Unpack[Profile]) -> int:
     """Returns the largest n_max whose profile does not exceed the images per class, `sizes` [C] in label order.
 
     For a balanced set this is the size of its classes, as in the released code.
@@ -237,7 +248,7 @@ def largest_count(sizes: np.ndarray, class_names: Sequence[str] = (), **profile:
     )
 
 
-def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
+def long_tailed(dataset: Dataset, data_config: registry.Config) -> LongTailed:
     """Returns the long-tailed subset of `dataset` that `data_config` describes; the test split is unchanged.
 
     Selects training images by the profile, splits off the validation set, and resamples the rest if the config says so.
@@ -264,13 +275,12 @@ def long_tailed(dataset: Dataset, data_config: Mapping[str, Any]) -> LongTailed:
     elif imbalance == "none":
         selected = np.arange(len(label))
     else:
-        profile = {k: data_config[k] for k in ("imbalance_ratio", "balanced_fraction") if k in data_config}
-        profile["imbalance"] = imbalance
+        profile = cast(Profile, {k: data_config[k] for k in Profile.__annotations__ if k in data_config})
         counts = class_counts(num_classes, largest_count(sizes, dataset.class_names, **profile), **profile)
         selected = select(label, counts, seed, dataset.class_names)
     before = np.bincount(label[selected], minlength=num_classes)
     per_class, origin = data_config.get("validation_per_class", 0), data_config.get("validation_from", "train")
-    train_positions, held_out = cut_validation(label, selected, per_class, seed, origin, dataset.class_names)
+    train_positions, held_out = split_validation(label, selected, per_class, seed, origin, dataset.class_names)
     share = data_config.get("resample_balanced", 0.0)
     if share:
         train_positions = resample_balanced(label, train_positions, share, seed)

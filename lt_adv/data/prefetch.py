@@ -54,22 +54,28 @@ def batches(
     if len(split) and int(split.index.max()) > np.iinfo(np.int32).max:
         raise ValueError("Original indices above 2^31 - 1 do not fit int32, their type on the devices.")
 
-    options = {"num_examples": len(split), "batch_size": batch_size, "cycles": cycles}
-    options["steps_per_epoch"] = steps_per_epoch
-    compiled = jax.jit(functools.partial(device_dataset.epoch_indices, **options))
+    epoch_indices = jax.jit(
+        functools.partial(
+            device_dataset.epoch_indices,
+            steps_per_epoch=steps_per_epoch,
+            num_examples=len(split),
+            batch_size=batch_size,
+            cycles=cycles,
+        )
+    )
 
     @functools.lru_cache(maxsize=2)  # at the end of an epoch, threads read batches of two
-    def rows_of(epoch: int) -> np.ndarray:
-        return np.asarray(compiled(key, epoch, classes))
+    def rows_of_epoch(epoch: int) -> np.ndarray:
+        return np.asarray(epoch_indices(key, epoch, classes))
 
     def batch(step: int) -> dict[str, np.ndarray]:
-        rows = rows_of(step // steps_per_epoch)[step % steps_per_epoch][local_rows]
+        rows = rows_of_epoch(step // steps_per_epoch)[step % steps_per_epoch][local_rows]
         image = split.image[rows] if isinstance(split.image, np.ndarray) else split.image.read(rows)
         return {"image": image, "label": split.label[rows], "index": split.index[rows].astype(np.int32)}
 
     threads = min(os.cpu_count() or 1, 32)
-    options_of_reads = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=BATCHES_PER_THREAD * threads)
-    iterator = iter(grain.MapDataset.range(total).map(batch).to_iter_dataset(options_of_reads))
+    read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=BATCHES_PER_THREAD * threads)
+    iterator = iter(grain.MapDataset.range(total).map(batch).to_iter_dataset(read_options))
     iterator.set_state({"next_index": first})
     try:
         yield iterator

@@ -8,22 +8,20 @@ looked up in TensorFlow-Datasets.
 import logging
 import os
 from collections import Counter
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from lt_adv.data import cache, images
-from lt_adv.data.dataset import Dataset, Source, SplitReader, array_reader, check_labels, in_memory, listed
+from lt_adv.data.dataset import Dataset, Source, SplitReader, array_reader, check_labels, format_classes, in_memory
 from lt_adv.data.folder import SPLITS, image_folder
-from lt_adv.runtime import atomic_io
+from lt_adv.runtime import atomic_io, registry
 
 ARRAYS = ("train_image", "train_label", "test_image", "test_label", "class_names")  # in an .npz; the last is optional
 log = logging.getLogger(__name__)
 
 
-def load(data_config: Mapping[str, Any]) -> Dataset:
+def load(data_config: registry.Config) -> Dataset:
     """Returns the data set `data_config["name"]`, memory-mapped from its cache in `data_dir` (digits: in memory).
 
     A warning names classes without a test image.
@@ -46,11 +44,12 @@ def load(data_config: Mapping[str, Any]) -> Dataset:
     dataset = _load(data_config)
     missing = np.flatnonzero(np.bincount(dataset.test.label, minlength=len(dataset.class_names)) == 0)
     if len(missing):
-        log.warning("%s: no test image of %s: not evaluated.", dataset.name, listed(missing, dataset.class_names))
+        classes = format_classes(missing, dataset.class_names)
+        log.warning("%s: no test image of %s: not evaluated.", dataset.name, classes)
     return dataset
 
 
-def _load(data_config: Mapping[str, Any]) -> Dataset:
+def _load(data_config: registry.Config) -> Dataset:
     name, size = data_config["name"], data_config.get("image_size")
     if size is not None and (size != int(size) or not 1 <= size <= images.LARGEST):
         raise ValueError(f"image_size must be a whole number of pixels in [1, {images.LARGEST}], not {size}.")

@@ -9,10 +9,10 @@ import hashlib
 import importlib.util
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -20,7 +20,12 @@ from lt_adv.data import archives, cache, images
 from lt_adv.data.dataset import Source, SplitReader, array_reader, check_labels
 from lt_adv.runtime import atomic_io, registry
 
-EMBEDDED = ("digits", "image_folder", "npz")
+if TYPE_CHECKING:
+    import tensorflow_datasets as tfds  # takes seconds; functions import it
+
+Record = Mapping[str, Any]  # feature -> value; images are encoded
+
+NOT_IN_TFDS = ("digits", "image_folder", "npz")
 LABEL_CACHE_BYTES = 1 << 30  # labels of larger splits are cached, because reading them reads all images
 PEEK = 100  # records that are read to see whether a split has labels
 NEEDS_TENSORFLOW = 'needs TensorFlow: pip install -e ".[tfds-tf]"'
@@ -91,7 +96,7 @@ def _read_cifar(name: str, path: Path) -> tuple[tuple[str, ...], dict[str, Split
     }
 
 
-def _prepare(builder: Any, manual: Path) -> None:
+def _prepare(builder: "tfds.core.DatasetBuilder", manual: Path) -> None:
     import tensorflow_datasets as tfds
 
     config = tfds.download.DownloadConfig(manual_dir=manual, try_download_gcs=False)
@@ -105,14 +110,14 @@ def _prepare(builder: Any, manual: Path) -> None:
         ) from error
 
 
-def _prepared_builder(name: str, data_dir: Path, download: bool) -> Any:
+def _prepared_builder(name: str, data_dir: Path, download: bool) -> "tfds.core.DatasetBuilder":
     """Returns the prepared builder of a set of TensorFlow-Datasets."""
     import tensorflow_datasets as tfds
 
     try:
         builder = tfds.builder(name, data_dir=data_dir)
     except (tfds.core.DatasetNotFoundError, ValueError) as error:
-        known = [*EMBEDDED, *archives.ARCHIVES]
+        known = [*NOT_IN_TFDS, *archives.ARCHIVES]
         message = (
             f"{registry.unknown('data set', name, known)} TensorFlow-Datasets has no image set of that name either."
         )
@@ -133,7 +138,7 @@ def _prepared_builder(name: str, data_dir: Path, download: bool) -> Any:
     return builder
 
 
-def _list_files(builder: Any) -> list[tuple[str, int, float]]:
+def _list_files(builder: "tfds.core.DatasetBuilder") -> list[tuple[str, int, float]]:
     return sorted((f.name, f.stat().length, f.stat().mtime) for f in builder.data_path.iterdir())
 
 
@@ -141,12 +146,12 @@ def _has_tensorflow() -> bool:
     return importlib.util.find_spec("tensorflow") is not None
 
 
-def _is_array_record(builder: Any) -> bool:
+def _is_array_record(builder: "tfds.core.DatasetBuilder") -> bool:
     return builder.info.file_format.value == "array_record"
 
 
 def _read(
-    builder: Any, size: int | None, data_dir: Path, test_split: str | None = None
+    builder: "tfds.core.DatasetBuilder", size: int | None, data_dir: Path, test_split: str | None = None
 ) -> tuple[tuple[str, ...], dict[str, SplitReader]]:
     available = list(builder.info.splits)
     held_out = test_split or ("test" if "test" in available else "validation")
@@ -165,7 +170,7 @@ def _read(
     return tuple(builder.info.features[label].names), images.split_readers(splits, size, shape)
 
 
-def _feature_names(builder: Any) -> tuple[str, str]:
+def _feature_names(builder: "tfds.core.DatasetBuilder") -> tuple[str, str]:
     """Returns the names of the image and label features; raises ValueError for other than image classification sets."""
     import tensorflow_datasets as tfds
 
@@ -184,7 +189,7 @@ def _feature_names(builder: Any) -> tuple[str, str]:
     return image, label
 
 
-def _encoded(builder: Any, split: str, image: str, label: str, data_dir: Path) -> images.Encoded:
+def _encoded(builder: "tfds.core.DatasetBuilder", split: str, image: str, label: str, data_dir: Path) -> images.Encoded:
     """Returns a split in the order of the original data, which TensorFlow-Datasets has shuffled."""
     records = _records(builder, split, image)
 
@@ -213,14 +218,14 @@ def _encoded(builder: Any, split: str, image: str, label: str, data_dir: Path) -
 
     def read(positions: Sequence[int]) -> list[bytes]:
         rows = [int(order[p]) for p in positions]
-        batch = [records[i] for i in rows] if isinstance(records, list) else records.__getitems__(rows)
-        return [record[image] for record in batch]
+        read_rows = getattr(records, "__getitems__", None)  # of a data source: faster than one record after the other
+        return [record[image] for record in (read_rows(rows) if read_rows else [records[i] for i in rows])]
 
     names = [f"{builder.name}/{split} image {i}" for i in index]
     return images.Encoded(names, read, columns["label"], index, digest.hexdigest())
 
 
-def _records(builder: Any, split: str, image: str) -> Sequence[Any]:
+def _records(builder: "tfds.core.DatasetBuilder", split: str, image: str) -> Sequence[Record]:
     """Returns the records of a split, or of a slice of one, with encoded images."""
     import tensorflow_datasets as tfds
 
@@ -230,7 +235,7 @@ def _records(builder: Any, split: str, image: str) -> Sequence[Any]:
     return list(tfds.as_numpy(builder.as_dataset(split=split, decoders=decoders)))
 
 
-def _advice(builder: Any, split: str, image: str, label: str) -> str:
+def _advice(builder: "tfds.core.DatasetBuilder", split: str, image: str, label: str) -> str:
     """Returns the remedy for a split without labels."""
     if split == "train":
         return " Training needs labels: choose another set."
@@ -242,15 +247,13 @@ def _advice(builder: Any, split: str, image: str, label: str) -> str:
     return f" Choose a split that has labels: --config.data.test_split={labelled[0]}."
 
 
-def _original_indices(ids: list[Any]) -> np.ndarray:
+def _original_indices(ids: Sequence[object]) -> np.ndarray:
     """Returns the ids as int64, with texts that end in `_<number>` (train_16399) by that number.
 
     If the ids are anything else or not unique, returns the order of the records.
     """
     texts = [i.decode(errors="replace") if isinstance(i, bytes) else str(i) for i in ids]
-    matches = [re.fullmatch(r"(?:.*_)?(\d+)", text) for text in texts]
-    if all(matches):
-        index = np.array([int(match[1]) for match in matches], np.int64)
-        if len(np.unique(index)) == len(index):
-            return index
+    numbers = [int(match[1]) for text in texts if (match := re.fullmatch(r"(?:.*_)?(\d+)", text))]
+    if len(set(numbers)) == len(ids):
+        return np.array(numbers, np.int64)
     return np.arange(len(ids), dtype=np.int64)

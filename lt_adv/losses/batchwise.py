@@ -48,11 +48,11 @@ def tail_alignment(
     checks.check_numbers(0, margin=margin)
     if not margin > 0:
         raise ValueError(f"margin must be positive, got {margin}.")
-    features = _features(features, labels, class_counts)
+    features = _checked_features(features, labels, class_counts)
     log_p = jax.nn.log_softmax(features)
-    fixed = jax.lax.stop_gradient(log_p)
-    cross_term = jnp.matmul(jnp.exp(fixed), log_p.T, precision="highest")
-    divergence = jnp.sum(jnp.exp(fixed) * fixed, axis=-1, keepdims=True) - cross_term
+    log_p_anchor = jax.lax.stop_gradient(log_p)
+    cross_term = jnp.matmul(jnp.exp(log_p_anchor), log_p.T, precision="highest")
+    divergence = jnp.sum(jnp.exp(log_p_anchor) * log_p_anchor, axis=-1, keepdims=True) - cross_term
     same, weight = _pairs(labels, class_counts, features)
     values = jnp.where(same, divergence, jax.nn.relu(margin - divergence))
     return jnp.where(_in_tail(tail, class_counts, labels), jnp.mean(weight * values, axis=-1), 0)
@@ -89,10 +89,10 @@ def tail_alignment_released(features: Array, labels: Array, *, class_counts: Arr
     References:
       Li et al., "Alleviating the effect of data imbalance on adversarial training", 2023, released code.
     """
-    features = _features(features, labels, class_counts)
+    features = _checked_features(features, labels, class_counts)
     log_p = jax.nn.log_softmax(features)
-    fixed = jax.lax.stop_gradient(log_p)
-    divergence = jnp.mean(jnp.exp(fixed) * (fixed - jnp.mean(log_p, axis=0, keepdims=True)), axis=-1)
+    log_p_anchor = jax.lax.stop_gradient(log_p)
+    divergence = jnp.mean(jnp.exp(log_p_anchor) * (log_p_anchor - jnp.mean(log_p, axis=0, keepdims=True)), axis=-1)
     same, weight = _pairs(labels, class_counts, features)
     values = divergence * jnp.mean(jnp.where(same, -weight, weight), axis=-1)
     return jnp.where(_in_tail(tail, class_counts, labels), values, 0)
@@ -119,7 +119,7 @@ def hierarchical_equalisation(
       g: weight of the concentration.
 
     Returns:
-      A scalar: examples have no loss of their own here.
+      A scalar, not one value per example.
 
     Raises:
       ValueError: for values, labels, number of classes or weights that do not fit.
@@ -137,18 +137,18 @@ def hierarchical_equalisation(
     if values.ndim != 1:
         raise ValueError(f"values must be one loss per example, [batch], got shape {values.shape}.")
     checks.check_labels(labels, len(values), num_classes)
-    member = checks.one_hot(labels, num_classes).astype(values.dtype)
-    means = jnp.matmul(values, member, precision="highest") / (jnp.sum(member, axis=0) + 1e-10)
+    one_hot = checks.one_hot(labels, num_classes).astype(values.dtype)
+    means = jnp.matmul(values, one_hot, precision="highest") / (jnp.sum(one_hot, axis=0) + 1e-10)
     share = means / (jnp.sum(means) + 1e-10)
-    spread = jnp.mean(jnp.square(means - jnp.mean(means)))
-    return a * jnp.mean(means) + b * spread + g * jnp.sum(jnp.square(share))
+    variance = jnp.mean(jnp.square(means - jnp.mean(means)))
+    return a * jnp.mean(means) + b * variance + g * jnp.sum(jnp.square(share))
 
 
 def _pairs(labels: Array, class_counts: ArrayLike, features: Array) -> tuple[Array, Array]:
     """Returns whether the labels of each pair are equal, and the weight of the pair, both [batch, batch]."""
     n, labels = class_statistics.counts(class_counts, dtype=jnp.result_type(features)), jnp.asarray(labels)
-    root = jnp.sqrt(n.sum() / n)[labels]
-    return labels[:, None] == labels[None, :], root[:, None] + root[None, :]
+    example_weight = jnp.sqrt(n.sum() / n)[labels]
+    return labels[:, None] == labels[None, :], example_weight[:, None] + example_weight[None, :]
 
 
 def _in_tail(tail: ArrayLike, class_counts: ArrayLike, labels: Array) -> Array:
@@ -159,7 +159,7 @@ def _in_tail(tail: ArrayLike, class_counts: ArrayLike, labels: Array) -> Array:
     return tail[jnp.asarray(labels)]
 
 
-def _features(features: Array, labels: Array, class_counts: ArrayLike) -> Array:
+def _checked_features(features: Array, labels: Array, class_counts: ArrayLike) -> Array:
     """Checks features and labels, and returns the features in at least float32."""
     features = checks.floats(features)
     if features.ndim != 2:

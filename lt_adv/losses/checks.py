@@ -1,4 +1,4 @@
-"""Checks of the arguments of losses: of shapes and types always, of values where they are known, outside a trace."""
+"""Checks of the arguments of losses: of shapes and types always, of values where they are concrete."""
 
 import operator
 
@@ -35,7 +35,7 @@ def logits_of(logits: ArrayLike, labels: ArrayLike) -> Array:
 
 
 def check_labels(labels: ArrayLike, batch: int, classes: int | None = None) -> None:
-    """Raises a ValueError unless labels are integers [batch] and their known values lie in [0, classes)."""
+    """Raises a ValueError unless labels are integers [batch] and their concrete values lie in [0, classes)."""
     labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if labels.shape != (batch,) or not jnp.issubdtype(labels.dtype, jnp.integer):
         kind = f"{labels.dtype} {labels.shape}"
@@ -47,8 +47,8 @@ def check_labels(labels: ArrayLike, batch: int, classes: int | None = None) -> N
         raise ValueError(f"labels must be of {classes} classes, got {values.min()} to {values.max()}.")
 
 
-def check_numbers(least: float = -np.inf, **options: ArrayLike) -> None:
-    """Raises a ValueError unless options, given by name, are finite numbers, `least` or larger; skips traced values."""
+def check_numbers(minimum: float = -np.inf, **options: ArrayLike) -> None:
+    """Raises a ValueError unless options, given by name, are finite and at least `minimum`; skips traced values."""
     for name, value in options.items():
         if isinstance(value, jax.core.Tracer):
             continue
@@ -57,16 +57,17 @@ def check_numbers(least: float = -np.inf, **options: ArrayLike) -> None:
             raise ValueError(f"{name} must be a number, got {value!r}.")
         if not np.isfinite(array):
             raise ValueError(f"{name} must be finite, got {value}.")
-        if not array >= least:
-            raise ValueError(f"{name} must not be {'negative' if least == 0 else f'below {least:g}'}, got {value}.")
+        if not array >= minimum:
+            rule = f"below {minimum:g}" if minimum else "negative"
+            raise ValueError(f"{name} must not be {rule}, got {value}.")
 
 
-def check_constants(least: float = -np.inf, **options: ArrayLike) -> None:
-    """Like `check_numbers`, for options that must be known when the loss is traced."""
+def check_constants(minimum: float = -np.inf, **options: ArrayLike) -> None:
+    """Like `check_numbers`, for options that must be constants when the loss is traced."""
     for name, value in options.items():
         if isinstance(value, jax.core.Tracer):
             raise ValueError(f"{name} must be a constant when the loss is traced, got {value}.")
-    check_numbers(least, **options)
+    check_numbers(minimum, **options)
 
 
 def check_count(name: str, value: ArrayLike) -> int:

@@ -13,7 +13,7 @@ from lt_adv.losses import checks
 
 @checks.constants_allowed
 def counts(class_counts: ArrayLike, num_classes: int | None = None, dtype: DTypeLike = float) -> Array:
-    """Returns `class_counts` as floats [classes]; ValueError for a wrong length or a known count below 1."""
+    """Returns `class_counts` as floats [classes]; ValueError for a wrong length or a concrete count below 1."""
     if class_counts is None:
         raise ValueError("class_counts is missing: give the training count of every class.")
     if not isinstance(class_counts, jax.core.Tracer) and getattr(class_counts, "is_fully_addressable", True):
@@ -116,8 +116,8 @@ def rebalanced_weights(class_counts: ArrayLike, predicted_counts: ArrayLike, dty
 
       E_c = (1 - beta_c^m_c) / (1 - beta_c),    beta_c = (n_c - 1) / n_c,
 
-    the effective number of the m_c training examples that an epoch of attacks turned into class c. A class without such
-    examples has the largest weight, that of E_c = 0.
+    the effective number of the m_c training examples that are predicted as class c after the attacks of an epoch. A
+    class without such examples has the largest weight, that of E_c = 0.
 
     Args:
       class_counts: n, training counts [classes], each at least one.

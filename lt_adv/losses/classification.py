@@ -1,6 +1,6 @@
 """Losses of logits and labels: one value per example, in nats.
 
-Losses that do not need `class_counts` accept it all the same, so that any of them can replace any other.
+Losses that do not need `class_counts` accept it as well, so that all losses are interchangeable.
 """
 
 from typing import Literal
@@ -257,8 +257,8 @@ def focal(
 
 def _focal_term(log_p: Array, gamma: float) -> Array:
     # 1 - p without cancellation; bounded away from zero, where a power below one has no finite derivative.
-    miss = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
-    return -(miss**gamma) * log_p
+    one_minus_p = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).tiny)
+    return -(one_minus_p**gamma) * log_p
 
 
 def _counts(class_counts: ArrayLike, logits: Array) -> Array:

@@ -3,7 +3,6 @@
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -49,7 +48,7 @@ class Classifier(nn.Module):
         return self.head(features), {"features": features}
 
 
-def create(model_config: Mapping[str, Any], num_classes: int, axis_name: str | None = None) -> Classifier:
+def create(model_config: registry.Config, num_classes: int, axis_name: str | None = None) -> Classifier:
     """Returns the classifier that a config describes; `classifier.init(key, x)` returns its variables.
 
     Options of another backbone or head are ignored, so that one config can hold the options of all and only change
@@ -78,7 +77,7 @@ def create(model_config: Mapping[str, Any], num_classes: int, axis_name: str | N
 
 
 def _build(
-    kind: str, choices: Mapping[str, Callable[..., nn.Module]], config: Mapping[str, Any], **fixed: Any
+    kind: str, choices: Mapping[str, Callable[..., nn.Module]], config: registry.Config, **fixed: object
 ) -> nn.Module:
     reserved = {"parent", "name", *fixed}  # fields that flax adds to every module, and those that no config may set
     defaults = {

@@ -5,13 +5,13 @@ least float32 at full precision, even if the backbone computes in bfloat16 or an
 """
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from lt_adv.models.layers import Array, fan_in_uniform, wide_dtype
+from lt_adv.models.layers import Array, at_least_float32, fan_in_uniform
 
 
 class Linear(nn.Module):
@@ -22,11 +22,11 @@ class Linear(nn.Module):
 
     num_classes: int
     use_bias: bool = True
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        features = features.astype(wide_dtype(self.dtype))
+        features = features.astype(at_least_float32(self.dtype))
         d, dtype = features.shape[-1], features.dtype
         kernel = self.param("kernel", fan_in_uniform, (d, self.num_classes), dtype)
         logits = jnp.dot(features, kernel, precision="highest")
@@ -46,11 +46,11 @@ class LearnableScale(nn.Module):
     """
 
     num_classes: int
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        features = features.astype(wide_dtype(self.dtype))
+        features = features.astype(at_least_float32(self.dtype))
         shape = features.shape[-1], self.num_classes
         kernel = self.param("kernel", fan_in_uniform, shape, features.dtype)
         scale = self.param("scale", nn.initializers.ones, (self.num_classes,), features.dtype)
@@ -70,11 +70,11 @@ class Cosine(nn.Module):
     scale: float = 1.0
     gamma: float = 0.0
     eta: float = 1.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        features = features.astype(wide_dtype(self.dtype))
+        features = features.astype(at_least_float32(self.dtype))
         kernel = self.param("kernel", fan_in_uniform, (features.shape[-1], self.num_classes), features.dtype)
         directions = features / safe_norm(features, axis=-1) ** self.eta
         prototypes = kernel / (safe_norm(kernel, axis=0) ** self.eta + self.gamma)

@@ -2,11 +2,12 @@
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
 
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
@@ -17,34 +18,34 @@ kaiming_normal: Initializer = nn.initializers.variance_scaling(2.0, "fan_out", "
 fan_in_uniform: Initializer = nn.initializers.variance_scaling(1 / 3, "fan_in", "uniform")
 
 
-def wide_dtype(dtype: Any) -> Any:
+def at_least_float32(dtype: DTypeLike) -> np.dtype:
     """Returns the dtype of parameters, statistics, features and logits: `dtype`, but at least float32."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def conv_and_norm(
-    *, dtype: Any, axis_name: str | None, train: bool, kernel_init: Initializer
+    *, dtype: DTypeLike, axis_name: str | None, train: bool, kernel_init: Initializer
 ) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
     """Returns `conv(features, size, stride, name=)` and `norm(name=)` for one forward pass of one network.
 
     `axis_name` is the device axis over which batch statistics are averaged; None for separate statistics per device.
     Running statistics follow flax: new = 0.9 old + 0.1 batch, with the biased batch variance (PyTorch's is unbiased).
     """
-    wide = wide_dtype(dtype)
+    param_dtype = at_least_float32(dtype)
 
     def conv(features: int, size: int, stride: int = 1, *, name: str) -> nn.Conv:
-        # In numbers, because "SAME" pads a strided 3x3 convolution by (0, 1) instead of (1, 1).
+        # Explicit, because "SAME" pads a strided 3x3 convolution by (0, 1) instead of (1, 1).
         padding = ((size // 2, size // 2),) * 2
         return nn.Conv(
             features, (size, size), strides=stride, padding=padding, use_bias=False,
-            dtype=dtype, param_dtype=wide, kernel_init=kernel_init, name=name,
+            dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, name=name,
         )  # fmt: skip
 
     norm = partial(
         nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name,
-        dtype=dtype, param_dtype=wide,
+        dtype=dtype, param_dtype=param_dtype,
         # flax's float32 reductions are for bfloat16; in float64 they would create float32 statistics.
-        force_float32_reductions=wide == jnp.float32,
+        force_float32_reductions=param_dtype == jnp.float32,
     )  # fmt: skip
     return conv, norm
 
@@ -56,9 +57,9 @@ def residual_plan(widths: tuple[int, ...], blocks: int) -> Iterator[tuple[str, i
             yield f"stage{stage}_block{block}", width, 2 if stage > 1 and block == 0 else 1
 
 
-def global_average_pool(x: Array, dtype: Any) -> Array:
+def global_average_pool(x: Array, dtype: DTypeLike) -> Array:
     """Returns the mean over the image, summed in at least float32: [batch, height, width, d] -> [batch, d]."""
-    return jnp.mean(x, axis=(1, 2), dtype=wide_dtype(dtype))
+    return jnp.mean(x, axis=(1, 2), dtype=at_least_float32(dtype))
 
 
 class Block(nn.Module):

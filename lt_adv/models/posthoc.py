@@ -12,28 +12,37 @@ differentiable in `features`, so that evaluation attacks differentiate through i
 import inspect
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Concatenate, cast
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import VariableDict
+from numpy.typing import ArrayLike
 
 from lt_adv.models.heads import safe_norm
 from lt_adv.models.layers import Array
 from lt_adv.runtime import registry
 
-Adjustment = Callable[..., Array]
-Head = Callable[[Array], Array]
+Head = Callable[[Array], Array]  # features [batch, d] -> logits [batch, classes]
+Adjustment = Callable[Concatenate[VariableDict, Array, Head, ArrayLike, ...], Array]
 LINEAR, COSINE = ("linear", "linear_no_bias"), ("cosine", "cosine_plus")
 NETWORK = ("params", "batch_stats")
 
 
-def none(variables: Any, features: Array, head: Head, class_counts: Any) -> Array:
+def none(variables: VariableDict, features: Array, head: Head, class_counts: ArrayLike) -> Array:
     """Returns the logits unchanged."""
     return head(features)
 
 
 def boundary(
-    variables: Any, features: Array, head: Head, class_counts: Any, *, scale: float = 10.0, tau_p: float = 0.0
+    variables: VariableDict,
+    features: Array,
+    head: Head,
+    class_counts: ArrayLike,
+    *,
+    scale: float = 10.0,
+    tau_p: float = 0.0,
 ) -> Array:
     """z_c <- scale z_c - tau_p log pi_c, pi = class_counts / sum: RoBal's boundary adjustment (Wu et al. 2021).
 
@@ -42,26 +51,30 @@ def boundary(
     return logit_adjustment(variables, features, lambda f: scale * head(f), class_counts, tau=tau_p)
 
 
-def logit_adjustment(variables: Any, features: Array, head: Head, class_counts: Any, *, tau: float = 1.0) -> Array:
+def logit_adjustment(
+    variables: VariableDict, features: Array, head: Head, class_counts: ArrayLike, *, tau: float = 1.0
+) -> Array:
     """z_c <- z_c - tau log pi_c, pi = class_counts / sum: post-hoc logit adjustment (Menon et al. 2021)."""
     logits = head(features)
     counts = _counts(class_counts, logits)
     return logits - tau * jnp.asarray(np.log(counts / counts.sum()), logits.dtype)
 
 
-def cdt(variables: Any, features: Array, head: Head, class_counts: Any, *, tau: float = 0.3) -> Array:
+def cdt(variables: VariableDict, features: Array, head: Head, class_counts: ArrayLike, *, tau: float = 0.3) -> Array:
     """z_c <- z_c / n_c^tau: class-dependent temperature (Ye et al. 2020), applied after training."""
     logits = head(features)
     return logits / jnp.asarray(_counts(class_counts, logits) ** tau, logits.dtype)
 
 
-def tau_norm(variables: Any, features: Array, head: Head, class_counts: Any, *, tau: float = 1.0) -> Array:
+def tau_norm(
+    variables: VariableDict, features: Array, head: Head, class_counts: ArrayLike, *, tau: float = 1.0
+) -> Array:
     """z_c <- f . w_c / |w_c|^tau, without the bias: tau-normalisation of a linear head (Kang et al. 2020)."""
     kernel = variables["params"]["head"]["kernel"]
     return jnp.dot(features, kernel / safe_norm(kernel, axis=0) ** tau, precision="highest")
 
 
-def tde(variables: Any, features: Array, head: Head, class_counts: Any, *, alpha: float = 0.1) -> Array:
+def tde(variables: VariableDict, features: Array, head: Head, class_counts: ArrayLike, *, alpha: float = 0.1) -> Array:
     """z(f) <- z(f) - alpha (f . m / |f|) z(m): total direct effect (Tang et al. 2020), for a cosine head z.
 
     With the head s (f / |f|) . p_c this is s (f / |f| - alpha cos(f, m) m) . p_c, because z(m) |m| = s m . p_c. m [d]
@@ -72,7 +85,7 @@ def tde(variables: Any, features: Array, head: Head, class_counts: Any, *, alpha
     return head(features) - alpha * projection[:, None] * head(mean[None])
 
 
-def _counts(class_counts: Any, logits: Array) -> np.ndarray:
+def _counts(class_counts: ArrayLike, logits: Array) -> np.ndarray:
     """Returns the counts as float64 [classes]; raises ValueError if they are not positive or not one per class."""
     counts = np.asarray(class_counts, np.float64)
     if counts.shape != logits.shape[-1:] or not (counts > 0).all():
@@ -82,7 +95,7 @@ def _counts(class_counts: Any, logits: Array) -> np.ndarray:
     return counts
 
 
-def select_variables(adjustment: Mapping[str, Any], variables: Mapping[str, Any]) -> dict[str, Any]:
+def select_variables(adjustment: registry.Config, variables: VariableDict) -> VariableDict:
     """Returns the variables of the network and the entries of "method_state" that the adjustment reads.
 
     Raises:
@@ -98,15 +111,17 @@ def select_variables(adjustment: Mapping[str, Any], variables: Mapping[str, Any]
     return network | ({"method_state": {name: method_state[name] for name in names}} if names else {})
 
 
-def adjusted_logits_fn(model: Any, adjustment: Mapping[str, Any], class_counts: Any) -> Callable[[Any, Array], Array]:
+def adjusted_logits_fn(
+    model: nn.Module, adjustment: registry.Config, class_counts: ArrayLike
+) -> Callable[[VariableDict, Array], Array]:
     """Returns the evaluated function (variables, x) -> adjusted logits of `model` in evaluation mode."""
     adjust = create(adjustment)
 
-    def apply(variables: Any, x: Array) -> Array:
+    def apply(variables: VariableDict, x: Array) -> Array:
         network = {name: variables[name] for name in NETWORK if name in variables}
         _, out = model.apply(network, x, train=False)  # jit removes the unused logits
         head = partial(model.apply, network, method=lambda classifier, features: classifier.head(features))
-        return adjust(variables, out["features"], head, class_counts)
+        return adjust(variables, out["features"], cast(Head, head), class_counts)
 
     return apply
 
@@ -123,7 +138,7 @@ METHOD_STATE = {"tde": ("feature_mean",)}  # adjustment -> entries of "method_st
 HEADS = {"tau_norm": LINEAR, "tde": COSINE}  # adjustment -> heads it can be used with; all others take any head
 
 
-def create(config: Mapping[str, Any], head: str | None = None) -> Adjustment:
+def create(config: registry.Config, head: str | None = None) -> Adjustment:
     """Returns the adjustment f(variables, features, head, class_counts) -> logits that a config describes.
 
     As in `models.create`, options of another adjustment are ignored.

@@ -1,9 +1,8 @@
 """ResNet-18 and PreActResNet-18 with a 3x3 stem for small images, as in AT-BSL and REAT."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lt_adv.models.layers import (
     Array,
@@ -25,7 +24,7 @@ class ResNet18(nn.Module):
     U(+-1/sqrt(fan_in)), PyTorch's default, which the released AT-BSL code uses.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
 
     @nn.compact
@@ -43,7 +42,7 @@ class PreActResNet18(nn.Module):
     Stem and initialisation are those of `ResNet18`; a last batch norm and ReLU precede the pooling.
     """
 
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
 
     @nn.compact

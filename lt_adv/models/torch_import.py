@@ -2,8 +2,8 @@
 
 Supported are the tensor names of the RoBal, AT-BSL and REAT releases and of RobustBench's WideResNets (TRADES' names).
 
-Tensors do not determine everything, and the rest cannot be checked: scale, gamma and eta of a cosine head (set them in
-the config), an activation other than ReLU, and a normalisation of images in code. Two variants of PreActResNet-18 have
+The tensors do not determine, and an import cannot check: scale, gamma and eta of a cosine head (set them in the
+config), an activation other than ReLU, and a normalisation of images in code. Two variants of PreActResNet-18 have
 the same tensor names; supported is the one whose projection shortcut takes the activated input (RobustBench's
 PreActBlockV2).
 """
@@ -11,20 +11,21 @@ PreActBlockV2).
 import pathlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import NamedTuple
 
 import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.typing import VariableDict
 
 from lt_adv.models import heads, weight_files
 from lt_adv.models.classifier import Classifier
-from lt_adv.models.weight_files import listed
+from lt_adv.models.weight_files import format_names
 
 PREFIX = re.compile(r"(module|model|net|_orig_mod)\.")  # of wrappers such as nn.DataParallel
-# Part of a PyTorch module name -> replacement. The numbers are positions in REAT's nn.Sequential.
-RENAMED: Sequence[tuple[str, str]] = (
+# Pattern in a PyTorch module name -> replacement. The numbers are positions in REAT's nn.Sequential.
+RENAMES: Sequence[tuple[str, str]] = (
     (r"^backbone\.", ""),
     (r"^(?:block(\d+)\.layer|layer(\d+))\.(\d+)\.", r"stage\1\2_block\3."),
     (r"\.convShortcut$", ".shortcut"),
@@ -43,7 +44,7 @@ LEAVES = {
     "running_mean": ("batch_stats", "mean"),
     "running_var": ("batch_stats", "var"),
 }
-# RoBal's linear head contains a layer `fc`, its cosine head is itself the layer. Only the names differ.
+# PyTorch module -> kind of head. RoBal's linear head contains a layer `fc`; its cosine head is the layer itself.
 HEADS = {"fc": "linear", "linear": "linear", "classifier.fc": "linear", "classifier": "cosine"}
 NORMALISATION = re.compile(r"(^|\.)(mean|std|mu|sigma)$")
 UNUSED: Mapping[str, str] = {
@@ -55,9 +56,16 @@ UNUSED: Mapping[str, str] = {
 NO_BIAS = "a bias of zeros; the head has no bias"
 
 
+class Tensor(NamedTuple):
+    """A tensor of a file of weights."""
+
+    name: str  # in the file
+    array: np.ndarray
+
+
 def variables(
     path: str | pathlib.Path, model: Classifier, image_shape: Sequence[int]
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[VariableDict, dict[str, str]]:
     """Returns `convert` of a file of weights; error messages name the file."""
     state = weight_files.load(path)
     try:
@@ -68,7 +76,7 @@ def variables(
 
 def convert(
     state: Mapping[str, np.ndarray], model: Classifier, image_shape: Sequence[int]
-) -> tuple[dict[str, Any], dict[str, str]]:
+) -> tuple[VariableDict, dict[str, str]]:
     """Converts a PyTorch state_dict to variables of `model`.
 
     Kernels [out, in, height, width] become [height, width, in, out] and matrices [out, in] become [in, out]; all
@@ -90,7 +98,7 @@ def convert(
     original_names = {name: name for name in state if name not in unused}
     if names := [name for name in original_names if NORMALISATION.search(name)]:
         raise ValueError(
-            f"{listed(names)} would normalise the images, but the networks of this project take pixels in [0, 1]."
+            f"{format_names(names)} would normalise the images, but the networks of this project take pixels in [0, 1]."
         )
     while (
         original_names
@@ -98,36 +106,30 @@ def convert(
         and all(name.startswith(wrapper[0]) for name in original_names)
     ):
         original_names = {name.removeprefix(wrapper[0]): original for name, original in original_names.items()}
-    tensors, unknown = _to_flax({name: (original, state[original]) for name, original in original_names.items()})
+    tensors, unknown = _to_flax({name: Tensor(original, state[original]) for name, original in original_names.items()})
     image = jax.ShapeDtypeStruct((1, *image_shape), jnp.result_type(float))
-    expected = _flat(jax.eval_shape(model.init, jax.random.key(0), image))
+    expected = flax.traverse_util.flatten_dict(jax.eval_shape(model.init, jax.random.key(0), image), sep="/")
     bias = tensors.get("params/head/bias")
-    if bias and "params/head/bias" not in expected and not bias[1].any():
-        unused[tensors.pop("params/head/bias")[0]] = NO_BIAS
-    _check_architecture({path: array.shape for path, (_, array) in tensors.items()}, expected)
+    if bias and "params/head/bias" not in expected and not bias.array.any():
+        unused[tensors.pop("params/head/bias").name] = NO_BIAS
+    _check_architecture({path: tensor.array.shape for path, tensor in tensors.items()}, expected)
     _check_head(original_names, model)
     _check_tensors(tensors, expected, unknown)
     with np.errstate(over="ignore"):  # overflow gives infinity, which is checked below
-        arrays = {path: tensors[path][1].astype(leaf.dtype) for path, leaf in expected.items()}
-    if names := [tensors[path][0] for path, array in arrays.items() if not np.isfinite(array).all()]:
-        raise ValueError(f"not finite: {listed(names)}.")
+        arrays = {path: tensors[path].array.astype(leaf.dtype) for path, leaf in expected.items()}
+    if names := [tensors[path].name for path, array in arrays.items() if not np.isfinite(array).all()]:
+        raise ValueError(f"not finite: {format_names(names)}.")
     return flax.traverse_util.unflatten_dict(arrays, sep="/"), unused
 
 
-def _flat(tree: Any) -> dict[str, Any]:
-    return flax.traverse_util.flatten_dict(flax.core.unfreeze(tree), sep="/")
-
-
-def _to_flax(
-    tensors: Mapping[str, tuple[str, np.ndarray]],
-) -> tuple[dict[str, tuple[str, np.ndarray]], list[str]]:
-    """Renames and transposes tensors: {name without wrappers: (original name, array)} -> flax's names and layout.
+def _to_flax(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Renames and transposes tensors: {name without wrappers: tensor} -> flax's names and layout.
 
     Returns:
-      ({path of the variable: (original name, array)}, original names of unknown tensors).
+      ({path of the variable: tensor}, names of unknown tensors in the file).
     """
     is_wide_resnet = any(re.match(r"(backbone\.)?block1\.", name) for name in tensors)
-    converted: dict[str, tuple[str, np.ndarray]] = {}
+    converted: dict[str, Tensor] = {}
     unknown = []
     for name, (original, array) in tensors.items():
         module, _, leaf = name.rpartition(".")
@@ -138,21 +140,21 @@ def _to_flax(
         if module in HEADS:
             module = "head"
         else:
-            for pattern, replacement in RENAMED:
+            for pattern, replacement in RENAMES:
                 module = re.sub(pattern, replacement, module)
             if is_wide_resnet and module == "bn1":  # a WideResNet's last batch norm, a ResNet's first
                 module = "bn"
             module = f"backbone/{module.replace('.', '/')}"
         path = f"{collection}/{module}/{leaf}"
         if path in converted:
-            raise ValueError(f"{converted[path][0]} and {original} are the same tensor of the network: keep one.")
+            raise ValueError(f"{converted[path].name} and {original} are the same tensor of the network: keep one.")
         axes = {2: (1, 0), 4: (2, 3, 1, 0)}.get(array.ndim)
-        converted[path] = original, array.transpose(axes) if axes else array
+        converted[path] = Tensor(original, array.transpose(axes) if axes else array)
     return converted, unknown
 
 
 def _architecture(shapes: Mapping[str, Sequence[int]]) -> str | None:
-    """Returns "WideResNet-28-10 for 3-channel images and 10 classes"; None if the tensors that tell it are missing."""
+    """Returns "WideResNet-28-10 for 3-channel images and 10 classes"; None if tensors needed for it are missing."""
     blocks = {match[0] for path in shapes if (match := re.search(r"stage(\d+)_block\d+(?=/)", path))}
     paths = [f"params/{name}/kernel" for name in ("backbone/conv1", "backbone/stage1_block0/conv1", "head")]
     stem, first, head = (shapes.get(path) for path in paths)
@@ -167,7 +169,7 @@ def _architecture(shapes: Mapping[str, Sequence[int]]) -> str | None:
     return f"{name} for {stem[-2]}-channel images and {head[-1]} classes"
 
 
-def _check_architecture(shapes: Mapping[str, Sequence[int]], expected: Mapping[str, Any]) -> None:
+def _check_architecture(shapes: Mapping[str, Sequence[int]], expected: Mapping[str, jax.ShapeDtypeStruct]) -> None:
     loaded, configured = _architecture(shapes), _architecture({path: leaf.shape for path, leaf in expected.items()})
     if loaded and loaded != configured:
         raise ValueError(f"the weights are those of a {loaded}, the config's network is a {configured}.")
@@ -183,11 +185,11 @@ def _check_head(names: Mapping[str, str], model: Classifier) -> None:
 
 
 def _check_tensors(
-    tensors: Mapping[str, tuple[str, np.ndarray]], expected: Mapping[str, Any], unknown: Sequence[str]
+    tensors: Mapping[str, Tensor], expected: Mapping[str, jax.ShapeDtypeStruct], unknown: Sequence[str]
 ) -> None:
     """Raises ValueError unless the tensors are exactly those of the network, in its shapes and dtypes."""
     missing = [path for path in expected if path not in tensors]
-    unknown = [*unknown, *(tensors[path][0] for path in tensors if path not in expected)]
+    unknown = [*unknown, *(tensors[path].name for path in tensors if path not in expected)]
     mismatched = [
         f"{name} is {array.dtype}{list(array.shape)}, expected {expected[path].dtype}{list(expected[path].shape)}"
         for path, (name, array) in tensors.items()
@@ -198,5 +200,5 @@ def _check_tensors(
         "not in the network": unknown,
         "of another shape or type (in flax's layout)": mismatched,
     }
-    if problems := [f"{kind}: {listed(names)}" for kind, names in kinds.items() if names]:
+    if problems := [f"{kind}: {format_names(names)}" for kind, names in kinds.items() if names]:
         raise ValueError("; ".join(problems) + ".")

@@ -8,17 +8,16 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from lt_adv.runtime import atomic_io, registry
 
-State = dict[str, np.ndarray]
+StateDict = dict[str, np.ndarray]  # PyTorch's tensor name -> array
 
 
-def load(path: str | pathlib.Path) -> State:
+def load(path: str | pathlib.Path) -> StateDict:
     """Reads a file of weights and returns {PyTorch's tensor name: array}.
 
     `.pt`, `.pth`, `.pkl` and `.tar` are files of torch.save with a state_dict, or a dict that contains one; they need
@@ -64,13 +63,13 @@ def sha256(path: str | pathlib.Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def listed(names: Sequence[str], limit: int = 5) -> str:
+def format_names(names: Sequence[str], limit: int = 5) -> str:
     """Returns the names in one line for an error message: "a, b, c, d, e and 3 more"."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return ", ".join(names[:limit]) + more
 
 
-def _torch(path: pathlib.Path) -> State:
+def _torch(path: pathlib.Path) -> StateDict:
     try:
         import torch
     except ImportError:
@@ -78,14 +77,14 @@ def _torch(path: pathlib.Path) -> State:
             f"{path} needs PyTorch to be read: pip install -e '.[torch]', or save its tensors as .safetensors or .npz."
         ) from None
     try:
-        with warnings.catch_warnings(action="ignore"):  # the error raised below says the same
+        with warnings.catch_warnings(action="ignore"):  # the error below has the same information
             content = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:  # PyTorch's message recommends an unsafe load
         match = re.search(r"GLOBAL (\S+)", str(error))
         problem = f"it refers to {match[1]}, which is not safe to load" if match else "it is not a file of tensors"
         raise ValueError(f"{problem}. If you trust the file, save only its state_dict and use that.") from error
 
-    def is_network(value: Any) -> bool:
+    def is_network(value: object) -> bool:
         """Whether a value is a state_dict of a network: those of optimisers and schedulers hold no kernels."""
         return isinstance(value, Mapping) and any(getattr(tensor, "ndim", 0) == 4 for tensor in value.values())
 
@@ -96,18 +95,18 @@ def _torch(path: pathlib.Path) -> State:
         if len(networks) != 1:
             raise ValueError(
                 f"it must contain one state_dict with convolution kernels, not {len(networks)} "
-                f"({listed(networks) or 'none'}): save only that state_dict."
+                f"({format_names(networks) or 'none'}): save only that state_dict."
             )
         # A tensor next to the state_dict may belong to the network (the mean of the images): it is included.
         tensors = {name: value for name, value in content.items() if isinstance(value, torch.Tensor)}
         state = {**tensors, **content[networks[0]]}
     if names := [str(name) for name, value in state.items() if not isinstance(value, torch.Tensor)]:
-        raise ValueError(f"entries that are not tensors: {listed(names)}.")
+        raise ValueError(f"entries that are not tensors: {format_names(names)}.")
     casts = {torch.bfloat16: torch.float32}  # numpy has no bfloat16
     return {str(name): t.detach().to(casts.get(t.dtype, t.dtype)).numpy() for name, t in state.items()}
 
 
-def _npz(path: pathlib.Path) -> State:
+def _npz(path: pathlib.Path) -> StateDict:
     with np.load(path, allow_pickle=False) as file:
         return {name: file[name] for name in file.files}
 
@@ -118,7 +117,7 @@ DTYPES = {
 }
 
 
-def _safetensors(path: pathlib.Path) -> State:
+def _safetensors(path: pathlib.Path) -> StateDict:
     """Reads the format of https://huggingface.co/docs/safetensors.
 
     Eight little-endian bytes hold the length of a JSON header {name: {dtype, shape, data_offsets}}; the row-major data
@@ -144,7 +143,7 @@ def _safetensors(path: pathlib.Path) -> State:
 
 
 # Suffix -> (reader, accepted formats of the file).
-READERS: Mapping[str, tuple[Callable[[pathlib.Path], State], Sequence[str]]] = {
+READERS: Mapping[str, tuple[Callable[[pathlib.Path], StateDict], Sequence[str]]] = {
     **dict.fromkeys((".pt", ".pth", ".pkl", ".tar"), (_torch, (atomic_io.TORCH, atomic_io.PICKLE))),
     ".npz": (_npz, (atomic_io.NPZ,)),
     ".safetensors": (_safetensors, (atomic_io.SAFETENSORS,)),

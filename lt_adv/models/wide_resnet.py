@@ -1,10 +1,10 @@
 """WideResNet-d-k (Zagoruyko and Komodakis 2016), the backbone of RoBal and most robustness tables."""
 
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from lt_adv.models.layers import (
     Array,
@@ -32,7 +32,7 @@ class WideResNet(nn.Module):
     depth: int = 34
     width: int = 10
     dropout: float = 0.0
-    dtype: Any = jnp.float32
+    dtype: DTypeLike = jnp.float32
     axis_name: str | None = None
 
     def __post_init__(self) -> None:

@@ -13,6 +13,7 @@ import re
 import shutil
 import zipfile
 from collections.abc import Mapping
+from typing import BinaryIO
 
 from etils import epath
 
@@ -42,7 +43,7 @@ def sync(path: epath.PathLike) -> None:
         finally:
             os.close(descriptor)
     except OSError as error:
-        # Folders without read permission, and file systems that cannot sync folders, are written in their own time.
+        # Folders without read permission, or on a file system that cannot sync folders, are left to the system.
         if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOSYS, errno.ENOTSUP) or not os.path.isdir(path):
             raise
 
@@ -98,9 +99,9 @@ def replace_folder(path: epath.PathLike, contents: Mapping[str, bytes]) -> None:
       ValueError: the old folder has a file that is not in `contents` and would be lost.
     """
     path = epath.Path(path)
-    foreign = sorted({file.name for file in path.iterdir()} - set(contents)) if path.exists() else []
-    if foreign:
-        raise ValueError(f"{path} holds {foreign[0]}, which would be lost: move it, or the folder, elsewhere.")
+    unexpected = sorted({file.name for file in path.iterdir()} - set(contents)) if path.exists() else []
+    if unexpected:
+        raise ValueError(f"{path} holds {unexpected[0]}, which would be lost: move it, or the folder, elsewhere.")
     new, old = (path.parent / f".{path.name}.{os.getpid()}.{suffix}" for suffix in ("tmp", "old"))
     try:
         make_folder(path.parent)
@@ -136,7 +137,7 @@ def remove_partial_writes(folder: epath.PathLike) -> None:
 
 NPZ, ZIP, DAMAGED_ZIP = "an .npz file of NumPy", "a zip archive", "a zip archive that is damaged or cut short"
 TORCH, PICKLE = "a PyTorch file (torch.save)", "a pickle"
-SAFETENSORS, GZIP, TEXT, JSON = "a safetensors file", "a gzip archive", "a text", "a text in JSON"
+SAFETENSORS, GZIP, TEXT, JSON = "a safetensors file", "a gzip archive", "a text file", "a JSON file"
 LFS = "a Git LFS pointer in place of the file: fetch it with git lfs pull"
 ANNEX = "a git-annex pointer in place of the file: fetch it with git annex get"
 POINTERS = (LFS, ANNEX)
@@ -165,7 +166,7 @@ HEAD = 1024  # bytes that are read to detect a format
 
 
 def format_of(file: epath.PathLike | bytes) -> str | None:
-    """Returns the format of a file, or of its content, such as "an HTML page"; None if its first bytes do not tell.
+    """Returns the format of a file, or of its content, such as "an HTML page"; None if it is not recognised.
 
     The member names of a zip archive are read as well. Nothing in the file is executed. Raises OSError if the file
     cannot be read.
@@ -202,9 +203,9 @@ def placeholder(folder: epath.PathLike) -> str | None:
     return None
 
 
-def _format_of_zip(stream: io.IOBase) -> str:
+def _format_of_zip(stream: BinaryIO) -> str:
     try:
-        with zipfile.ZipFile(stream) as archive:  # type: ignore[call-overload]
+        with zipfile.ZipFile(stream) as archive:
             names = archive.namelist()
     except Exception:  # zipfile raises many types for a damaged directory
         return DAMAGED_ZIP

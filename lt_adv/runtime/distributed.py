@@ -10,13 +10,16 @@ import os
 import signal
 import threading
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.typing import ArrayLike
+
+PyTree = Any  # nested containers of arrays, as in jax.tree
 
 COORDINATOR, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 TASKS = ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE")
@@ -27,7 +30,7 @@ DEFAULT_HEARTBEAT_TIMEOUT = 100
 def initialize(environment: Mapping[str, str] = os.environ) -> None:
     """Connects to the other processes if the environment names any. Call it before the first computation.
 
-    Set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID by hand; under Slurm,
+    Set JAX_COORDINATOR_ADDRESS (host:port of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID yourself; under Slurm,
     Open MPI and on TPU pods JAX detects them. If a process dies or sends no heartbeat for LT_ADV_HEARTBEAT_TIMEOUT
     seconds (default 100), all others end: with our error message if a collective fails first, otherwise with JAX's.
 
@@ -69,7 +72,7 @@ def launcher_detected(environment: Mapping[str, str]) -> bool:
     return "," in workers or os.path.exists("/dev/accel0") and "TPU_SKIP_MDS_QUERY" not in environment
 
 
-def _parse_int(name: str, value: Any, minimum: int = 1) -> int:
+def _parse_int(name: str, value: str | int, minimum: int = 1) -> int:
     if not str(value).isdigit() or int(value) < minimum:
         raise ValueError(f"{name} must be an integer of at least {minimum}, not {value!r}.")
     return int(value)
@@ -83,7 +86,7 @@ def is_distributed() -> bool:
 def restore_sigterm_handler() -> None:
     """Reinstalls Python's SIGTERM handler, which `initialize` has replaced by JAX's."""
     if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # Python still lists its own handler
+        signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGTERM))  # JAX's is set in C: getsignal returns Python's
 
 
 def is_primary() -> bool:
@@ -95,7 +98,7 @@ def elementwise_all(flags: np.ndarray) -> np.ndarray:
     """Returns the logical AND over all processes of bool arrays of one shape."""
     if jax.process_count() == 1:
         return flags
-    return np.asarray(multihost_utils.process_allgather(flags)).all(0)
+    return np.asarray(np.all(multihost_utils.process_allgather(flags), axis=0))
 
 
 def all_true(flag: bool) -> bool:
@@ -112,7 +115,7 @@ def on_primary(action: Callable[[], None]) -> None:
     if is_primary():
         try:
             action()
-        except Exception as error:  # of any kind: the others must not wait for ever
+        except Exception as error:  # of any kind: the others must not wait indefinitely
             failure = error
     if failure:
         all_true(False)
@@ -137,16 +140,16 @@ def barrier(what: str) -> None:
         multihost_utils.sync_global_devices(what)
 
 
-def device_put(tree: Any, sharding: NamedSharding) -> Any:
-    """Puts arrays that every process holds on the devices of all processes; each process fills its own devices."""
+def device_put(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Puts arrays on the devices of all processes. Every process has the same arrays and fills its own devices."""
     if sharding.is_fully_addressable:
         return jax.device_put(tree, sharding)
 
-    def put_leaf(a: Any) -> jax.Array:
+    def put_leaf(a: ArrayLike) -> jax.Array:
         if jnp.issubdtype(jax.dtypes.result_type(a), jax.dtypes.prng_key):
             return jax.random.wrap_key_data(put_leaf(jax.random.key_data(a)))  # the default implementation, as ours
-        a = np.asarray(a)
-        return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+        array = np.asarray(a)
+        return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
 
     return jax.tree.map(put_leaf, tree)
 
@@ -156,8 +159,8 @@ def local_rows(rows: int) -> slice:
     return slice(jax.process_index(), rows, jax.process_count())
 
 
-def all_gather(columns: Any, rows: int) -> Any:
-    """Returns all `rows` rows of arrays of which each process holds `local_rows(rows)`."""
+def all_gather(columns: PyTree, rows: int) -> PyTree:
+    """Gathers arrays from all processes: `columns` has `local_rows(rows)`, the result all `rows` rows."""
     if jax.process_count() == 1:
         return columns
     rows_per_process = -(-rows // jax.process_count())
@@ -171,22 +174,21 @@ def all_gather(columns: Any, rows: int) -> Any:
     return jax.tree.map(gather_column, columns)
 
 
-def replicate(tree: Any, sharding: NamedSharding) -> Any:
+def replicate(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Returns a full copy of `tree` on every device of a replicated `sharding`.
 
     Copies that already lie on this process's devices (as after pmap) are reused. One compiled program makes all others:
-    with several programs in flight, two processes may start different ones and wait for each other for ever.
+    with several programs in flight, two processes may start different ones and deadlock.
     """
     leaves, structure = jax.tree.flatten(tree)
     is_key = [jnp.issubdtype(a.dtype, jax.dtypes.prng_key) for a in leaves]
     arrays = [jax.random.key_data(a) if key else a for a, key in zip(leaves, is_key, strict=True)]
     copies = [_existing_copies(a, sharding) for a in arrays]
-    missing = [i for i, a in enumerate(copies) if a is None]
-    new = _jit_replicate(sharding)([arrays[i] for i in missing]) if missing else ()
-    for i, copy in zip(missing, new, strict=True):
-        copies[i] = copy
-    replicated_leaves = [jax.random.wrap_key_data(a) if key else a for a, key in zip(copies, is_key, strict=True)]
-    return jax.tree.unflatten(structure, replicated_leaves)
+    missing = [a for a, copy in zip(arrays, copies, strict=True) if copy is None]
+    new = iter(_jit_replicate(sharding)(missing) if missing else ())
+    replicated_arrays = [next(new) if copy is None else copy for copy in copies]
+    leaves = [jax.random.wrap_key_data(a) if key else a for a, key in zip(replicated_arrays, is_key, strict=True)]
+    return jax.tree.unflatten(structure, leaves)
 
 
 def _existing_copies(a: jax.Array, sharding: NamedSharding) -> jax.Array | None:
@@ -195,7 +197,7 @@ def _existing_copies(a: jax.Array, sharding: NamedSharding) -> jax.Array | None:
         return a
     if a.is_fully_replicated:
         copies = {shard.device: shard.data for shard in a.addressable_shards}
-        devices = list(local(sharding.mesh).devices.flat)
+        devices = list(local(cast(Mesh, sharding.mesh)).devices.flat)
         if set(devices) <= copies.keys():
             return jax.make_array_from_single_device_arrays(a.shape, sharding, [copies[d] for d in devices])
     return None

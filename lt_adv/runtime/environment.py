@@ -12,7 +12,7 @@ import pathlib
 import platform
 import subprocess
 
-MIN_IMAGES_PER_DEVICE = 16  # on a CPU; our choice, fewer were not measured
+MIN_IMAGES_PER_DEVICE = 16  # on a CPU; smaller values were not measured
 
 
 def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
@@ -24,7 +24,8 @@ def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
 
     Args:
       batch_size: images per step over all processes.
-      cpu_devices: number of CPU devices (`config.cpu_devices`); None for one per core, as far as the batch divides.
+      cpu_devices: number of CPU devices (`config.cpu_devices`); None for one per core, or fewer if the batch is
+        not divisible by the number of cores.
     """
     import jax
 
@@ -36,7 +37,7 @@ def prepare(batch_size: int, cpu_devices: int | None = None) -> None:
         local_batch_size = batch_size // distributed.process_count()
         with contextlib.suppress(RuntimeError):  # the backends are initialized already
             jax.config.update("jax_num_cpu_devices", cpu_devices or devices_for_batch(local_batch_size, cores()))
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.values["jax_compilation_cache_dir"]:
         jax.config.update("jax_compilation_cache_dir", str(cache_directory()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 

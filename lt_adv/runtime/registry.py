@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping
 from types import ModuleType
 from typing import Any
 
+Config = Mapping[str, Any]  # options by name; the values have any type
+
 
 def unknown(kind: str, name: object, choices: Iterable[str]) -> ValueError:
     """Returns the ValueError for a name that is not in `choices`: it lists them and suggests the closest."""
@@ -23,9 +25,7 @@ def check_type(path: str, value: object, default: object) -> None:
         raise ValueError(f"{path} must be of type {type(default).__name__}, not {value!r}.")
 
 
-def select_options(
-    kind: str, config: Mapping[str, Any], defaults: Mapping[str, Mapping[str, Any]]
-) -> tuple[str, dict[str, Any]]:
+def select_options(kind: str, config: Config, defaults: Mapping[str, Config]) -> tuple[str, dict[str, Any]]:
     """Returns the name and the options of that name from a config `{"name": ..., **options}`.
 
     Options of another choice are dropped, so that one config can hold the options of all choices and only change its

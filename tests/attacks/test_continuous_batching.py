@@ -9,14 +9,14 @@ import pytest
 
 from lt_adv import attacks
 from lt_adv.attacks import continuous_batching
-from lt_adv.attacks._apgd import apgd_targeted_program
+from lt_adv.attacks._apgd import build_apgd_targeted
 from lt_adv.attacks._autoattack import ATTACKS
-from lt_adv.attacks._square import square_program
+from lt_adv.attacks._square import build_square
 from lt_adv.attacks.objectives import logit_margin, targeted_logit_margin
 from tests.attacks.test_autoattack import images, labels, network
 
-APGD = apgd_targeted_program(targeted_logit_margin, "linf", 16, 3, 0.75, None, (0.0, 1.0))
-SQUARE = square_program(logit_margin, "linf", 180, 0.8, (0.0, 1.0))
+APGD = build_apgd_targeted(targeted_logit_margin, "linf", 16, 3, 0.75, None, (0.0, 1.0))
+SQUARE = build_square(logit_margin, "linf", 180, 0.8, (0.0, 1.0))
 
 
 def run(attack, x, y, eps, batch_size):

@@ -8,19 +8,19 @@ import numpy as np
 import pytest
 
 from lt_adv import attacks
-from lt_adv.attacks._apgd import apgd_program, apgd_targeted_program, starting_state
-from lt_adv.attacks._fab import fab_targeted_program
+from lt_adv.attacks._apgd import build_apgd, build_apgd_targeted, starting_state
+from lt_adv.attacks._fab import build_fab_targeted
 
 pytestmark = pytest.mark.usefixtures("float64")
 BOX = (0.0, 1.0)
 FAST = {"xla_backend_optimization_level": 3}  # these run for longer than they compile
 APGD = {
-    "apgd_ce": apgd_program(attacks.stable_cross_entropy, "linf", 100, 1, 0.75, None, BOX),
-    "apgd_dlr": apgd_program(attacks.dlr, "linf", 100, 1, 0.75, None, BOX),
-    "apgd_t": apgd_targeted_program(attacks.targeted_dlr, "linf", 100, 1, 0.75, None, BOX),
+    "apgd_ce": build_apgd(attacks.stable_cross_entropy, "linf", 100, 1, 0.75, None, BOX),
+    "apgd_dlr": build_apgd(attacks.dlr, "linf", 100, 1, 0.75, None, BOX),
+    "apgd_t": build_apgd_targeted(attacks.targeted_dlr, "linf", 100, 1, 0.75, None, BOX),
     # On one image the softmax is saturated in float64, and its gradient is what rounding leaves of p_y - 1: the golden
     # path follows it, so the form of the cross-entropy that has this difference is compared here.
-    "apgd_ce_l2": apgd_program(attacks.cross_entropy, "l2", 100, 1, 0.75, None, BOX),
+    "apgd_ce_l2": build_apgd(attacks.cross_entropy, "l2", 100, 1, 0.75, None, BOX),
 }
 
 
@@ -55,8 +55,8 @@ def test_apgd(images, assert_golden, head, name):
     eps = jnp.full(len(x), net.info[f"eps{end}"])
     state = starting_state(keys, x, y, jnp.asarray(net.arrays["apgd_t.target"]), eps, start)
     state = follow(APGD[name], net, state)
-    assert_golden(state.best - x, net.arrays[f"{name}.best"])
-    assert_golden(state.wrong - x, net.arrays[f"{name}.adversarial"])
+    assert_golden(state.best_point - x, net.arrays[f"{name}.best"])
+    assert_golden(state.wrong_point - x, net.arrays[f"{name}.adversarial"])
     assert_golden(state.best_value, net.arrays[f"{name}.best_loss"])
     np.testing.assert_array_equal(~state.broken, net.arrays[f"{name}.still_correct"])
 
@@ -66,9 +66,9 @@ def test_apgd(images, assert_golden, head, name):
 @pytest.mark.parametrize("head", ["linear", "cosine"])
 def test_fab_targeted(images, assert_golden, head, norm):
     net, x, y, keys = images(head)
-    attack = fab_targeted_program(norm, 100, 1, 0.1, 1.05, 0.9, BOX)
+    attack = build_fab_targeted(norm, 100, 1, 0.1, 1.05, 0.9, BOX)
     target, everywhere = jnp.asarray(net.arrays["fab_t.target"]), jnp.full(len(x), jnp.inf)
-    state = follow(attack, net, attack.begin(keys, x, y, target, everywhere, jnp.zeros_like(y)))
+    state = follow(attack, net, attack.init(keys, x, y, target, everywhere, jnp.zeros_like(y)))
     right = jnp.argmax(net.logits_fn(x), axis=-1) == y
     delta = np.array(jnp.where(right[:, None, None, None], state.x_adv - x, 0))
     expected = net.arrays[f"fab_t_{norm}"]
@@ -85,7 +85,7 @@ def equally_near(attack, net, images, delta, expected):
     all the same, and no farther away; few images may need it.
     """
     keys, x, y, target = images
-    state = attack.begin(keys, x, y, target, jnp.full(len(x), jnp.inf), jnp.zeros_like(y))
+    state = attack.init(keys, x, y, target, jnp.full(len(x), jnp.inf), jnp.zeros_like(y))
     step = jax.jit(partial(attack.step, lambda x, _: net.logits_fn(x)), compiler_options=FAST)
     points, lengths = [], []
     for _ in range(attack.num_steps):  # forgetting what was nearest shows every wrong point on the way

@@ -21,7 +21,7 @@ def archive_with(cifar10, **changes):  # noqa: F811
         ({"test_batch.bin": b""}, r"test_batch\.bin must hold images of 10 classes.*0 bytes"),
         ({"test_batch.bin": bytes(3074)}, r"test_batch\.bin must hold .* 3073 bytes each \(it has 3074 bytes"),
         ({"data_batch_1.bin": b"\x0a" + bytes(3072)}, r"data_batch_1\.bin must hold .* labels up to 10\)"),
-        ({"batches.meta.txt": b"\xff"}, r"batches\.meta\.txt is not a text"),
+        ({"batches.meta.txt": b"\xff"}, r"batches\.meta\.txt is not UTF-8 text"),
         ({"batches.meta.txt": b" ".join([b"a"] * 11)}, r"names 11 classes instead of 10"),
     ],
 )
@@ -33,7 +33,7 @@ def test_cifar_with_an_invalid_member(tmp_path, publish, cifar10, changes, messa
 
 
 def test_member_that_is_too_large_is_not_read(tmp_path, publish, cifar10, monkeypatch):  # noqa: F811
-    monkeypatch.setattr(archives, "LARGEST", 5 * 3073)
+    monkeypatch.setattr(archives, "MAX_MEMBER_BYTES", 5 * 3073)
     publish("cifar10", archive_with(cifar10, **{"readme.html": bytes(10**5)}))  # a member that is never read
     assert len(load({"name": "cifar10", "data_dir": str(tmp_path)}).train) == 15
     publish("cifar100", tar({"train.bin": bytes(10**5)}))
@@ -51,7 +51,7 @@ def test_member_that_is_too_large_is_not_read(tmp_path, publish, cifar10, monkey
             "row .'val_0.JPEG', 'nowhere'. of val_annotations.txt is not an image",
         ),
         ("wnids.txt", b"", "is not an image and its class"),
-        ("words.txt", b"\xff", "words.txt is not a text"),
+        ("words.txt", b"\xff", "words.txt is not UTF-8 text"),
         ("train/n1/images/n1_0.JPEG", None, "no images of its classes"),
     ],
 )

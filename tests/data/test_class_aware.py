@@ -100,7 +100,7 @@ def test_cost_does_not_depend_on_the_number_of_images():
 @pytest.fixture(scope="module")
 def permutation():
     """Returns a function (size, seed) -> all entries of a permutation."""
-    entries = jax.jit(lambda index, size, seed: class_aware.shuffled(index, size, seed))
+    entries = jax.jit(lambda index, size, seed: class_aware.permutation_entry(index, size, seed))
     length = 4096
 
     def all_entries(size, seed):
@@ -119,8 +119,8 @@ def test_shuffled_is_a_permutation_of_any_size(permutation):
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_small_permutations_are_uniform(size):
-    seeds = class_aware.hashed(jnp.uint32(3), jnp.arange(24000))
-    permutations = jax.vmap(class_aware.shuffled, (None, None, 0))(jnp.arange(size), size, seeds)
+    seeds = class_aware.hash_uint32(jnp.uint32(3), jnp.arange(24000))
+    permutations = jax.vmap(class_aware.permutation_entry, (None, None, 0))(jnp.arange(size), size, seeds)
     _, counts = np.unique(permutations, axis=0, return_counts=True)
     expected = 24000 / math.factorial(size)
     assert len(counts) == math.factorial(size)
@@ -131,8 +131,8 @@ def test_small_permutations_are_uniform(size):
 @pytest.mark.parametrize("size", [7, 10, 64])
 def test_pairs_of_entries_are_uniform(size):
     """In entries 1 and 4 of 40,000 permutations all pairs of different values are equally frequent."""
-    seeds = class_aware.hashed(jnp.uint32(4), jnp.arange(40000))
-    pairs = np.asarray(jax.vmap(class_aware.shuffled, (None, None, 0))(jnp.array([1, 4]), size, seeds))
+    seeds = class_aware.hash_uint32(jnp.uint32(4), jnp.arange(40000))
+    pairs = np.asarray(jax.vmap(class_aware.permutation_entry, (None, None, 0))(jnp.array([1, 4]), size, seeds))
     counts = np.bincount(pairs[:, 0] * size + pairs[:, 1], minlength=size**2).reshape(size, size)
     assert not np.diag(counts).any()
     counts, freedom = counts[~np.eye(size, dtype=bool)], size * (size - 1) - 1

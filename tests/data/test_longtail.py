@@ -117,12 +117,12 @@ def test_selection_and_validation_properties(sizes, seed, data):
     np.testing.assert_array_equal(label[selected], np.repeat(np.arange(len(sizes)), counts))
 
     per_class = data.draw(st.integers(0, min(counts) - 1))
-    train, validation = longtail.cut_validation(label, selected, per_class, seed)
+    train, validation = longtail.split_validation(label, selected, per_class, seed)
     assert set(train) | set(validation) == set(selected) and not set(train) & set(validation)
     np.testing.assert_array_equal(np.bincount(label[validation], minlength=len(sizes)), per_class)
     np.testing.assert_array_equal(train, [i for i in selected if i in set(train)])
     with pytest.raises(ValueError, match="no training image"):
-        longtail.cut_validation(label, selected, min(counts), seed)
+        longtail.split_validation(label, selected, min(counts), seed)
 
 
 @settings(max_examples=50, deadline=None)
@@ -133,9 +133,9 @@ def test_validation_from_unused_images_spares_the_rare_classes(counts, per_class
     short = [max(0, per_class - (10 - count)) for count in counts]  # taken from training images
     if any(s >= count for s, count in zip(short, counts, strict=True)):
         with pytest.raises(ValueError, match="no training image"):
-            longtail.cut_validation(label, selected, per_class, seed, "unused")
+            longtail.split_validation(label, selected, per_class, seed, "unused")
         return
-    train, validation = longtail.cut_validation(label, selected, per_class, seed, "unused")
+    train, validation = longtail.split_validation(label, selected, per_class, seed, "unused")
     assert not set(train) & set(validation) and len(set(validation)) == len(validation)
     np.testing.assert_array_equal(np.bincount(label[validation], minlength=len(counts)), per_class)
     np.testing.assert_array_equal(np.bincount(label[train], minlength=len(counts)), np.subtract(counts, short))
@@ -146,7 +146,7 @@ def test_selection_and_validation_depend_on_the_seed():
     label = np.repeat([0, 1], 50)
     chosen = [longtail.select(label, [10, 10], seed).tolist() for seed in (0, 0, 1)]
     assert chosen[0] == chosen[1] != chosen[2]
-    cuts = [longtail.cut_validation(label, np.arange(100), 10, seed)[1].tolist() for seed in (0, 0, 1)]
+    cuts = [longtail.split_validation(label, np.arange(100), 10, seed)[1].tolist() for seed in (0, 0, 1)]
     assert cuts[0] == cuts[1] != cuts[2]
 
 

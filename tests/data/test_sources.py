@@ -250,7 +250,7 @@ def test_digits_import_neither_tensorflow_nor_jax():
         (b"", "empty"),
         (b"\x1f\x8b\x08\x00", "a gzip archive"),
         (b"\x80\x04N.", "a pickle"),
-        (b"Access denied", "a text that begins with 'Access denied'"),
+        (b"Access denied", "a text file that begins with 'Access denied'"),
         (b"\x00\x01\x02", "pickled objects are not read"),
     ],
 )

@@ -171,8 +171,8 @@ POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12
     [
         (POINTER, "a Git LFS pointer in place of the file: fetch it with git lfs pull"),
         (b"\n<!DOCTYPE html>\n<html></html>", "an HTML page"),
-        (b'{"error": "not found"}', "a text in JSON"),
-        (b"Access denied\nsorry", "a text that begins with 'Access denied'"),
+        (b'{"error": "not found"}', "a JSON file"),
+        (b"Access denied\nsorry", "a text file that begins with 'Access denied'"),
         (gzip.compress(b"x", mtime=0), "a gzip archive"),
         (b"\x89HDF\r\n\x1a\n" + bytes(9), "an HDF5 file"),
     ],
