@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import base
-
-INPUTS = ("adversarial", "clean")
+from lt_adv.methods.base import Array, Batch, Config, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,26 +33,16 @@ class SelfDistillation(base.Method):
     nothing.
     """
 
-    teacher_epochs: int = 30
-    balance: float = 0.5
-    distillation: float = 1.0
-    temperature: float = 1.0
-    teacher_input: str = "adversarial"
-    matching: float = 1.0
+    teacher_epochs: int = base.hyper_parameter(30, "[1, inf)")
+    balance: float = base.hyper_parameter(0.5, "(0, 1]")
+    distillation: float = base.hyper_parameter(1.0, "[0, inf)")
+    temperature: float = base.hyper_parameter(1.0, "(0, inf)")
+    teacher_input: str = base.hyper_parameter("adversarial", choices=("adversarial", "clean"))
+    matching: float = base.hyper_parameter(1.0, "[0, inf)")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.teacher_input not in INPUTS:
-            choices = ", ".join(INPUTS)
-            raise ValueError(f"config.method.teacher_input must be one of {choices}, not {self.teacher_input!r}.")
-        if self.teacher_epochs < 1:
-            raise ValueError(f"config.method.teacher_epochs must be at least 1, not {self.teacher_epochs}.")
-        if not 0 < self.balance <= 1:
-            raise ValueError(f"config.method.balance must be in (0, 1], not {self.balance}.")
-        if not self.temperature > 0:
-            raise ValueError(f"config.method.temperature must be positive, not {self.temperature}.")
-
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
         if net.teacher is None:
@@ -72,7 +61,7 @@ class SelfDistillation(base.Method):
             value += self.matching * metrics["loss_matching"]
         return base.LossOutput(value, logits, metrics)
 
-    def stages(self, config):
+    def stages(self, config: Config) -> tuple[base.Stage, ...]:
         optim = config.optim
         ratio = self.teacher_epochs / optim.epochs
         overrides = {

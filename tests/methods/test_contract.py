@@ -15,6 +15,17 @@ from tests.training.helpers import assert_same, frozen_teacher, run
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+def invalid_values(field):
+    """Values that `base.hyper_parameter` does not allow."""
+    if field.metadata.get("choices"):
+        return ["nonsense"]
+    if not field.metadata.get("interval"):
+        return []
+    kind = type(field.metadata["paper"])
+    low, high = (float(end) for end in field.metadata["interval"][1:-1].split(","))
+    return [kind(low) - 1, *([high + 1] if np.isfinite(high) else []), *([np.nan] if kind is float else [])]
+
+
 def stages():
     config = common.get("digits", epochs=200, drop_epochs=(150,), of=200)  # more epochs than any first stage takes
     config.init_from = "a finished run"  # checked only when a run is built
@@ -57,6 +68,15 @@ def test_hyper_parameters_are_fields(one_device):
         dataclasses.replace(method, fidelity=fidelity)
     with pytest.raises(ValueError, match="fidelity"):
         dataclasses.replace(method, fidelity="exact")
+
+
+@pytest.mark.parametrize("name", methods.names())
+def test_values_out_of_range_are_refused(name):
+    for field in dataclasses.fields(methods.method_class(name)):
+        for value in invalid_values(field):
+            with pytest.raises(ValueError, match=rf"config\.method\.{field.name} .*{value}") as caught:
+                methods.create({"name": name, field.name: value})
+            assert "\n" not in str(caught.value)
 
 
 def test_unknown_names():
