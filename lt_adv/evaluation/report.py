@@ -167,8 +167,8 @@ def masking_section(summary: Summary) -> list[str]:
         "Gradient masking (obfuscated gradients; Athalye et al., ICML 2018) makes gradient attacks fail although "
         f"adversarial examples exist. Accuracies in per cent, of both networks on the same {protocol['images']} images "
         f"with radius {format_length(protocol['eps'])}. Baseline: the run in {comparison['baseline_run']}. Worst case: "
-        "here also over PGD on rescaled logits. A difference counts where the mean of the paired differences is more "
-        "than three standard errors above zero.",
+        "here also over PGD on rescaled logits. A difference is significant if the mean of the paired differences is "
+        "more than three standard errors above zero.",
         "",
     ]
 

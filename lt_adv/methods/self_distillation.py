@@ -16,7 +16,7 @@ class SelfDistillation(base.Method):
       min_theta E CE(z(x_adv) + log n, y) + distillation t^2 KL(softmax(z_T / t) || softmax(z(x_adv) / t))
                 + matching KL(softmax(z_T(x + d) - z_T(x - d)) || softmax(z(x + d) - z(x - d))),   d = x_adv - x.
 
-    z_T are the logits of the frozen teacher in evaluation mode, of x_adv or x as `teacher_input` says. The last term is
+    z_T are the logits of the frozen teacher in evaluation mode, of x_adv or x (`teacher_input`). The last term is
     indirect gradient matching; x - d may leave [0, 1] and also updates the running statistics. Inner maximization in
     both stages: PGD on the cross-entropy of z, evaluation mode. The student starts from a fresh initialization.
 
@@ -26,11 +26,11 @@ class SelfDistillation(base.Method):
     third party's sampler). Drops of the learning rate and the start of weight averaging are at the same fractions of
     both stages.
 
-    Known [paper, third parties]: a balanced self-teacher, equal counts, a short first stage, balanced softmax and
-    distillation in the second; reviewers name indirect gradient matching (Lee et al., ICLR 2025). Not available, so
-    ours: distillation, temperature, teacher_input and matching, chosen on a validation split with a small network
-    (docs/results.md, Ablations), and the loss of the teacher. No released code was available: `fidelity` changes
-    nothing.
+    From the paper and third parties: a balanced self-teacher, equal counts, a short first stage, balanced softmax and
+    distillation in the second; the reviews mention indirect gradient matching (Lee et al., ICLR 2025). Our choices, as
+    no source was available: distillation, temperature, teacher_input and matching, selected on a validation split with
+    a small network (docs/results.md, Ablations), and the loss of the teacher. There is no released code, so `fidelity`
+    changes nothing.
     """
 
     teacher_epochs: int = base.hyper_parameter(30, "[1, inf)")
@@ -55,8 +55,8 @@ class SelfDistillation(base.Method):
         value += self.distillation * metrics["loss_distillation"]
         if self.matching:
             opposite = 2 * batch.image - x_adv
-            at_x_adv = teacher_logits if self.teacher_input == "adversarial" else net.teacher(x_adv)[0]
-            target = at_x_adv - net.teacher(opposite)[0]
+            teacher_adv = teacher_logits if self.teacher_input == "adversarial" else net.teacher(x_adv)[0]
+            target = teacher_adv - net.teacher(opposite)[0]
             metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net(opposite, train=True)[0], target))
             value += self.matching * metrics["loss_matching"]
         return base.LossOutput(value, logits, metrics)

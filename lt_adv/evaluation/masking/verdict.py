@@ -259,9 +259,9 @@ def _rejected_gain(rejected: Sequence[Gain]) -> str:
         for row in rejected
     )
     row = rejected[0]
-    where = f"in the {row['group']} " if row["group"] else ""
+    subset = f"in the {row['group']} " if row["group"] else ""
     return (
-        f"Most of the gain {where}over the baseline vanishes in the worst case: {accuracies}; worst case "
+        f"Most of the gain {subset}over the baseline vanishes in the worst case: {accuracies}; worst case "
         f"{_percent(row['worst'])} against {_percent(row['baseline_worst'])} ({100 * row['left']:+.1f} points, noise "
         f"{100 * row['left_noise']:.1f}). Strongest single attack: {_attack_name(row['strongest'])} "
         f"({_percent(row['strongest_accuracy'])})."

@@ -16,9 +16,9 @@ def class_radii(class_counts: np.ndarray, alpha: float) -> np.ndarray:
     K_c = n_max / n_c. The mean over training images is 1. With equal counts every radius is 1.
     """
     n = np.asarray(class_counts, np.float64)
-    depth = np.sqrt(np.log(n.max() / n))
-    mean = np.sum(n / n.sum() * depth)
-    return (1 - alpha) + alpha * (depth / mean if mean > 0 else np.ones_like(n))
+    root = np.sqrt(np.log(n.max() / n))
+    mean = np.sum(n / n.sum() * root)
+    return (1 - alpha) + alpha * (root / mean if mean > 0 else np.ones_like(n))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,9 +26,9 @@ class RobustLT(base.AddOn):
     """The inner method with eps_c = w (1 - alpha) eps + w alpha eps sqrt(log K_c) / sum_k pi_k sqrt(log K_k).
 
     K_c = n_max / n_c: rare classes get the larger radius, its mean over training images is w eps. w = min((t - 1) /
-    (warmup T), 1) in epoch t = 1 .. T of the stage, so the first epoch is without attack; warmup = 0 is none. The step
-    size scales as the radius does. alpha and warmup in the paper: 0.3 and 0.8 (1.0 on TAET) for CIFAR-10-LT, 0.4 and
-    0.6 for CIFAR-100-LT and Tiny-ImageNet-LT.
+    (warmup T), 1) in epoch t = 1 .. T of the stage, so the first epoch is without attack; warmup = 0 turns it off.
+    The step size scales as the radius does. alpha and warmup in the paper: 0.3 and 0.8 (1.0 on TAET) for CIFAR-10-LT,
+    0.4 and 0.6 for CIFAR-100-LT and Tiny-ImageNet-LT.
 
     As in the released code, the attack starts at x + U(-eps, eps) with the common radius, clipped to [0, 1], whatever
     the `start` of the inner method. Every forward of its `perturb` normalizes by the statistics of the batch and does
