@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple, NotRequired, TypedDict
 
 import jax
+import numpy as np
 import rich.console
 from etils import epath
 from jax.sharding import Mesh
@@ -150,7 +151,7 @@ def stored_diagnostics(
         jax.random.key(seed, impl="threefry2x32"),
         network.apply,
         network.variables,
-        images.image,
+        np.asarray(images.image),
         images.label,
         transfer=(baseline.apply, baseline.variables),
         mesh=mesh,
