@@ -15,6 +15,7 @@ Speed is recorded in benchmark/<name>.json by `experiments.benchmark`, fault inj
 
 import argparse
 import ast
+import dataclasses
 import json
 import re
 import sys
@@ -29,10 +30,12 @@ from experiments.study import tables as study_tables
 from experiments.study.rows import ROWS
 from experiments.study.summary import network, spread
 from experiments.study.tables import GROUPS
+from lt_adv import methods
 from lt_adv.cli import entries
 from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import WORST
 from lt_adv.evaluation.report import table
+from lt_adv.methods import addons
 
 ROOT = Path(__file__).parents[1]
 CONFIGS, RESULTS = ROOT / "configs", ROOT / "experiments" / "results"
@@ -89,6 +92,24 @@ def index(configs: Path = CONFIGS) -> str:
         expected = "–" if claim["Expected"] == NO_NUMBER else claim["Expected"]
         rows.append([f"[`{path.stem}`](configs/{path.name})", claim["title"], claim["Paper"], expected])
     return table(["Config", "Method", "Paper", "Published or re-run"], rows, left=4)
+
+
+def hyper_parameters() -> str:
+    """A row per hyper-parameter of a method or an add-on: its default and the values that are allowed."""
+    shared = {field.name for field in dataclasses.fields(methods.Method)} | {"inner"}
+    classes = {name: methods.method_class(name) for name in methods.names()}
+    classes |= {name: methods.method_class(name, addons.__name__) for name in addons.names()}
+    rows = []
+    for name, cls in classes.items():
+        for field in (field for field in dataclasses.fields(cls) if field.name not in shared):
+            rule = {"paper": field.default, "released_code": field.default, "interval": "", "choices": ()}
+            rule |= field.metadata
+            default = f"`{rule['paper']}`"
+            if rule["released_code"] != rule["paper"]:
+                default += f"; `{rule['released_code']}` under `released_code`"
+            allowed = rule["interval"] or ", ".join(f"`{choice}`" for choice in rule["choices"])
+            rows.append([f"`{name}`", f"`{field.name}`", default, allowed])
+    return table(["Method or add-on", "Hyper-parameter", "Default", "Range"], rows, left=4)
 
 
 def config_files(configs: Path = CONFIGS) -> list[Path]:
@@ -265,6 +286,7 @@ SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
     "index": index,
+    "hyper_parameters": hyper_parameters,
     "measured": measured,
     "configuration": configuration,
     "jpeg_rows": jpeg_rows,
@@ -276,7 +298,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
 }
 PAGES: Mapping[str, tuple[str, ...]] = {
     "README.md": ("headline",),
-    "docs/methods.md": ("index", "measured"),
+    "docs/methods.md": ("index", "hyper_parameters", "measured"),
     "docs/configuration.md": ("configuration",),
     "docs/results.md": ("jpeg_rows", "study", "ablation"),
     "docs/performance.md": (*SPEED, "precision"),

@@ -41,8 +41,8 @@ def test_every_command_of_the_page_runs(copy):
         outputs.append(result.stdout)
     report = json.loads((copy / "workdirs/hard_classes-dataset=digits-epochs=2/report.json").read_text())
     assert report["header"]["method"] == "hard_classes (gamma 1)" and report["metrics"]["eval/clean/accuracy"] > 0.2
-    # The test of the page, and four contract tests: pmap, shard_map, finite, fields.
-    assert re.search(r"^5 passed", outputs[-1], re.MULTILINE), outputs[-1]
+    # The test of the page, and the contract tests: pmap, shard_map, finite, fields, two values of gamma out of range.
+    assert re.search(r"^7 passed", outputs[-1], re.MULTILINE), outputs[-1]
 
 
 def test_links_exist_and_every_function_of_a_method_is_listed():

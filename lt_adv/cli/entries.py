@@ -30,17 +30,10 @@ class Rule:
 
 
 def number(interval: str, hint: str = "", kind: type = float) -> Rule:
-    """Returns the rule for a number in an interval such as "(0, 1]". NaN is in no interval."""
-    low, high = (float(end) for end in interval[1:-1].split(","))
+    """Returns the rule for a number in an interval such as "(0, 1]"."""
 
     def check(path: str, value: Any) -> None:
-        if isinstance(value, (int, kind)) and not isinstance(value, bool):
-            above = value > low if interval[0] == "(" else value >= low
-            below = value < high if interval[-1] == ")" else value <= high
-            if above and below:
-                return
-        name = "a whole number" if kind is int else "a number"
-        raise ValueError(f"{path} must be {name} in {interval}, not {value!r}{': ' if hint else ''}{hint}.")
+        registry.check_number(path, value, interval, kind, hint)
 
     return Rule(f"{kind.__name__} in {interval}", kind, check)
 

@@ -3,7 +3,6 @@
 import functools
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -12,9 +11,11 @@ import rich.console
 from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from lt_adv import data
 from lt_adv.attacks import autoattack, checks, initialization, objectives
 from lt_adv.evaluation import attack_specs, progress, records
-from lt_adv.evaluation.records import CLEAN, WORST, Records
+from lt_adv.evaluation.attack_specs import Apply, AttackSpec, Variables
+from lt_adv.evaluation.records import CLEAN, WORST, Columns, Examples, Header, Records
 from lt_adv.runtime import distributed
 
 EXAMPLES = 10  # columns of the report's grid of images
@@ -39,14 +40,17 @@ def balanced_subset(label: np.ndarray, per_class: int, seed: int = 0) -> np.ndar
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 
+Measured = tuple[jax.Array, tuple[jax.Array, jax.Array]]  # predictions [b], (distances [b], excesses [b])
+
+
 @functools.lru_cache(maxsize=64)
-def _predict_and_measure(apply: Callable, norm: str, mesh: Mesh) -> Callable:
+def _predict_and_measure(apply: Apply, norm: str, mesh: Mesh) -> Callable[[Variables, jax.Array, jax.Array], Measured]:
     """Returns jitted (variables, x, x_adv) -> (predictions [b], (distances from x [b], excesses over [0, 1] [b])).
 
     The maximum over images is taken on the host: a maximum across devices loses NaNs.
     """
 
-    def predict_and_measure(variables, x, x_adv):
+    def predict_and_measure(variables: Variables, x: jax.Array, x_adv: jax.Array) -> Measured:
         logits = apply(variables, x_adv)
         delta = (x_adv - x).reshape(len(x), -1)
         distance = jnp.abs(delta).max(-1) if norm == "linf" else jnp.linalg.norm(delta, axis=-1)
@@ -66,9 +70,9 @@ def _pixels(image: jax.Array) -> jax.Array:
     return image.astype(jnp.float32) / 255.0
 
 
-def _check(name: str, options: Mapping[str, Any], distance: np.ndarray, excess: np.ndarray) -> None:
+def _check_bounds(name: str, options: AttackSpec, distances: np.ndarray, excesses: np.ndarray) -> None:
     """Raises ValueError unless every image lies in the ball and in [0, 1]; a NaN raises too."""
-    distance, excess = distance.max(), excess.max()
+    distance, excess = distances.max(), excesses.max()
     eps = options.get("eps", 0.0)
     # A sum over pixels accumulates the float32 rounding of each.
     tolerance = TOLERANCE if options.get("norm", "linf") == "linf" else 10 * TOLERANCE
@@ -81,7 +85,7 @@ def _check(name: str, options: Mapping[str, Any], distance: np.ndarray, excess: 
 class _Runner:
     """Runs the network and its attacks on the devices of a mesh, one padded batch at a time."""
 
-    def __init__(self, key, apply, variables, mesh: Mesh) -> None:
+    def __init__(self, key: jax.Array, apply: Apply, variables: Variables, mesh: Mesh) -> None:
         self.host_arguments = (initialization.threefry(key), apply, variables)
         self.apply, self.mesh = apply, mesh
         self.shard = NamedSharding(mesh, PartitionSpec("data"))
@@ -93,7 +97,7 @@ class _Runner:
         rows = np.concatenate([rows, np.broadcast_to(rows[:1], (size - len(rows), *rows.shape[1:]))])
         return distributed.device_put(rows, self.shard)
 
-    def batch(self, split: Any, rows: slice | np.ndarray, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    def batch(self, split: data.Split, rows: slice | np.ndarray, size: int) -> tuple[jax.Array, jax.Array, jax.Array]:
         """Returns (x, y, index) of rows of the split, padded to `size` rounded up to a multiple of the devices."""
         size = -(-size // self.mesh.size) * self.mesh.size
         columns = (np.asarray(split.image[rows]), split.label[rows].astype(np.int32), split.index[rows])
@@ -102,33 +106,33 @@ class _Runner:
         )
         return _pixels(image), label, index
 
-    def attack(self, name: str, spec: Mapping[str, Any], x, y, index) -> jax.Array:
+    def attack(self, name: str, spec: AttackSpec, x: jax.Array, y: jax.Array, index: jax.Array) -> jax.Array:
         """Returns x_adv. The key of an image is fold_in(fold_in(key, crc32(name)), index), in any batch."""
         return attack_specs.jit_attack(self.apply, spec)(self.keys(name, index), self.variables, x, y)
 
-    def keys(self, name: str, index) -> jax.Array:
+    def keys(self, name: str, index: jax.Array | np.ndarray) -> jax.Array:
         """Returns one key per image, for one attack."""
         return _example_keys(self.key, np.uint32(zlib.crc32(name.encode())), index)
 
-    def predict(self, name: str, options: Mapping[str, Any], x, x_adv, images: int) -> np.ndarray:
+    def predict(self, name: str, options: AttackSpec, x: jax.Array, x_adv: jax.Array, images: int) -> np.ndarray:
         """Returns predictions on the first `images` of x_adv, after the radius check; the rest is padding."""
         predict_and_measure = _predict_and_measure(self.apply, options.get("norm", "linf"), self.mesh)
         results = predict_and_measure(self.variables, x, x_adv)
         prediction, measures = jax.tree.map(lambda column: np.asarray(column)[:images], results)
-        _check(name, options, *measures)
+        _check_bounds(name, options, *measures)
         return prediction
 
 
 def evaluate(
     key: jax.Array,
-    apply: Callable[[Any, jax.Array], jax.Array],
-    variables: Any,
-    split: Any,
+    apply: Apply,
+    variables: Variables,
+    split: data.Split,
     *,
-    attacks: Mapping[str, Mapping[str, Any]],
+    attacks: Mapping[str, AttackSpec],
     batch_size: int,
     directory: epath.PathLike | None,
-    header: Mapping[str, Any],
+    header: Header,
     mesh: Mesh,
     class_names: Sequence[str],
     console: rich.console.Console | None = None,
@@ -177,47 +181,65 @@ def evaluate(
     )
     options = {name: attack_specs.resolve(spec)[1] for name, spec in attacks.items()}
     batched = [name for name, spec in attacks.items() if not attack_specs.needs_all_images(spec)]
-    work = {CLEAN: 1} | {name: 1 + options[name].get("num_steps", 1) for name in batched}
-    where = None if directory is None else records.record_directory(directory, header)
+    passes = {CLEAN: 1} | {name: 1 + options[name].get("num_steps", 1) for name in batched}  # per image
+    record_dir = None if directory is None else records.record_directory(directory, header)
     batch_slices = [slice(i, min(i + batch_size, len(split.label))) for i in range(0, len(split.label), batch_size)]
-    batches = {} if where is None else _read_batches(where, header, split, batch_slices, batched, console)
+    batches = {} if record_dir is None else _read_batches(record_dir, header, split, batch_slices, batched, console)
     runner = _Runner(key, apply, variables, mesh)
     done = sum(len(batch["index"]) for batch in batches.values())
-    with progress.meter(console, work, len(split.label), done) as meter:
+    with progress.meter(console, passes, len(split.label), done) as meter:
         for number, rows in enumerate(batch_slices):
             if number in batches:
                 continue
             x, y, index = runner.batch(split, rows, batch_size)
             label = np.asarray(split.label[rows], np.int32)
-            columns = {"index": np.asarray(split.index[rows], np.int64), "label": label}
+            columns: dict[str, np.ndarray] = {"index": np.asarray(split.index[rows], np.int64), "label": label}
             for name in (CLEAN, *batched):
                 x_adv = x if name == CLEAN else runner.attack(name, attacks[name], x, y, index)
                 prediction = runner.predict(name, options.get(name, {}), x, x_adv, len(label))
                 if number == 0 and name == CLEAN and (prediction < 0).all():
                     raise ValueError(f"clean: the logits of {len(label)} images are not finite; check the weights.")
                 columns[CLEAN if name == CLEAN else f"attack/{name}"] = prediction
-                meter.count(name, int((prediction == label).sum()), len(label), work[name])
-            if where is not None and distributed.is_primary():
-                records.write_batch(where, number, columns)
+                meter.count(name, int((prediction == label).sum()), len(label), passes[name])
+            if record_dir is not None and distributed.is_primary():
+                records.write_batch(record_dir, number, columns)
             batches[number] = columns
-    columns, notes = {}, {}
+    full_columns: dict[str, np.ndarray] = {}
+    notes: dict[str, tuple[str, ...]] = {}
     for name in (name for name in attacks if name not in batched):
-        columns[name], notes[name] = _full_column(runner, name, attacks[name], split, batch_size, where, console)
-    return records.assemble(header, [batches[number] for number in range(len(batch_slices))], columns, notes)
+        full_columns[name], notes[name] = _full_column(
+            runner, name, attacks[name], split, batch_size, record_dir, console
+        )
+    return records.assemble(header, [batches[number] for number in range(len(batch_slices))], full_columns, notes)
+
+
+def _read_full_column(
+    record_dir: epath.Path | None, name: str, console: rich.console.Console
+) -> tuple[np.ndarray, tuple[str, ...]] | None:
+    """Returns predictions and notes on disk; None where they are missing, or damaged, which prints a warning."""
+    if record_dir is None:
+        return None
+    try:
+        column = records.read_column(record_dir, name)
+    except ValueError as error:
+        console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
+        return None
+    return None if column is None else (column, records.read_notes(record_dir, name))
 
 
 def _full_column(
-    runner: _Runner, name: str, spec: Mapping[str, Any], split: Any, batch_size: int, where: epath.Path | None, console
+    runner: _Runner,
+    name: str,
+    spec: AttackSpec,
+    split: data.Split,
+    batch_size: int,
+    record_dir: epath.Path | None,
+    console: rich.console.Console,
 ) -> tuple[np.ndarray, tuple[str, ...]]:
     """Returns predictions and notes of an attack that runs on all images at once, AutoAttack."""
-    column = None
-    if where is not None:
-        try:
-            column = records.read_column(where, name)
-        except ValueError as error:
-            console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
-    if distributed.all_true(column is not None):
-        return column, records.read_notes(where, name)
+    stored = _read_full_column(record_dir, name, console)
+    if distributed.all_true(stored is not None) and stored:
+        return stored
     options = attack_specs.resolve(spec)[1]
     batch_slices = [slice(i, i + batch_size) for i in range(0, len(split.label), batch_size)]
     x = np.concatenate([np.asarray(_pixels(np.asarray(split.image[rows]))) for rows in batch_slices])
@@ -231,7 +253,7 @@ def _full_column(
         split.label[local],
         **options,
         batch_size=batch_size // jax.process_count() or 1,
-        resume=where and where / name / journal,
+        resume=record_dir and record_dir / name / journal,
         progress=lambda line: console.print(f"{name}   {line}", highlight=False, soft_wrap=True),
         devices=list(local_runner.mesh.devices.flat),
     )
@@ -243,24 +265,24 @@ def _full_column(
         x_adv = runner.pad_and_shard(x_adv_all[rows], -(-batch_size // runner.mesh.size) * runner.mesh.size)
         images = len(split.label[rows])
         runner.predict(name, options, runner.pad_and_shard(x[rows], len(x_adv)), x_adv, images)
-    if where is not None and distributed.is_primary():
-        records.write_column(where, name, prediction, notes)
-        (where / name).rmtree()
+    if record_dir is not None and distributed.is_primary():
+        records.write_column(record_dir, name, prediction, notes)
+        (record_dir / name).rmtree()
     return prediction, notes
 
 
 def examples(
     key: jax.Array,
-    apply: Callable[[Any, jax.Array], jax.Array],
-    variables: Any,
-    split: Any,
+    apply: Apply,
+    variables: Variables,
+    split: data.Split,
     results: Records,
     *,
     attack: str,
-    spec: Mapping[str, Any],
+    spec: AttackSpec,
     class_counts: Sequence[int],
     mesh: Mesh,
-) -> dict[str, Any]:
+) -> Examples:
     """Returns clean and adversarial images for the report's grid, from the most to the least frequent class.
 
     Up to `EXAMPLES` classes, evenly spaced by rank. Each is shown by its first image that is correct without and wrong
@@ -288,24 +310,29 @@ def examples(
 
 
 def _read_batches(
-    where: epath.Path, header, split, batch_slices: list[slice], batched: list[str], console
-) -> dict[int, dict[str, np.ndarray]]:
+    record_dir: epath.Path,
+    header: Header,
+    split: data.Split,
+    batch_slices: Sequence[slice],
+    batched: Sequence[str],
+    console: rich.console.Console,
+) -> dict[int, Columns]:
     """Returns the batches on disk by number; a damaged one is left out with a warning."""
     try:
-        stored = records.read_header(where)
+        stored = records.read_header(record_dir)
     except ValueError as error:
         console.print(f"warning: {error} It is written again.", highlight=False, soft_wrap=True)
         stored = None
     if stored not in (None, header):
-        raise ValueError(f"{where} holds records under another header (edited by hand?); move it away.")
+        raise ValueError(f"{record_dir} holds records under another header (edited by hand?); move it away.")
     if stored is None and distributed.is_primary():
-        records.write_header(where, header)
-    batches = {}
+        records.write_header(record_dir, header)
+    batches: dict[int, Columns] = {}
     for number, rows in enumerate(batch_slices):
         try:
-            batch = records.read_batch(where, number)
+            batch = records.read_batch(record_dir, number)
             if batch is not None:
-                batches[number] = _validated(batch, batched, split, rows, records.batch_path(where, number))
+                batches[number] = _validated(batch, batched, split, rows, records.batch_path(record_dir, number))
         except ValueError as error:
             console.print(f"warning: {error} It is computed again.", highlight=False, soft_wrap=True)
     # A shared file may be visible to one process before another.
@@ -313,7 +340,7 @@ def _read_batches(
     return {number: batches[number] for number in np.flatnonzero(complete).tolist()}
 
 
-def _validated(batch, batched: list[str], split, rows: slice, path: epath.Path) -> dict[str, np.ndarray]:
+def _validated(batch: Columns, batched: Sequence[str], split: data.Split, rows: slice, path: epath.Path) -> Columns:
     """Returns the batch, or raises ValueError where its columns or images are not those expected."""
     label, index = split.label[rows], split.index[rows]
     names = {"index", "label", CLEAN, *(f"attack/{name}" for name in batched)}

@@ -10,18 +10,24 @@ from typing import Any
 import jax
 import numpy as np
 
-from lt_adv import attacks
+from lt_adv import attacks, data
 from lt_adv.attacks._autoattack import VERSIONS, attacks_of
 from lt_adv.data.dataset import check_labels
 from lt_adv.evaluation import records
+from lt_adv.evaluation.records import Header
 from lt_adv.runtime import registry
+
+Variables = Any  # pytree of arrays
+Apply = Callable[[Variables, jax.Array], jax.Array]  # (variables, x [b, h, w, c] in [0, 1]) -> logits [b, classes]
+Attack = Callable[[jax.Array, Variables, jax.Array, jax.Array], jax.Array]  # (keys, variables, x, y) -> x_adv
+AttackSpec = Mapping[str, Any]  # {"attack": "pgd", "eps": ..., **options}, an entry of config.eval.attacks
 
 NAMES = ("fgsm", "pgd", "mim", "cw", "autoattack")
 # Arguments of attacks that the evaluation sets.
 NOT_OPTIONS = ("x_init", "bounds", "batch_size", "num_queries", "resume", "progress", "devices")
 
 
-def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+def resolve(spec: AttackSpec) -> tuple[str, dict[str, Any]]:
     """Returns the attack's name and its options with defaults, from `{"attack": "pgd", "eps": ..., ...}`.
 
     `logit_scale` s attacks CE(s z); LSA is PGD-20 with s = 10. An option that is None gets its default.
@@ -58,7 +64,7 @@ def resolve(spec: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return name, options
 
 
-def _check_version(version: Any) -> None:
+def _check_version(version: object) -> None:
     if not isinstance(version, (str, tuple, list)) or isinstance(version, str) and version not in VERSIONS:
         raise registry.unknown("version of autoattack", version, set(VERSIONS) - {"rand"})
     if attacks_of(version) == attacks_of("rand"):
@@ -68,13 +74,13 @@ def _check_version(version: Any) -> None:
         )
 
 
-def needs_all_images(spec: Mapping[str, Any]) -> bool:
+def needs_all_images(spec: AttackSpec) -> bool:
     """Whether the attack runs on all images at once instead of batch by batch, as AutoAttack does."""
     return resolve(spec)[0] == "autoattack"
 
 
 @functools.lru_cache(maxsize=64)
-def _cached_jit(apply: Callable, name: str, options: tuple[tuple[str, Any], ...]) -> Callable:
+def _cached_jit(apply: Apply, name: str, options: tuple[tuple[str, Any], ...]) -> Attack:
     keywords = dict(options)
     scale = keywords.pop("logit_scale", 1.0)
     if scale != 1.0:
@@ -82,13 +88,13 @@ def _cached_jit(apply: Callable, name: str, options: tuple[tuple[str, Any], ...]
     return attacks.jit(getattr(attacks, name), apply, **keywords)
 
 
-def jit_attack(apply: Callable, spec: Mapping[str, Any]) -> Callable:
+def jit_attack(apply: Apply, spec: AttackSpec) -> Attack:
     """Returns the jitted attack `f(key, variables, x, y) -> x_adv`, cached by `apply` and options."""
     name, options = resolve(spec)
     return _cached_jit(apply, name, tuple(sorted(options.items())))
 
 
-def describe(spec: Mapping[str, Any]) -> dict[str, Any]:
+def describe(spec: AttackSpec) -> dict[str, Any]:
     """Returns the header entry of an attack: every option; radius and step also in /255 (0.031 is not 8/255)."""
     name, options = resolve(spec)
     # Twelve digits hide the rounding of the product (0.03 * 255 = 7.6499999999999995); eps itself stays exact.
@@ -96,7 +102,7 @@ def describe(spec: Mapping[str, Any]) -> dict[str, Any]:
     return {"attack": name} | options | lengths
 
 
-def weights_digest(variables: Any) -> str:
+def weights_digest(variables: Variables) -> str:
     """Returns a digest of the names, types and bytes of all arrays."""
     sha256 = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
@@ -106,10 +112,11 @@ def weights_digest(variables: Any) -> str:
     return sha256.hexdigest()[:16]
 
 
-def split_digest(split: Any) -> str:
+def split_digest(split: data.Split) -> str:
     """Returns a digest of the images, labels and indices of a split."""
     sha256 = hashlib.sha256()
-    for column in (split.image, split.label, split.index):
+    columns: tuple[Any, ...] = (split.image, split.label, split.index)
+    for column in columns:
         if not isinstance(column, np.ndarray):  # images that are not yet decoded
             sha256.update(column.digest.encode())
             continue
@@ -118,20 +125,20 @@ def split_digest(split: Any) -> str:
 
 
 def make_header(
-    entries: Mapping[str, Any],
+    entries: Header,
     *,
     key: jax.Array,
-    variables: Any,
-    split: Any,
-    specs: Mapping[str, Mapping[str, Any]],
+    variables: Variables,
+    split: data.Split,
+    specs: Mapping[str, AttackSpec],
     batch_size: int,
     devices: list[jax.Device],
     class_names: tuple[str, ...],
 ) -> dict[str, Any]:
     """Returns the header of the records: the caller's `entries` and those computed here.
 
-    It must not hold what changes between two starts of the same evaluation, such as a time: each header has a record
-    directory of its own.
+    An entry must not change between two starts of the same evaluation, as a time would: the records of another header
+    are in another directory.
 
     Raises:
       ValueError: for labels that are not classes, and for `entries` that are computed here.

@@ -9,9 +9,9 @@ import numpy as np
 from lt_adv.data import longtail
 from lt_adv.evaluation.records import CLEAN, WORST, Records, as_json
 
+Summary = dict[str, Any]  # the content of report.json, from `summarise` and `report.write_report`
+
 CHANCE_SIGMAS = 3.0  # a balanced accuracy within this many standard errors of 1/C counts as chance level
-
-
 TITLES = {CLEAN: "Clean", WORST: "Worst case", "autoattack": "AutoAttack"}
 
 
@@ -54,7 +54,7 @@ def balanced_accuracy(records: Records, condition: str) -> float:
     return float(np.nanmean(class_accuracy(records, condition)))
 
 
-def error_decomposition(records: Records, classes: Sequence[int] | None = None) -> dict[str, Any]:
+def error_decomposition(records: Records, classes: Sequence[int] | None = None) -> dict[str, float | None]:
     """Returns counts and shares of natural, boundary and robust error over all or some classes.
 
     natural: wrong on the clean image; boundary: correct on the clean image and wrong under an attack; robust: wrong in
@@ -83,15 +83,16 @@ def compute_metrics(records: Records, groups: Mapping[str, Sequence[int]]) -> di
         metrics[f"eval/{condition}/balanced_accuracy"] = balanced_accuracy(records, condition)
         for group, classes in groups.items():
             metrics[f"eval/{condition}/accuracy_{group}"] = accuracy(records, condition, classes)
-    for suffix, classes in {"": None, **{f"_{group}": ids for group, ids in groups.items()}}.items():
-        errors = error_decomposition(records, classes)
+    subsets: dict[str, Sequence[int] | None] = {"": None, **{f"_{group}": ids for group, ids in groups.items()}}
+    for suffix, subset in subsets.items():
+        errors = error_decomposition(records, subset)
         for name in ("natural_error", "boundary_error", "robust_error"):
             metrics[f"eval/{name}{suffix}"] = errors[name]
     return metrics
 
 
 def find_warnings(records: Records) -> list[str]:
-    """Returns sentences on results that look wrong: chance level, NaN logits, classes never predicted, idle attacks."""
+    """Returns sentences on suspicious results: chance level, NaN logits, unpredicted classes, ineffective attacks."""
     lines = []
     present = records.images_per_class[records.images_per_class > 0]
     chance = 1 / records.num_classes
@@ -105,16 +106,16 @@ def find_warnings(records: Records) -> list[str]:
                 f"(1/{records.num_classes} plus {CHANCE_SIGMAS:g} standard errors = {100 * threshold:.2f} %)."
             )
     for condition in (CLEAN, *records.attacks):
-        if undefined := int((records.prediction(condition) < 0).sum()):
-            lines.append(f"{condition}: the logits of {undefined} images are not finite: they count as wrong.")
+        if not_finite := int((records.prediction(condition) < 0).sum()):
+            lines.append(f"{condition}: the logits of {not_finite} images are not finite: they count as wrong.")
     lines += [f"{name}: {note}" for name, notes in records.notes.items() for note in notes]
     predicted = np.bincount(records.clean[records.clean >= 0], minlength=records.num_classes)
-    never = [records.class_names[c] for c in np.flatnonzero((predicted == 0) & (records.images_per_class > 0))]
-    if never:
-        more = f" and {len(never) - 10} more" if len(never) > 10 else ""
+    unpredicted = [records.class_names[c] for c in np.flatnonzero((predicted == 0) & (records.images_per_class > 0))]
+    if unpredicted:
+        more = f" and {len(unpredicted) - 10} more" if len(unpredicted) > 10 else ""
         lines.append(
-            f"clean: {len(never)} of {records.num_classes} classes are never predicted on {len(records)} images: "
-            f"{', '.join(map(printable, never[:10]))}{more}."
+            f"clean: {len(unpredicted)} of {records.num_classes} classes are never predicted on {len(records)} images: "
+            f"{', '.join(map(printable, unpredicted[:10]))}{more}."
         )
     for name in records.attacks:
         if records.correct(CLEAN).any() and np.array_equal(records.clean, records.attacks[name]):
@@ -122,7 +123,7 @@ def find_warnings(records: Records) -> list[str]:
     return lines
 
 
-def summarise(records: Records, class_counts: Sequence[int], definition: str = "thirds") -> dict[str, Any]:
+def summarise(records: Records, class_counts: Sequence[int], definition: str = "thirds") -> Summary:
     """Returns the content of a report as JSON: header, groups, metrics, decomposition, classes, warnings.
 
     Accuracies and errors are in [0, 1]. The accuracy of a group is the share of its images; on a balanced test set that
@@ -141,9 +142,7 @@ def summarise(records: Records, class_counts: Sequence[int], definition: str = "
             f"class_counts has {len(class_counts)} entries, the records have {records.num_classes} classes."
         )
     groups = {
-        name: np.asarray(ids, int)
-        for name, ids in longtail.groups(np.asarray(class_counts), definition).items()
-        if len(ids)
+        name: [int(c) for c in ids] for name, ids in longtail.groups(class_counts, definition).items() if len(ids)
     }
     by_class = {condition: class_accuracy(records, condition) for condition in records.conditions}
     classes = []
@@ -167,7 +166,10 @@ def summarise(records: Records, class_counts: Sequence[int], definition: str = "
                 **{name: [records.class_names[c] for c in ids] for name, ids in groups.items()},
             },
             "metrics": compute_metrics(records, groups),
-            "decomposition": {name: error_decomposition(records, ids) for name, ids in {"all": None, **groups}.items()},
+            "decomposition": {
+                "all": error_decomposition(records),
+                **{name: error_decomposition(records, ids) for name, ids in groups.items()},
+            },
             "classes": classes,
             "warnings": find_warnings(records),
         }

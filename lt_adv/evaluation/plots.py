@@ -5,23 +5,28 @@ import json
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
+from matplotlib.transforms import Transform
 
-from lt_adv.evaluation.metrics import printable, title
+from lt_adv.evaluation.metrics import Summary, printable, title
+from lt_adv.evaluation.records import Examples
 
-INK, SOFT, RULE = "#22303c", "#6b7a88", "#dfe4e8"
+INK, SOFT, RULE = "#22303c", "#6b7a88", "#dfe4e8"  # text, secondary text, grid lines
 LIGHT, MIDDLE, DARK, ACCENT = "#c3d1de", "#6d97bd", "#1e3a5c", "#c4553b"
 LINES = (DARK, MIDDLE, ACCENT, "#d29a3a", "#5f8a6b", "#8a6d9e", SOFT)
 PALE = "#9db0c2"  # LIGHT, darker, for text
 DPI = 150
 PER_ROW = 50  # classes side by side before their names become unreadable
+
+LoggedMetrics = Mapping[str, Any]  # a line of metrics.jsonl: step, epoch, stage, and values by name
 
 
 def png(figure: Figure) -> bytes:
@@ -38,7 +43,7 @@ def blank(width: float, height: float) -> Figure:
     return figure
 
 
-def style(axes: Axes, grid: str | None = "y") -> None:
+def style(axes: Axes, grid: Literal["x", "y"] | None = "y") -> None:
     """Sets spines, ticks and grid lines in the style of the report."""
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(RULE)
@@ -51,7 +56,8 @@ def style(axes: Axes, grid: str | None = "y") -> None:
 def headline(axes: Axes, text: str, words: Sequence[tuple[str, str]], pad: float = 8.0) -> None:
     """Sets a title, with a legend of coloured words (word, colour) at its right end."""
     axes.set_title(text, loc="left", fontsize=11, color=INK, fontweight="bold", pad=pad)
-    anchor, point, offset = axes.transAxes, (1.0, 1.0), (0.0, pad)
+    anchor: Transform | Artist = axes.transAxes
+    point, offset = (1.0, 1.0), (0.0, pad)
     for word, colour in reversed(words):  # each word stands left of the one before
         anchor = axes.annotate(
             word, point, xycoords=anchor, xytext=offset, textcoords="offset points", ha="right", va="bottom",
@@ -72,7 +78,7 @@ def main_attack(conditions: Sequence[str]) -> str | None:
     return "pgd20" if "pgd20" in attacks else next(iter(attacks), None)
 
 
-def accuracy_by_class(summary: Mapping[str, Any]) -> Figure:
+def accuracy_by_class(summary: Summary) -> Figure:
     """Draws clean, main-attack and worst-case accuracy of every class, above the number of its training images."""
     rows, attack = summary["classes"], main_attack(summary["conditions"])
     layers = [("clean", "clean", LIGHT, 0.86)]
@@ -83,15 +89,15 @@ def accuracy_by_class(summary: Mapping[str, Any]) -> Figure:
     figure = blank(min(14.0, 3.5 + 0.55 * per_line), 4.6 if lines == 1 else 3.5 * lines)
     grid = figure.subplots(2 * lines, 1, gridspec_kw={"height_ratios": [3, 1] * lines})
     counts = [row["class_count"] for row in rows]
-    # By position: class names need not be unique.
+    # A list and not a dict by name: class names need not be unique.
     groups = [group for group, names in summary["groups"].items() if group != "definition" for _ in names]
     for line in range(lines):
         part = rows[line * per_line : (line + 1) * per_line]
         part_groups = groups[line * per_line : (line + 1) * per_line]
-        upper, lower, place = grid[2 * line], grid[2 * line + 1], np.arange(len(part))
+        upper, lower, positions = grid[2 * line], grid[2 * line + 1], np.arange(len(part))
         for name, _, colour, width in layers:
             values = [np.nan if row["accuracy"][name] is None else 100 * row["accuracy"][name] for row in part]
-            upper.bar(place, values, width, color=colour)
+            upper.bar(positions, values, width, color=colour)
         if len(part) <= 12:
             _values(upper, part, [(name, colour) for name, _, colour, _ in layers])
         upper.set_ylim(0, 100)
@@ -100,7 +106,7 @@ def accuracy_by_class(summary: Mapping[str, Any]) -> Figure:
         upper.set_ylabel("accuracy in %", fontsize=8, color=SOFT)
         style(upper)
         _groups(upper, part_groups)
-        lower.plot(place, [row["class_count"] for row in part], color=SOFT, linewidth=0.8, marker="o", markersize=3)
+        lower.plot(positions, [row["class_count"] for row in part], color=SOFT, linewidth=0.8, marker="o", markersize=3)
         lower.set_yscale("log")
         lower.set_ylim(min(counts) / 2.5, max(counts) * (5 if per_line <= 20 else 2))
         lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
@@ -114,7 +120,7 @@ def accuracy_by_class(summary: Mapping[str, Any]) -> Figure:
                 )  # fmt: skip
         style(lower)
         crowded = per_line > 12 or max(len(row["name"]) for row in part) > 12
-        lower.set_xticks(place, [_shorten(row["name"]) for row in part], rotation=90 if crowded else 0)
+        lower.set_xticks(positions, [_shorten(row["name"]) for row in part], rotation=90 if crowded else 0)
         lower.tick_params(axis="x", labelsize=8 if per_line <= 30 else 6.5)
         for axes in (upper, lower):
             axes.set_xlim(-0.7, per_line - 0.3)
@@ -124,7 +130,7 @@ def accuracy_by_class(summary: Mapping[str, Any]) -> Figure:
 
 
 def _values(axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[tuple[str, str]]) -> None:
-    """Writes the value of each bar below its top, unless the next bar covers the place."""
+    """Writes the value of each bar below its top, unless the next bar covers that place."""
     for i, row in enumerate(rows):
         heights = [100 * (row["accuracy"][name] or 0.0) for name, _ in layers]
         for (_, colour), height, inner in zip(layers, heights, [*heights[1:], 0.0], strict=True):
@@ -142,7 +148,7 @@ def _groups(axes: Axes, groups: list[str]) -> None:
         axes.text((start + end - 1) / 2, 101.5, groups[start], ha="center", va="bottom", fontsize=8, color=SOFT)
 
 
-def robust_error(summary: Mapping[str, Any]) -> Figure:
+def robust_error(summary: Summary) -> Figure:
     """Draws natural and boundary error, stacked to the robust error, for all images and each group."""
     parts = summary["decomposition"]
     figure = blank(7.5, 1.3 + 0.5 * len(parts))
@@ -167,12 +173,12 @@ def robust_error(summary: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
+def read_metrics(path: epath.PathLike) -> list[LoggedMetrics]:
     """Returns the entries of a metrics.jsonl.
 
     Leaves out lines that are not JSON objects (cut off by a crash) or have an invalid step, epoch or stage.
     """
-    entries = []
+    entries: list[LoggedMetrics] = []
     for line in epath.Path(path).read_bytes().splitlines() if epath.Path(path).exists() else ():
         try:
             entry = json.loads(line)
@@ -183,18 +189,18 @@ def read_metrics(path: epath.PathLike) -> list[dict[str, Any]]:
     return entries
 
 
-def _has_position(entry: Mapping[str, Any]) -> bool:
+def _has_position(entry: LoggedMetrics) -> bool:
     """Whether step and epoch are numbers and the stage is a string, where present."""
     position = [entry.get(name, 0) for name in ("step", "epoch")]
     valid = all(isinstance(value, int | float) and abs(value) < 1e15 for value in position)  # False for NaN
     return valid and isinstance(entry.get("stage", ""), str)
 
 
-def _times(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], str]:
+def _times(history: Sequence[LoggedMetrics]) -> tuple[list[float], str]:
     """Returns the time of each entry and its unit: epochs in fractions, stage after stage; steps without epochs."""
     if not any("epoch" in entry for entry in history):
         return [float(entry.get("step", i)) for i, entry in enumerate(history)], "step"
-    stages: dict[Any, list[Mapping[str, Any]]] = {}
+    stages: dict[str | None, list[LoggedMetrics]] = {}
     for entry in history:
         stages.setdefault(entry.get("stage"), []).append(entry)
     start, times = 0.0, {}
@@ -209,7 +215,7 @@ def _times(history: Sequence[Mapping[str, Any]]) -> tuple[list[float], str]:
     return [times[id(entry)] for entry in history], "epoch"
 
 
-def _series(history: Sequence[Mapping[str, Any]], name: str, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+def _series(history: Sequence[LoggedMetrics], name: str, times: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
     """Returns the times and values of a metric where it is finite."""
     rows = [
         (t, entry[name]) for t, entry in zip(times, history, strict=True) if isinstance(entry.get(name), int | float)
@@ -227,7 +233,7 @@ PANELS = {  # title -> (pattern of the metrics, words left out of the line label
 }
 
 
-def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
+def training_curves(history: Sequence[LoggedMetrics]) -> Figure:
     """Draws loss, training and validation accuracy over epochs; a panel without data is left out."""
     present = {name for entry in history for name in entry}
     # Groups come last, so that each has the same colour in all panels.
@@ -242,11 +248,11 @@ def training_curves(history: Sequence[Mapping[str, Any]]) -> Figure:
     figure = blank(4.6 * len(panels), 3.4)
     for axes, (head, lines) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(), strict=True):
         factor, ends = 1.0 if "loss" in head else 100.0, []
-        for (name, (time, values), omitted), colour in zip(lines, LINES, strict=False):
+        for (name, (time, values), left_out), colour in zip(lines, LINES, strict=False):
             few = len(time) < 15
             axes.plot(time, factor * values, color=colour, linewidth=1.6, marker="o" if few else "", markersize=3)
-            words = [w for w in re.split("[/_ ]", name.split("/", 1)[1]) if w not in omitted]
-            ends.append((float(factor * values[-1]), " ".join(words) or "all", colour))
+            label = " ".join(w for w in re.split("[/_ ]", name.split("/", 1)[1]) if w not in left_out)
+            ends.append((float(factor * values[-1]), label or "all", colour))
         style(axes)
         axes.set_title(head, loc="left", fontsize=10, color=INK, fontweight="bold")
         axes.set_xlabel(unit, fontsize=8, color=SOFT)
@@ -267,36 +273,37 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def example_images(pictures: Mapping[str, Any], class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
+def example_images(examples: Examples, class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
     """Draws clean image, perturbation and adversarial image, one column per class from head to tail.
 
-    `pictures` is what `evaluation.examples` returns. Perturbations are drawn around grey, all magnified by the factor
+    `examples` is the result of `evaluation.examples`. Perturbations are drawn around grey, all magnified by the factor
     in the label.
     """
-    number, eps = len(pictures["label"]), float(pictures["eps"])
+    number, eps = len(examples["label"]), float(examples["eps"])
     figure = blank(1.25 * number + 0.6, 5.0)
     grid = figure.subplots(3, number, squeeze=False)
-    clean, adversarial = pictures["clean"], pictures["adversarial"]
+    clean, adversarial = examples["clean"], examples["adversarial"]
     largest = float(np.abs(adversarial - clean).max())
     scale = 0.4 / largest if largest else 1.0
     shown = (clean, np.clip(0.5 + scale * (adversarial - clean), 0, 1), adversarial)
     for column in range(number):
-        label, before, after = (int(pictures[name][column]) for name in ("label", "clean_prediction", "prediction"))
+        label = int(examples["label"][column])
+        before, after = int(examples["clean_prediction"][column]), int(examples["prediction"][column])
         for row in range(3):
             axes, image = grid[row, column], shown[row][column]
             axes.imshow(image[..., 0] if image.shape[-1] == 1 else image, cmap="gray", vmin=0, vmax=1)
             axes.set_xticks([])
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
-        name = _shorten(class_names[label], 14)
-        grid[0, column].set_title(f"{name}\n{class_counts[label]:,} images", fontsize=8, color=INK)
+        class_name = _shorten(class_names[label], 14)
+        grid[0, column].set_title(f"{class_name}\n{class_counts[label]:,} images", fontsize=8, color=INK)
         for row, prediction in ((0, before), (2, after)):
             colour = DARK if prediction == label else ACCENT
             name = class_names[prediction] if prediction >= 0 else "not finite"
             grid[row, column].set_xlabel(_shorten(name, 14), fontsize=8, color=colour, fontweight="bold")
-    labels = ("clean", f"perturbation\n× {scale:.3g} around grey", f"{title(pictures['attack'])}\neps {eps:.6g}")
-    for row, label in enumerate(labels):
-        grid[row, 0].set_ylabel(label, fontsize=8, color=SOFT)
+    labels = ("clean", f"perturbation\n× {scale:.3g} around grey", f"{title(examples['attack'])}\neps {eps:.6g}")
+    for row, text in enumerate(labels):
+        grid[row, 0].set_ylabel(text, fontsize=8, color=SOFT)
     caption = (
         "True class above, prediction below (red: wrong). Shown: the first image of each class whose prediction the "
         "attack changes, if there is one."

@@ -11,35 +11,35 @@ LINES = 10  # printed per evaluation without a terminal
 
 
 class Meter:
-    """Running counts of an evaluation. Work is counted in gradient steps, for a time estimate across attacks."""
+    """Running counts of an evaluation, in passes through the network, for a time estimate across attacks."""
 
-    def __init__(self, work_per_image: int, images: int, done: int) -> None:
-        self.work_per_image, self.total = work_per_image, work_per_image * images
-        self.done_before = self.done = work_per_image * done
+    def __init__(self, passes_per_image: int, images: int, done: int) -> None:
+        self.passes_per_image, self.total = passes_per_image, passes_per_image * images
+        self.done_before = self.done = passes_per_image * done
         self.start, self.attack = time.perf_counter(), ""
         self.correct: dict[str, int] = {}
         self.images: dict[str, int] = {}
         self.update: Callable[[], None] = lambda: None
 
-    def count(self, name: str, correct: int, images: int, work: int) -> None:
+    def count(self, name: str, correct: int, images: int, passes: int) -> None:
         """Adds one batch under one attack."""
         self.attack = name
         self.correct[name] = self.correct.get(name, 0) + correct
         self.images[name] = self.images.get(name, 0) + images
-        self.done += work * images
+        self.done += passes * images
         self.update()
 
     @property
     def text(self) -> str:
-        rate = (self.done - self.done_before) / self.work_per_image / max(time.perf_counter() - self.start, 1e-9)
+        rate = (self.done - self.done_before) / self.passes_per_image / max(time.perf_counter() - self.start, 1e-9)
         parts = [f"{name} {100 * correct / self.images[name]:.1f} %" for name, correct in self.correct.items()]
         return (f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}") + " images/s   " + "  ".join(parts)
 
 
 @contextmanager
-def meter(console: rich.console.Console, work: Mapping[str, int], images: int, done: int) -> Iterator[Meter]:
-    """Yields a Meter for `images` images, `done` of them from earlier records, at `work[attack]` steps per image."""
-    current = Meter(sum(work.values()), images, done)
+def meter(console: rich.console.Console, passes: Mapping[str, int], images: int, done: int) -> Iterator[Meter]:
+    """Yields a Meter for `images` images, `done` of them from earlier records, at `passes[attack]` per image."""
+    current = Meter(sum(passes.values()), images, done)
     if not console.is_terminal:
         printed = LINES * done // images
 

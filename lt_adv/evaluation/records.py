@@ -2,8 +2,8 @@
 
 A record directory is `<directory>/records/<digest>/`. It holds `header.json`, one `batch-00000.npz` per batch (object
 stores cannot append), and one `column-<name>.npz` for an attack that runs on all images at once, AutoAttack. The digest
-is that of the header (protocol, seed, weights, images, code, jax, device): an evaluation with the same header resumes,
-any other gets a directory of its own, so records made under different headers cannot be mixed.
+is that of the header (protocol, seed, weights, images, code, jax, device): an evaluation with the same header resumes;
+one with another header writes to another directory, so that records of different evaluations are never mixed.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ import hashlib
 import io
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from etils import epath
@@ -20,6 +20,9 @@ from lt_adv.runtime import atomic_io
 
 WORST = "worst"
 CLEAN = "clean"
+
+Header = Mapping[str, Any]  # the content of header.json
+Columns = Mapping[str, np.ndarray]  # name -> one value per image
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +33,7 @@ class Records:
     AutoAttack on its result.
     """
 
-    header: Mapping[str, Any]
+    header: Header
     index: np.ndarray
     label: np.ndarray
     clean: np.ndarray
@@ -98,7 +101,19 @@ class Records:
         return Records(self.header, self.index[rows], self.label[rows], self.clean[rows], attacks, self.notes)
 
 
-def _json_default(value: Any) -> Any:
+class Examples(TypedDict):
+    """Clean and adversarial images of one attack, for the report's grid."""
+
+    attack: str
+    eps: float
+    clean: np.ndarray  # float [n, h, w, c]
+    adversarial: np.ndarray  # float [n, h, w, c]
+    label: np.ndarray  # int [n]
+    clean_prediction: np.ndarray  # int [n]
+    prediction: np.ndarray  # int [n], on the adversarial images
+
+
+def _json_default(value: object) -> object:
     if isinstance(value, np.ndarray):
         return value.tolist()
     if isinstance(value, np.generic):
@@ -108,28 +123,28 @@ def _json_default(value: Any) -> Any:
     raise TypeError(f"Cannot store a {type(value).__name__} in JSON.")
 
 
-def as_json(tree: Any) -> Any:
+def as_json(tree: object) -> Any:
     """Returns `tree` as JSON reads it back (lists, dicts, numbers, strings), to be compared with stored JSON."""
     return json.loads(json.dumps(tree, default=_json_default))
 
 
-def digest(header: Mapping[str, Any]) -> str:
+def digest(header: Header) -> str:
     """Returns twelve hexadecimal digits of the SHA-256 of a header or other JSON."""
     return hashlib.sha256(json.dumps(as_json(header), sort_keys=True).encode()).hexdigest()[:12]
 
 
-def record_directory(directory: epath.PathLike, header: Mapping[str, Any]) -> epath.Path:
+def record_directory(directory: epath.PathLike, header: Header) -> epath.Path:
     """Returns the directory of the records with this header."""
     return epath.Path(directory) / "records" / digest(header)
 
 
-def write_header(where: epath.PathLike, header: Mapping[str, Any]) -> None:
-    atomic_io.write_atomically(epath.Path(where) / "header.json", json.dumps(as_json(header), indent=1))
+def write_header(directory: epath.PathLike, header: Header) -> None:
+    atomic_io.write_atomically(epath.Path(directory) / "header.json", json.dumps(as_json(header), indent=1))
 
 
-def read_header(where: epath.PathLike) -> dict[str, Any] | None:
+def read_header(directory: epath.PathLike) -> dict[str, Any] | None:
     """Returns the header of a record directory, None when it is missing; ValueError when it is damaged."""
-    path = epath.Path(where) / "header.json"
+    path = epath.Path(directory) / "header.json"
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
@@ -138,22 +153,22 @@ def read_header(where: epath.PathLike) -> dict[str, Any] | None:
         raise ValueError(f"Record file {path} is damaged ({type(error).__name__}).") from error
 
 
-def batch_path(where: epath.PathLike, number: int) -> epath.Path:
-    return epath.Path(where) / f"batch-{number:05d}.npz"
+def batch_path(directory: epath.PathLike, number: int) -> epath.Path:
+    return epath.Path(directory) / f"batch-{number:05d}.npz"
 
 
-def write_batch(where: epath.PathLike, number: int, columns: Mapping[str, np.ndarray]) -> None:
+def write_batch(directory: epath.PathLike, number: int, columns: Columns) -> None:
     """Writes one batch of rows; attack columns are named `attack/<name>`, so that no name can clash."""
     buffer = io.BytesIO()
-    np.savez(buffer, **columns)
-    atomic_io.write_atomically(batch_path(where, number), buffer.getvalue())
+    np.savez(buffer, **columns)  # type: ignore[arg-type]
+    atomic_io.write_atomically(batch_path(directory, number), buffer.getvalue())
 
 
-def read_batch(where: epath.PathLike, number: int) -> dict[str, np.ndarray] | None:
+def read_batch(directory: epath.PathLike, number: int) -> dict[str, np.ndarray] | None:
     """Returns the columns of one batch, None when it is missing; ValueError when the file is damaged or invalid."""
-    path = batch_path(where, number)
+    path = batch_path(directory, number)
     if (columns := _read(path)) is not None:
-        _check(where, path, {name: column for name, column in columns.items() if name not in ("index", "label")})
+        _check(directory, path, {name: column for name, column in columns.items() if name not in ("index", "label")})
     return columns
 
 
@@ -169,37 +184,37 @@ def _read(path: epath.Path) -> dict[str, np.ndarray] | None:
         raise ValueError(f"Record file {path} is damaged ({type(error).__name__}).") from error
 
 
-def column_path(where: epath.PathLike, name: str) -> epath.Path:
-    return epath.Path(where) / f"column-{name}.npz"
+def column_path(directory: epath.PathLike, name: str) -> epath.Path:
+    return epath.Path(directory) / f"column-{name}.npz"
 
 
-def write_column(where: epath.PathLike, name: str, prediction: np.ndarray, notes: Sequence[str] = ()) -> None:
+def write_column(directory: epath.PathLike, name: str, prediction: np.ndarray, notes: Sequence[str] = ()) -> None:
     """Writes the predictions and notes of an attack that runs on all images at once."""
     buffer = io.BytesIO()
     np.savez(buffer, prediction=prediction, notes=np.array(notes, dtype=np.str_))
-    atomic_io.write_atomically(column_path(where, name), buffer.getvalue())
+    atomic_io.write_atomically(column_path(directory, name), buffer.getvalue())
 
 
-def read_column(where: epath.PathLike, name: str) -> np.ndarray | None:
+def read_column(directory: epath.PathLike, name: str) -> np.ndarray | None:
     """Returns the predictions of a column, None when it is missing; ValueError when the file is damaged or invalid."""
-    path = column_path(where, name)
+    path = column_path(directory, name)
     if (columns := _read(path)) is None:
         return None
     if set(columns) != {"prediction", "notes"}:
         raise ValueError(f"Record file {path} holds other columns.")
-    _check(where, path, {"prediction": columns["prediction"]})
+    _check(directory, path, {"prediction": columns["prediction"]})
     return columns["prediction"]
 
 
-def read_notes(where: epath.PathLike, name: str) -> tuple[str, ...]:
+def read_notes(directory: epath.PathLike, name: str) -> tuple[str, ...]:
     """Returns the notes of a column that `read_column` has accepted."""
-    columns = _read(column_path(where, name)) or {}
+    columns = _read(column_path(directory, name)) or {}
     return tuple(str(note) for note in columns.get("notes", ()))
 
 
-def _check(where: epath.PathLike, path: epath.Path, columns: Mapping[str, np.ndarray]) -> None:
+def _check(directory: epath.PathLike, path: epath.Path, columns: Columns) -> None:
     """Raises ValueError unless the columns hold classes of the directory's header, one for each image."""
-    header = read_header(where)
+    header = read_header(directory)
     classes, images = (len(header["class_names"]), header["images"]) if header else (np.inf, None)
     for name, column in columns.items():
         fits = column.ndim == 1 and (name != "prediction" or images in (None, len(column)))
@@ -210,9 +225,9 @@ def _check(where: epath.PathLike, path: epath.Path, columns: Mapping[str, np.nda
 
 
 def assemble(
-    header: Mapping[str, Any],
-    batches: list[dict[str, np.ndarray]],
-    full_columns: Mapping[str, np.ndarray],
+    header: Header,
+    batches: Sequence[Columns],
+    full_columns: Columns,
     notes: Mapping[str, tuple[str, ...]],
 ) -> Records:
     """Returns the records, from the columns of all batches in order and those of attacks on all images at once."""
@@ -230,24 +245,27 @@ def read_records(directory: epath.PathLike) -> Records:
       ValueError: when there are several record directories, or when files are missing (the evaluation was interrupted)
         or damaged.
     """
-    where = epath.Path(directory)
-    if not (where / "header.json").exists():
-        parent = where / "records"
+    record_dir = epath.Path(directory)
+    if not (record_dir / "header.json").exists():
+        parent = record_dir / "records"
         directories = sorted(path for path in parent.iterdir() if path.is_dir()) if parent.exists() else []
         if not directories:
-            raise FileNotFoundError(f"No evaluation records in {where}; run --mode=eval first.")
+            raise FileNotFoundError(f"No evaluation records in {record_dir}; run --mode=eval first.")
         if len(directories) > 1:
             names = ", ".join(map(str, directories))
             raise ValueError(f"{parent} holds records under several headers; name one of: {names}.")
-        where = directories[0]
-    header = read_header(where)
+        record_dir = directories[0]
+    header = read_header(record_dir)
     if header is None:
-        raise FileNotFoundError(f"No header.json in {where}; run --mode=eval again.")
-    batches = [read_batch(where, number) for number in range(-(-header["images"] // header["batch_size"]))]
-    missing = sum(batch is None for batch in batches)
-    if missing:
-        raise ValueError(f"{where}: {missing} of {len(batches)} batches are missing; run the evaluation again.")
-    columns = {name: read_column(where, name) for name in header["attacks"] if f"attack/{name}" not in batches[0]}
-    if missing := [name for name, column in columns.items() if column is None]:
-        raise ValueError(f"{where}: {', '.join(missing)} is missing; run the evaluation again.")
-    return assemble(header, batches, columns, {name: read_notes(where, name) for name in columns})
+        raise FileNotFoundError(f"No header.json in {record_dir}; run --mode=eval again.")
+    numbers = range(-(-header["images"] // header["batch_size"]))
+    batches = [batch for number in numbers if (batch := read_batch(record_dir, number)) is not None]
+    if missing := len(numbers) - len(batches):
+        raise ValueError(f"{record_dir}: {missing} of {len(numbers)} batches are missing; run the evaluation again.")
+    columns: dict[str, np.ndarray] = {}
+    for name in header["attacks"]:
+        if f"attack/{name}" not in batches[0]:
+            if (column := read_column(record_dir, name)) is None:
+                raise ValueError(f"{record_dir}: {name} is missing; run the evaluation again.")
+            columns[name] = column
+    return assemble(header, batches, columns, {name: read_notes(record_dir, name) for name in columns})

@@ -11,8 +11,9 @@ import rich.text
 from etils import epath
 
 from lt_adv.evaluation import metrics, plots, records
+from lt_adv.evaluation.attack_specs import AttackSpec
 from lt_adv.evaluation.masking.plot import masking_curves
-from lt_adv.evaluation.metrics import printable, title
+from lt_adv.evaluation.metrics import Summary, printable, title
 from lt_adv.evaluation.records import WORST, Records
 from lt_adv.runtime import atomic_io
 
@@ -36,7 +37,7 @@ def format_duration(seconds: float) -> str:
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {rest:02d} s"
 
 
-def attack_line(attack: Mapping[str, Any]) -> str:
+def attack_line(attack: AttackSpec) -> str:
     """Returns the protocol of an attack in one line, from its header entry."""
     parts = [attack["attack"].upper()]
     parts += [f"{label} {format_length(attack[option])}" for option, label in LENGTHS.items() if option in attack]
@@ -69,8 +70,8 @@ def _counts(counts: Sequence[int] | None) -> str | None:
     return f"{listed} (total {sum(counts)}, imbalance ratio {max(counts) / max(min(counts), 1):.4g})"
 
 
-def header_fields(summary: Mapping[str, Any]) -> dict[str, str]:
-    """Returns the header of the report: field -> text. Further entries come last."""
+def header_fields(summary: Summary) -> dict[str, str]:
+    """Returns the header of the report: field -> text. Entries of `context` without a field come last."""
     entries = dict(summary["header"]) | dict(summary["context"])
     sizes = sorted(set(entries["images_per_class"]))
     per_class = f"{sizes[0]} per class" if len(sizes) == 1 else f"{sizes[0]} to {sizes[-1]} per class"
@@ -97,7 +98,7 @@ def header_fields(summary: Mapping[str, Any]) -> dict[str, str]:
     return {name: str(value) for name, value in fields.items() if value is not None}
 
 
-def _accuracy_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+def _accuracy_table(summary: Summary) -> tuple[list[str], list[list[str]]]:
     """Returns head and rows of the main table: one row per condition; columns for all, balanced and each group."""
     groups = [name for name in summary["groups"] if name != "definition"]
     columns = {"Accuracy": "accuracy", "Balanced": "balanced_accuracy"}
@@ -109,13 +110,13 @@ def _accuracy_table(summary: Mapping[str, Any]) -> tuple[list[str], list[list[st
     return ["", *columns], rows
 
 
-def warning_lines(summary: Mapping[str, Any]) -> list[str]:
+def warning_lines(summary: Summary) -> list[str]:
     """Returns the warnings as lines of markdown."""
     lines = [f"> **Warning.** {escape_markdown(warning)}" for warning in summary["warnings"]]
     return [*lines, ""] if lines else []
 
 
-def accuracy_sections(summary: Mapping[str, Any]) -> list[str]:
+def accuracy_sections(summary: Summary) -> list[str]:
     """Returns the sections on accuracy and on the attacks as lines of markdown."""
     groups = {name: names for name, names in summary["groups"].items() if name != "definition"}
     members = "; ".join(f"{group}: {', '.join(map(escape_markdown, names))}" for group, names in groups.items())
@@ -139,7 +140,7 @@ def accuracy_sections(summary: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def masking_section(summary: Mapping[str, Any]) -> list[str]:
+def masking_section(summary: Summary) -> list[str]:
     """Returns the section on gradient masking as lines of markdown; empty without a baseline."""
     comparison = summary.get("reliability")
     if comparison is None:
@@ -166,8 +167,8 @@ def masking_section(summary: Mapping[str, Any]) -> list[str]:
         "Gradient masking (obfuscated gradients; Athalye et al., ICML 2018) makes gradient attacks fail although "
         f"adversarial examples exist. Accuracies in per cent, of both networks on the same {protocol['images']} images "
         f"with radius {format_length(protocol['eps'])}. Baseline: the run in {comparison['baseline_run']}. Worst case: "
-        "here also over PGD on rescaled logits. A difference counts where the mean of the paired differences is more "
-        "than three standard errors above zero.",
+        "here also over PGD on rescaled logits. A difference is significant if the mean of the paired differences is "
+        "more than three standard errors above zero.",
         "",
     ]
 
@@ -176,8 +177,8 @@ def _attack_title(name: str) -> str:
     return {"square": "Square", "transfer": "Transfer from the baseline"}.get(name, title(name))
 
 
-def markdown_report(summary: Mapping[str, Any], pictures: Mapping[str, str] | None = None) -> str:
-    """Returns the report as markdown, from `metrics.summarise` and its `context`; `pictures` maps captions to paths."""
+def markdown_report(summary: Summary, plot_paths: Mapping[str, str] | None = None) -> str:
+    """Returns the report as markdown, of `metrics.summarise` and its `context`; `plot_paths` has paths by caption."""
     lines = ["# Robustness under long-tailed data", "", *warning_lines(summary)]
     lines += [f"- **{name}:** {printable(value)}" for name, value in header_fields(summary).items()]
     lines += ["", *accuracy_sections(summary), *masking_section(summary), "## Error decomposition", ""]
@@ -204,12 +205,12 @@ def markdown_report(summary: Mapping[str, Any], pictures: Mapping[str, str] | No
         for row in summary["classes"]
     ]
     lines += [table(head, rows), ""]
-    for caption, picture in (pictures or {}).items():
-        lines += [f"## {caption}", "", f"![{caption}]({picture})", ""]
+    for caption, path in (plot_paths or {}).items():
+        lines += [f"## {caption}", "", f"![{caption}]({path})", ""]
     return "\n".join(lines)
 
 
-def terminal_table(summary: Mapping[str, Any]) -> rich.table.Table:
+def terminal_table(summary: Summary) -> rich.table.Table:
     """Returns the main table for a terminal."""
     head, rows = _accuracy_table(summary)
     images = summary["header"]["images"]
@@ -221,7 +222,7 @@ def terminal_table(summary: Mapping[str, Any]) -> rich.table.Table:
     return accuracy_table
 
 
-def print_summary(summary: Mapping[str, Any], console: rich.console.Console | None = None) -> None:
+def print_summary(summary: Summary, console: rich.console.Console | None = None) -> None:
     """Prints the main table, the warnings and the verdict on gradient masking."""
     console = console or rich.console.Console()
     console.print(terminal_table(summary))
@@ -233,7 +234,7 @@ def print_summary(summary: Mapping[str, Any], console: rich.console.Console | No
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
-def write_report(directory: epath.PathLike, results: Records, context: Mapping[str, Any]) -> dict[str, Any]:
+def write_report(directory: epath.PathLike, results: Records, context: Mapping[str, Any]) -> Summary:
     """Writes `report.json`, `report.md` and `plots/*.png` into `directory`; returns the content of report.json.
 
     `context` needs class_counts, the number of training images of each class [C]. Optional entries are
@@ -241,8 +242,8 @@ def write_report(directory: epath.PathLike, results: Records, context: Mapping[s
       groups: the name of a definition of groups ["thirds"]
       model, method, dataset, training_seconds
       metrics: path of a metrics.jsonl, for the training curves
-      examples: what `examples` returns, for the grid of images
-      reliability: what `masking.compare_with_baseline` returns, with `baseline_run`
+      examples: the result of `examples`, for the grid of images
+      reliability: the result of `masking.compare_with_baseline`, with `baseline_run`
     Each further entry becomes a line of the header.
     """
     context = dict(context)
@@ -259,9 +260,9 @@ def write_report(directory: epath.PathLike, results: Records, context: Mapping[s
     if comparison is not None:
         figures["Gradient masking"] = masking_curves(comparison)
     directory = epath.Path(directory)
-    pictures = {caption: f"plots/{caption.lower().replace(' ', '_')}.png" for caption in figures}
+    plot_paths = {caption: f"plots/{caption.lower().replace(' ', '_')}.png" for caption in figures}
     for caption, figure in figures.items():
-        atomic_io.write_atomically(directory / pictures[caption], plots.png(figure))
-    atomic_io.write_atomically(directory / "report.md", markdown_report(summary, pictures))
+        atomic_io.write_atomically(directory / plot_paths[caption], plots.png(figure))
+    atomic_io.write_atomically(directory / "report.md", markdown_report(summary, plot_paths))
     atomic_io.write_atomically(directory / "report.json", json.dumps(summary, indent=1, allow_nan=False))
     return summary

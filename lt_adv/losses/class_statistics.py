@@ -52,7 +52,7 @@ def log_prior(class_counts: ArrayLike, dtype: DTypeLike = float) -> Array:
 
 
 @checks.constants_allowed
-def ldam_margins(class_counts: ArrayLike, max_margin: float = 0.5, dtype: DTypeLike = float) -> Array:
+def ldam_margins(class_counts: ArrayLike, max_margin: float | Array = 0.5, dtype: DTypeLike = float) -> Array:
     """Label-distribution-aware margins, m_c = max_margin (n_min / n_c)^(1/4).
 
     Args:

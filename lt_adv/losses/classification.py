@@ -97,7 +97,7 @@ def logit_adjustment(logits: Array, labels: Array, *, class_counts: ArrayLike, t
 
 @checks.constants_allowed
 def ldam(
-    logits: Array, labels: Array, *, class_counts: ArrayLike, max_margin: float = 0.5, scale: float = 1.0
+    logits: Array, labels: Array, *, class_counts: ArrayLike, max_margin: float | Array = 0.5, scale: float = 1.0
 ) -> Array:
     """LDAM: the cross-entropy of s (z_j - m_j [j = y]), m_c = max_margin (n_min / n_c)^(1/4).
 

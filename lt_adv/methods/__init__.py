@@ -44,12 +44,12 @@ def create(options: Mapping[str, Any], **common: Any) -> Method:
     """Returns the method of `config.method`.
 
     Args:
-        options: {"name": ..., **hyper-parameters}. None for a hyper-parameter of `base.by_fidelity` takes the default
-            of `common["fidelity"]`.
+        options: {"name": ..., **hyper-parameters}. A hyper-parameter whose default depends on the fidelity takes it for
+            None.
         **common: the fields of every method, from other sections of the config.
 
     Raises:
-        ValueError: an unknown method or hyper-parameter, or a value of the wrong type.
+        ValueError: an unknown method or hyper-parameter, or a value of the wrong type or out of range.
     """
     hyper_parameters = dict(options)
     cls = method_class(hyper_parameters.pop("name"))
@@ -58,7 +58,7 @@ def create(options: Mapping[str, Any], **common: Any) -> Method:
     for option, value in hyper_parameters.items():
         if option not in accepted:
             raise registry.unknown(f"option of method {cls.__module__.rsplit('.', 1)[-1]}", option, accepted)
-        values = accepted[option].metadata  # of `base.by_fidelity`, where None is allowed
-        if not (values and value is None):
-            registry.check_type(f"config.method.{option}", value, values.get("paper", accepted[option].default))
+        field = accepted[option]
+        if not (value is None and field.default is None):
+            registry.check_type(f"config.method.{option}", value, field.metadata.get("paper", field.default))
     return cls(**common, **hyper_parameters)

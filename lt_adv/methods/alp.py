@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import at, base
+from lt_adv.methods.base import Array, Batch, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,9 +26,11 @@ class ALP(at.AT):
     four times per step (x_adv, x, x, x_adv) and we twice. `fidelity="released_code"` restores both.
     """
 
-    beta: float = 6.0
+    beta: float = base.hyper_parameter(6.0, "[0, inf)")
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
         clean, _ = net(batch.image, train=True)
         if self.fidelity == "released_code":  # the same forwards again: they only update the running statistics

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import base
+from lt_adv.methods.base import Array, Batch, DataInfo, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,11 +25,13 @@ class AT(base.Method):
     compounding_schedule = True
     released_start = "one_sided"
 
-    def per_example_loss(self, logits, label, info, progress):
+    def per_example_loss(self, logits: Array, label: Array, info: DataInfo, progress: TrainProgress) -> Array:
         """Returns the outer loss of each example, [b]."""
         return losses.cross_entropy(logits, label)
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
         value = jnp.mean(self.per_example_loss(logits, batch.label, net.info, progress))
         return base.LossOutput(value, logits)

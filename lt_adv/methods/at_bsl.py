@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import base
+from lt_adv.methods.base import Array, Batch, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,7 +19,9 @@ class ATBSL(base.Method):
 
     start: str = "gaussian"
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
         return base.LossOutput(value, logits)

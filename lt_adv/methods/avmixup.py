@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import at, base
+from lt_adv.methods.base import Array, Batch, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,17 +22,13 @@ class AVMixup(at.AT):
     gamma 2, lambda1 1 and lambda2 0.1 are the defaults of the code of RoBal's study, which has no config for it.
     """
 
-    gamma: float = 2.0
-    lambda1: float = 1.0
-    lambda2: float = 0.1
+    gamma: float = base.hyper_parameter(2.0, "[0, inf)")
+    lambda1: float = base.hyper_parameter(1.0, "[0, 1]")
+    lambda2: float = base.hyper_parameter(0.1, "[0, 1]")
 
-    def __post_init__(self):
-        super().__post_init__()
-        for name in ("lambda1", "lambda2"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"config.method.{name} must be a number in [0, 1], not {getattr(self, name)}.")
-
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         m = jax.vmap(lambda k: jax.random.uniform(k, dtype=x_adv.dtype))(key)
         weight = m[:, None, None, None]
         vertex = batch.image + self.gamma * (x_adv - batch.image)

@@ -1,8 +1,8 @@
 """The interface of a method: a frozen dataclass whose fields are the hyper-parameters."""
 
 import dataclasses
-from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
 import numpy as np
@@ -12,7 +12,11 @@ from lt_adv import attacks
 from lt_adv.runtime import registry
 
 Array = jax.Array
-MethodState = Any
+Params = Any  # pytree of arrays
+MethodState = Mapping[str, Array]
+Config = Any  # ml_collections.ConfigDict
+Objective = Callable[[Array, Array], Array]  # (logits, y) -> [b], which the attack maximizes
+T = TypeVar("T")
 FIDELITIES = ("paper", "released_code")
 
 
@@ -64,7 +68,7 @@ class TrainProgress:
 class Net(Protocol):
     """The network, as a method calls it."""
 
-    params: Any
+    params: Params
     info: DataInfo
     teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None  # of `Stage.teacher`, in evaluation mode
 
@@ -76,7 +80,7 @@ class Net(Protocol):
         the order of the calls.
         """
 
-    def with_params(self, params: Any) -> "Net":
+    def with_params(self, params: Params) -> "Net":
         """Returns the same network with other parameters; it shares the running statistics."""
 
     def without_updates(self) -> "Net":
@@ -88,10 +92,10 @@ class Net(Protocol):
         Its calls do not advance the running statistics.
         """
 
-    def gather(self, tree: Any) -> Any:
+    def gather(self, tree: T) -> T:
         """Returns the batch of all devices, in its global order: for losses that are not a plain mean over examples."""
 
-    def mean(self, tree: Any) -> Any:
+    def mean(self, tree: T) -> T:
         """Returns the average over devices; no gradient flows through it."""
 
 
@@ -101,7 +105,7 @@ class LossOutput(NamedTuple):
     loss: Array  # scalar; the step averages its gradient over the devices
     logits: Array  # float [b, classes], whose argmax is the prediction that "accuracy" counts
     metrics: Mapping[str, Array] = {}  # name -> per-example values [b], or a mean over this device's share
-    method_state: Any = None  # the new `method_state`; None leaves it unchanged
+    method_state: MethodState | None = None  # the new `method_state`; None leaves it unchanged
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,12 +126,32 @@ class Stage:
     teacher: str | None = None
 
 
-def by_fidelity(*, paper: Any, released_code: Any) -> Any:
-    """Returns a dataclass field with a default for each fidelity.
+def hyper_parameter(
+    default: T, interval: str = "", *, choices: Collection[str] = (), released_code: T | None = None
+) -> T:
+    """Returns a dataclass field whose value `Method` checks.
 
-    The method sets it when it is created without a value, or with None. Any other value is used in both fidelities.
+    Args:
+        default: the default value.
+        interval: the numbers that are allowed, such as "(0, 1]"; whole numbers if the default is an integer.
+        choices: the values that are allowed, instead of an interval.
+        released_code: the default with `fidelity="released_code"`, if it differs. The method then replaces None by the
+            default of its fidelity; any other value is used in both.
     """
-    return dataclasses.field(default=None, metadata={"paper": paper, "released_code": released_code})
+    by_fidelity = {"paper": default, "released_code": default if released_code is None else released_code}
+    field: Any = dataclasses.field(
+        default=default if released_code is None else None,
+        metadata={**by_fidelity, "interval": interval, "choices": choices},
+    )
+    return field
+
+
+def _check(path: str, value: object, rule: Mapping[str, Any]) -> None:
+    """Raises ValueError unless `rule`, the metadata of a `hyper_parameter`, allows the value of the entry `path`."""
+    if rule["interval"]:
+        registry.check_number(path, value, rule["interval"], type(rule["paper"]))
+    if rule["choices"] and value not in rule["choices"]:
+        raise registry.unknown(path, value, rule["choices"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -146,14 +170,20 @@ class Method:
     start: str = "uniform"  # of the inner attack
     fidelity: str = "paper"
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.fidelity not in FIDELITIES:
             raise registry.unknown("config.fidelity", self.fidelity, FIDELITIES)
-        if self.num_steps < 0:
-            raise ValueError(f"config.attack.num_steps must not be negative, not {self.num_steps}.")
+        registry.check_number("config.attack.num_steps", self.num_steps, "[0, inf)", int)
         for field in dataclasses.fields(self):
-            if self.fidelity in field.metadata and getattr(self, field.name) is None:
-                object.__setattr__(self, field.name, field.metadata[self.fidelity])
+            if field.metadata:  # of `hyper_parameter`
+                if field.default is None and getattr(self, field.name) is None:
+                    object.__setattr__(self, field.name, field.metadata[self.fidelity])
+                _check(f"config.{self._section}.{field.name}", getattr(self, field.name), field.metadata)
+
+    @property
+    def _section(self) -> str:
+        """Returns the section of the config that holds the hyper-parameters."""
+        return "method"
 
     @property
     def attack_start(self) -> str:
@@ -165,7 +195,7 @@ class Method:
         del info
         return {}
 
-    def init_params(self, params: Any, info: DataInfo) -> Any:
+    def init_params(self, params: Params, info: DataInfo) -> Params:
         """Returns the initial parameters {"backbone", "head"}, for an initialization that depends on `info`.
 
         Parameters of another run or stage are merged in afterwards. By default `params` is returned.
@@ -181,7 +211,9 @@ class Method:
         del method_state, progress
         return self.pgd(key, net, batch, batch.label)
 
-    def pgd(self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Any = attacks.cross_entropy) -> Array:
+    def pgd(
+        self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Objective = attacks.cross_entropy
+    ) -> Array:
         """Returns the result of PGD on `objective(logits, y)`, the inner attack of most methods."""
         return attacks.pgd(
             key,
@@ -207,6 +239,6 @@ class Method:
         del progress
         return method_state
 
-    def stages(self, config: Any) -> tuple[Stage, ...]:
+    def stages(self, config: Config) -> tuple[Stage, ...]:
         """Returns the stages, in order: by default one, which starts from the run `config.init_from` if that is set."""
         return (Stage(method=self, epochs=config.optim.epochs, init=config.init_from or "fresh"),)

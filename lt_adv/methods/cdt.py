@@ -4,6 +4,7 @@ import dataclasses
 
 from lt_adv import losses
 from lt_adv.methods import at
+from lt_adv.methods.base import Array, DataInfo, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,6 +18,6 @@ class CDT(at.AT):
 
     tau: float = 0.3
 
-    def per_example_loss(self, logits, label, info, progress):
+    def per_example_loss(self, logits: Array, label: Array, info: DataInfo, progress: TrainProgress) -> Array:
         counts = info.class_counts
         return losses.class_dependent_temperature(logits, label, class_counts=counts, tau=self.tau)

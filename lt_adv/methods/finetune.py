@@ -2,7 +2,8 @@
 
 import dataclasses
 
-from lt_adv.methods import at
+from lt_adv.methods import at, base
+from lt_adv.methods.base import Config
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,7 +20,7 @@ class FineTune(at.AT):
 
     freeze: str = "backbone/"
 
-    def stages(self, config):
+    def stages(self, config: Config) -> tuple[base.Stage, ...]:
         if not config.init_from:
             raise ValueError("config.init_from is missing: method finetune begins with the network of a finished run.")
         frozen = self.fidelity != "released_code"

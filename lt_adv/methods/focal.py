@@ -6,7 +6,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from lt_adv import losses
-from lt_adv.methods import at
+from lt_adv.methods import at, base
+from lt_adv.methods.base import Array, Config, DataInfo, Params, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,18 +20,11 @@ class Focal(at.AT):
     its class-balanced one. Differs from the released code as `AT` does.
     """
 
-    gamma: float = 2.0
-    beta: float = 0.0
+    gamma: float = base.hyper_parameter(2.0, "[0, inf)")
+    beta: float = base.hyper_parameter(0.0, "[0, 1)")
     prior_bias: bool = True
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.gamma < 0:
-            raise ValueError(f"config.method.gamma must not be negative, not {self.gamma}.")
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"config.method.beta must be a number in [0, 1), not {self.beta}.")
-
-    def stages(self, config):
+    def stages(self, config: Config) -> tuple[base.Stage, ...]:
         head = config.model.head.name
         if self.prior_bias and head != "linear":
             raise ValueError(
@@ -39,13 +33,13 @@ class Focal(at.AT):
             )
         return super().stages(config)
 
-    def init_params(self, params, info):
+    def init_params(self, params: Params, info: DataInfo) -> Params:
         if not self.prior_bias:
             return params
         pi = info.class_counts / np.sum(info.class_counts)
         bias = jnp.asarray(-np.log((1 - pi) / pi), params["head"]["bias"].dtype)
         return {**params, "head": {**params["head"], "bias": bias}}
 
-    def per_example_loss(self, logits, label, info, progress):
+    def per_example_loss(self, logits: Array, label: Array, info: DataInfo, progress: TrainProgress) -> Array:
         weights = losses.class_balanced_weights(info.class_counts, self.beta)
         return weights[label] * losses.focal(logits, label, gamma=self.gamma, activation="sigmoid")

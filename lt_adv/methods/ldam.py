@@ -5,7 +5,8 @@ import dataclasses
 import jax.numpy as jnp
 
 from lt_adv import losses
-from lt_adv.methods import at
+from lt_adv.methods import at, base
+from lt_adv.methods.base import Array, DataInfo, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,11 +17,11 @@ class LDAM(at.AT):
     cross-entropy of z. Differs from the released code as `AT` does.
     """
 
-    max_margin: float = 0.5
-    scale: float = 1.0
+    max_margin: float = base.hyper_parameter(0.5, "[0, inf)")
+    scale: float = base.hyper_parameter(1.0, "(0, inf)")
     from_epoch: int = 1
 
-    def per_example_loss(self, logits, label, info, progress):
+    def per_example_loss(self, logits: Array, label: Array, info: DataInfo, progress: TrainProgress) -> Array:
         margin = jnp.where(progress.epoch + 1 >= self.from_epoch, self.max_margin, 0.0)
         counts = info.class_counts
         return losses.ldam(logits, label, class_counts=counts, max_margin=margin, scale=self.scale)

@@ -4,6 +4,7 @@ import dataclasses
 
 from lt_adv import losses
 from lt_adv.methods import at
+from lt_adv.methods.base import Array, DataInfo, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,5 +18,5 @@ class LogitAdjustment(at.AT):
 
     tau: float = 1.0
 
-    def per_example_loss(self, logits, label, info, progress):
+    def per_example_loss(self, logits: Array, label: Array, info: DataInfo, progress: TrainProgress) -> Array:
         return losses.logit_adjustment(logits, label, class_counts=info.class_counts, tau=self.tau)

@@ -3,7 +3,8 @@
 import dataclasses
 
 from lt_adv import losses
-from lt_adv.methods import at
+from lt_adv.methods import at, base
+from lt_adv.methods.base import Array, DataInfo, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,8 +16,8 @@ class Margin(at.AT):
     """
 
     margin: float = 0.2
-    scale: float = 10.0
+    scale: float = base.hyper_parameter(10.0, "(0, inf)")
 
-    def per_example_loss(self, logits, label, info, progress):
+    def per_example_loss(self, logits: Array, label: Array, info: DataInfo, progress: TrainProgress) -> Array:
         options = {"margin": self.margin, "scale": self.scale, "tau_b": 0.0, "tau_m": 0.0}
         return losses.robal_margin(logits, label, class_counts=info.class_counts, **options)

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import base
+from lt_adv.methods.base import Array, Batch, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Mart(base.Method):
     """
 
     start: str = "gaussian"
-    beta: float = 5.0
+    beta: float = base.hyper_parameter(5.0, "[0, inf)")
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         clean, _ = net(batch.image, train=True)
         logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.mart(clean, logits, batch.label, beta=self.beta))

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import base
+from lt_adv.methods.base import Array, Batch, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,10 +19,12 @@ class Natural(base.Method):
     compounding_schedule = True
     no_attack = True
 
-    def perturb(self, key, net, batch, method_state, progress):
+    def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
         return batch.image
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, _ = net(batch.image, train=True)
         value = jnp.mean(losses.cross_entropy(logits, batch.label))
         return base.LossOutput(value, logits)

@@ -8,6 +8,7 @@ import numpy as np
 
 from lt_adv import attacks, losses
 from lt_adv.methods import base
+from lt_adv.methods.base import Array, Batch, DataInfo, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,23 +32,20 @@ class REAT(base.Method):
     predictions; no epoch is selected on the test set.
     """
 
-    tail_weight: float = base.by_fidelity(paper=0.1, released_code=1.0)
-    tail_margin: float = 1.0
+    tail_weight: float = base.hyper_parameter(0.1, "[0, inf)", released_code=1.0)
+    tail_margin: float = base.hyper_parameter(1.0, "(0, inf)")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not self.tail_margin > 0:
-            raise ValueError(f"config.method.tail_margin must be positive, not {self.tail_margin}.")
-
-    def init_state(self, info):
+    def init_state(self, info: DataInfo) -> MethodState:
         n = jnp.asarray(info.class_counts)
         return {"predicted": n, "running": jnp.zeros_like(n)}
 
-    def perturb(self, key, net, batch, method_state, progress):
+    def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
         weight = losses.rebalanced_weights(net.info.class_counts, method_state["predicted"])[batch.label]
         return self.pgd(key, net, batch, batch.label, objective=lambda z, y: weight * attacks.cross_entropy(z, y))
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         n, num_classes = net.info.class_counts, net.info.num_classes
         logits, out = net(x_adv, train=True)
         balanced = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=n))
@@ -65,5 +63,5 @@ class REAT(base.Method):
         metrics = {"loss_balanced": balanced, "loss_tail": alignment}
         return base.LossOutput(balanced + self.tail_weight * alignment, logits, metrics, method_state)
 
-    def epoch_end(self, method_state, progress):
+    def epoch_end(self, method_state: MethodState, progress: TrainProgress) -> MethodState:
         return {"predicted": method_state["running"], "running": jnp.zeros_like(method_state["running"])}

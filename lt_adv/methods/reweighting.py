@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import at, base
+from lt_adv.methods.base import Array, Batch, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -16,15 +17,12 @@ class Reweighting(at.AT):
     unweighted cross-entropy. Differs from the released code as `AT` does.
     """
 
-    beta: float = 0.9999
+    beta: float = base.hyper_parameter(0.9999, "[0, 1)")
     from_epoch: int = 1
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.beta < 1:
-            raise ValueError(f"config.method.beta must be a number in [0, 1), not {self.beta}.")
-
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
         weights = losses.class_balanced_weights(net.info.class_counts, self.beta)
         weights = jnp.where(progress.epoch + 1 >= self.from_epoch, weights, 1.0)[batch.label]

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import base
+from lt_adv.methods.base import Array, Batch, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,12 +28,14 @@ class RoBal(base.Method):
 
     num_steps: int = 5
     margin: float = 0.1
-    scale: float = 10.0
+    scale: float = base.hyper_parameter(10.0, "(0, inf)")
     tau_b: float = 1.2
     tau_m: float = 0.0
-    beta: float = 6.0
+    beta: float = base.hyper_parameter(6.0, "[0, inf)")
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         released = self.fidelity == "released_code"
         logits, _ = net(x_adv, train=True)
         clean, _ = net(batch.image, train=True)

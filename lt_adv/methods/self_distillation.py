@@ -6,8 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import base
-
-INPUTS = ("adversarial", "clean")
+from lt_adv.methods.base import Array, Batch, Config, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +16,7 @@ class SelfDistillation(base.Method):
       min_theta E CE(z(x_adv) + log n, y) + distillation t^2 KL(softmax(z_T / t) || softmax(z(x_adv) / t))
                 + matching KL(softmax(z_T(x + d) - z_T(x - d)) || softmax(z(x + d) - z(x - d))),   d = x_adv - x.
 
-    z_T are the logits of the frozen teacher in evaluation mode, of x_adv or x as `teacher_input` says. The last term is
+    z_T are the logits of the frozen teacher in evaluation mode, of x_adv or x (`teacher_input`). The last term is
     indirect gradient matching; x - d may leave [0, 1] and also updates the running statistics. Inner maximization in
     both stages: PGD on the cross-entropy of z, evaluation mode. The student starts from a fresh initialization.
 
@@ -27,33 +26,23 @@ class SelfDistillation(base.Method):
     third party's sampler). Drops of the learning rate and the start of weight averaging are at the same fractions of
     both stages.
 
-    Known [paper, third parties]: a balanced self-teacher, equal counts, a short first stage, balanced softmax and
-    distillation in the second; reviewers name indirect gradient matching (Lee et al., ICLR 2025). Not available, so
-    ours: distillation, temperature, teacher_input and matching, chosen on a validation split with a small network
-    (docs/results.md, Ablations), and the loss of the teacher. No released code was available: `fidelity` changes
-    nothing.
+    From the paper and third parties: a balanced self-teacher, equal counts, a short first stage, balanced softmax and
+    distillation in the second; the reviews mention indirect gradient matching (Lee et al., ICLR 2025). Our choices, as
+    no source was available: distillation, temperature, teacher_input and matching, selected on a validation split with
+    a small network (docs/results.md, Ablations), and the loss of the teacher. There is no released code, so `fidelity`
+    changes nothing.
     """
 
-    teacher_epochs: int = 30
-    balance: float = 0.5
-    distillation: float = 1.0
-    temperature: float = 1.0
-    teacher_input: str = "adversarial"
-    matching: float = 1.0
+    teacher_epochs: int = base.hyper_parameter(30, "[1, inf)")
+    balance: float = base.hyper_parameter(0.5, "(0, 1]")
+    distillation: float = base.hyper_parameter(1.0, "[0, inf)")
+    temperature: float = base.hyper_parameter(1.0, "(0, inf)")
+    teacher_input: str = base.hyper_parameter("adversarial", choices=("adversarial", "clean"))
+    matching: float = base.hyper_parameter(1.0, "[0, inf)")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.teacher_input not in INPUTS:
-            choices = ", ".join(INPUTS)
-            raise ValueError(f"config.method.teacher_input must be one of {choices}, not {self.teacher_input!r}.")
-        if self.teacher_epochs < 1:
-            raise ValueError(f"config.method.teacher_epochs must be at least 1, not {self.teacher_epochs}.")
-        if not 0 < self.balance <= 1:
-            raise ValueError(f"config.method.balance must be in (0, 1], not {self.balance}.")
-        if not self.temperature > 0:
-            raise ValueError(f"config.method.temperature must be positive, not {self.temperature}.")
-
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
         value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
         if net.teacher is None:
@@ -66,13 +55,13 @@ class SelfDistillation(base.Method):
         value += self.distillation * metrics["loss_distillation"]
         if self.matching:
             opposite = 2 * batch.image - x_adv
-            at_x_adv = teacher_logits if self.teacher_input == "adversarial" else net.teacher(x_adv)[0]
-            target = at_x_adv - net.teacher(opposite)[0]
+            teacher_adv = teacher_logits if self.teacher_input == "adversarial" else net.teacher(x_adv)[0]
+            target = teacher_adv - net.teacher(opposite)[0]
             metrics["loss_matching"] = jnp.mean(losses.distillation(logits - net(opposite, train=True)[0], target))
             value += self.matching * metrics["loss_matching"]
         return base.LossOutput(value, logits, metrics)
 
-    def stages(self, config):
+    def stages(self, config: Config) -> tuple[base.Stage, ...]:
         optim = config.optim
         ratio = self.teacher_epochs / optim.epochs
         overrides = {

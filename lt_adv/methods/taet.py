@@ -4,6 +4,7 @@ import dataclasses
 
 from lt_adv import losses
 from lt_adv.methods import base
+from lt_adv.methods.base import Array, Batch, Config, MethodState, Net, TrainProgress
 from lt_adv.methods.natural import Natural
 
 
@@ -23,19 +24,21 @@ class TAET(base.Method):
     """
 
     start: str = "gaussian"
-    clean_epochs: int = 40
-    a: float = 0.1
-    b: float = 0.1
-    g: float = 0.1
+    clean_epochs: int = base.hyper_parameter(40, "[1, inf)")
+    a: float = base.hyper_parameter(0.1, "[0, inf)")
+    b: float = base.hyper_parameter(0.1, "[0, inf)")
+    g: float = base.hyper_parameter(0.1, "[0, inf)")
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
         values, label = net.gather((losses.cross_entropy(logits, batch.label), batch.label))
-        options = {"num_classes": net.info.num_classes, "a": self.a, "b": self.b, "g": self.g}
-        value = losses.hierarchical_equalisation(values, label, **options)
+        num_classes = net.info.num_classes
+        value = losses.hierarchical_equalisation(values, label, num_classes=num_classes, a=self.a, b=self.b, g=self.g)
         return base.LossOutput(value, logits)
 
-    def stages(self, config):
+    def stages(self, config: Config) -> tuple[base.Stage, ...]:
         first, total = self.clean_epochs, config.optim.epochs
         if not 0 < first < total:
             limit = f"at least 1 and less than config.optim.epochs = {total}"

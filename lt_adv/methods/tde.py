@@ -6,6 +6,7 @@ import jax.numpy as jnp
 
 from lt_adv import losses
 from lt_adv.methods import at, base
+from lt_adv.methods.base import Array, Batch, DataInfo, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,17 +23,14 @@ class TDE(at.AT):
     network returns in evaluation mode, where ours maximizes that of the logits that are trained.
     """
 
-    mu: float = 0.9
+    mu: float = base.hyper_parameter(0.9, "[0, 1)")
 
-    def __post_init__(self):
-        super().__post_init__()
-        if not 0 <= self.mu < 1:
-            raise ValueError(f"config.method.mu must be a number in [0, 1), not {self.mu}.")
-
-    def init_state(self, info):
+    def init_state(self, info: DataInfo) -> MethodState:
         return {"feature_mean": jnp.zeros(info.num_features, float)}
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         logits, out = net(x_adv, train=True)
         lengths = jnp.linalg.norm(out["features"], axis=-1, keepdims=True)
         directions = out["features"] / jnp.where(lengths > 0, lengths, 1)

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from lt_adv import attacks, losses
 from lt_adv.methods import base
+from lt_adv.methods.base import Array, Batch, MethodState, Net, TrainProgress
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,13 +26,15 @@ class Trades(base.Method):
     compounding_schedule = True
 
     start: str = "gaussian"
-    beta: float = 6.0
+    beta: float = base.hyper_parameter(6.0, "[0, inf)")
 
-    def perturb(self, key, net, batch, method_state, progress):
+    def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
         clean = jax.nn.softmax(net(batch.image, train=False)[0])
         return self.pgd(key, net, batch, clean, objective=attacks.kl_divergence)
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> base.LossOutput:
         clean, _ = net(batch.image, train=True)
         logits, _ = net(x_adv, train=True)
         if self.fidelity == "released_code":  # the first forward again: it only updates the running statistics

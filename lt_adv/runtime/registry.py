@@ -25,6 +25,22 @@ def check_type(path: str, value: object, default: object) -> None:
         raise ValueError(f"{path} must be of type {type(default).__name__}, not {value!r}.")
 
 
+def check_number(path: str, value: Any, interval: str, kind: type = float, hint: str = "") -> None:
+    """Raises ValueError unless `value` is a number in an interval such as "(0, 1]"; NaN is in no interval.
+
+    `kind` is float, for any number, or int, for whole numbers. The message ends with `hint`.
+    """
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    is_number = isinstance(value, (int, kind)) and not isinstance(value, bool)
+    if is_number:
+        above = value > low if interval[0] == "(" else value >= low
+        below = value < high if interval[-1] == ")" else value <= high
+        if above and below:
+            return
+    name = "whole number" if kind is int else "number"
+    raise ValueError(f"{path} must be a {name} in {interval}, not {value!r}{': ' if hint else ''}{hint}.")
+
+
 def select_options(kind: str, config: Config, defaults: Mapping[str, Config]) -> tuple[str, dict[str, Any]]:
     """Returns the name and the options of that name from a config `{"name": ..., **options}`.
 

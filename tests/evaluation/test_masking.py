@@ -87,7 +87,7 @@ def verdict(diagnostics):
 def test_networks_without_masking_are_trustworthy(diagnostics, verdict, head):
     result = verdict(head)
     assert result["trustworthy"], result["reasons"]
-    assert result["words"].startswith("Trustworthy: no sign of gradient masking (PGD-20 ")
+    assert result["words"].startswith("No sign of gradient masking (PGD-20 ")
     assert masking.masking_verdict(diagnostics("linear"), diagnostics(head), GROUPS)["trustworthy"]
 
 
@@ -123,7 +123,7 @@ def test_masked_gradients_are_detected(verdict, head, mask):
     result = verdict(head, **mask)
     assert result["trustworthy"] is False
     assert result["reasons"][0].startswith("Most of the gain over the baseline vanishes in the worst case: PGD-20 ")
-    assert result["words"].startswith("Not trustworthy: signs of gradient masking (PGD-20 ")
+    assert result["words"].startswith("Signs of gradient masking: robustness is overestimated (PGD-20 ")
 
 
 def test_a_rescaling_by_class_gains_under_pgd_alone(verdict, heads):

@@ -65,6 +65,13 @@ def test_contract(name):
         dataclasses.replace(method, num_steps=1)
 
 
+@pytest.mark.parametrize("name", EVERY)
+def test_values_out_of_range_are_refused(name):
+    for option in SETTINGS[name]:
+        with pytest.raises(ValueError, match=rf"config\.{name}\.{option} must be a number in \[0, .*, not -1\.0"):
+            addons.wrap(AT(), (name,), {name: {**SETTINGS[name], option: -1.0}})
+
+
 def test_add_ons_are_not_methods():
     assert set(EVERY) == set(SETTINGS) and not set(methods.names()) & {"addons", *EVERY}
 

@@ -15,6 +15,24 @@ from tests.training.helpers import assert_same, frozen_teacher, run
 pytestmark = pytest.mark.usefixtures("float64")
 
 
+def invalid_values():
+    """(method, hyper-parameter, a value that `base.hyper_parameter` does not allow)."""
+    for name in methods.names():
+        for field in dataclasses.fields(methods.method_class(name)):
+            rule, values = field.metadata, []
+            if rule.get("choices"):
+                values = ["nonsense"]
+            elif rule.get("interval"):
+                kind = type(rule["paper"])
+                low, high = (float(end) for end in rule["interval"][1:-1].split(","))
+                values = [
+                    kind(low - 1),
+                    *([high + 1] if np.isfinite(high) else []),
+                    *([np.nan] if kind is float else []),
+                ]
+            yield from (pytest.param(name, field.name, v, id=f"{name}-{field.name}-{v}") for v in values)
+
+
 def stages():
     config = common.get("digits", epochs=200, drop_epochs=(150,), of=200)  # more epochs than any first stage takes
     config.init_from = "a finished run"  # checked only when a run is built
@@ -57,6 +75,13 @@ def test_hyper_parameters_are_fields(one_device):
         dataclasses.replace(method, fidelity=fidelity)
     with pytest.raises(ValueError, match="fidelity"):
         dataclasses.replace(method, fidelity="exact")
+
+
+@pytest.mark.parametrize(("name", "option", "value"), list(invalid_values()))
+def test_values_out_of_range_are_refused(name, option, value):
+    with pytest.raises(ValueError, match=rf"config\.method\.{option} .*{value}") as caught:
+        methods.create({"name": name, option: value})
+    assert "\n" not in str(caught.value)
 
 
 def test_unknown_names():

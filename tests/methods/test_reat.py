@@ -99,7 +99,7 @@ def test_readings_and_weight_of_tail_alignment():
         assert row["loss"] == pytest.approx(row["loss_balanced"] + 0.5 * row["loss_tail"], rel=1e-12)
     assert ours["loss_balanced"] == pytest.approx(released["loss_balanced"], rel=1e-12)
     assert ours["loss_tail"] > 0 and 0 < abs(released["loss_tail"]) < 0.1 * ours["loss_tail"]
-    with pytest.raises(ValueError, match="tail_margin must be positive, not 0"):
+    with pytest.raises(ValueError, match=r"config\.method\.tail_margin must be a number in \(0, inf\), not 0\.0"):
         REAT(tail_margin=0.0)
 
 

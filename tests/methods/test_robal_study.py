@@ -128,7 +128,7 @@ def test_a_run_starts_with_the_initial_parameters_of_its_method():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"name": "focal", "gamma": -1.0}, r"config\.method\.gamma must not be negative, not -1\.0"),
+        ({"name": "focal", "gamma": -1.0}, r"config\.method\.gamma must be a number in \[0, inf\), not -1\.0"),
         ({"name": "focal", "beta": 1.0}, r"config\.method\.beta must be a number in \[0, 1\), not 1\.0"),
         ({"name": "reweighting", "beta": -0.5}, r"config\.method\.beta must be a number in \[0, 1\), not -0\.5"),
     ],

@@ -72,11 +72,12 @@ def test_terms_of_the_loss(float64):
 @pytest.mark.parametrize(
     ("options", "line"),
     [
-        ({"teacher_input": "noisy"}, "teacher_input must be one of adversarial, clean, not 'noisy'"),
-        ({"teacher_epochs": 0}, "teacher_epochs must be at least 1, not 0"),
-        ({"balance": 1.5}, r"balance must be in \(0, 1\], not 1.5"),
-        ({"balance": 0.0}, r"balance must be in \(0, 1\], not 0.0"),
-        ({"temperature": 0.0}, "temperature must be positive, not 0.0"),
+        ({"teacher_input": "noisy"}, "teacher_input 'noisy'. There are: adversarial, clean."),
+        ({"teacher_epochs": 0}, r"teacher_epochs must be a whole number in \[1, inf\), not 0\."),
+        ({"teacher_epochs": 1.5}, r"teacher_epochs must be a whole number in \[1, inf\), not 1\.5\."),
+        ({"balance": 1.5}, r"balance must be a number in \(0, 1\], not 1\.5\."),
+        ({"balance": 0.0}, r"balance must be a number in \(0, 1\], not 0\.0\."),
+        ({"temperature": 0.0}, r"temperature must be a number in \(0, inf\), not 0\.0\."),
     ],
 )
 def test_bad_values_are_one_line(options, line):

@@ -5,17 +5,25 @@ Diagnostics take minutes, so they are stored and reused for the same code, image
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, NotRequired, TypedDict
 
 import jax
+import numpy as np
 import rich.console
 from etils import epath
 from jax.sharding import Mesh
 
 from lt_adv import data
-from lt_adv.evaluation.attack_specs import needs_all_images, split_digest, weights_digest
+from lt_adv.evaluation.attack_specs import (
+    Apply,
+    AttackSpec,
+    Variables,
+    needs_all_images,
+    split_digest,
+    weights_digest,
+)
 from lt_adv.evaluation.masking import diagnose
-from lt_adv.evaluation.masking.verdict import masking_verdict, summarise_diagnostics
+from lt_adv.evaluation.masking.verdict import DiagnosticsSummary, Verdict, masking_verdict, summarise_diagnostics
 from lt_adv.evaluation.records import digest
 from lt_adv.runtime import atomic_io, environment
 
@@ -25,17 +33,37 @@ NUM_STEPS = 20  # of PGD and CW
 class ComparedNetwork(NamedTuple):
     """A network under comparison, and where its diagnostics are stored."""
 
-    apply: diagnose.Apply
-    variables: Any
+    apply: Apply
+    variables: Variables
     directory: epath.Path  # diagnostics are stored in its folder gradient_masking
-    identity: Any  # JSON: what `apply` depends on beside the code and the variables; part of the name of the file
+    identity: object  # JSON: what `apply` depends on apart from code and variables; part of the name of the file
 
 
-def masking_protocol(attack: Mapping[str, Any], specs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """Returns the options of `run_diagnostics` that follow from an evaluation.
+class ProtocolOptions(TypedDict):
+    """The options of `run_diagnostics` that an evaluation determines."""
 
-    `attack` gives eps, step_size and norm. AutoAttack replaces Square where the evaluation runs it, that is where it is
-    among the attacks `specs`.
+    eps: float
+    step_size: float
+    num_steps: int
+    queries: int
+    norm: str
+    autoattack: str | Sequence[str]
+
+
+class Comparison(TypedDict):
+    """The result of `compare_with_baseline`."""
+
+    verdict: Verdict
+    protocol: diagnose.Protocol
+    network: DiagnosticsSummary
+    baseline: DiagnosticsSummary
+    baseline_run: NotRequired[str]  # the baseline's working directory, for the report
+
+
+def masking_protocol(attack: AttackSpec, specs: Mapping[str, AttackSpec]) -> ProtocolOptions:
+    """Returns the options of `run_diagnostics` for an evaluation with the attacks `specs`.
+
+    `attack` gives eps, step_size and norm. AutoAttack replaces Square if it is one of `specs`.
     """
     versions = [spec.get("version") or "standard" for spec in specs.values() if needs_all_images(spec)]
     return {
@@ -53,27 +81,29 @@ def compare_with_baseline(
     baseline: ComparedNetwork,
     images: data.Split,
     *,
-    protocol: Mapping[str, Any],
+    protocol: ProtocolOptions,
     groups: Mapping[str, Sequence[int]],
     seed: int,
     batch_size: int,
     mesh: Mesh,
     console: rich.console.Console,
-) -> dict[str, Any]:
-    """Returns {"verdict", "protocol", "network", "baseline"}, the last two as `summarise_diagnostics` returns them.
+) -> Comparison:
+    """Returns the diagnostics of both networks and the verdict on gradient masking.
 
     Args:
       network, baseline: the two networks, of the same classes and image size.
       images: the images for both; `diagnose.balanced_sample` chooses them.
-      protocol: what `masking_protocol` returns.
+      protocol: the result of `masking_protocol`.
       groups: name -> classes; gains are also tested on the images of each group.
       seed: of the attacks.
       batch_size, mesh: as in `run_diagnostics`.
       console: prints a warning where diagnostics cannot be stored.
     """
-    options = {"protocol": protocol, "seed": seed, "batch_size": batch_size, "mesh": mesh, "console": console}
     diagnostics, baseline_diagnostics = (
-        stored_diagnostics(side, baseline, images, **options) for side in (network, baseline)
+        stored_diagnostics(
+            side, baseline, images, protocol=protocol, seed=seed, batch_size=batch_size, mesh=mesh, console=console
+        )
+        for side in (network, baseline)
     )
     return {
         "verdict": masking_verdict(
@@ -90,12 +120,12 @@ def stored_diagnostics(
     baseline: ComparedNetwork,
     images: data.Split,
     *,
-    protocol: Mapping[str, Any],
+    protocol: ProtocolOptions,
     seed: int,
     batch_size: int,
     mesh: Mesh,
     console: rich.console.Console,
-) -> dict[str, Any]:
+) -> diagnose.Diagnostics:
     """Returns the diagnostics of a network, read from its directory or computed and stored there.
 
     A damaged file is computed again; a directory that cannot be written gets a warning.
@@ -121,7 +151,7 @@ def stored_diagnostics(
         jax.random.key(seed, impl="threefry2x32"),
         network.apply,
         network.variables,
-        images.image,
+        np.asarray(images.image),
         images.label,
         transfer=(baseline.apply, baseline.variables),
         mesh=mesh,

@@ -1,8 +1,8 @@
-"""Diagnostics of gradient masking: attacks on one network, of which every common form of masking lets some succeed.
+"""Diagnostics of gradient masking: several attacks on one network, some of which succeed under each form of masking.
 
-A network masks its gradients where attacks that follow them fail although adversarial examples exist. Its gradients are
+A network masks its gradients if attacks that follow them fail although adversarial examples exist. Its gradients are
 then obfuscated: shattered (zero or meaningless), stochastic (the forward pass is random) or vanishing (saturated
-logits). Such a network looks robust in a table. `verdict` compares the diagnostics with those of a baseline.
+logits), and gradient attacks overestimate its robustness. `verdict` compares the diagnostics with those of a baseline.
 
 References: Athalye, Carlini and Wagner, "Obfuscated gradients give a false sense of security", ICML 2018; Carlini et
 al., "On evaluating adversarial robustness", 2019 (the checks of section 3).
@@ -11,8 +11,8 @@ al., "On evaluating adversarial robustness", 2019 (the checks of section 3).
 import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -23,16 +23,47 @@ from lt_adv.attacks._autoattack import attacks_of
 from lt_adv.attacks.checks import check_images, check_logits
 from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.attacks.initialization import threefry
+from lt_adv.evaluation.attack_specs import Apply, Variables
 
-# Median gaps between the two largest logits to which the logits are rescaled for PGD. Gaps and not factors: the sweep
-# then covers networks of any temperature.
+# PGD attacks logits that are rescaled so that the median lead, the largest logit minus the second, has these values.
+# Leads and not factors: the sweep then covers networks of any temperature.
 LEADS = (0.01, 0.1, 1.0, 10.0, 100.0)
 LSA_SCALE = 10.0
 QUERIES = 1000  # of Square; enough to reveal masking, more queries add little to the other attacks
 IMAGES = 500  # three standard errors of a difference in accuracy are then at most seven points
 
-Apply = Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits
-Network = tuple[Apply, Any]  # (apply, variables)
+Array = jax.Array
+Network = tuple[Apply, Variables]
+
+
+class Protocol(TypedDict):
+    """The arguments of `run_diagnostics` that the diagnostics depend on."""
+
+    images: int
+    eps: float
+    step_size: float
+    num_steps: int
+    norm: str
+    queries: int
+    autoattack: list[str]
+    radii: list[float]
+    leads: list[float]
+
+
+class Diagnostics(TypedDict):
+    """The result of `run_diagnostics`, which describes the entries."""
+
+    protocol: Protocol
+    label: list[int]
+    classes: int
+    logits_change: float
+    batch_change: float
+    not_finite: int
+    probabilities: bool
+    logit_lead: float
+    scales: dict[str, float]
+    zero_gradient: str
+    correct: dict[str, str]
 
 
 class Programs(NamedTuple):
@@ -40,50 +71,62 @@ class Programs(NamedTuple):
 
     # The test for a zero input gradient takes three programs. In a single one XLA fuses the last product of the network
     # (a temperature) into the loss, and a gradient that should be zero becomes the rounding error of that product.
-    logits: Callable[..., Any]  # (variables, x) -> logits, in at least float32
-    logit_gradient: Callable[..., Any]  # (logits, y) -> the gradient of CE(z) in z
-    zero_gradient: Callable[..., Any]  # (variables, x, logit_gradient) -> bool [b]
-    is_correct: Callable[..., Any]  # (variables, x, y) -> bool [b]
-    pgd: Callable[..., Any]  # (keys, variables, x, y, eps, step_size, logit_scale) -> x_adv
-    cw: Callable[..., Any]  # (keys, variables, x, y, eps, step_size) -> x_adv
-    square: Callable[..., Any]  # (keys, variables, x, y, eps) -> x_adv
+    logits: Callable[[Variables, Array], Array]  # (variables, x) -> logits, in at least float32
+    logit_gradient: Callable[[Array, Array], Array]  # (logits, y) -> the gradient of CE(z) in z
+    zero_gradient: Callable[[Variables, Array, Array], Array]  # (variables, x, logit_gradient) -> bool [b]
+    is_correct: Callable[[Variables, Array, Array], Array]  # (variables, x, y) -> bool [b]
+    pgd: Callable[..., Array]  # (keys, variables, x, y, eps, step_size, logit_scale) -> x_adv
+    cw: Callable[..., Array]  # (keys, variables, x, y, eps, step_size) -> x_adv
+    square: Callable[..., Array]  # (keys, variables, x, y, eps) -> x_adv
 
 
 @functools.lru_cache(maxsize=16)
-def _programs(apply: Callable, norm: str, num_steps: int, queries: int) -> Programs:
-    def logits(variables, x):
+def _programs(apply: Apply, norm: str, num_steps: int, queries: int) -> Programs:
+    def logits(variables: Variables, x: Array) -> Array:
         return check_logits(apply(variables, x), x)
 
-    def logit_gradient(logits, y):
+    def logit_gradient(logits: Array, y: Array) -> Array:
         return jax.grad(lambda logits: attacks.cross_entropy(logits, y).sum())(logits)
 
-    def zero_gradient(variables, x, logit_gradient):
+    def zero_gradient(variables: Variables, x: Array, logit_gradient: Array) -> Array:
         gradient = with_fast_cpu_convolutions(jax.grad(lambda x: (apply(variables, x) * logit_gradient).sum()))(x)
         return (gradient == 0).reshape(len(x), -1).all(-1)
 
-    def is_correct(variables, x, y):
+    def is_correct(variables: Variables, x: Array, y: Array) -> Array:
         return attacks.prediction(check_logits(apply(variables, x), x)) == y
 
-    def pgd(key, variables, x, y, eps, step_size, logit_scale):
+    def pgd(
+        key: Array, variables: Variables, x: Array, y: Array, eps: float, step_size: float, logit_scale: float
+    ) -> Array:
         objective = functools.partial(attacks.cross_entropy, logit_scale=logit_scale)
-        options = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm}
-        return attacks.pgd(key, functools.partial(apply, variables), x, y, objective=objective, **options)
+        network = functools.partial(apply, variables)
+        return attacks.pgd(
+            key, network, x, y, eps=eps, step_size=step_size, num_steps=num_steps, norm=norm, objective=objective
+        )
 
-    def cw(key, variables, x, y, eps, step_size):
-        options = {"eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm}
-        return attacks.cw(key, functools.partial(apply, variables), x, y, **options)
+    def cw(key: Array, variables: Variables, x: Array, y: Array, eps: float, step_size: float) -> Array:
+        network = functools.partial(apply, variables)
+        return attacks.cw(key, network, x, y, eps=eps, step_size=step_size, num_steps=num_steps, norm=norm)
 
-    def square(key, variables, x, y, eps):
+    def square(key: Array, variables: Variables, x: Array, y: Array, eps: float) -> Array:
         network = functools.partial(apply, variables)
         return attacks.square(key, network, x, y, eps=eps, num_queries=queries, norm=norm)
 
-    return Programs(*map(jax.jit, (logits, logit_gradient, zero_gradient, is_correct, pgd, cw, square)))
+    return Programs(
+        logits=jax.jit(logits),
+        logit_gradient=jax.jit(logit_gradient),
+        zero_gradient=jax.jit(zero_gradient),
+        is_correct=jax.jit(is_correct),
+        pgd=jax.jit(pgd),
+        cw=jax.jit(cw),
+        square=jax.jit(square),
+    )
 
 
 def run_diagnostics(
-    key: jax.Array,
-    apply: Callable[[Any, jax.Array], jax.Array],
-    variables: Any,
+    key: Array,
+    apply: Apply,
+    variables: Variables,
     images: np.ndarray,
     labels: np.ndarray,
     *,
@@ -96,8 +139,8 @@ def run_diagnostics(
     mesh: Mesh | None = None,
     transfer: Network | None = None,
     autoattack: str | Sequence[str] = (),
-) -> dict[str, Any]:
-    """Returns the diagnostics of a network on some hundreds of images, as JSON holds them.
+) -> Diagnostics:
+    """Returns the diagnostics of a network on some hundreds of images, as JSON.
 
     `correct` maps a column to a string with a "1" for every image that is classified correctly. The columns:
       clean
@@ -105,11 +148,11 @@ def run_diagnostics(
       scale_L: PGD on CE(a z), a = L / `logit_lead`, for every L of `LEADS`
       square: `queries` queries, no gradient; replaced by `autoattack` where a version of it is given
       transfer: PGD examples of another network, where one is given
-      radius_2, radius_4, ...: PGD at this multiple of the radius and step; the last radius covers the whole box
+      radius_2, radius_4, ...: PGD at this multiple of the radius and step; the last radius covers the full pixel range
 
     The other entries:
       label: the labels of the images
-      zero_gradient: a string as above, "1" where the gradient of CE(z) is exactly zero in every pixel
+      zero_gradient: such a string, with "1" where the gradient of CE(z) is exactly zero in every pixel
       logit_lead: the largest logit minus the second, median over the images
       logits_change: the largest difference between the logits of two forward passes, as a share of the largest logit
       batch_change: the same between the first image in its batch and in a batch of copies of itself
@@ -131,7 +174,7 @@ def run_diagnostics(
       batch_size: images per batch, rounded up to a multiple of the devices.
       mesh: devices; batches are split over its first axis. One device by default.
       transfer: (apply, variables) of the baseline. For the diagnostics of the baseline this is the baseline itself; the
-        column then holds a second random start of PGD, and its gain over the first is the noise of this test.
+        column then holds PGD from a second random start, and its gain over the first start is the noise of this test.
       autoattack: a version of AutoAttack, or names of its attacks.
 
     Raises:
@@ -153,19 +196,19 @@ def run_diagnostics(
     batches = [jax.device_put((_pixels(images[rows]), labels[rows]), shard) for rows in batch_rows]
     correct: dict[str, np.ndarray] = {}
 
-    def concatenate(batch_values: Sequence[Any]) -> np.ndarray:
+    def concatenate(batch_values: Sequence[Array]) -> np.ndarray:
         return np.concatenate([np.asarray(values) for values in batch_values])[: len(labels)]
 
-    def keys(name: str, rows: np.ndarray) -> jax.Array:
+    def keys(name: str, rows: np.ndarray) -> Array:
         return jax.device_put(_keys(key, np.uint32(zlib.crc32(name.encode())), rows), shard)
 
-    def run_attack(attack: Callable, name: str, variables: Any, *options: float) -> list[jax.Array]:
+    def run_attack(attack: Callable[..., Array], name: str, variables: Variables, *options: float) -> list[Array]:
         return [
             attack(keys(name, rows), variables, *batch, *options)
             for rows, batch in zip(batch_rows, batches, strict=True)
         ]
 
-    def is_correct(x_adv: Sequence[jax.Array]) -> np.ndarray:
+    def is_correct(x_adv: Sequence[Array]) -> np.ndarray:
         pairs = zip(x_adv, batches, strict=True)
         return concatenate([programs.is_correct(variables, points, y) for points, (_, y) in pairs])
 
@@ -238,7 +281,7 @@ def run_diagnostics(
 def balanced_sample(label: np.ndarray, num_images: int = IMAGES) -> np.ndarray:
     """Returns positions, ascending, of `num_images` images with equally many of every class.
 
-    A class with too few images gives all that it has. The choice depends on the labels alone (NumPy's frozen legacy
+    All images are taken of a class with too few. The choice depends on the labels alone (NumPy's frozen legacy
     stream, seed 0).
     """
     label = np.asarray(label)
@@ -260,7 +303,7 @@ def text_to_bits(text: str) -> np.ndarray:
     return np.frombuffer(text.encode(), np.uint8) == ord("1")
 
 
-def correct_by_attack(diagnostics: Mapping[str, Any]) -> dict[str, np.ndarray]:
+def correct_by_attack(diagnostics: Diagnostics) -> dict[str, np.ndarray]:
     """Returns the columns of `correct` as bool [n].
 
     An adversarial example at one radius is also one at any larger radius: under `radius_*` an image counts as correct
@@ -274,7 +317,7 @@ def correct_by_attack(diagnostics: Mapping[str, Any]) -> dict[str, np.ndarray]:
 
 
 @functools.partial(jax.jit)
-def _keys(key: jax.Array, name: jax.Array, index: jax.Array) -> jax.Array:
+def _keys(key: Array, name: Array, index: Array) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, name), index)
 
 
@@ -291,10 +334,10 @@ def _radius_factors(eps: float, largest_radius: float) -> list[float]:
     return [*factors, largest_radius / eps] if eps < largest_radius else factors
 
 
-def _change_without_jit(apply: Callable, variables: Any, x: jax.Array) -> float:
+def _change_without_jit(apply: Apply, variables: Variables, x: Array) -> float:
     """Returns the largest difference between two eager passes.
 
-    A trace would freeze randomness from outside of JAX, such as NumPy's generator or a counter.
+    Under jit, randomness from outside JAX (NumPy's generator, a counter) would be a constant.
     """
     first, second = (np.asarray(check_logits(apply(variables, x), x)) for _ in range(2))
     return _largest_difference(first, second)

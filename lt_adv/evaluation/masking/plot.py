@@ -1,26 +1,23 @@
 """Plot of a gradient masking check: robust accuracy against the scale of the logits and against the radius."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
+from lt_adv.evaluation.masking.compare import Comparison
 from lt_adv.evaluation.plots import DARK, MIDDLE, SOFT, blank, headline, style
 
 
-def masking_curves(comparison: Mapping[str, Any]) -> Figure:
-    """Draws PGD accuracy of a network and its baseline, from what `compare_with_baseline` returns.
+def masking_curves(comparison: Comparison) -> Figure:
+    """Draws PGD accuracy of a network and its baseline, from the result of `compare_with_baseline`.
 
     Left: PGD on rescaled logits, against their median gap between the two largest logits; a ring marks the unscaled
-    network. Right: PGD at growing radii. A curve that does not reach zero where the radius covers the whole box is a
-    sign of gradient masking.
+    network. Right: PGD at growing radii. A curve that does not reach zero at the last radius, which covers the full
+    pixel range, is a sign of gradient masking.
     """
     figure = blank(8.4, 3.3)
     left, right = figure.subplots(1, 2, sharey=True)
     steps = comparison["protocol"]["num_steps"]
-    for side, colour in (("baseline", MIDDLE), ("network", DARK)):
-        summary = comparison[side]
+    for summary, colour in ((comparison["baseline"], MIDDLE), (comparison["network"], DARK)):
         for axes, points in ((left, summary["by_lead"]), (right, summary["by_radius"])):
             if points:
                 axes.plot(*_columns(points), color=colour, linewidth=1.6, marker="o", markersize=3.5)

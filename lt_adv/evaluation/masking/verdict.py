@@ -1,32 +1,75 @@
 """Verdict on gradient masking: compares the diagnostics of a network with those of a baseline.
 
-No threshold is fixed in advance. Every figure is compared with that of the baseline, image by image, and counts where
-the mean of the paired differences is more than three standard errors above zero.
+No threshold is fixed in advance. Every value is compared with that of the baseline, image by image, and is significant
+if the mean of the paired differences is more than three standard errors above zero.
 
 A gap between PGD and stronger attacks alone is not a sign of gradient masking: heads and losses differ in it without
-any masking, and with enough images every difference exceeds its noise. The verdict tests what a table claims, a gain
-under PGD or CW, and rejects the gain where most of it vanishes in the worst case over all attacks. A gain under LSA is
-not tested: LSA targets networks with small logits and is weak on large ones.
+any masking, and with enough images every difference exceeds its noise. The verdict tests the claim of a table, a gain
+under PGD or CW, and rejects a gain that gradient masking explains: most of it vanishes in the worst case over all
+attacks. A gain under LSA is not tested: LSA targets networks with small logits and is weak on large ones.
 
 References: Athalye, Carlini and Wagner, "Obfuscated gradients give a false sense of security", ICML 2018 (section 3.1
 lists the signs); Carlini et al., "On evaluating adversarial robustness", 2019.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 
 from lt_adv.attacks._autoattack import DEPENDENCE
-from lt_adv.evaluation.masking.diagnose import correct_by_attack, text_to_bits
+from lt_adv.evaluation.masking.diagnose import Diagnostics, correct_by_attack, text_to_bits
 from lt_adv.evaluation.metrics import title
+from lt_adv.evaluation.records import Columns
 
 STANDARD_ERRORS = 3.0
 ROUNDING = float(np.sqrt(np.finfo(np.float32).eps))  # of logits between two passes, as a share of the largest
-# Attacks that do not use the gradient of the network itself, or not alone.
+# Attacks that do not follow the gradient of the attacked network, or not only.
 OTHER_ATTACKS = {"square": "Square", "autoattack": "AutoAttack", "transfer": "Transfer from the baseline"}
 
-Columns = Mapping[str, np.ndarray]  # column of the diagnostics -> bool [n], whether an image is classified correctly
+
+class Gain(TypedDict):
+    """The gain over the baseline under one attack, on all images or those of one group; accuracies are in [0, 1]."""
+
+    group: str  # "" for all images
+    attack: str
+    accuracy: float
+    baseline: float
+    worst: float  # accuracy in the worst case over all attacks
+    baseline_worst: float
+    gain: float  # accuracy - baseline
+    noise: float  # three standard errors of `gain`; so for `lost` and `left`
+    lost: float  # the part of the gain that vanishes in the worst case
+    lost_noise: float
+    strongest: str  # the single attack of lowest accuracy
+    strongest_accuracy: float
+    left: float  # gain in the worst case
+    left_noise: float
+    real: bool  # False: most of the gain is due to gradient masking
+
+
+class Verdict(TypedDict):
+    """The result of `masking_verdict`, which describes the entries."""
+
+    trustworthy: bool | None
+    words: str
+    reasons: list[str]
+    notes: list[str]
+    gains: list[Gain]
+
+
+class DiagnosticsSummary(TypedDict):
+    """Diagnostics of a network, averaged over images; accuracies are in [0, 1]."""
+
+    classes: int
+    logits_change: float
+    probabilities: bool
+    logit_lead: float
+    zero_gradient: float  # share of the images
+    accuracy: dict[str, float]  # by attack
+    worst: float
+    by_lead: list[list[float]]  # [lead, accuracy] for each of LEADS
+    by_radius: list[list[float]]  # [radius, accuracy]
 
 
 def mean_and_noise(values: np.ndarray) -> tuple[float, float]:
@@ -44,14 +87,14 @@ def significantly_larger(values: np.ndarray, baseline_values: np.ndarray) -> boo
 
 
 def masking_verdict(
-    diagnostics: Mapping[str, Any],
-    baseline: Mapping[str, Any] | None,
+    diagnostics: Diagnostics,
+    baseline: Diagnostics | None,
     groups: Mapping[str, Sequence[int]] | None = None,
-) -> dict[str, Any]:
+) -> Verdict:
     """Returns the verdict on a network, from its diagnostics and those of a baseline on the same images.
 
     The result holds
-      trustworthy: whether there is no reason against the network; None without a baseline
+      trustworthy: whether `reasons` is empty; None without a baseline
       words: the verdict in one line
       reasons: one sentence for each of
         - a random forward pass, probabilities instead of logits (both as AutoAttack's official checks), or logits that
@@ -60,12 +103,12 @@ def masking_verdict(
           most of which vanishes in the worst case, by more than the noise of what vanishes;
         - more input gradients that are exactly zero than the baseline has;
         - more images than on the baseline that withstand every gradient attack but not Square or the transfer attack;
-        - more images than on the baseline that are classified correctly at a radius that covers the whole box
+        - more images than on the baseline that are classified correctly at a radius that covers the full pixel range
       notes: further sentences
       gains: one row per group and attack, as `gain_over_baseline` returns it
 
     Args:
-      diagnostics: what `run_diagnostics` returns for the network.
+      diagnostics: the result of `run_diagnostics` for the network.
       baseline: the same for the baseline; None gives no verdict.
       groups: name -> classes; gains are also tested on the images of each group.
 
@@ -77,8 +120,10 @@ def masking_verdict(
         words = "No verdict on gradient masking: it needs a baseline to compare with (config.eval.baseline)."
         return {"trustworthy": None, "words": words, "reasons": reasons, "notes": notes, "gains": []}
     for name in ("protocol", "label", "classes"):
-        if diagnostics[name] != baseline[name]:
-            raise ValueError(f"The diagnostics of the network and its baseline differ in {name!r}; make both alike.")
+        if diagnostics.get(name) != baseline.get(name):
+            raise ValueError(
+                f"The diagnostics of the network and its baseline differ in {name!r}: use the same images and protocol."
+            )
     label = np.asarray(diagnostics["label"])
     correct, baseline_correct = correct_by_attack(diagnostics), correct_by_attack(baseline)
     masks = {"": np.ones(len(label), bool)}
@@ -95,12 +140,12 @@ def masking_verdict(
     reasons += _masking_signs(diagnostics, baseline, correct, baseline_correct)
     notes += _gap_notes(gains, diagnostics, baseline)
     row = next(row for row in gains if not row["group"])
-    figures = f"{title(row['attack'])} {_percent(row['accuracy'])}, worst case {_percent(row['worst'])}"
-    figures += f"; baseline {_percent(row['baseline'])} and {_percent(row['baseline_worst'])}"
-    words = "Not trustworthy: signs of gradient masking" if reasons else "Trustworthy: no sign of gradient masking"
+    accuracies = f"{title(row['attack'])} {_percent(row['accuracy'])}, worst case {_percent(row['worst'])}"
+    accuracies += f"; baseline {_percent(row['baseline'])} and {_percent(row['baseline_worst'])}"
+    words = "Signs of gradient masking: robustness is overestimated" if reasons else "No sign of gradient masking"
     return {
         "trustworthy": not reasons,
-        "words": f"{words} ({figures}).",
+        "words": f"{words} ({accuracies}).",
         "reasons": reasons,
         "notes": notes,
         "gains": gains,
@@ -113,16 +158,15 @@ def worst_case_correct(columns: Columns) -> np.ndarray:
 
 
 def gradient_attacks_correct(columns: Columns) -> np.ndarray:
-    """bool [n]: correct on the clean image and under every attack that follows the network's own gradient."""
+    """bool [n]: correct on the clean image and under every attack that follows the gradient of the attacked network."""
     return worst_case_correct({name: column for name, column in columns.items() if name not in OTHER_ATTACKS})
 
 
-def gain_over_baseline(group: str, attack: str, correct: Columns, baseline_correct: Columns) -> dict[str, Any]:
-    """Returns the gain over the baseline under an attack and what is left of it in the worst case; shares of images.
+def gain_over_baseline(group: str, attack: str, correct: Columns, baseline_correct: Columns) -> Gain:
+    """Returns the gain over the baseline under an attack, and the part of it that is left in the worst case.
 
-    The gain is rejected (`real` is False) where all of this holds: the gain and the part of it that vanishes are above
-    their noise; more vanishes than is left; and what is left is within its noise, or the excess of the vanished part is
-    above its own.
+    The gain is rejected (`real` is False) if all of these hold: the gain and the lost part exceed their noise; the lost
+    part is larger than the rest; and the rest is within its noise, or the difference of both parts exceeds its noise.
     """
     gain_per_image = np.asarray(correct[attack], float) - baseline_correct[attack]
     left_per_image = np.asarray(worst_case_correct(correct), float) - worst_case_correct(baseline_correct)
@@ -151,13 +195,16 @@ def gain_over_baseline(group: str, attack: str, correct: Columns, baseline_corre
     }
 
 
-def summarise_diagnostics(diagnostics: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the diagnostics averaged over images, for a report: accuracies in [0, 1], lists for the two curves."""
+def summarise_diagnostics(diagnostics: Diagnostics) -> DiagnosticsSummary:
+    """Returns the diagnostics averaged over images, for a report."""
     columns, protocol = correct_by_attack(diagnostics), diagnostics["protocol"]
     radii = [columns[f"pgd{protocol['num_steps']}"], *(c for name, c in columns.items() if name.startswith("radius_"))]
     leads = [columns[name] for name in diagnostics["scales"]]
-    single = ("classes", "logits_change", "probabilities", "logit_lead")
-    return {name: diagnostics[name] for name in single} | {
+    return {
+        "classes": diagnostics["classes"],
+        "logits_change": diagnostics["logits_change"],
+        "probabilities": diagnostics["probabilities"],
+        "logit_lead": diagnostics["logit_lead"],
         "zero_gradient": float(text_to_bits(diagnostics["zero_gradient"]).mean()),
         "accuracy": {name: float(column.mean()) for name, column in columns.items() if "_" not in name},
         "worst": float(worst_case_correct(columns).mean()),
@@ -170,7 +217,7 @@ def _select(columns: Columns, mask: np.ndarray) -> Columns:
     return {name: column[mask] for name, column in columns.items()}
 
 
-def _forward_pass_reasons(diagnostics: Mapping[str, Any]) -> list[str]:
+def _forward_pass_reasons(diagnostics: Diagnostics) -> list[str]:
     reasons = []
     if not diagnostics["logits_change"] <= ROUNDING:
         reasons.append(
@@ -192,7 +239,7 @@ def _forward_pass_reasons(diagnostics: Mapping[str, Any]) -> list[str]:
     return reasons
 
 
-def _notes(diagnostics: Mapping[str, Any]) -> list[str]:
+def _notes(diagnostics: Diagnostics) -> list[str]:
     classes, notes = diagnostics["classes"], []
     if diagnostics["not_finite"]:
         notes.append(f"The logits of {diagnostics['not_finite']} clean images are not finite: they count as wrong.")
@@ -204,7 +251,7 @@ def _notes(diagnostics: Mapping[str, Any]) -> list[str]:
     return notes
 
 
-def _rejected_gain(rejected: Sequence[Mapping[str, Any]]) -> str:
+def _rejected_gain(rejected: Sequence[Gain]) -> str:
     """Returns one sentence on the rejected gains of one group."""
     accuracies = ", ".join(
         f"{title(row['attack'])} {_percent(row['accuracy'])} against {_percent(row['baseline'])} "
@@ -212,9 +259,9 @@ def _rejected_gain(rejected: Sequence[Mapping[str, Any]]) -> str:
         for row in rejected
     )
     row = rejected[0]
-    where = f"in the {row['group']} " if row["group"] else ""
+    subset = f"in the {row['group']} " if row["group"] else ""
     return (
-        f"Most of the gain {where}over the baseline vanishes in the worst case: {accuracies}; worst case "
+        f"Most of the gain {subset}over the baseline vanishes in the worst case: {accuracies}; worst case "
         f"{_percent(row['worst'])} against {_percent(row['baseline_worst'])} ({100 * row['left']:+.1f} points, noise "
         f"{100 * row['left_noise']:.1f}). Strongest single attack: {_attack_name(row['strongest'])} "
         f"({_percent(row['strongest_accuracy'])})."
@@ -222,7 +269,7 @@ def _rejected_gain(rejected: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _masking_signs(
-    diagnostics: Mapping[str, Any], baseline: Mapping[str, Any], correct: Columns, baseline_correct: Columns
+    diagnostics: Diagnostics, baseline: Diagnostics, correct: Columns, baseline_correct: Columns
 ) -> list[str]:
     """Returns one sentence for each sign of gradient masking that is stronger than on the baseline."""
     signs = []
@@ -240,8 +287,8 @@ def _masking_signs(
         )
         if significantly_larger(broken, baseline_broken):
             signs.append(
-                f"{subject} breaks {_percent(broken.mean())} of the images that withstand all attacks on the network's "
-                f"own gradient (baseline {_percent(baseline_broken.mean())}): the gradient does not lead to "
+                f"{subject} breaks {_percent(broken.mean())} of the images that withstand all attacks that follow the "
+                f"network's gradient (baseline {_percent(baseline_broken.mean())}): the gradient does not lead to "
                 "adversarial examples that exist."
             )
     largest = max(
@@ -250,21 +297,19 @@ def _masking_signs(
     if largest and significantly_larger(correct[largest], baseline_correct[largest]):
         signs.append(
             f"{_percent(correct[largest].mean())} of the images withstand PGD at a radius of "
-            f"{diagnostics['protocol']['radii'][-1]:g}, which covers the whole pixel range (baseline "
+            f"{diagnostics['protocol']['radii'][-1]:g}, which covers the full pixel range (baseline "
             f"{_percent(baseline_correct[largest].mean())}): the attack fails where adversarial examples must exist."
         )
     return signs
 
 
-def _gap_notes(
-    gains: Sequence[Mapping[str, Any]], diagnostics: Mapping[str, Any], baseline: Mapping[str, Any]
-) -> list[str]:
+def _gap_notes(gains: Sequence[Gain], diagnostics: Diagnostics, baseline: Diagnostics) -> list[str]:
     """Returns notes on gaps between PGD or CW and the worst case that exceed the baseline's, and on the logit lead."""
-    wide = [row for row in gains if not row["group"] and row["real"] and row["lost"] > row["lost_noise"]]
+    wide_gaps = [row for row in gains if not row["group"] and row["real"] and row["lost"] > row["lost_noise"]]
     notes = [
         f"The accuracy under {title(row['attack'])} is {100 * (row['accuracy'] - row['worst']):.1f} points above the "
         f"worst case (baseline {100 * (row['baseline'] - row['baseline_worst']):.1f}): report the worst case."
-        for row in wide
+        for row in wide_gaps
     ]
     leads = f"{diagnostics['logit_lead']:.3g} (baseline {baseline['logit_lead']:.3g})"
     return [*notes, f"Median gap between the largest and the second logit: {leads}."]

@@ -3,7 +3,7 @@
 `config.addons` lists those in use, the outermost last. The config section of the same name has the options of each.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from lt_adv.methods import Method, method_class
@@ -20,6 +20,6 @@ def wrap(method: Method, chosen: Sequence[str], settings: Mapping[str, Mapping[s
     for name in chosen:
         if chosen.count(name) > 1:
             raise ValueError(f"config.addons names {name!r} twice.")
-        addon = method_class(name, __name__)
+        addon: Callable[..., Method] = method_class(name, __name__)
         method = addon(inner=method, **settings[name])
     return method

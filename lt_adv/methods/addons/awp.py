@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lt_adv.methods.addons import base
+from lt_adv.methods.base import Array, Batch, LossOutput, MethodState, Net, TrainProgress, hyper_parameter
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +26,20 @@ class AWP(base.AddOn):
     epochs.
     """
 
-    gamma: float = 0.005
+    gamma: float = hyper_parameter(0.005, "[0, inf)")
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
-        def inner(net):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> LossOutput:
+        def inner(net: Net) -> LossOutput:
             return self.inner.loss(key, net, batch, x_adv, method_state, progress)
 
         theta = jax.lax.stop_gradient(net.params)
         ascent = net.mean(jax.grad(lambda params: inner(net.without_updates().with_params(params)).loss)(theta))
-        v = jax.tree.map(self._along, theta, ascent)
+        v = jax.tree.map(self._perturbation, theta, ascent)
         return inner(net.with_params(jax.tree.map(jnp.add, net.params, v)))
 
-    def _along(self, w, g):
+    def _perturbation(self, w: Array, g: Array) -> Array:
         length = jnp.linalg.norm(g)
         direction = g / jnp.where(length > 0, length, 1)
         return self.gamma * jnp.linalg.norm(w) * direction if w.ndim > 1 else jnp.zeros_like(w)

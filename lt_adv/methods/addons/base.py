@@ -2,7 +2,19 @@
 
 import dataclasses
 
-from lt_adv.methods.base import Method
+from lt_adv.methods.base import (
+    Array,
+    Batch,
+    Config,
+    DataInfo,
+    LossOutput,
+    Method,
+    MethodState,
+    Net,
+    Params,
+    Stage,
+    TrainProgress,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,27 +30,33 @@ class AddOn(Method):
     fidelity: str = dataclasses.field(init=False)
     inner: Method
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         for name in Method.__annotations__:
             object.__setattr__(self, name, getattr(self.inner, name))
         super().__post_init__()
 
-    def init_state(self, info):
+    @property
+    def _section(self) -> str:
+        return type(self).__module__.rsplit(".", 1)[-1]
+
+    def init_state(self, info: DataInfo) -> MethodState:
         return self.inner.init_state(info)
 
-    def init_params(self, params, info):
+    def init_params(self, params: Params, info: DataInfo) -> Params:
         return self.inner.init_params(params, info)
 
-    def perturb(self, key, net, batch, method_state, progress):
+    def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
         return self.inner.perturb(key, net, batch, method_state, progress)
 
-    def loss(self, key, net, batch, x_adv, method_state, progress):
+    def loss(
+        self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
+    ) -> LossOutput:
         return self.inner.loss(key, net, batch, x_adv, method_state, progress)
 
-    def epoch_end(self, method_state, progress):
+    def epoch_end(self, method_state: MethodState, progress: TrainProgress) -> MethodState:
         return self.inner.epoch_end(method_state, progress)
 
-    def stages(self, config):
+    def stages(self, config: Config) -> tuple[Stage, ...]:
         return tuple(
             dataclasses.replace(stage, method=dataclasses.replace(self, inner=stage.method))
             for stage in self.inner.stages(config)
