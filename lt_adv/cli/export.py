@@ -186,7 +186,7 @@ def serialise(apply: Callable[..., jax.Array], weights: Mapping[str, np.ndarray]
         jax.config.update("jax_traceback_in_locations_limit", limit)
 
 
-def read_report(directory: epath.Path, expected: Mapping[str, str]) -> tuple[Mapping[str, Any] | None, str]:
+def read_report(directory: epath.Path, expected: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
     """Returns (report.json of a directory, ""), or (None, reason) if it is missing or its header is another."""
     path = directory / "report.json"
     if not path.exists():
@@ -203,7 +203,7 @@ def read_report(directory: epath.Path, expected: Mapping[str, str]) -> tuple[Map
 
 
 def card(
-    facts: Mapping[str, Any], command: str, split: data.LongTailed, summary: Mapping[str, Any] | None, missing: str
+    facts: Mapping[str, Any], command: str, split: data.LongTailed, summary: dict[str, Any] | None, missing: str
 ) -> str:
     """Returns the model card in markdown: description, use, classes, results and limits of the network."""
     commit = f" ({environment.commit()})" if environment.commit() else ""
@@ -238,7 +238,7 @@ def card(
     )
 
 
-def results_section(summary: Mapping[str, Any]) -> str:
+def results_section(summary: dict[str, Any]) -> str:
     """Returns warnings and accuracies of the report, and the setup of the measurement."""
     fields = evaluation.header_fields(summary)
     setup = [f"- **{name}:** {fields[name]}" for name in ("Images", "Device", "Versions", "Commit") if name in fields]

@@ -62,7 +62,7 @@ def read_external(experiment: Experiment) -> tuple[dict[str, Any], dict[str, str
     model = models.create(experiment.config.model, len(split.class_names))
     variables, unused = torch_import.variables(path, model, split.train.image.shape[1:])
     reasons = collections.Counter(unused.values())
-    return variables, {
+    return dict(variables), {
         "method": "not known",
         "weights": f"{path}, SHA-256 {weight_files.sha256(path)}",
         "unused_tensors": "; ".join(f"{number}: {reason}" for reason, number in reasons.items()) or "none",

@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from orbax.checkpoint import checkpoint_managers as policies
 
 from lt_adv.runtime import atomic_io, distributed, registry
+from lt_adv.runtime.distributed import PyTree
 from lt_adv.training.checksums import mismatches, validate_metadata, with_digests
 
 TRANSIENT = (ConnectionError, TimeoutError, PermissionError)
@@ -26,6 +27,8 @@ BEST = "valid/pgd20/accuracy"  # the metric of the best checkpoint; the validati
 
 class Synced(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """The temporary folder of a checkpoint: renamed to the step once all of its content is synced to disk."""
+
+    _final_path: epath.Path
 
     async def finalize(self) -> None:
         final = self._final_path
@@ -70,7 +73,7 @@ class Checkpoints:
         atomic_io.make_folder(self.directory)
         self._manager = ocp.CheckpointManager(self.directory, options=_options(keep, best_metric, self.directory))
 
-    def save(self, step: int, state: Any, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
+    def save(self, step: int, state: PyTree, meta: dict[str, Any], metrics: dict[str, float] | None = None) -> None:
         meta = with_digests(state, meta)
         if step in self._manager.all_steps():
             return
@@ -106,7 +109,7 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def restore(self, step: int, target: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]]:
+    def restore(self, step: int, target: PyTree, mesh: Mesh) -> tuple[PyTree, dict[str, Any]]:
         """Returns (state, meta) of `step`, on `mesh`, with the shapes and the partition specs of the state `target`.
 
         Raises:
@@ -138,7 +141,7 @@ class Checkpoints:
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
         return state, meta
 
-    def restore_latest(self, target: Any, mesh: Mesh) -> tuple[Any, dict[str, Any]] | None:
+    def restore_latest(self, target: PyTree, mesh: Mesh) -> tuple[PyTree, dict[str, Any]] | None:
         """Returns (state, meta) of the newest checkpoint that can be restored, or None if there is no checkpoint.
 
         Newer ones that are damaged are moved to <workdir>/damaged, with a warning: the run writes these steps again.

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from lt_adv.runtime import distributed
+from lt_adv.runtime.distributed import PyTree
 
 # Metadata of a checkpoint that other programs read, with the types.
 ENTRIES: dict[str, Any] = {"step": int, "total_steps": int, "stage": str, "stages": int, "class_counts": list}
@@ -29,18 +30,18 @@ def _words(a: jax.Array) -> jax.Array:
     return unsigned.astype(jnp.uint32).reshape(-1)
 
 
-def _checksums(tree: Any) -> Any:
+def _checksums(tree: PyTree) -> PyTree:
     meshes = {a.sharding.mesh for a in jax.tree.leaves(tree) if isinstance(getattr(a, "sharding", None), NamedSharding)}
     return _compiled_checksums(meshes.pop() if len(meshes) == 1 else None)(tree)
 
 
 @functools.lru_cache(maxsize=8)
-def _compiled_checksums(mesh: Mesh | None) -> Any:
+def _compiled_checksums(mesh: Mesh | None) -> PyTree:
     """Returns the compiled checksum function. On a mesh the result is replicated, since every process reads it."""
     return jax.jit(_all_checksums, out_shardings=mesh and distributed.replicated(mesh))
 
 
-def _all_checksums(tree: Any) -> Any:
+def _all_checksums(tree: PyTree) -> PyTree:
     def checksum(a: jax.Array) -> jax.Array:
         words = _words(a)
         position = jax.lax.iota(jnp.uint32, words.size)
@@ -51,7 +52,7 @@ def _all_checksums(tree: Any) -> Any:
     return jax.tree.map(checksum, tree)
 
 
-def digest(tree: Any) -> dict[str, str]:
+def digest(tree: PyTree) -> dict[str, str]:
     """Returns {path of an array: 16 hexadecimal digits}, computed on the devices that hold the arrays."""
     leaves = jax.tree_util.tree_leaves_with_path(jax.device_get(_checksums(tree)))
     return {
@@ -60,7 +61,7 @@ def digest(tree: Any) -> dict[str, str]:
     }
 
 
-def with_digests(state: Any, meta: dict[str, Any]) -> dict[str, Any]:
+def with_digests(state: PyTree, meta: dict[str, Any]) -> dict[str, Any]:
     """Returns `meta` with an entry "digest": those of the arrays of `state`, and of `meta` itself."""
     return {**meta, "digest": {**digest(state), "meta": _metadata_digest(meta)}}
 
@@ -70,7 +71,7 @@ def _metadata_digest(meta: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def mismatches(tree: Any, meta: dict[str, Any]) -> list[str]:
+def mismatches(tree: PyTree, meta: dict[str, Any]) -> list[str]:
     """Returns the paths of arrays whose digest differs from the stored one, and "meta" if the metadata differ."""
     stored, actual = meta["digest"], digest(tree)
     if "meta" in stored:  # older checkpoints have none

@@ -16,6 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lt_adv.data import Split, device_dataset, prefetch
 from lt_adv.methods import DataInfo
 from lt_adv.runtime import distributed
+from lt_adv.runtime.distributed import PyTree
 from lt_adv.training import sharding
 from lt_adv.training.net import AXIS
 
@@ -30,8 +31,8 @@ class InputPipeline:
     `example` is the `data` of one step, or its shapes.
     """
 
-    example: Any
-    batches: Callable[[int, int], AbstractContextManager[Iterator[Any]]]
+    example: PyTree
+    batches: Callable[[int, int], AbstractContextManager[Iterator[PyTree]]]
 
 
 def resident(
@@ -82,7 +83,7 @@ def resident(
     def take(tables: dict[str, jax.Array], block: int) -> dict[str, jax.Array]:
         return {name: a[block] for name, a in tables.items()}
 
-    def steps_data(first: int, total: int) -> Iterator[Any]:
+    def steps_data(first: int, total: int) -> Iterator[PyTree]:
         for epoch, steps in itertools.groupby(range(first, total), lambda step: step // info.steps_per_epoch):
             tables = draw(key, epoch, classes, columns)
             for block, block_steps in itertools.groupby(steps, lambda step: step % info.steps_per_epoch // BLOCK):
@@ -122,7 +123,7 @@ def streamed(
         return jax.make_array_from_single_device_arrays((*shape, *column.shape[1:]), batch_sharding, blocks)
 
     @contextlib.contextmanager
-    def batches(first: int, total: int) -> Iterator[Iterator[Any]]:
+    def batches(first: int, total: int) -> Iterator[Iterator[PyTree]]:
         with prefetch.batches(
             split,
             key,

@@ -13,6 +13,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from lt_adv.runtime import distributed
+from lt_adv.runtime.distributed import PyTree
 from lt_adv.training import metric_logging, stage_builder
 from lt_adv.training.checkpoint_hook import CheckpointHook
 from lt_adv.training.hooks import Hook, LogEvent
@@ -67,7 +68,7 @@ def train(stages: Sequence[ResolvedStage], workdir: epath.Path, mesh: Mesh, hook
     for hook in hooks:
         hook.on_train_start(stages)
     log = LogHook(workdir)
-    previous: Any = None
+    previous: PyTree = None
     seconds = 0.0
     with StopSignal() as stop:
         for resolved in stages:
@@ -110,8 +111,8 @@ def train_stage(
         hook.on_stage_start(stage, state)
 
     started, last_event = time.perf_counter(), first
-    metrics: Any = None
-    previous_metrics: Any = None
+    metrics: dict[str, jax.Array] | None = None
+    previous_metrics: dict[str, jax.Array] | None = None
     with progress, stage.pipeline.batches(first, total) as batches:
         for step, batch in zip(range(first, total), batches, strict=False):
             # At most two steps are in flight: the device stays busy, and the loop reacts to SIGTERM quickly.

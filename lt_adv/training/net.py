@@ -7,6 +7,7 @@ import jax
 from jax import lax
 
 from lt_adv.methods import DataInfo
+from lt_adv.runtime.distributed import PyTree
 
 AXIS = "data"
 
@@ -21,12 +22,12 @@ class Net:
     def __init__(
         self,
         apply: Callable[..., Any],
-        params: Any,
-        batch_stats: Any,
+        params: PyTree,
+        batch_stats: PyTree,
         info: DataInfo,
         *,
         key: jax.Array,
-        teacher: Any = None,
+        teacher: PyTree = None,
         freeze_batch_stats: bool = False,
     ):
         self._apply = apply
@@ -41,7 +42,7 @@ class Net:
             self.teacher = lambda x: apply(teacher, x, train=False)
 
     @property
-    def batch_stats(self) -> Any:
+    def batch_stats(self) -> PyTree:
         return self._cell["batch_stats"]
 
     def _variables(self) -> dict[str, Any]:
@@ -56,7 +57,7 @@ class Net:
             self._cell.update(batch_stats=new["batch_stats"], forwards=self._cell["forwards"] + 1)
         return out
 
-    def with_params(self, params: Any) -> "Net":
+    def with_params(self, params: PyTree) -> "Net":
         return self._replace(params=params)
 
     def without_updates(self) -> "Net":
@@ -70,8 +71,8 @@ class Net:
         net.__dict__.update(self.__dict__, **changes)
         return net
 
-    def gather(self, tree: Any) -> Any:
+    def gather(self, tree: PyTree) -> PyTree:
         return jax.tree.map(lambda a: lax.all_gather(a, AXIS, tiled=True), tree)
 
-    def mean(self, tree: Any) -> Any:
+    def mean(self, tree: PyTree) -> PyTree:
         return lax.stop_gradient(lax.pmean(tree, AXIS))

@@ -8,6 +8,7 @@ import jax
 import optax
 
 from lt_adv.runtime import registry
+from lt_adv.runtime.distributed import PyTree
 
 SCHEDULES = ("step", "cosine", "constant")
 
@@ -62,7 +63,7 @@ def _compounding(config: Mapping[str, Any], steps_per_epoch: int, epochs: int) -
     )
 
 
-def frozen_mask(params: Any, freeze: str | None) -> Any:
+def frozen_mask(params: PyTree, freeze: str | None) -> PyTree:
     """Returns True for each parameter whose path, joined by "/", matches `freeze` from its start.
 
     Raises:
@@ -79,7 +80,7 @@ def frozen_mask(params: Any, freeze: str | None) -> Any:
 
 
 def create(
-    config: Mapping[str, Any], rate: optax.Schedule, params: Any, freeze: str | None = None
+    config: Mapping[str, Any], rate: optax.Schedule, params: PyTree, freeze: str | None = None
 ) -> optax.GradientTransformation:
     """Returns SGD in the form of PyTorch: v <- momentum v + (g + weight_decay p), p <- p - rate v.
 

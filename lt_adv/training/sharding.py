@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv.runtime import distributed, registry
+from lt_adv.runtime.distributed import PyTree
 from lt_adv.training.net import AXIS
 
 PARALLEL = ("pmap", "shard_map")
@@ -27,12 +28,12 @@ def state_mesh(mesh: Mesh, parallel: str) -> Mesh:
     return distributed.local(mesh) if parallel == "pmap" else mesh
 
 
-def replicate(tree: Any, mesh: Mesh) -> Any:
+def replicate(tree: PyTree, mesh: Mesh) -> PyTree:
     """Copies `tree` to every device. (A step called first with host arrays would be compiled twice.)"""
     return distributed.device_put(tree, distributed.replicated(mesh))
 
 
-def shardings(state: Any, mesh: Mesh, sharded: Collection[str]) -> Any:
+def shardings(state: PyTree, mesh: Mesh, sharded: Collection[str]) -> PyTree:
     """Returns a sharding for every array of a state.
 
     In the fields `sharded` an array is sharded along its longest axis whose length the number of devices divides
@@ -55,21 +56,21 @@ def shardings(state: Any, mesh: Mesh, sharded: Collection[str]) -> Any:
     )
 
 
-def shard_state(state: Any, mesh: Mesh, sharded: Collection[str]) -> Any:
+def shard_state(state: PyTree, mesh: Mesh, sharded: Collection[str]) -> PyTree:
     """Returns a replicated state, sharded according to `shardings`."""
     if not sharded:
         return state
     return jax.jit(lambda state: state, out_shardings=shardings(state, mesh, sharded))(state)
 
 
-def to_global(state: Any, mesh: Mesh, parallel: str) -> Any:
+def to_global(state: PyTree, mesh: Mesh, parallel: str) -> PyTree:
     """Returns a state on `state_mesh` as arrays over all devices, as orbax needs them. No byte is copied."""
     if state_mesh(mesh, parallel) is mesh:
         return state
     return distributed.replicate(state, distributed.replicated(mesh))
 
 
-def to_local(state: Any, mesh: Mesh, parallel: str) -> Any:
+def to_local(state: PyTree, mesh: Mesh, parallel: str) -> PyTree:
     """Inverse of `to_global`."""
     local = state_mesh(mesh, parallel)
     return state if local is mesh else distributed.replicate(state, distributed.replicated(local))
@@ -107,13 +108,13 @@ def _pmap(per_device: Callable[..., Any], update: Callable[..., Any], mesh: Mesh
     # With several processes, pmap would fetch a typed key in every step, and so wait for the step before.
     raw_keys = jax.process_count() > 1
 
-    def with_key(state: Any) -> Any:
+    def with_key(state: PyTree) -> PyTree:
         return state.replace(key=jax.random.wrap_key_data(state.key)) if raw_keys else state
 
-    def without_key(state: Any) -> Any:
+    def without_key(state: PyTree) -> PyTree:
         return state.replace(key=jax.random.key_data(state.key)) if raw_keys else state
 
-    def update_step(_: Any, state: Any, data: Any, teacher: Any) -> Any:
+    def update_step(_: Any, state: PyTree, data: PyTree, teacher: PyTree) -> PyTree:
         state = with_key(state)
         state, metrics = update(state, per_device(state, data, teacher))
         return without_key(state), metrics
@@ -133,7 +134,7 @@ def _pmap(per_device: Callable[..., Any], update: Callable[..., Any], mesh: Mesh
     if not raw_keys:
         return functools.partial(mapped, device_number)
 
-    def step(state: Any, data: Any, teacher: Any) -> Any:
+    def step(state: PyTree, data: PyTree, teacher: PyTree) -> PyTree:
         state, metrics = mapped(device_number, without_key(state), data, teacher)
         return with_key(state), metrics
 
@@ -147,7 +148,7 @@ def _shard_map(
     in_specs = (replicated, PartitionSpec(AXIS) if streamed else replicated, replicated)
     mapped = jax.shard_map(per_device, mesh=mesh, in_specs=in_specs, out_specs=replicated, check_vma=True)
 
-    def sharded_step(state: Any, data: Any, teacher: Any) -> Any:
+    def sharded_step(state: PyTree, data: PyTree, teacher: PyTree) -> PyTree:
         # The fields that only the update reads stay sharded.
         output = mapped(state.replace(opt_state=(), average={}), data, teacher)
         state, metrics = update(state, output)

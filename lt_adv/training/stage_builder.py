@@ -17,6 +17,7 @@ from lt_adv import data, methods, models
 from lt_adv.data import device_dataset, longtail
 from lt_adv.methods import DataInfo, Method, Stage, addons
 from lt_adv.models import posthoc
+from lt_adv.runtime.distributed import PyTree
 from lt_adv.training import checkpoint, input_pipeline, optimizer, sharding, train_state, train_step
 from lt_adv.training.input_pipeline import InputPipeline
 from lt_adv.training.net import AXIS
@@ -49,10 +50,10 @@ class StageProgram:
     """Everything needed to run one stage."""
 
     resolved: ResolvedStage
-    apply: Callable[[Any, jax.Array], jax.Array]  # (variables, x) -> logits, adjusted as in the evaluation
+    apply: Callable[[PyTree, jax.Array], jax.Array]  # (variables, x) -> logits, adjusted as in the evaluation
     step: Callable[..., Any]  # (state, data, teacher) -> (state, metrics), compiled
     pipeline: InputPipeline  # the `data` of the steps
-    teacher: Any
+    teacher: PyTree
     first_state: Callable[[], TrainState]
     mesh: Mesh  # all devices; the state is on `sharding.state_mesh` of it
 
@@ -198,7 +199,7 @@ def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | Non
     )
 
 
-def evaluation_apply(config: ConfigDict, split: data.LongTailed) -> Callable[[Any, jax.Array], jax.Array]:
+def evaluation_apply(config: ConfigDict, split: data.LongTailed) -> Callable[[PyTree, jax.Array], jax.Array]:
     """Returns (variables, x) -> logits of the evaluation: in `config.eval.dtype`, with the post-hoc adjustment."""
     model = models.create({**config.model, "dtype": config.eval.dtype}, len(split.class_names))
     return posthoc.adjusted_logits_fn(model, config.eval.adjustment, split.class_counts)
@@ -215,7 +216,7 @@ def check_mergeable(new: Mapping[str, Any], old: Mapping[str, Any], origin: str)
         raise ValueError(f"{origin}: none of its arrays has a name of this network.")
 
 
-def merge(fresh: Any, source: Any, origin: str) -> Any:
+def merge(fresh: PyTree, source: PyTree, origin: str) -> PyTree:
     """Returns `fresh`, with the arrays of `source` wherever both have one of the same name.
 
     Logs a warning with the names that only one of them has.

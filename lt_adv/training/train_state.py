@@ -9,6 +9,7 @@ import optax
 from flax import struct
 
 from lt_adv.attacks.initialization import threefry
+from lt_adv.runtime.distributed import PyTree
 
 
 @struct.dataclass
@@ -20,12 +21,12 @@ class TrainState:
     """
 
     step: jax.Array
-    params: Any
-    batch_stats: Any
+    params: PyTree
+    batch_stats: PyTree
     opt_state: optax.OptState
-    average: Any
-    method_state: Any
-    metric_sums: Any
+    average: PyTree
+    method_state: PyTree
+    metric_sums: PyTree
     key: jax.Array
 
     @property
@@ -43,7 +44,7 @@ def create(
     key: jax.Array,
     variables: Mapping[str, Any],
     tx: optax.GradientTransformation,
-    method_state: Any,
+    method_state: PyTree,
     *,
     averaged: bool,
 ) -> TrainState:

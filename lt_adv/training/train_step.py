@@ -16,6 +16,7 @@ from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
 from lt_adv.data import augment
 from lt_adv.methods import Batch, DataInfo, LossOutput, Method, TrainProgress
 from lt_adv.runtime import registry
+from lt_adv.runtime.distributed import PyTree
 from lt_adv.training import metrics, sharding
 from lt_adv.training.net import AXIS, Net
 from lt_adv.training.train_state import TrainState, average_weight
@@ -53,9 +54,9 @@ class StepKeys(NamedTuple):
 class StepOutput(NamedTuple):
     """The result of `per_device_step`, equal on all devices: all that the update needs."""
 
-    grads: Any
-    batch_stats: Any
-    method_state: Any
+    grads: PyTree
+    batch_stats: PyTree
+    method_state: PyTree
     metric_sums: dict[str, Any]
 
 
@@ -65,7 +66,7 @@ def is_log_step(step: int, steps_per_epoch: int, log_every: int) -> bool:
     return steps_done % log_every == 0 or steps_done == steps_per_epoch
 
 
-def sample_local_batch(state: TrainState, data: Any, info: DataInfo, options: StepOptions) -> tuple[Batch, StepKeys]:
+def sample_local_batch(state: TrainState, data: PyTree, info: DataInfo, options: StepOptions) -> tuple[Batch, StepKeys]:
     """Returns this device's share of the batch, augmented, and the keys of the step."""
     size = options.batch_size // lax.axis_size(AXIS)
     position = lax.axis_index(AXIS) * size + jnp.arange(size)  # in the batch over all devices
@@ -103,7 +104,10 @@ def make_train_step(
     parallel: str = "pmap",
     attack_apply: Callable[..., Any] | None = None,
     sharded: Collection[str] = (),
-) -> tuple[Callable[[TrainState, Any, Any], tuple[TrainState, Any]], Callable[[TrainState, Any, Any], Any]]:
+) -> tuple[
+    Callable[[TrainState, PyTree, PyTree], tuple[TrainState, dict[str, jax.Array]]],
+    Callable[[TrainState, PyTree, PyTree], PyTree],
+]:
     """Returns (`step(state, data, teacher) -> (state, metrics)`, `init_metric_sums(state, data, teacher)`).
 
     The step is compiled once and its state donated. `init_metric_sums` gives the `metric_sums` of a state that has
@@ -137,7 +141,7 @@ def make_train_step(
         )
     membership = metrics.group_membership(options.groups, info.num_classes)
 
-    def per_device_step(state: TrainState, data: Any, teacher: Any, *, attack: bool = True) -> StepOutput:
+    def per_device_step(state: TrainState, data: PyTree, teacher: PyTree, *, attack: bool = True) -> StepOutput:
         """One step of  min_theta E loss(theta; x_adv),  x_adv = perturb(theta; x)."""
         progress = TrainProgress.at(state.step, info)
         batch, keys = sample_local_batch(state, data, info, options)
@@ -157,7 +161,7 @@ def make_train_step(
             net = network(attack_apply or apply, params)
             x_adv = method.perturb(keys.attack, net, batch, state.method_state, progress)
 
-        def loss_fn(params: Any) -> tuple[jax.Array, tuple[LossOutput, Any]]:
+        def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[LossOutput, PyTree]]:
             net = network(apply, params)
             out = method.loss(keys.loss, net, batch, lax.stop_gradient(x_adv), state.method_state, progress)
             return out.loss, (out, net.batch_stats)
@@ -181,7 +185,7 @@ def make_train_step(
             metrics.accumulate(state.metric_sums, sums, restart=first_of_window),
         )
 
-    def end_epoch(method_state: Any, progress: TrainProgress) -> Any:
+    def end_epoch(method_state: PyTree, progress: TrainProgress) -> PyTree:
         """Returns `method_state`, or in the last step of an epoch what `method.epoch_end` makes of it."""
         is_last_step = (progress.step + 1) % info.steps_per_epoch == 0
         at_end = method.epoch_end(method_state, progress)
@@ -208,7 +212,7 @@ def make_train_step(
         )
         return state, metrics.averages(output.metric_sums)
 
-    def init_metric_sums(state: TrainState, data: Any, teacher: Any) -> Any:
+    def init_metric_sums(state: TrainState, data: PyTree, teacher: PyTree) -> PyTree:
         """Returns zeros for every metric: the state must have its final structure before the first step."""
         without_attack = functools.partial(per_device_step, attack=False)  # only shapes are needed
         step = sharding.parallelize(without_attack, apply_gradients, mesh, parallel, sharded, options.streamed)
@@ -219,6 +223,6 @@ def make_train_step(
     return step, init_metric_sums
 
 
-def _replicated(tree: Any) -> Any:
+def _replicated(tree: PyTree) -> PyTree:
     """`tree`, equal on all devices after a gather or a mean, in a form whose equality shard_map's type check sees."""
     return jax.tree.map(lambda a: lax.pmax(a, AXIS), tree)

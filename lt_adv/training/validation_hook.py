@@ -11,7 +11,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lt_adv import attacks
 from lt_adv.attacks.initialization import threefry
 from lt_adv.data import longtail
+from lt_adv.data.dataset import Images
 from lt_adv.runtime import distributed
+from lt_adv.runtime.distributed import PyTree
 from lt_adv.training.hooks import Hook, LogEvent
 from lt_adv.training.net import AXIS
 from lt_adv.training.stage_builder import StageProgram
@@ -79,8 +81,8 @@ class Monitor:
     def __init__(
         self,
         key: jax.Array,
-        apply: Callable[[Any, jax.Array], jax.Array],
-        image: np.ndarray,
+        apply: Callable[[PyTree, jax.Array], jax.Array],
+        image: Images,
         label: np.ndarray,
         *,
         groups: Mapping[str, np.ndarray],
@@ -108,13 +110,13 @@ class Monitor:
             self._attacks[f"pgd{attack['num_steps']}"] = attacks.jit(attacks.pgd, apply, **attack)
 
         @jax.jit
-        def take(batches: Any, i: int) -> Any:
+        def take(batches: PyTree, i: int) -> PyTree:
             image, label, keys = (column[i] for column in batches)
             return image.reshape(-1, *shape).astype(float) / 255, label, keys
 
         self._take = take
 
-    def __call__(self, variables: Any) -> dict[str, float]:
+    def __call__(self, variables: PyTree) -> dict[str, float]:
         result = {}
         for name, attack in self._attacks.items():
             predictions = []

@@ -82,7 +82,7 @@ def compare_with_baseline(
     images: data.Split,
     *,
     protocol: ProtocolOptions,
-    groups: Mapping[str, Sequence[int]],
+    groups: Mapping[str, Sequence[int] | np.ndarray],
     seed: int,
     batch_size: int,
     mesh: Mesh,

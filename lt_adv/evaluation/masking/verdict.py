@@ -89,7 +89,7 @@ def significantly_larger(values: np.ndarray, baseline_values: np.ndarray) -> boo
 def masking_verdict(
     diagnostics: Diagnostics,
     baseline: Diagnostics | None,
-    groups: Mapping[str, Sequence[int]] | None = None,
+    groups: Mapping[str, Sequence[int] | np.ndarray] | None = None,
 ) -> Verdict:
     """Returns the verdict on a network, from its diagnostics and those of a baseline on the same images.
 
