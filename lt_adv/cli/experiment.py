@@ -79,7 +79,7 @@ class Experiment:
         """The stages with their data.
 
         Raises:
-          ValueError: a stage cannot be trained on its data, on these devices, or from the run it starts from.
+          ValueError: a stage cannot be trained on its data or on these devices.
         """
         resolved = []
         for number, (stage, config) in enumerate(zip(self.stages, self.stage_configs, strict=True)):
@@ -87,7 +87,6 @@ class Experiment:
             split = self.split if same_data else data.long_tailed(self.dataset, config.data)
             schema.validate_for_split(config, split, self.mesh.size)
             resolved.append(stage_builder.resolve(number, len(self.stages), stage, config, split, self.mesh.size))
-            schema.validate_initialization(resolved[-1])
         return tuple(resolved)
 
     @property

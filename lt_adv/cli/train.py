@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import lt_adv
-from lt_adv.cli import evaluate, networks, workdirs
+from lt_adv.cli import evaluate, networks, schema, workdirs
 from lt_adv.cli.experiment import Experiment
 from lt_adv.training import loop, metric_logging
 from lt_adv.training.hooks import Hook
@@ -46,7 +46,8 @@ def check(experiment: Experiment, workdir: epath.Path) -> None:
             networks.require_finished_run(
                 stage.init, f"Stage {stage.name!r} starts from the run in {stage.init!r} (config.init_from)"
             )
-    _ = experiment.resolved_stages  # raises
+    for resolved in experiment.resolved_stages:
+        schema.validate_initialization(resolved)
     evaluate.select_images(experiment)
 
 
