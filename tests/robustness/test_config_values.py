@@ -108,6 +108,8 @@ def case(draw: Draw, box: Sandbox, valid: bool) -> Case:
     argv = [f"--workdir={box.run}", f"--config.data.data_dir={box.data}"]
     if path == "data.data_dir":
         del argv[-1]
+    if path != "cpu_devices":
+        argv.append("--config.cpu_devices=1")
     config = f"{ROOT}/configs/{name}.py"
     if in_file:
         config = f"{box.given / 'mine.py'}"

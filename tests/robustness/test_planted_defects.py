@@ -132,7 +132,7 @@ def _unsafe(load, path, **options):
     ("case", "where", "instead"),
     [
         (test_config_values.case, (schema, "validate_entries"), lambda config: None),
-        (test_archives.case, (archives, "_safe"), lambda name: name),
+        (test_archives.case, (archives, "_safe_name"), lambda name: name),
         (test_archives.case, (archives, "check"), lambda archive, path: None),
         (test_image_folders.case, (cache, "shutil"), KeepsFiles()),
         (test_npz.case, (np, "load"), functools.partial(_unsafe, np.load)),
