@@ -269,7 +269,7 @@ def faults(results: Path = RESULTS) -> str:
         rows = []
         for name, row in points.items():
             counts = (row["faults"], row["failed"], row["fell_back"] or None, row["lost"])
-            rows.append([f"`{name}`", row["words"], *("" if count is None else str(count) for count in counts)])
+            rows.append([f"`{name}`", row["description"], *("" if count is None else str(count) for count in counts)])
         blocks += [text, table(FAULT_COLUMNS, rows, left=2)]
     return "\n\n".join(blocks) or f"Faults: {NOT_YET}; `pytest -m faults --faults=10` measures them."
 
