@@ -107,7 +107,7 @@ def _valid_change(draw: Draw, place: Path, compared: bool) -> str:
 
 def _json(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
     """The bytes of a file of text."""
-    records = sorted(place.glob("eval/*/*/header.json")) + sorted(place.glob("eval/reliability/*.json"))
+    records = sorted(place.glob("eval/*/*/header.json")) + sorted(place.glob("eval/gradient_masking/*.json"))
     path = one(draw, [place / name for name in JSON_FILES] + records)
     what, content = damaged(draw, path.read_bytes())
     path.write_bytes(content)
