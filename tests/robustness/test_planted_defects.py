@@ -25,7 +25,7 @@ DIGITS = f"--config={ROOT}/configs/at.py:dataset=digits"
 
 @pytest.fixture
 def answer(tmp_path):
-    """Returns `answer(expected, *flags, named=())` -> the line of a refusal, or None; it raises what `attempt` raises."""
+    """Returns `answer(expected, *flags, named=())` -> the line of a refusal, or None; it raises as `attempt` does."""
 
     def call(expected, *flags, named=()):
         def make(_, box):
@@ -132,7 +132,7 @@ def _load_with_pickles(load, path, **options):
     ("case", "where", "instead"),
     [
         (test_config_values.case, (schema, "validate_entries"), lambda config: None),
-        (test_archives.case, (archives, "_safe"), lambda name: name),
+        (test_archives.case, (archives, "_safe_name"), lambda name: name),
         (test_archives.case, (archives, "check"), lambda archive, path: None),
         (test_image_folders.case, (cache, "shutil"), ShutilWithoutRmtree()),
         (test_npz.case, (np, "load"), functools.partial(_load_with_pickles, np.load)),
