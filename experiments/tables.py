@@ -233,7 +233,7 @@ def configuration() -> str:
     """Every entry that all configs have, by section: its default for CIFAR-10, type and range, and meaning."""
     blocks = []
     for section, group in entries.by_section():
-        rows = [[f"`{e.path}`", f"`{entries.literal(e.default)}`", e.rule.text, e.meaning] for e in group]
+        rows = [[f"`{e.path}`", f"`{entries.format_default(e.default)}`", e.rule.text, e.meaning] for e in group]
         blocks += [f"### {section}"] * bool(section) + [table(["Entry", "Default", "Type", "Meaning"], rows, left=4)]
     return "\n\n".join(blocks)
 

@@ -55,9 +55,9 @@ def test_entry_is_complete(path):
         rule(f"config.{path}", object())
     assert default is None or isinstance(default, rule.kind)
     assert meaning and not meaning.endswith(".")
-    assert f"| `{path}` | `{entries.literal(default)}` | {rule.text} | {meaning} |" in PAGE
+    assert f"| `{path}` | `{entries.format_default(default)}` | {rule.text} | {meaning} |" in PAGE
     row = re.search(rf"^{re.escape(path)} .*(\n {{20}}.*)*", entries.help_text(), re.MULTILINE)[0]
-    assert row.split() == f"{path} {entries.literal(default)} {meaning} ({rule.text})".replace("`", "").split()
+    assert row.split() == f"{path} {entries.format_default(default)} {meaning} ({rule.text})".replace("`", "").split()
 
 
 def test_configs_have_the_entries_and_defaults_of_the_table():
@@ -99,5 +99,5 @@ def test_renamed_entries():
     assert names <= set(ENTRIES) and not set(entries.RENAMED) & set(ENTRIES)
     old = {"data.equalise": 0.0, "fidelity": "published", "seed": 0}
     expected = "config.data.equalise is now config.data.resample_balanced; "
-    assert entries.renamed(old) == expected + "config.fidelity=published is now config.fidelity=paper"
-    assert not entries.renamed({path: entry.default for path, entry in ENTRIES.items()})
+    assert entries.describe_renamed(old) == expected + "config.fidelity=published is now config.fidelity=paper"
+    assert not entries.describe_renamed({path: entry.default for path, entry in ENTRIES.items()})

@@ -35,7 +35,7 @@ def in_the_repository(monkeypatch):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """(file, variables) of a network that classifies digits by their mean features, with RoBal's tensor names."""
-    config = flags.load("configs/robal.py:dataset=digits")
+    config = flags.load_config("configs/robal.py:dataset=digits")
     train = data.load(config.data).train
     images, label = train.image[:500] / np.float32(255), train.label[:500]
     model = models.create(config.model, 10)

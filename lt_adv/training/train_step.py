@@ -24,7 +24,7 @@ from lt_adv.training.train_state import TrainState, average_weight
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """Static options of the step, beside the method."""
+    """Static options of the step other than the method."""
 
     batch_size: int  # over all devices
     eps: float

@@ -12,7 +12,7 @@ from lt_adv import main
 from lt_adv.cli import flags, schema
 from tests.bad_input.conftest import DIGITS, ROOT
 
-ENTRIES = sorted(schema.flatten(flags.load(f"{ROOT}/configs/robal.py:dataset=digits").to_dict()))
+ENTRIES = sorted(schema.flatten(flags.load_config(f"{ROOT}/configs/robal.py:dataset=digits").to_dict()))
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
 ARGUMENTS = st.sampled_from(["--config", "--config.seed=3", "--mode=eval", "--noconfig.optim.nesterov", DIGITS])

@@ -158,7 +158,7 @@ def test_closed_event_loop_prints_nothing(monkeypatch):
     texts = ("Event loop is closed", "another")
     events = [types.SimpleNamespace(exc_value=RuntimeError(text), object=None) for text in texts]
     for event in events:
-        main.unraisable(event)
+        main.print_unraisable(event)
     assert printed == events[1:]
 
 
@@ -175,7 +175,7 @@ def test_discarded_reads_print_nothing(monkeypatch):
     """Orbax raises an exception that nothing can catch when an unawaited read ends. Exceptions of other coroutines are
     printed."""
     printed = []
-    monkeypatch.setattr(sys, "unraisablehook", main.unraisable)
+    monkeypatch.setattr(sys, "unraisablehook", main.print_unraisable)
     monkeypatch.setattr(sys, "__unraisablehook__", lambda event: printed.append(event.object.cr_code.co_filename))
     for file in (ocp.__file__, "elsewhere.py"):
         space: dict = {}

@@ -92,7 +92,7 @@ def get_config(arg=None):
 
 
 def _entries():
-    entries = {name: flags.load(f"{ROOT}/configs/{name}.py:dataset=digits").to_dict() for name in FRESH}
+    entries = {name: flags.load_config(f"{ROOT}/configs/{name}.py:dataset=digits").to_dict() for name in FRESH}
     return {name: schema.flatten(tree) for name, tree in entries.items()}
 
 

@@ -11,7 +11,7 @@ import pytest
 from etils import epath
 
 from lt_adv.training import sharding, train_state
-from lt_adv.training.checkpoint import BEST, Checkpoints, look, read_variables
+from lt_adv.training.checkpoint import BEST, Checkpoints, read_shapes, read_variables
 from lt_adv.training.checksums import digest
 from tests.training.helpers import Small
 
@@ -159,7 +159,7 @@ def test_read_variables_returns_the_average_if_there_is_one(tmp_path, saved, sta
     expected = jax.device_get(later(state, 2).evaluated)
     assert expected["method_state"]["counts"].tolist() == [0, 1, 2, 3]
     chex.assert_trees_all_equal(variables, expected)
-    shapes, meta = look(saved.parent.parent)
+    shapes, meta = read_shapes(saved.parent.parent)
     assert jax.tree.map(lambda a: tuple(a.shape), shapes) == jax.tree.map(np.shape, variables) and meta["step"] == 2
     averaged = state.replace(average=jax.tree.map(lambda a: a * 3, state.variables))
     checkpoints = Checkpoints(tmp_path / "averaged" / "checkpoints" / "0_train")
