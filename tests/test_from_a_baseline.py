@@ -145,12 +145,12 @@ LWS = "--config=configs/lws.py:dataset=digits"
         ([LWS, "--config.method.freeze=bakbone"], r"No parameter matches the frozen pattern 'bakbone'\. There are: "),
         (
             [LWS, "--config.model.width=2"],
-            r"batch_stats/backbone/\S+ has shape \(.*\) there, \(.*\) here: is it the same",
+            r"batch_stats/backbone/\S+ has shape \(.*\) there, \(.*\) in config\.model: name",
         ),
         ([AT_TWO, "--config.eval.adjustment.name=tde"], "The adjustment 'tde' is for the heads cosine, cosine_plus"),
         (
             ["--config=configs/cosine.py:dataset=digits", "--config.eval.adjustment.name=tde"],
-            "The adjustment 'tde' needs the state of method tde, and the method is at",
+            r"adjustment\.name is 'tde', which needs the state of method tde, but config\.method\.name is 'at': choose",
         ),
     ],
 )
@@ -183,5 +183,5 @@ def test_overrides_of_a_stage_are_validated(tmp_path, overrides, line):
 
 def test_a_method_that_does_not_start_from_a_run(baseline):
     config = flags.parse(["", AT_TWO, *TINY, f"--config.init_from={baseline}"]).config
-    with pytest.raises(ValueError, match=r"config\.init_from: method at does not start from another run"):
+    with pytest.raises(ValueError, match=r"config\.init_from: method at starts from no other run: leave it out"):
         Experiment.from_config(config, stages=(Stage(method=AT(), epochs=1),))

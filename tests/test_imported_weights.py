@@ -111,7 +111,7 @@ def test_imported_weights_are_evaluated_with_their_statistics_and_the_adjustment
         ),
         (
             ["--config.init_from={path}", "--config=configs/tde.py:dataset=digits"],
-            "The adjustment 'tde' needs the state of method tde, and {path} holds only weights.",
+            "which needs the state of method tde, but config.init_from is '{path}', a file of weights: choose another",
         ),
     ],
 )

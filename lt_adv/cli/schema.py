@@ -49,15 +49,19 @@ def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
         )
     starts_from_run = config.init_from and not uses_external_weights(config)
     if starts_from_run and config.init_from not in {stage.init for stage in stages}:
-        raise ValueError(f"config.init_from: method {config.method.name} does not start from another run.")
+        raise ValueError(f"config.init_from: method {config.method.name} starts from no other run: leave it out.")
     models.create(config.model, num_classes=2)
     adjustment = config.eval.adjustment
     posthoc.create(adjustment, config.model.head.name)
     if adjustment.name == "tde" and config.method.name != "tde":
-        raise ValueError(f"The adjustment 'tde' needs the state of method tde, and the method is {config.method.name}.")
+        raise ValueError(
+            "config.eval.adjustment.name is 'tde', which needs the state of method tde, but config.method.name is "
+            f"{config.method.name!r}: choose another adjustment."
+        )
     if adjustment.name == "tde" and uses_external_weights(config):
         raise ValueError(
-            f"The adjustment 'tde' needs the state of method tde, and {config.init_from} holds only weights."
+            "config.eval.adjustment.name is 'tde', which needs the state of method tde, but config.init_from is "
+            f"{config.init_from!r}, a file of weights: choose another adjustment."
         )
     for name, spec in config.eval.attacks.items():
         _validate_attack(name, spec, f"config.eval.attacks.{name}")
@@ -171,4 +175,4 @@ def validate_variables(config: ConfigDict, split: data.LongTailed, variables: An
     for name in sorted({*configured, *stored}):
         if configured.get(name) != stored.get(name):
             shapes = f"{name} is {stored.get(name, 'absent')} there, {configured.get(name, 'absent')} in config.model"
-            raise ValueError(f"{origin} holds another network: {shapes}.")
+            raise ValueError(f"{origin} holds another network: {shapes}; correct config.model.")

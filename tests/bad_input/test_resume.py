@@ -119,7 +119,7 @@ def test_checkpoint_of_another_network(answer, run):
     (run / "config.json").unlink()  # a changed config would be refused first
     other = [*TINY, "--config.model.head.name=cosine"]
     printed = answer(*other, "--mode=eval")
-    assert "run holds another network: params/head/bias is (10,) there, absent in config.model" in printed
+    assert "run holds another network: params/head/bias is (10,) there, absent in config.model; correct" in printed
     assert "has checkpoints but no config.json" in answer(*other)
     assert not (run / "config.json").exists()
     printed = answer(*TINY, "--config.data.balanced_fraction=0.03", "--mode=eval")
