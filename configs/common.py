@@ -16,7 +16,7 @@ DATASETS = {
 
 
 def parse(arg: str | None, **defaults) -> dict:
-    """Parses "dataset=cifar100,epochs=10" to a dict with the keys and types of `defaults`; ValueError for other keys."""
+    """Parses "dataset=cifar100,epochs=10" to a dict with the keys and types of `defaults`; ValueError for others."""
     values = {}
     for part in filter(None, (arg or "").split(",")):
         key, equals, value = (word.strip() for word in part.partition("="))
