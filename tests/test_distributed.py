@@ -135,7 +135,7 @@ for _ in range(20):
 """
 
 
-def test_replicate_many_shards_without_deadlock(launch, tmp_path):
+def test_many_shards_are_replicated_without_deadlock(launch, tmp_path):
     """With one program per array, two processes could start different ones and wait for each other for ever."""
     succeeded(launch(tmp_path, program=COPIES))
 
@@ -237,7 +237,7 @@ def test_invalid_environment_is_refused(environment, message):
         distributed.initialize(environment)
 
 
-def test_initialize_with_launchers_and_variables(monkeypatch):
+def test_processes_initialize_with_launchers_and_variables(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     distributed.initialize({})

@@ -76,7 +76,7 @@ def test_choices_are_those_of_the_modules():
     assert set(re.findall(r"`(\w+)`", ENTRIES["data.name"].meaning)) == set(common.DATASETS)
 
 
-def test_entries_without_a_value_have_a_type_of_their_own():
+def test_entries_that_are_none_have_a_type():
     first, second = entries.default_config(), entries.default_config()
     first.attack.start = "zero"
     first.cpu_devices = 2
@@ -94,7 +94,7 @@ def test_help_fits_the_terminal_and_imports_no_jax():
     assert not {"jax", "flax", "numpy"} & set(modules.split())
 
 
-def test_renamed_entries():
+def test_renamed_entries_are_reported():
     names = {name.partition("=")[0] for name in entries.RENAMED.values()}
     assert names <= set(ENTRIES) and not set(entries.RENAMED) & set(ENTRIES)
     old = {"data.equalise": 0.0, "fidelity": "published", "seed": 0}

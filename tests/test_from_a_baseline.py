@@ -102,7 +102,7 @@ def test_the_released_code_updates_statistics(config):
 
 
 @pytest.mark.parametrize("config", [finetune_resampling, finetune_reweighting, lws])
-def test_one_epoch_at_the_first_rate_of_the_study(config):
+def test_fine_tuning_is_one_epoch_at_the_initial_rate_of_the_study(config):
     c, baseline = config.get_config("dataset=cifar10,baseline=elsewhere"), at.get_config("dataset=cifar10")
     assert c.init_from == "elsewhere" and c.optim.epochs == 1
     for compounding in (False, True):
@@ -113,7 +113,7 @@ def test_one_epoch_at_the_first_rate_of_the_study(config):
 
 
 @pytest.mark.parametrize("name", ["cdt", "tau_norm", "logit_adjustment"])
-def test_post_hoc_evaluates_the_baseline_again(start, baseline, name):
+def test_post_hoc_adjustment_changes_only_the_evaluation_of_the_baseline(start, baseline, name):
     before = {f: f.read_bytes() for f in sorted((baseline / "checkpoints").rglob("*")) if f.is_file()}
     no_attack = (baseline / "report.json").read_text()
     start(f"--config=configs/posthoc.py:dataset=digits,epochs=2,adjustment={name}", "baseline", "--mode=eval")
@@ -154,7 +154,7 @@ LWS = "--config=configs/lws.py:dataset=digits"
         ),
     ],
 )
-def test_bad_starting_points(start, baseline, answer, no_training, arguments, line):  # noqa: F811
+def test_bad_starting_points_are_refused(start, baseline, answer, no_training, arguments, line):  # noqa: F811
     begins = [] if arguments[0] != LWS or "init_from" in arguments[1] else [f"--config.init_from={baseline}"]
     assert re.search(line, answer(*arguments, *begins, *TINY))
 
@@ -181,7 +181,7 @@ def test_overrides_of_a_stage_are_validated(tmp_path, overrides, line):
         train.check(Experiment.from_config(flags.parse(["", AT_TWO, *TINY]).config, stages=stages), tmp_path)
 
 
-def test_a_method_that_does_not_start_from_a_run(baseline):
+def test_init_from_is_refused_by_methods_that_start_from_no_run(baseline):
     config = flags.parse(["", AT_TWO, *TINY, f"--config.init_from={baseline}"]).config
     with pytest.raises(ValueError, match=r"config\.init_from: method at starts from no other run: leave it out"):
         Experiment.from_config(config, stages=(Stage(method=AT(), epochs=1),))

@@ -115,7 +115,7 @@ def test_imported_weights_are_evaluated_with_their_statistics_and_the_adjustment
         ),
     ],
 )
-def test_weights_that_cannot_be_evaluated(weights, answer, arguments, line):  # noqa: F811
+def test_weights_that_cannot_be_evaluated_are_refused(weights, answer, arguments, line):  # noqa: F811
     path, _ = weights
     assert line.format(path=path) in answer(ROBAL, *TINY, "--mode=eval", *(arg.format(path=path) for arg in arguments))
 
@@ -130,7 +130,7 @@ def test_evaluation_accepts_the_config_of_any_method(weights, config):
     )
 
 
-def test_docs_example(tmp_path, monkeypatch):
+def test_example_of_the_docs_runs(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "pytorch_weights.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     (example,) = (block for block in blocks if "torch_import" in block)

@@ -58,7 +58,7 @@ def array_files(step):
 
 
 @pytest.mark.parametrize("devices", [8, 4, 1])
-def test_restores_bit_equal_on_any_number_of_devices(saved, state, devices):
+def test_state_is_restored_bit_for_bit_on_any_number_of_devices(saved, state, devices):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     restored, meta = Checkpoints(saved).restore_latest(state, mesh)
     chex.assert_trees_all_equal(host(restored), host(later(state, 2)))
@@ -142,7 +142,7 @@ def test_empty_folder_restores_nothing(tmp_path, state):
         read_variables(tmp_path)
 
 
-def test_keeps_the_latest_and_the_best(tmp_path, state):
+def test_the_latest_and_the_best_checkpoint_are_kept(tmp_path, state):
     stage = tmp_path / "checkpoints" / "0_train"
     checkpoints = Checkpoints(stage, keep=1, best_metric=BEST)
     for n, accuracy in ((1, 0.3), (2, 0.6), (3, 0.4), (4, 0.5)):

@@ -67,7 +67,7 @@ def total(collectives, quantity):
     return sum(count[quantity] for count in collectives.values())
 
 
-def test_traced_collectives_of_a_known_program():
+def test_traced_collectives_of_a_known_program_are_counted():
     def per_device(x):
         def body(carry, _):
             return carry + jax.lax.psum(x[:2], "data"), None
@@ -84,7 +84,7 @@ def test_traced_collectives_of_a_known_program():
     assert set(compiled_collectives(f.lower(x).compile().as_text())) == {"all-reduce"}
 
 
-def test_text_of_a_compiled_program():
+def test_collectives_in_the_text_of_a_program_are_counted():
     text = """
       %a = f32[3,16]{1,0} all-reduce(f32[3,16]{1,0} %x), channel_id=1
       %b = (f32[2]{0}, bf16[4,2]{1,0}) all-reduce(f32[2]{0} %y, bf16[4,2]{1,0} %z), channel_id=2
@@ -119,7 +119,7 @@ def test_what_a_device_contributes_depends_neither_on_devices_nor_on_attack_step
     assert total(counts[0], "count") > 0 and all(count == counts[0] for count in counts)
 
 
-def test_transfers_to_the_host_are_noticed():
+def test_transfers_to_the_host_are_detected():
     f = jax.jit(lambda x: jax.pure_callback(np.asarray, jax.ShapeDtypeStruct((3,), np.float32), x))
     assert len(re.findall(HOST, f.lower(jnp.zeros(3)).compile().as_text())) == 1
     assert re.findall(HOST, " %i = ((f32[]), token[]) infeed(token[] %t)")

@@ -81,7 +81,7 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_stages_and_the_frozen_teacher(teacher_and_student):
+def test_the_frozen_teacher_is_the_last_state_of_the_first_stage(teacher_and_student):
     workdir, _, (teacher, student) = teacher_and_student
     assert teacher.info.class_counts.tolist() == [24] * 10 and student.info.class_counts.tolist()[-1] == 12
     assert sorted(d.name for d in (workdir / "checkpoints").iterdir()) == ["0_teacher", "1_student"]
@@ -120,7 +120,7 @@ def test_other_images_are_refused(run, config, teacher_and_student, tmp_path):
         run(stages, again, dataset=dataclasses.replace(data.load(config.data), digest="other"))
 
 
-def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student, tmp_path):
+def test_a_frozen_backbone_of_another_run_stays_constant(run, teacher_and_student, tmp_path):
     source, _, _ = teacher_and_student
     frozen = base.Stage(
         method=Distil(), epochs=1, init=str(source), freeze="backbone/", freeze_batch_stats=True, name="tuned"

@@ -42,7 +42,7 @@ def trained():
     return states, rows, kinds, (step, pipeline, teacher)
 
 
-def test_one_compilation(trained):
+def test_the_step_compiles_once(trained):
     _, _, counts, _ = trained
     assert counts == [1] * 6, "something else than the first step was compiled"
 
@@ -174,7 +174,7 @@ def test_robal_updates_statistics_twice_and_the_released_code_four_times():
     assert abs(released - paper) > 0.05 * abs(start)
 
 
-def test_bad_options():
+def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="not a multiple of the 3 devices"):
         make(AT(), 3)
     with pytest.raises(ValueError, match="Did you mean 'crop_flip'"):
@@ -183,7 +183,7 @@ def test_bad_options():
         make(AT(), 1, "shardmap")
 
 
-def test_repeats_bit_for_bit_and_depends_on_the_key():
+def test_training_repeats_bit_for_bit_and_depends_on_the_key():
     (a, _), (b, _), (c, _) = (run(RoBal(num_steps=1), 2, steps=2, seed=seed) for seed in (3, 3, 4))
     chex.assert_trees_all_equal(a, b)
     assert not np.allclose(a.params["kernel"], c.params["kernel"], rtol=1e-3)
