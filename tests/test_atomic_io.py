@@ -78,7 +78,7 @@ def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch, at, call
 
 @pytest.mark.parametrize(("at", "call"), [("write_bytes", 1), ("write_bytes", 2), ("rename", 1), ("rename", 2)])
 def test_a_kill_leaves_the_old_folder_or_none(tmp_path, at, call):
-    """The folder's name never stands for some of the new files."""
+    """The folder never has only some of the new files."""
     code = """
 import os, sys
 from etils import epath

@@ -48,7 +48,7 @@ def choices(rule):
 
 @pytest.mark.parametrize("path", ENTRIES)
 def test_entry_is_complete(path):
-    """Its rule accepts its default and refuses other types; it has a meaning, and stands in the page and in --help."""
+    """Its rule accepts its default and refuses other types; it has a meaning; the page and --help list it."""
     _, default, rule, meaning = ENTRIES[path]
     rule(f"config.{path}", default)
     with pytest.raises(ValueError, match=rf"config\.{re.escape(path)}\b"):

@@ -32,7 +32,7 @@ BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "s32": 4, "u32": 4,
 
 
 def traced_collectives(jaxpr, times=1):
-    """{primitive: {"count", "bytes"}} of a jaxpr and all jaxprs in it; bytes are those that each device contributes."""
+    """Returns {primitive: {"count", "bytes"}} of a jaxpr and all jaxprs in it; bytes are those that a device sends."""
     counts = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -47,14 +47,14 @@ def traced_collectives(jaxpr, times=1):
                 if hasattr(inner, "eqns"):
                     for key, count in traced_collectives(inner, times * repeats).items():
                         if name == "while":
-                            raise ValueError(f"How often a while loop exchanges ({key}) cannot be known.")
+                            raise ValueError(f"{key} in a while loop: the number of iterations is not known.")
                         for quantity in count:
                             counts[key][quantity] += count[quantity]
     return dict(counts)
 
 
 def compiled_collectives(text):
-    """The same of the text of a compiled program, after XLA has merged and moved them; bytes are of the results."""
+    """Returns the same for the text of a compiled program, after XLA's optimisation; bytes are those of the results."""
     counts = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for result, name in re.findall(HLO, text):
         sizes = re.findall(r"(\w+)\[([\d,]*)\]", result)
@@ -111,7 +111,7 @@ def test_step_sums_its_gradient_once_and_transfers_nothing_to_the_host(sharded):
     assert not re.findall(HOST, text)
 
 
-def test_what_a_device_contributes_depends_neither_on_devices_nor_on_attack_steps():
+def test_bytes_sent_by_a_device_depend_neither_on_devices_nor_on_attack_steps():
     counts = []
     for devices, num_steps in ((2, 1), (4, 1), (8, 1), (2, 5)):
         step, state, pipeline, teacher = make(methods.create({"name": "at"}, num_steps=num_steps), devices, "shard_map")
