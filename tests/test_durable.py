@@ -146,7 +146,7 @@ def test_checkpoint_whose_sync_failed_is_ignored(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_all_files_of_a_run_are_synced(calls, tmp_path, monkeypatch):
+def test_all_files_of_a_run_are_synced(calls, tmp_path):
     """The run trains, evaluates with AutoAttack and exports."""
     workdir = f"--workdir={tmp_path / 'run'}"
     assert main.main(["main", *TINY, workdir]) == 0

@@ -1,4 +1,4 @@
-"""Rows that start from a finished run (fine-tuning, post-hoc adjustment), and TDE, whose evaluation needs its state."""
+"""Configs that start from a finished run (fine-tuning, post-hoc adjustment), and TDE, evaluated with its state."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from lt_adv.training import optimizer
 from lt_adv.training.checkpoint import read_variables
 from tests.bad_input.conftest import ROOT, answer, hooks, no_training  # noqa: F401 (fixtures)
 
-# Two epochs of one step, no attack: what is tested is where a run begins and what it moves.
+# Two epochs of one step without attack: the tests compare initial and trained parameters.
 TINY = [
     "--config.data.class_counts=(4,4,2,2,2,2,2,2,1,1)",
     "--config.optim.batch_size=16",
@@ -37,7 +37,7 @@ AT_TWO = "--config=configs/at.py:dataset=digits,epochs=2"
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """`start(config, name, ...)`: the working directory `name` after a run; one device."""
+    """Returns `start(config, name, ...)`, which runs on one device and returns the working directory `name`."""
     folder = tmp_path_factory.mktemp("runs")
 
     def call(config, name, *more):
@@ -54,8 +54,8 @@ def baseline(start):
     return start(AT_TWO, "baseline")
 
 
-def moved(before, after):
-    """{path: how much an array that both have has moved}."""
+def changes(before, after):
+    """Returns {path: largest change} of the arrays that are in both trees."""
     flat = [dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after)]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.abs(flat[1][path] - a).max()
@@ -77,7 +77,7 @@ def test_fine_tuning_changes_only_the_trained_parameters(start, baseline, caplog
     with caplog.at_level(logging.WARNING):
         run = start(f"--config=configs/{name}.py:dataset=digits,baseline={baseline}", name)
     before, after = read_variables(baseline)[0], read_variables(run)[0]
-    for path, distance in moved(before, after).items():
+    for path, distance in changes(before, after).items():
         assert (distance > 0) == path.startswith(trained), path
     for text in unshared or ():
         assert text in caplog.text
@@ -154,12 +154,12 @@ LWS = "--config=configs/lws.py:dataset=digits"
         ),
     ],
 )
-def test_bad_starting_points_are_refused(start, baseline, answer, no_training, arguments, line):  # noqa: F811
-    begins = [] if arguments[0] != LWS or "init_from" in arguments[1] else [f"--config.init_from={baseline}"]
-    assert re.search(line, answer(*arguments, *begins, *TINY))
+def test_bad_starting_points_are_refused(baseline, answer, no_training, arguments, line):  # noqa: F811
+    init_from = [f"--config.init_from={baseline}"] if arguments[0] == LWS and "init_from" not in arguments[1] else []
+    assert re.search(line, answer(*arguments, *init_from, *TINY))
 
 
-def test_an_unfinished_baseline_is_refused(start, baseline, answer, no_training, tmp_path):  # noqa: F811
+def test_an_unfinished_baseline_is_refused(baseline, answer, no_training, tmp_path):  # noqa: F811
     stopped = Path(shutil.copytree(baseline, tmp_path / "stopped"))
     shutil.rmtree(stopped / "checkpoints" / "0_train" / "2")
     printed = answer(LWS, *TINY, f"--config.init_from={stopped}")

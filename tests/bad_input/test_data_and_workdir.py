@@ -45,7 +45,7 @@ def test_images_of_different_sizes_are_refused(answer, no_training, pictures, tm
     assert re.search(r"cat/0\.png is 8 x 8, \S*dog/9\.png is 9 x 9; --config\.data\.image_size=N", printed)
 
 
-def test_padding_larger_than_the_image_is_refused(answer, no_training, pictures, tmp_path, capsys):
+def test_padding_larger_than_the_image_is_refused(answer, no_training, pictures, tmp_path):
     arguments = [*FOLDER, f"--config.data.path={tmp_path / 'pictures'}"]
     assert "config.data.pad must be a whole number in [0, 8), not 8" in answer(*arguments, "--config.data.pad=8")
     assert main.main(["main", *arguments, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"]) == 0
@@ -64,7 +64,7 @@ def test_class_without_training_images_is_refused(answer, tmp_path):
     assert "The class 'b' has no training image" in answer(*arguments)
 
 
-def test_batch_size_not_divisible_by_devices_is_refused(answer, monkeypatch):
+def test_batch_size_not_divisible_by_devices_is_refused(answer):
     printed = answer(DIGITS, "--config.optim.batch_size=65")
     assert "config.optim.batch_size = 65 is not a multiple of the 8 devices" in printed
 
@@ -77,7 +77,7 @@ def test_unwritable_workdir_is_refused(answer, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_unwritable_config_is_refused(answer, monkeypatch, tmp_path, number):
+def test_unwritable_config_is_refused(answer, monkeypatch, number):
     def fail(path, text):
         raise OSError(number, os.strerror(number), str(path))
 

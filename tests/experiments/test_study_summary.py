@@ -169,7 +169,7 @@ def test_without_a_sweep_there_is_no_plot_of_it(results):
     assert "logit_scale" not in plots.draw(summary.summarise(results, {}, {}))
 
 
-def test_labels_do_not_cover_each_other(made, monkeypatch):
+def test_labels_do_not_cover_each_other():
     """Twenty-five rows close together."""
     rng = np.random.default_rng(0)
     rows = {}

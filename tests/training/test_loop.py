@@ -54,7 +54,7 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def run(config, tmp_path_factory):
+def run(config):
     """Returns `start(stages, workdir)`, which trains on one device and returns the programs of the trained stages."""
     common = {"dataset": data.load(config.data), "mesh": sharding.make_mesh(jax.devices()[:1])}
 

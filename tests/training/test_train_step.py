@@ -66,9 +66,7 @@ def test_average_is_an_ema_of_weights_and_statistics(trained):
             d = min(0.7, (1 + t) / (10 + t))
             expected = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, expected, getattr(state, name))
         chex.assert_trees_all_close(states[-1].average[name], expected, rtol=1e-5, atol=1e-7)
-    assert states[-1].variables is not None and np.any(
-        np.asarray(states[-1].variables["params"]["kernel"]) != states[-1].params["kernel"]
-    )
+    assert np.any(np.asarray(states[-1].variables["params"]["kernel"]) != states[-1].params["kernel"])
 
 
 def test_swa_is_the_mean_over_epoch_ends():
