@@ -25,7 +25,7 @@ VARIABLES = ("params", "batch_stats")
 BEST = "valid/pgd20/accuracy"  # the metric of the best checkpoint; the validation split is balanced
 
 
-class Synced(ocp.path.atomicity.AtomicRenameTemporaryPath):
+class SyncedTemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """The temporary folder of a checkpoint: renamed to the step once all of its content is synced to disk."""
 
     _final_path: epath.Path
@@ -56,7 +56,8 @@ def _options(keep: int, best: str | None, directory: epath.Path) -> ocp.Checkpoi
         best_fn=(lambda m: m[best]) if best else None,
         create=True,
         cleanup_tmp_directories=True,
-        temporary_path_class=None if "://" in os.fspath(directory) else Synced,  # object stores cannot rename
+        # Object stores cannot rename.
+        temporary_path_class=None if "://" in os.fspath(directory) else SyncedTemporaryPath,
     )
 
 
@@ -135,7 +136,7 @@ class Checkpoints:
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             failure = error
         if not distributed.all_true(failure is None):
-            reason = _unreadable(failure, self.directory / str(step)) if failure else "by another process"
+            reason = _failure_reason(failure, self.directory / str(step)) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
         if wrong := mismatches(state, meta):
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
@@ -178,7 +179,7 @@ class Checkpoints:
             (self.directory / str(step)).rename(destination)
 
 
-def _unreadable(error: BaseException, checkpoint: epath.Path) -> str:
+def _failure_reason(error: BaseException, checkpoint: epath.Path) -> str:
     """Returns why a checkpoint could not be read: its files are placeholders, or the first line of the error."""
     return atomic_io.placeholder(checkpoint) or _first_line(error)
 
@@ -223,7 +224,7 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
         except TRANSIENT:
             raise
         except Exception as error:  # as in Checkpoints.restore
-            errors.append(f"checkpoint {step} in {stage} cannot be read ({_unreadable(error, stage / str(step))})")
+            errors.append(f"checkpoint {step} in {stage} cannot be read ({_failure_reason(error, stage / str(step))})")
             continue
         for text in errors:
             logging.warning("%s: skipped, using checkpoint %d.", text, step)
@@ -240,7 +241,7 @@ def read_shapes(workdir: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]
     except TRANSIENT:
         raise
     except Exception as error:  # as in Checkpoints.restore
-        reason = _unreadable(error, stage / str(step))
+        reason = _failure_reason(error, stage / str(step))
         raise ValueError(f"checkpoint {step} in {stage} cannot be read ({reason})") from error
 
 
