@@ -25,5 +25,5 @@ def get_config(arg=None):
     if a["augment"]:
         c.data.augment = a["augment"]  # the released code has the policies of torchvision, RandAugment(2, 8)
     if a["dataset"] == "digits":
-        c.data.pad = 1  # where they are augmented
+        c.data.pad = 1  # used with augment=...
     return c

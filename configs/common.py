@@ -35,7 +35,7 @@ def parse(arg: str | None, **defaults) -> dict:
 
 
 def attacks(eps: float, step_size: float) -> dict:
-    """Returns the evaluation attacks of the literature's tables at one radius. LSA is PGD on CE(10 z)."""
+    """Returns the evaluation attacks of the papers' tables at one radius. LSA is PGD on CE(10 z)."""
     pgd = {"attack": "pgd", "eps": eps, "step_size": step_size, "start": "uniform"}
     return {
         "fgsm": {"attack": "fgsm", "eps": eps, "start": "zero"},
@@ -81,15 +81,15 @@ def get(
     if dataset == "digits":
         eps, step_size = 0.1, 0.025
         c.data.augment = "none"
-    if dataset in ("cifar100", "tiny_imagenet"):  # RobustLT's values; CIFAR-10's, the default, for other sets are ours
-        c.robustlt = {"alpha": 0.4, "warmup": 0.6}
+    if dataset in ("cifar100", "tiny_imagenet"):
+        c.robustlt = {"alpha": 0.4, "warmup": 0.6}  # RobustLT's values; the default is its value for CIFAR-10
     c.attack.eps, c.attack.step_size = eps, step_size
     c.eval.attacks = attacks(eps, step_size)
     return c
 
 
-def small(c: ConfigDict) -> None:
-    """Settings for digits, with 8 x 8 pixels and about 500 training images; our choice, no paper uses this set."""
+def use_digits_settings(c: ConfigDict) -> None:
+    """Sets our choices for digits: 8 x 8 pixels and about 500 training images. No paper uses this set."""
     c.optim.batch_size = 64
     c.log.every_steps = 8
     c.checkpoint.every_epochs = 10
@@ -104,7 +104,7 @@ def resnet18(dataset: str, epochs: int = 0, *, drop_epochs: tuple[int, ...], of:
     digits = dataset == "digits"
     c = get(dataset, epochs=epochs or (30 if digits else of), drop_epochs=drop_epochs, of=of, **lengths)
     if digits:
-        small(c)
+        use_digits_settings(c)
     elif c.model.name == "wide_resnet":
         c.model.name = "resnet18"
     return c
@@ -122,7 +122,7 @@ def robal_study(dataset: str, epochs: int = 0, *, drop_epochs: tuple[int, ...] =
     c.optim.batch_size = 64
     c.optim.weight_decay = 2e-4
     if digits:
-        small(c)
+        use_digits_settings(c)
     return c
 
 

@@ -1,4 +1,4 @@
-"""Class-aware re-sampling of the classifier: one epoch from the baseline, whose backbone stays as it is.
+"""Class-aware re-sampling of the classifier: one epoch from the baseline, with a frozen backbone.
 
 Paper      Kang et al., ICLR 2020; protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/finetune_resampling.py:dataset=cifar10

@@ -1,6 +1,6 @@
-"""Our own recipe: self-distillation with much gradient matching, averaged weights, and no crops in a short run.
+"""Our recipe: self-distillation with strong gradient matching, averaged weights, and no crops in a short run.
 
-Paper      none: this project's, made of Cho et al. and Lee et al. (gradient matching), both ICLR 2025, and an average
+Paper      none; combines Cho et al. and Lee et al. (gradient matching), both ICLR 2025, with averaged weights
 Command    python -m lt_adv.main --config=configs/lt_adv.py:dataset=cifar10
 Arguments  dataset, epochs (the student's, as in configs/self_distillation.py)
 Expected   no published number. Chosen on a validation split of a JPEG copy of CIFAR-10-LT with a small network and ten
@@ -9,7 +9,7 @@ Expected   no published number. Chosen on a validation split of a JPEG copy of C
 
 from configs import self_distillation
 
-SHORT = 30  # epochs in which a network does not get to know its images; measured at ten, where crops cost accuracy
+SHORT = 30  # runs of fewer epochs have no crops, which cost accuracy in runs of ten
 
 
 def get_config(arg=None):

@@ -1,4 +1,4 @@
-"""Learnable weight scaling (LWS): one epoch from the baseline that trains a scale per class, and nothing else.
+"""Learnable weight scaling (LWS): one epoch from the baseline that trains only a scale per class.
 
 Paper      Kang et al., ICLR 2020; protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/lws.py:dataset=cifar10

@@ -13,5 +13,5 @@ def get_config(arg=None):
     a = common.parse(arg, dataset="cifar10", epochs=0)
     c = common.robal_study(a["dataset"], a["epochs"])
     c.method = {"name": "margin", "margin": 0.2, "scale": 10.0}
-    c.model.head = {"name": "cosine", "scale": 1.0}  # the scale stands in the loss
+    c.model.head = {"name": "cosine", "scale": 1.0}  # the loss applies the scale
     return c

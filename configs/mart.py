@@ -1,4 +1,4 @@
-"""MART: boosted cross-entropy, and a KL between clean and adversarial predictions where the clean image is not sure.
+"""MART: boosted cross-entropy, and a KL between clean and adversarial predictions, weighted by 1 - p(y | x).
 
 Paper      Wang et al., ICLR 2020; protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/mart.py:dataset=cifar10

@@ -1,4 +1,4 @@
-"""Plain training, without attack: how accurate the network is when robustness is not asked for.
+"""Standard training without attack: the clean accuracy of a network that is not robust.
 
 Paper      protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/natural.py:dataset=cifar10

@@ -4,8 +4,8 @@ Paper      Ye et al., 2020 (cdt: class-dependent temperature), Kang et al., ICLR
            Menon et al., ICLR 2021 (logit_adjustment); protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/posthoc.py:dataset=cifar10,adjustment=tau_norm
            --mode=eval --workdir=workdirs/at-dataset=cifar10
-Arguments  dataset, epochs and all else as the baseline was trained; adjustment (cdt, tau_norm, logit_adjustment),
-           which also names the report: reports/<adjustment>/ in its working directory
+Arguments  dataset and epochs, equal to those of the baseline; adjustment (cdt, tau_norm, logit_adjustment), which
+           also names the report: reports/<adjustment>/ in its working directory
 Expected   no published number under this protocol that we could read
 """
 

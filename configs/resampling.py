@@ -2,7 +2,7 @@
 
 Paper      Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/resampling.py:dataset=cifar10
-Arguments  dataset, epochs (of C n_max draws: on CIFAR-10-LT ratio 50, 25 cost as much as 89 of the other rows);
+Arguments  dataset, epochs (one draws C n_max images: on CIFAR-10-LT ratio 50, 25 cost as much as 89 of other configs);
            --config.fidelity=released_code draws as the authors' code, in cycles through the classes and their images
 Expected   no published number under this protocol that we could read
 """

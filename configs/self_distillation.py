@@ -4,9 +4,9 @@ Paper      Cho et al., ICLR 2025
 Command    python -m lt_adv.main --config=configs/self_distillation.py:dataset=cifar10
 Arguments  dataset, epochs (the student's; the teacher has 30 more of 100)
 Expected   PGD accuracy of the tail 20.3 points over the previous best on CIFAR-10-LT ratio 50, 7.1 on CIFAR-100-LT
-           ratio 10, 3.8 on Tiny-ImageNet-LT ratio 10, ResNet-18 (abstract). What it leaves unreadable is ours:
-           weights, temperature and teacher input by a small ablation on a validation split; the schedule is AT-BSL's
-           without its drop before the last epoch
+           ratio 10, 3.8 on Tiny-ImageNet-LT ratio 10, ResNet-18 (abstract). Our choices, as no source was
+           available: weights, temperature and teacher input, by a small ablation on a validation split, and
+           AT-BSL's schedule without its drop before the last epoch
 """
 
 from configs import common

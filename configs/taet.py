@@ -21,5 +21,5 @@ def get_config(arg=None):
         c.attack.step_size = 0.003
         c.eval.attacks.pgd100.step_size = 1 / 255
     if a["dataset"] not in ("cifar100", "tiny_imagenet"):
-        c.robustlt.warmup = 1.0  # where that add-on is put on it
+        c.robustlt.warmup = 1.0  # used with --config.addons=robustlt
     return c

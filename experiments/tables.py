@@ -233,7 +233,7 @@ def configuration() -> str:
     """Every entry that all configs have, by section: its default for CIFAR-10, type and range, and meaning."""
     blocks = []
     for section, group in entries.by_section():
-        rows = [[f"`{e.path}`", f"`{entries.literal(e.default)}`", e.rule.text, e.meaning] for e in group]
+        rows = [[f"`{e.path}`", f"`{entries.format_default(e.default)}`", e.rule.text, e.meaning] for e in group]
         blocks += [f"### {section}"] * bool(section) + [table(["Entry", "Default", "Type", "Meaning"], rows, left=4)]
     return "\n\n".join(blocks)
 
@@ -269,7 +269,7 @@ def faults(results: Path = RESULTS) -> str:
         rows = []
         for name, row in points.items():
             counts = (row["faults"], row["failed"], row["fell_back"] or None, row["lost"])
-            rows.append([f"`{name}`", row["words"], *("" if count is None else str(count) for count in counts)])
+            rows.append([f"`{name}`", row["description"], *("" if count is None else str(count) for count in counts)])
         blocks += [text, table(FAULT_COLUMNS, rows, left=2)]
     return "\n\n".join(blocks) or f"Faults: {NOT_YET}; `pytest -m faults --faults=10` measures them."
 

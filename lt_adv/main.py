@@ -53,9 +53,9 @@ def main(argv: Sequence[str] | None = None, hooks: Sequence[Any] = ()) -> int:
     log = logging.StreamHandler()
     log.addFilter(is_shown)
     logging.basicConfig(format="%(levelname)s: %(message)s", handlers=[log])
-    sys.unraisablehook = unraisable
+    sys.unraisablehook = print_unraisable
     in_main_thread = threading.current_thread() is threading.main_thread()
-    previous = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
+    previous_handler = signal.signal(signal.SIGTERM, terminate) if in_main_thread else None
     try:
         arguments = flags.parse(argv)
         run_command = load_command(arguments, hooks)
@@ -78,7 +78,7 @@ def main(argv: Sequence[str] | None = None, hooks: Sequence[Any] = ()) -> int:
         skip_jax_shutdown_barrier(0)
     finally:
         if in_main_thread:
-            signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+            signal.signal(signal.SIGTERM, previous_handler or signal.SIG_DFL)
     return 0
 
 
@@ -104,12 +104,12 @@ def skip_jax_shutdown_barrier(code: int) -> None:
 
     if distributed.is_distributed():
 
-        def end() -> None:
+        def exit_now() -> None:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
 
-        atexit.register(end)  # registered last, called first: before JAX's
+        atexit.register(exit_now)  # registered last, called first: before JAX's
 
 
 def terminate(*_: object) -> None:
@@ -119,20 +119,20 @@ def terminate(*_: object) -> None:
 
 
 def is_shown(record: logging.LogRecord) -> bool:
-    """Log filter: drops orbax's and asyncio's records, whose errors are raised as well."""
+    """Log filter: whether a record is neither of orbax nor of asyncio, whose errors are raised as well."""
     return not any(package in record.pathname for package in ("orbax", "asyncio"))
 
 
-def unraisable(unraised: "sys.UnraisableHookArgs") -> None:
-    """Drops the errors of orbax's pending reads and writes, which it abandons after the first one has failed."""
+def print_unraisable(unraised: "sys.UnraisableHookArgs") -> None:
+    """Prints an unraisable error, unless it is of a read or write that orbax abandons after another one has failed."""
     code = getattr(unraised.object, "cr_code", None)
     if str(unraised.exc_value) != "Event loop is closed" and not (code and "orbax" in code.co_filename):
         sys.__unraisablehook__(unraised)
 
 
 def is_preempted(error: Exception) -> bool:
-    """Whether training has ended after SIGTERM, with its state saved."""
-    loop = sys.modules.get("lt_adv.training.loop")  # not imported for the answer to invalid flags
+    """Whether SIGTERM has ended the training, and its state is saved."""
+    loop = sys.modules.get("lt_adv.training.loop")  # not imported if the flags are invalid
     return loop is not None and isinstance(error, loop.Preempted)
 
 

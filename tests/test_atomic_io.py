@@ -16,7 +16,7 @@ from etils import epath
 from lt_adv.runtime import atomic_io
 
 
-def test_write_text_and_bytes_in_a_new_folder(tmp_path):
+def test_text_and_bytes_are_written_in_a_new_folder(tmp_path):
     path = tmp_path / "new" / "file"
     atomic_io.write_atomically(path, "ä\n")
     assert path.read_bytes() == "ä\n".encode()
@@ -25,7 +25,7 @@ def test_write_text_and_bytes_in_a_new_folder(tmp_path):
     assert [f.name for f in path.parent.iterdir()] == ["file"]
 
 
-def test_write_over_a_folder_is_refused(tmp_path):
+def test_writing_over_a_folder_is_refused(tmp_path):
     with pytest.raises(ValueError, match="is a folder, but a file must be written there: move the folder"):
         atomic_io.write_atomically(tmp_path, "new")
     assert not list(tmp_path.iterdir()) and not list(tmp_path.parent.glob(".*.tmp"))
@@ -46,7 +46,7 @@ def test_failed_write_keeps_the_old_file(tmp_path, monkeypatch, at, failure):
     assert [f.name for f in tmp_path.iterdir()] == ["file"] and path.read_text() == "old"
 
 
-def test_replace_folder(tmp_path):
+def test_a_folder_is_replaced(tmp_path):
     path = tmp_path / "new" / "folder"
     atomic_io.replace_folder(path, {"a": b"1", "b": b"2"})
     atomic_io.replace_folder(str(path), {"a": b"3", "b": b"", "c": b"4"})
@@ -77,8 +77,8 @@ def test_failed_replacement_keeps_the_old_folder(tmp_path, monkeypatch, at, call
 
 
 @pytest.mark.parametrize(("at", "call"), [("write_bytes", 1), ("write_bytes", 2), ("rename", 1), ("rename", 2)])
-def test_kill_leaves_the_old_folder_or_none(tmp_path, at, call):
-    """The folder's name never stands for some of the new files."""
+def test_a_kill_leaves_the_old_folder_or_none(tmp_path, at, call):
+    """The folder never has only some of the new files."""
     code = """
 import os, sys
 from etils import epath
@@ -149,14 +149,14 @@ FORMATS = [
 
 # Explicit ids: compressed content holds the time, so that workers would collect different test names.
 @pytest.mark.parametrize(("content", "what"), FORMATS, ids=[f"{n}-{what}" for n, (_, what) in enumerate(FORMATS)])
-def test_format_of(tmp_path, content, what):
+def test_the_format_of_a_file_is_detected(tmp_path, content, what):
     (tmp_path / "file").write_bytes(content)
     for file in (content, tmp_path / "file", str(tmp_path / "file")):
         result = atomic_io.format_of(file)
         assert result == what if what is None or result is None else result.startswith(what)
 
 
-def test_reason_why_a_file_cannot_be_read(tmp_path):
+def test_reason_names_the_format_or_the_error(tmp_path):
     path = tmp_path / "a.json"
     path.write_bytes(LFS)
     assert atomic_io.reason(path, ValueError("Expecting value"), atomic_io.JSON) == f"it is {atomic_io.LFS}"

@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from lt_adv import main
 from lt_adv.evaluation.masking import compare, diagnose
-from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (a fixture)
+from tests.bad_input.conftest import ROOT, answer, hooks  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.slow
 
@@ -51,7 +51,7 @@ def workdirs(tmp_path_factory):
     return baseline, network
 
 
-def test_the_report_holds_the_verdict(workdirs):
+def test_the_report_has_the_verdict(workdirs):
     baseline, network = workdirs
     report = json.loads((network / "report.json").read_text())
     comparison = report["reliability"]
@@ -66,7 +66,7 @@ def test_the_report_holds_the_verdict(workdirs):
     assert min(picture.shape[:2]) > 200 and picture[..., :3].std() > 0.01
 
 
-def test_without_a_baseline_the_report_has_no_such_section(workdirs):
+def test_the_report_without_a_baseline_has_no_section_on_gradient_masking(workdirs):
     baseline, _ = workdirs
     assert "reliability" not in json.loads((baseline / "report.json").read_text())
     assert "Gradient masking" not in (baseline / "report.md").read_text()

@@ -31,7 +31,7 @@ def get(name, **arguments):
 
 @pytest.mark.parametrize("dataset", DATASETS)
 @pytest.mark.parametrize("name", NAMES)
-def test_builds(name, dataset):
+def test_config_is_valid_in_both_fidelities(name, dataset):
     """The config is valid in both fidelities, and its stages have optim.epochs epochs in all."""
     config = get(name, dataset=dataset).lock()
     assert config.data.name == dataset and config.data.imbalance_ratio >= 1
@@ -44,7 +44,7 @@ def test_builds(name, dataset):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_is_plain_data(name):
+def test_config_is_plain_data(name):
     """The config survives JSON, with tuples as lists: it has no functions or objects."""
     config = get(name, dataset="cifar10")
     assert isinstance(config, ml_collections.ConfigDict)
@@ -109,7 +109,7 @@ def test_robal_has_the_values_of_the_paper(row):
 # The study's other rows are compared with "at" in tests/methods/test_robal_study.py.
 @pytest.mark.parametrize("name", ["robal", "at", "trades"])
 @pytest.mark.parametrize("dataset", ["cifar10", "cifar100"])
-def test_protocol_of_robals_study(name, dataset):
+def test_robals_study_has_the_protocol_of_the_paper(name, dataset):
     config = get(name, dataset=dataset)
     assert (config.model.name, config.model.depth, config.model.width) == ("wide_resnet", 34, 10)
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (0.031, 0.0078, 5)
@@ -124,7 +124,7 @@ def test_protocol_of_robals_study(name, dataset):
 @pytest.mark.parametrize(
     ("dataset", "model"), [("cifar10", "resnet18"), ("cifar100", "resnet18"), ("tiny_imagenet", "preact_resnet18")]
 )
-def test_protocol_of_at_bsl(dataset, model):
+def test_at_bsl_has_the_protocol_of_the_paper(dataset, model):
     config = get("at_bsl", dataset=dataset)
     assert (config.model.name, config.model.head.name, config.eval.adjustment.name) == (model, "linear", "none")
     assert (config.attack.eps, config.attack.step_size, config.attack.num_steps) == (8 / 255, 2 / 255, 10)
@@ -139,7 +139,7 @@ def test_protocol_of_at_bsl(dataset, model):
 
 
 @pytest.mark.parametrize("augment", ["", "crop_flip", "randaugment", "autoaugment"])
-def test_at_bsl_augments(augment):
+def test_at_bsl_has_the_requested_augmentation(augment):
     images, digits = (get("at_bsl", dataset=dataset, augment=augment).data for dataset in ("cifar10", "digits"))
     assert (images.augment, images.pad) == (augment or "crop_flip", 4)
     assert (digits.augment, digits.pad) == (augment or "none", 1)
@@ -182,7 +182,7 @@ def rates(config, epochs, fidelity="paper", steps_per_epoch=7):
 
 
 @pytest.mark.parametrize(("name", "drops"), [("robal", (60, 75, 80)), ("at", (60, 75, 80)), ("at_bsl", (75, 90, 99))])
-def test_published_schedule(name, drops):
+def test_learning_rates_equal_the_published_schedule(name, drops):
     """Epochs count from 1, so a drop at 60 leaves 59 epochs at the old rate."""
     first, second, last = drops
     config = get(name, dataset="cifar10")
@@ -213,13 +213,13 @@ DROPS = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_drops_of_every_config(name):
+def test_learning_rate_drops_at_the_published_epochs(name):
     optim = get(name, dataset="cifar10").optim
     assert optim.drop_epochs == DROPS[name] and optim.first_epoch == (0 if name in ("reat", "taet") else 1)
     assert optim.epochs == {15: 25, 60: 80, 75: 100}[DROPS[name][0]] if DROPS[name] else optim.epochs == 1
 
 
-def test_schedule_of_the_released_code():
+def test_drops_and_warmup_compound_in_the_released_code():
     """The rate is multiplied again in every epoch: by 0.1 from 60 on, by 0.01 from 75 on."""
     config = get("robal", dataset="cifar10")
     expected = {59: 1e-1, 60: 1e-2, 61: 1e-3, 62: 1e-4, 74: 1e-16, 75: 1e-18, 76: 1e-20, 80: 1e-28}

@@ -18,7 +18,7 @@ import pytest
 from lt_adv.cli import workdirs
 from lt_adv.runtime import distributed
 from lt_adv.training import checkpoint
-from tests.test_end_to_end import DRIVER, last_checkpoint
+from tests.test_end_to_end import SIGNAL_PROGRAM, last_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -52,7 +52,7 @@ def launch(tmp_path_factory):
     common |= {"XLA_FLAGS": "--xla_backend_optimization_level=1", distributed.HEARTBEAT_TIMEOUT: str(HEARTBEAT_TIMEOUT)}
 
     def start(workdir, *arguments, count=2, devices=2, only=("pgd20",), interrupt=None, program=None):
-        entry = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]
+        entry = ["-m", "lt_adv.main"] if interrupt is None else ["-c", SIGNAL_PROGRAM.format(arguments=interrupt)]
         entry = entry if program is None else ["-c", program]
         command = [sys.executable, *entry, *SHORT, f"--config.eval.only={only}", f"--workdir={workdir}", *arguments]
         common["JAX_NUM_CPU_DEVICES"] = str(devices)
@@ -135,7 +135,7 @@ for _ in range(20):
 """
 
 
-def test_replicate_many_shards_without_deadlock(launch, tmp_path):
+def test_many_shards_are_replicated_without_deadlock(launch, tmp_path):
     """With one program per array, two processes could start different ones and wait for each other for ever."""
     succeeded(launch(tmp_path, program=COPIES))
 
@@ -237,7 +237,7 @@ def test_invalid_environment_is_refused(environment, message):
         distributed.initialize(environment)
 
 
-def test_initialize_with_launchers_and_variables(monkeypatch):
+def test_processes_initialize_with_launchers_and_variables(monkeypatch):
     calls = []
     monkeypatch.setattr(jax.distributed, "initialize", lambda **options: calls.append(options))
     distributed.initialize({})

@@ -81,7 +81,7 @@ def test_records_page_runs_on_saved_records(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("page", [page for page in WITH_COMMANDS if "lt_adv.main --config" in TEXT[page]])
-def test_commands_parse(page):
+def test_commands_are_valid(page):
     parts = [part for block in BASH.findall(TEXT[page]) for line in block.splitlines() for part in line.split(" && ")]
     for command in (shlex.split(part) for part in parts if "lt_adv.main --" in part):
         Experiment.from_config(flags.parse(command[command.index("lt_adv.main") :]).config)

@@ -71,20 +71,20 @@ def calls(tmp_path, monkeypatch):
     return Calls(tmp_path, monkeypatch)
 
 
-def test_file_and_its_missing_folders(calls, tmp_path):
+def test_a_file_and_its_missing_folders_are_synced(calls, tmp_path):
     atomic_io.write_atomically(tmp_path / "a" / "b" / "file", "text")
     assert calls.published() == ["a/b/file"]
     synced = [call[1] for call in calls.log if call[0] == "sync"]
     assert {tmp_path, tmp_path / "a", tmp_path / "a" / "b"} <= set(synced)
 
 
-def test_replace_folder(calls, tmp_path):
+def test_a_replaced_folder_is_synced(calls, tmp_path):
     for content in (b"1", b"2"):
         atomic_io.replace_folder(tmp_path / "new" / "folder", {"x": content, "y": b""})
     assert calls.published() == ["new/folder"] * 2
 
 
-def test_image_cache(calls, tmp_path):
+def test_the_image_cache_is_synced(calls, tmp_path):
     image, label = np.zeros((3, 2, 2, 1), np.uint8), np.arange(3, dtype=np.int32)
     reader = SplitReader(image.shape, label, np.arange(3), lambda: iter([image]))
     cache.load(tmp_path, "set", Source("identity", lambda: (("a", "b", "c"), {"train": reader, "test": reader})))
@@ -93,7 +93,7 @@ def test_image_cache(calls, tmp_path):
     assert folder.startswith("lt_adv_cache/set-") and small.startswith("lt_adv_cache/small-")
 
 
-def test_attack_journal(calls, tmp_path):
+def test_the_attack_journal_is_synced(calls, tmp_path):
     attack_journal = journal.open_journal(tmp_path / "new" / "journal", "digest", np.zeros((2, 3)))
     attack_journal.waiting.append(journal.Done(*(np.zeros(2) for _ in journal.FIELDS)))
     attack_journal.flush(0)
@@ -101,7 +101,7 @@ def test_attack_journal(calls, tmp_path):
     assert ("sync", tmp_path) in calls.log and ("sync", tmp_path / "new") in calls.log
 
 
-def test_checkpoints(calls, tmp_path):
+def test_checkpoints_are_synced_before_old_ones_are_removed(calls, tmp_path):
     """Old checkpoints are removed only after a new one is on the disk."""
     variables = {"params": {"w": np.arange(4.0)}}
     state = train_state.create(jax.random.key(0), variables, optax.sgd(0.1), {}, averaged=False)
@@ -146,7 +146,7 @@ def test_checkpoint_whose_sync_failed_is_ignored(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_all_files_of_a_run(calls, tmp_path, monkeypatch):
+def test_all_files_of_a_run_are_synced(calls, tmp_path):
     """The run trains, evaluates with AutoAttack and exports."""
     workdir = f"--workdir={tmp_path / 'run'}"
     assert main.main(["main", *TINY, workdir]) == 0
@@ -158,7 +158,7 @@ def test_all_files_of_a_run(calls, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("sync", [atomic_io.sync, journal._sync])
-def test_file_system_that_cannot_sync_folders(sync, tmp_path, monkeypatch):
+def test_only_folders_may_fail_to_sync(sync, tmp_path, monkeypatch):
     """A folder that cannot be synced is tolerated, a file that cannot be synced is an error."""
     (tmp_path / "file").write_text("")
 

@@ -21,35 +21,23 @@ SHORT = [
 ]
 
 # lt_adv.main that signals its own process before a step, or while a checkpoint is written.
-DRIVER = """
+SIGNAL_PROGRAM = """
 import os, sys
-import jax
 from lt_adv import main
-from lt_adv.training import checkpoint, train_step
+from lt_adv.training.hooks import Hook
 
-where, number, sign = {arguments!r}
-make, save = train_step.make_train_step, checkpoint.Checkpoints.save
+site, number, sign = {arguments!r}
 
-def make_train_step(*args, **options):
-    step, init_metric_sums = make(*args, **options)
-
-    def signalled(state, data, teacher):
-        if int(jax.device_get(state.step)) == number and os.environ.get("JAX_PROCESS_ID", "1") == "1":
+class Signal(Hook):
+    def on_step(self, stage, state):
+        if site == "step" and int(state.step) == number and os.environ.get("JAX_PROCESS_ID", "1") == "1":
             os.kill(os.getpid(), sign)
-        return step(state, data, teacher)
 
-    return signalled, init_metric_sums
+    def on_log(self, event):  # orbax is still writing the checkpoint of this step
+        if site == "save" and event.step == number:
+            os.kill(os.getpid(), sign)
 
-def signalled_save(self, step, *args):
-    save(self, step, *args)  # returns while orbax still writes
-    if step == number:
-        os.kill(os.getpid(), sign)
-
-if where == "step":
-    train_step.make_train_step = make_train_step
-else:
-    checkpoint.Checkpoints.save = signalled_save
-sys.exit(main.main())
+sys.exit(main.main(hooks=[Signal()]))
 """
 
 
@@ -60,7 +48,7 @@ def launch(tmp_path_factory):
     environment |= {"JAX_PLATFORMS": "cpu", "XDG_CACHE_HOME": str(cache)}
 
     def start(config, workdir, *arguments, interrupt=None):
-        program = ["-m", "lt_adv.main"] if interrupt is None else ["-c", DRIVER.format(arguments=interrupt)]
+        program = ["-m", "lt_adv.main"] if interrupt is None else ["-c", SIGNAL_PROGRAM.format(arguments=interrupt)]
         command = [sys.executable, *program, f"--config={config}", f"--workdir={workdir}", *arguments]
         return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=600)
 

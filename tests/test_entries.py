@@ -48,16 +48,16 @@ def choices(rule):
 
 @pytest.mark.parametrize("path", ENTRIES)
 def test_entry_is_complete(path):
-    """Its rule accepts its default and refuses other types; it has a meaning, and stands in the page and in --help."""
+    """Its rule accepts its default and refuses other types; it has a meaning; the page and --help list it."""
     _, default, rule, meaning = ENTRIES[path]
     rule(f"config.{path}", default)
     with pytest.raises(ValueError, match=rf"config\.{re.escape(path)}\b"):
         rule(f"config.{path}", object())
     assert default is None or isinstance(default, rule.kind)
     assert meaning and not meaning.endswith(".")
-    assert f"| `{path}` | `{entries.literal(default)}` | {rule.text} | {meaning} |" in PAGE
+    assert f"| `{path}` | `{entries.format_default(default)}` | {rule.text} | {meaning} |" in PAGE
     row = re.search(rf"^{re.escape(path)} .*(\n {{20}}.*)*", entries.help_text(), re.MULTILINE)[0]
-    assert row.split() == f"{path} {entries.literal(default)} {meaning} ({rule.text})".replace("`", "").split()
+    assert row.split() == f"{path} {entries.format_default(default)} {meaning} ({rule.text})".replace("`", "").split()
 
 
 def test_configs_have_the_entries_and_defaults_of_the_table():
@@ -76,7 +76,7 @@ def test_choices_are_those_of_the_modules():
     assert set(re.findall(r"`(\w+)`", ENTRIES["data.name"].meaning)) == set(common.DATASETS)
 
 
-def test_entries_without_a_value_have_a_type_of_their_own():
+def test_entries_that_are_none_have_a_type():
     first, second = entries.default_config(), entries.default_config()
     first.attack.start = "zero"
     first.cpu_devices = 2
@@ -94,10 +94,10 @@ def test_help_fits_the_terminal_and_imports_no_jax():
     assert not {"jax", "flax", "numpy"} & set(modules.split())
 
 
-def test_renamed_entries():
+def test_renamed_entries_are_reported():
     names = {name.partition("=")[0] for name in entries.RENAMED.values()}
     assert names <= set(ENTRIES) and not set(entries.RENAMED) & set(ENTRIES)
     old = {"data.equalise": 0.0, "fidelity": "published", "seed": 0}
     expected = "config.data.equalise is now config.data.resample_balanced; "
-    assert entries.renamed(old) == expected + "config.fidelity=published is now config.fidelity=paper"
-    assert not entries.renamed({path: entry.default for path, entry in ENTRIES.items()})
+    assert entries.describe_renamed(old) == expected + "config.fidelity=published is now config.fidelity=paper"
+    assert not entries.describe_renamed({path: entry.default for path, entry in ENTRIES.items()})

@@ -34,11 +34,11 @@ def ask(tmp_path, *arguments, **variables):
     "batch_size, cores, devices",
     [(64, 1, 1), (64, 2, 2), (64, 3, 2), (64, 8, 4), (128, 8, 8), (30, 8, 1), (48, 4, 3), (7, 8, 1), (4096, 256, 256)],
 )
-def test_devices_for_batch(batch_size, cores, devices):
+def test_number_of_devices_divides_the_batch_size(batch_size, cores, devices):
     assert environment.devices_for_batch(batch_size, cores) == devices
 
 
-def test_one_device_per_core_and_a_compilation_cache(tmp_path):
+def test_default_is_one_device_per_core_and_a_compilation_cache(tmp_path):
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     devices, directory = ask(tmp_path, 16 * cores)
     assert devices == cores
@@ -91,7 +91,7 @@ def test_import_does_not_load_jax():
     assert result.stdout.split() == [str(environment.cores()), "False"]
 
 
-def test_commit_in_a_clone_in_a_copy_and_without_git(tmp_path, monkeypatch):
+def test_commit_is_that_of_a_clone_or_of_the_environment_variable(tmp_path, monkeypatch):
     monkeypatch.delenv("LT_ADV_COMMIT", raising=False)
     inside = tmp_path / "copy" / "lt_adv" / "runtime" / "environment.py"
     inside.parent.mkdir(parents=True)

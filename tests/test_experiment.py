@@ -8,7 +8,6 @@ from etils import epath
 
 from configs import at, self_distillation
 from lt_adv import data
-from lt_adv.cli import experiment as module
 from lt_adv.cli import schema, train
 from lt_adv.cli.experiment import Experiment
 from lt_adv.data import longtail
@@ -69,7 +68,7 @@ def test_stages_with_the_same_data_share_their_split():
 
 def test_a_config_is_validated_without_data_and_devices(monkeypatch):
     monkeypatch.setattr(data, "load", lambda _: pytest.fail("data are read"))
-    monkeypatch.setattr(module.jax, "devices", lambda: pytest.fail("devices are used"))
+    monkeypatch.setattr(jax, "devices", lambda: pytest.fail("devices are used"))
     experiment = Experiment.from_config(at.get_config("dataset=cifar10"))
     assert experiment.method.num_steps == 5 and len(experiment.stages) == 1
     with pytest.raises(ValueError, match=r"config\.optim\.epochs must be"):

@@ -1,4 +1,4 @@
-"""Rows that start from a finished run (fine-tuning, post-hoc adjustment), and TDE, whose evaluation needs its state."""
+"""Configs that start from a finished run (fine-tuning, post-hoc adjustment), and TDE, evaluated with its state."""
 
 import json
 import logging
@@ -20,7 +20,7 @@ from lt_adv.training import optimizer
 from lt_adv.training.checkpoint import read_variables
 from tests.bad_input.conftest import ROOT, answer, hooks, no_training  # noqa: F401 (fixtures)
 
-# Two epochs of one step, no attack: what is tested is where a run begins and what it moves.
+# Two epochs of one step without attack: the tests compare initial and trained parameters.
 TINY = [
     "--config.data.class_counts=(4,4,2,2,2,2,2,2,1,1)",
     "--config.optim.batch_size=16",
@@ -37,7 +37,7 @@ AT_TWO = "--config=configs/at.py:dataset=digits,epochs=2"
 
 @pytest.fixture(scope="module")
 def start(tmp_path_factory):
-    """`start(config, name, ...)`: the working directory `name` after a run; one device."""
+    """Returns `start(config, name, ...)`, which runs on one device and returns the working directory `name`."""
     folder = tmp_path_factory.mktemp("runs")
 
     def call(config, name, *more):
@@ -54,8 +54,8 @@ def baseline(start):
     return start(AT_TWO, "baseline")
 
 
-def moved(before, after):
-    """{path: how much an array that both have has moved}."""
+def changes(before, after):
+    """Returns {path: largest change} of the arrays that are in both trees."""
     flat = [dict(jax.tree_util.tree_leaves_with_path(tree)) for tree in (before, after)]
     return {
         jax.tree_util.keystr(path, simple=True, separator="/"): np.abs(flat[1][path] - a).max()
@@ -77,7 +77,7 @@ def test_fine_tuning_changes_only_the_trained_parameters(start, baseline, caplog
     with caplog.at_level(logging.WARNING):
         run = start(f"--config=configs/{name}.py:dataset=digits,baseline={baseline}", name)
     before, after = read_variables(baseline)[0], read_variables(run)[0]
-    for path, distance in moved(before, after).items():
+    for path, distance in changes(before, after).items():
         assert (distance > 0) == path.startswith(trained), path
     for text in unshared or ():
         assert text in caplog.text
@@ -102,7 +102,7 @@ def test_the_released_code_updates_statistics(config):
 
 
 @pytest.mark.parametrize("config", [finetune_resampling, finetune_reweighting, lws])
-def test_one_epoch_at_the_first_rate_of_the_study(config):
+def test_fine_tuning_is_one_epoch_at_the_initial_rate_of_the_study(config):
     c, baseline = config.get_config("dataset=cifar10,baseline=elsewhere"), at.get_config("dataset=cifar10")
     assert c.init_from == "elsewhere" and c.optim.epochs == 1
     for compounding in (False, True):
@@ -113,7 +113,7 @@ def test_one_epoch_at_the_first_rate_of_the_study(config):
 
 
 @pytest.mark.parametrize("name", ["cdt", "tau_norm", "logit_adjustment"])
-def test_post_hoc_evaluates_the_baseline_again(start, baseline, name):
+def test_post_hoc_adjustment_changes_only_the_evaluation_of_the_baseline(start, baseline, name):
     before = {f: f.read_bytes() for f in sorted((baseline / "checkpoints").rglob("*")) if f.is_file()}
     no_attack = (baseline / "report.json").read_text()
     start(f"--config=configs/posthoc.py:dataset=digits,epochs=2,adjustment={name}", "baseline", "--mode=eval")
@@ -145,21 +145,21 @@ LWS = "--config=configs/lws.py:dataset=digits"
         ([LWS, "--config.method.freeze=bakbone"], r"No parameter matches the frozen pattern 'bakbone'\. There are: "),
         (
             [LWS, "--config.model.width=2"],
-            r"batch_stats/backbone/\S+ has shape \(.*\) there, \(.*\) here: is it the same",
+            r"batch_stats/backbone/\S+ has shape \(.*\) there, \(.*\) in config\.model: name",
         ),
         ([AT_TWO, "--config.eval.adjustment.name=tde"], "The adjustment 'tde' is for the heads cosine, cosine_plus"),
         (
             ["--config=configs/cosine.py:dataset=digits", "--config.eval.adjustment.name=tde"],
-            "The adjustment 'tde' needs the state of method tde, and the method is at",
+            r"adjustment\.name is 'tde', which needs the state of method tde, but config\.method\.name is 'at': choose",
         ),
     ],
 )
-def test_bad_starting_points(start, baseline, answer, no_training, arguments, line):  # noqa: F811
-    begins = [] if arguments[0] != LWS or "init_from" in arguments[1] else [f"--config.init_from={baseline}"]
-    assert re.search(line, answer(*arguments, *begins, *TINY))
+def test_bad_starting_points_are_refused(baseline, answer, no_training, arguments, line):  # noqa: F811
+    init_from = [f"--config.init_from={baseline}"] if arguments[0] == LWS and "init_from" not in arguments[1] else []
+    assert re.search(line, answer(*arguments, *init_from, *TINY))
 
 
-def test_an_unfinished_baseline_is_refused(start, baseline, answer, no_training, tmp_path):  # noqa: F811
+def test_an_unfinished_baseline_is_refused(baseline, answer, no_training, tmp_path):  # noqa: F811
     stopped = Path(shutil.copytree(baseline, tmp_path / "stopped"))
     shutil.rmtree(stopped / "checkpoints" / "0_train" / "2")
     printed = answer(LWS, *TINY, f"--config.init_from={stopped}")
@@ -181,7 +181,7 @@ def test_overrides_of_a_stage_are_validated(tmp_path, overrides, line):
         train.check(Experiment.from_config(flags.parse(["", AT_TWO, *TINY]).config, stages=stages), tmp_path)
 
 
-def test_a_method_that_does_not_start_from_a_run(baseline):
+def test_init_from_is_refused_by_methods_that_start_from_no_run(baseline):
     config = flags.parse(["", AT_TWO, *TINY, f"--config.init_from={baseline}"]).config
-    with pytest.raises(ValueError, match=r"config\.init_from: method at does not start from another run"):
+    with pytest.raises(ValueError, match=r"config\.init_from: method at starts from no other run: leave it out"):
         Experiment.from_config(config, stages=(Stage(method=AT(), epochs=1),))

@@ -13,7 +13,7 @@ from lt_adv import data, main, models
 from lt_adv.cli import flags
 from lt_adv.cli.experiment import Experiment
 from lt_adv.evaluation import records
-from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (fixture)
+from tests.bad_input.conftest import ROOT, answer, hooks  # noqa: F401 (fixtures)
 from tests.models.test_classifier import random_variables
 from tests.models.torch_files import golden_state, save_npz, save_torch, wide_resnet_state
 
@@ -35,7 +35,7 @@ def in_the_repository(monkeypatch):
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
     """(file, variables) of a network that classifies digits by their mean features, with RoBal's tensor names."""
-    config = flags.load("configs/robal.py:dataset=digits")
+    config = flags.load_config("configs/robal.py:dataset=digits")
     train = data.load(config.data).train
     images, label = train.image[:500] / np.float32(255), train.label[:500]
     model = models.create(config.model, 10)
@@ -111,11 +111,11 @@ def test_imported_weights_are_evaluated_with_their_statistics_and_the_adjustment
         ),
         (
             ["--config.init_from={path}", "--config=configs/tde.py:dataset=digits"],
-            "The adjustment 'tde' needs the state of method tde, and {path} holds only weights.",
+            "which needs the state of method tde, but config.init_from is '{path}', a file of weights: choose another",
         ),
     ],
 )
-def test_weights_that_cannot_be_evaluated(weights, answer, arguments, line):  # noqa: F811
+def test_weights_that_cannot_be_evaluated_are_refused(weights, answer, arguments, line):  # noqa: F811
     path, _ = weights
     assert line.format(path=path) in answer(ROBAL, *TINY, "--mode=eval", *(arg.format(path=path) for arg in arguments))
 
@@ -130,7 +130,7 @@ def test_evaluation_accepts_the_config_of_any_method(weights, config):
     )
 
 
-def test_docs_example(tmp_path, monkeypatch):
+def test_example_of_the_docs_runs(tmp_path, monkeypatch):
     text = (ROOT / "docs" / "pytorch_weights.md").read_text()
     blocks = re.findall(r"^```python\n(.*?)^```", text, re.DOTALL | re.MULTILINE)
     (example,) = (block for block in blocks if "torch_import" in block)

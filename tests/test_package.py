@@ -136,7 +136,7 @@ def test_train_install_imports_every_module_and_runs_main(unpacked, tmp_path):
     assert result.returncode == 2 and result.stderr.startswith("Error: --config is missing"), result.stderr
 
 
-def test_metadata(metadata):
+def test_metadata_of_the_wheel_are_complete(metadata):
     about = metadata.metadata
     assert set(about.get_all("Provides-Extra")) == EXTRAS
     assert about["Requires-Python"] == "<3.14,>=3.11"

@@ -165,7 +165,7 @@ def test_measured_numbers_of_the_rows_of_a_config(measured):
     assert all(rows[config][0][1] == "not measured yet" for config in ("trades", "reat"))
 
 
-def test_a_stale_page_is_noticed(tmp_path, monkeypatch, capsys):
+def test_an_outdated_page_is_reported(tmp_path, monkeypatch, capsys):
     text = (ROOT / "docs/methods.md").read_text()
     page = tmp_path / "docs" / "methods.md"
     page.parent.mkdir()

@@ -55,7 +55,7 @@ def train(argv: Sequence[str]) -> int:
     experiment = Experiment.from_config(config)
     if (workdir / "checkpoints").exists():
         raise ValueError(f"{workdir} has checkpoints, which the PyTorch baseline cannot resume: use another --workdir.")
-    workdirs.compare(config, workdir, training=True)
+    workdirs.require_same_config(config, workdir, training=True)
     split = experiment.split
     schema.validate_for_split(config, split, 1)
     trainer = Trainer(config, split, setting=setting, device=device, seed=config.seed)

@@ -8,6 +8,6 @@ from lt_adv.cli import flags
 
 
 def get_config(arg=None):
-    c = flags.load(arg or "")
+    c = flags.load_config(arg or "")
     c.eval.attacks.autoattack.eps = c.eval.attacks.pgd20.get_ref("eps")
     return c

@@ -17,7 +17,7 @@ def attack_name(scale: float) -> str:
 
 
 def get_config(arg=None):
-    c = flags.load(arg or "")
+    c = flags.load_config(arg or "")
     pgd = c.eval.attacks.pgd20
     references = {option: pgd.get_ref(option) for option in ("eps", "step_size", "num_steps")}
     for scale in SCALES:

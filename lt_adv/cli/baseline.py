@@ -16,7 +16,7 @@ from lt_adv.evaluation import masking
 from lt_adv.runtime import atomic_io, distributed
 from lt_adv.training import metric_logging
 
-# Entries of config.eval that each run takes from its own config; the others are those of the current evaluation.
+# Entries of config.eval that each run takes from its own config; the other entries are those of the current evaluation.
 PER_RUN = ("adjustment", "checkpoint", "dtype")
 
 
@@ -86,12 +86,12 @@ def compare(
         soft_wrap=True,
     )
 
-    def compared(side: Experiment, loaded: LoadedNetwork, directory: epath.Path) -> masking.ComparedNetwork:
+    def compared_network(side: Experiment, loaded: LoadedNetwork, directory: epath.Path) -> masking.ComparedNetwork:
         return masking.ComparedNetwork(loaded.apply, loaded.variables, directory / "eval", identity(side))
 
     comparison = masking.compare_with_baseline(
-        compared(experiment, network, workdir),
-        compared(baseline, baseline_network, directory),
+        compared_network(experiment, network, workdir),
+        compared_network(baseline, baseline_network, directory),
         sample,
         protocol=protocol,
         groups=longtail.groups(experiment.split.class_counts, config.eval.groups),
@@ -104,12 +104,12 @@ def compare(
 
 
 def identity(experiment: Experiment) -> list[Any]:
-    """Returns what the evaluated network depends on, beside its code and weights."""
+    """Returns what the evaluated network depends on, apart from its code and weights."""
     config = experiment.config
     settings = {name: config.eval.to_dict()[name] for name in PER_RUN}
     return [config.model.to_dict(), settings, list(experiment.split.class_counts)]
 
 
 def _lists_to_tuples(tree: dict[str, Any]) -> dict[str, Any]:
-    """JSON has lists only; configs hold tuples."""
+    """Converts the lists of a JSON object to tuples, which configs have instead."""
     return {name: tuple(value) if isinstance(value, list) else value for name, value in tree.items()}

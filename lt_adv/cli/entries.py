@@ -22,7 +22,7 @@ class Rule:
     """The type and range of a value; `rule(path, value)` raises ValueError unless the value is valid."""
 
     text: str  # type and range, for the documentation
-    kind: type  # of a value other than None
+    kind: type  # type of a value other than None
     check: Callable[[str, Any], None]  # (path of an entry, its value); raises ValueError
 
     def __call__(self, path: str, value: Any) -> None:
@@ -83,11 +83,11 @@ def _check_file_name(path: str, value: Any) -> None:
         raise ValueError(f"{path} must be a name, of letters, digits, '_', '-' and '.', not {value!r}.")
 
 
-PIXELS = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137"
-RATIO = "it is max count / min count, so the literature's 0.02 is ratio 50"
-LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS), number("(0, inf)"), number("[0, inf)")
-MOST = 1000000  # upper bound of every count: no sum of counts overflows 32 bits
-ONE_OR_MORE, ZERO_OR_MORE, SEED = integer(f"[1, {MOST}]"), integer(f"[0, {MOST}]"), integer("[0, 4294967295]")
+PIXELS_HINT = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137"
+RATIO_HINT = "it is max count / min count, so the literature's 0.02 is ratio 50"
+LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS_HINT), number("(0, inf)"), number("[0, inf)")
+MAX_COUNT = 1000000  # so that no sum of counts overflows 32 bits
+ONE_OR_MORE, ZERO_OR_MORE, SEED = integer(f"[1, {MAX_COUNT}]"), integer(f"[0, {MAX_COUNT}]"), integer("[0, 4294967295]")
 TEXT, BOOLEAN = of_type(str), of_type(bool)
 PATH, FILE_NAME = Rule("path", str, _check_path), Rule("file name", str, _check_file_name)
 DTYPE = one_of(("float32", "bfloat16", "float64"))
@@ -177,7 +177,7 @@ _TABLE = (
     Entry(
         "data.imbalance_ratio",
         50.0,
-        number("[1, inf)", RATIO),
+        number("[1, inf)", RATIO_HINT),
         "largest / smallest class count; the imbalance factor 0.02 of some papers is ratio 50",
     ),
     Entry(
@@ -313,7 +313,7 @@ _TABLE = (
     ),
 )
 ENTRIES: Mapping[str, Entry] = {entry.path: entry for entry in _TABLE}
-OPTIONS = ("model.", "method.", "eval.adjustment.", "eval.attacks.")  # sections whose entries depend on a name
+OPTION_SECTIONS = ("model.", "method.", "eval.adjustment.", "eval.attacks.")  # their entries depend on a name
 ATTACK_OPTIONS: Mapping[str, Rule] = {
     "eps": LENGTH,
     "step_size": LENGTH,
@@ -324,9 +324,9 @@ ATTACK_OPTIONS: Mapping[str, Rule] = {
     "confidence": NOT_NEGATIVE,
     "decay": NOT_NEGATIVE,
 }
-L2 = {"eps": POSITIVE, "step_size": POSITIVE}  # an L2 distance over many pixels may exceed 1
+L2_OPTIONS = {"eps": POSITIVE, "step_size": POSITIVE}  # an L2 distance over many pixels may exceed 1
 
-# Entry, or entry=value -> its new name. Configs and working directories with an old one are refused.
+# Old name of an entry, or entry=value -> new name. Configs and working directories with an old name are refused.
 RENAMED = {
     "data.equalise": "data.resample_balanced",
     "data.resident_gib": "data.max_device_gib",
@@ -334,8 +334,8 @@ RENAMED = {
 }
 
 
-def renamed(config: Mapping[str, Any]) -> str:
-    """Returns "config.a is now config.b; ..." for the keys of RENAMED in a flat config, "" if there are none."""
+def describe_renamed(config: Mapping[str, Any]) -> str:
+    """Returns "config.a is now config.b; ..." for the renamed entries of a flat config, or ""."""
     names = (name for path, value in config.items() for name in (path, f"{path}={value}") if name in RENAMED)
     return "; ".join(f"config.{name} is now config.{RENAMED[name]}" for name in names)
 
@@ -352,8 +352,8 @@ def default_config() -> ConfigDict:
     return ConfigDict(tree)
 
 
-def literal(value: Any) -> str:
-    """Returns a default as Python source; floats have six digits."""
+def format_default(value: Any) -> str:
+    """Formats a default as Python source; floats have six digits."""
     return f"{value:.6g}" if isinstance(value, float) else repr(value)
 
 
@@ -367,11 +367,11 @@ def by_section() -> Iterator[tuple[str, list[Entry]]]:
 
 def help_text(width: int = 120) -> str:
     """Returns the entries as text in columns: path, default, meaning (type and range)."""
-    paths = max(map(len, ENTRIES))
-    defaults = max(len(literal(entry.default)) for entry in ENTRIES.values())
+    path_width = max(map(len, ENTRIES))
+    default_width = max(len(format_default(entry.default)) for entry in ENTRIES.values())
 
     def row(entry: Entry) -> str:
-        start = f"{entry.path:{paths}}  {literal(entry.default):{defaults}}  "
+        start = f"{entry.path:{path_width}}  {format_default(entry.default):{default_width}}  "
         meaning = f"{entry.meaning} ({entry.rule.text})".replace("`", "")
         return textwrap.fill(meaning, width, initial_indent=start, subsequent_indent=" " * len(start))
 

@@ -27,7 +27,7 @@ def evaluate(config: ConfigDict, workdir: epath.Path) -> dict[str, Any]:
     experiment.connect()
     check_baseline(config)
     network = networks.load(experiment, workdir)
-    select_images(experiment)
+    select_images(experiment)  # raises
     with workdirs.claim(config, workdir) if experiment.uses_external_weights else workdirs.locked(workdir):
         return write_evaluation(experiment, workdir, network)
 

@@ -31,7 +31,7 @@ from lt_adv.runtime import atomic_io, environment
 from lt_adv.training import metric_logging
 
 PLATFORMS = ("cpu", "cuda", "tpu")
-EXTRA = ("flatbuffers", "safetensors")  # jax.export uses the first
+EXTRA = ("flatbuffers", "safetensors")  # packages of the extra `export`; jax.export imports flatbuffers
 
 EXAMPLE = """\
 import jax.export
@@ -187,7 +187,7 @@ def serialise(apply: Callable[..., jax.Array], weights: Mapping[str, np.ndarray]
 
 
 def read_report(directory: epath.Path, expected: Mapping[str, str]) -> tuple[dict[str, Any] | None, str]:
-    """Returns (report.json of a directory, ""), or (None, reason) if it is missing or its header is another."""
+    """Returns (report.json of a directory, ""), or (None, reason) if it is missing or its header is not as expected."""
     path = directory / "report.json"
     if not path.exists():
         return None, "there is no report"

@@ -28,7 +28,7 @@ class Arguments(NamedTuple):
 
 def parse(argv: list[str]) -> Arguments:
     """Parses `argv`, whose first item is the name of the program; raises ValueError with one line."""
-    known = flags.FlagValues()  # not the global one, which has the flags of every library
+    known = flags.FlagValues()  # the global one has the flags of every library
     known.set_gnu_getopt()
     for name in FLAGS:
         flags.DEFINE_string(name, None, "", flag_values=known)
@@ -43,28 +43,28 @@ def parse(argv: list[str]) -> Arguments:
             raise ValueError("--workdir is empty: name a folder, or leave it out.")
         if (mode := "train" if known.mode is None else known.mode) not in MODES:
             raise registry.unknown("--mode", mode, MODES)
-        config = load(known.config)
+        config = load_config(known.config)
         for arg in rest:
             if match := re.match(OVERRIDE, arg):
-                if changes := entries.renamed({match[1]: arg.partition("=")[2]}):
+                if changes := entries.describe_renamed({match[1]: arg.partition("=")[2]}):
                     raise ValueError(f"{changes}.")
-                _find(match[1], config)
+                _check_entry(match[1], config)
         overridden = flags.FlagValues()
         overridden.set_gnu_getopt()
         config_flags.DEFINE_config_dict("config", config, flag_values=overridden, sys_argv=rest)
-        if stray := overridden([program, *rest])[1:]:
-            raise ValueError(f"Unexpected argument {stray[0]!r}: write overrides of config entries as --config.x.y=z.")
+        if extra := overridden([program, *rest])[1:]:
+            raise ValueError(f"Unexpected argument {extra[0]!r}: write overrides of config entries as --config.x.y=z.")
     except flags.Error as error:
         raise ValueError(str(error)) from error
-    workdir = atomic_io.parse_path(known.workdir or _workdir(known.config), "--workdir")
+    workdir = atomic_io.parse_path(known.workdir or _default_workdir(known.config), "--workdir")
     if "://" not in str(workdir):
-        workdir = workdir.expanduser().absolute()  # orbax wants it absolute
+        workdir = workdir.expanduser().absolute()  # orbax requires an absolute path
     command = shlex.join(["python", "-m", "lt_adv.main", f"--config={known.config}", *rest])
     return Arguments(overridden.config, workdir, mode, command)
 
 
-def load(name: str) -> ConfigDict:
-    """Returns the ConfigDict of "configs/robal.py:dataset=digits": get_config of the file, given what follows ":"."""
+def load_config(name: str) -> ConfigDict:
+    """Returns the config of "configs/robal.py:dataset=digits": get_config("dataset=digits") of the file."""
     path, colon, arguments = name.partition(":")
     if not os.path.isfile(path):
         known = set(glob.glob("configs/*.py")) - {"configs/__init__.py", "configs/common.py"}
@@ -80,8 +80,8 @@ def load(name: str) -> ConfigDict:
     return config
 
 
-def _find(path: str, config: ConfigDict) -> None:
-    """Raises ValueError, with the nearest entry, unless `config` has an entry at `path`."""
+def _check_entry(path: str, config: ConfigDict) -> None:
+    """Raises ValueError, which suggests the closest entry, unless `config` has an entry at `path`."""
     entry, where = config, "config"
     for name in path.split("."):
         if not isinstance(entry, ConfigDict):
@@ -91,8 +91,8 @@ def _find(path: str, config: ConfigDict) -> None:
         entry, where = entry[name], f"{where}.{name}"
 
 
-def _workdir(config: str) -> str:
-    """Returns workdirs/robal-dataset=digits for configs/robal.py:dataset=digits; "/" in an argument becomes "_"."""
+def _default_workdir(config: str) -> str:
+    """Returns "workdirs/robal-dataset=digits" for "configs/robal.py:dataset=digits"; "/" in an argument becomes "_"."""
     path, colon, arguments = config.partition(":")
     name = os.path.splitext(os.path.basename(path))[0]
     return os.path.join("workdirs", name + f"{colon and '-'}{arguments.replace(',', '-').replace('/', '_')}")

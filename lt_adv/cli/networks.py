@@ -29,7 +29,7 @@ def load(experiment: Experiment, workdir: epath.Path) -> LoadedNetwork:
       FileNotFoundError: there is no checkpoint.
       ValueError: the network was trained with another config, or is another network.
     """
-    workdirs.compare(experiment.config, workdir)
+    workdirs.require_same_config(experiment.config, workdir)
     if experiment.uses_external_weights:
         variables, meta = read_external(experiment)
     else:
@@ -41,10 +41,10 @@ def read_trained(experiment: Experiment, workdir: epath.Path) -> tuple[dict[str,
     """Returns (variables, metadata) of the checkpoint that `config.eval.checkpoint` selects."""
     config = experiment.config
     variables, meta = checkpoint.read_variables(workdir, config.eval.checkpoint)
-    is_finished(meta, config.eval.checkpoint)  # raises for checkpoints of another version
+    check_version(meta)
     split = experiment.split
     if meta["class_counts"] != list(split.class_counts):
-        trained, configured = shorten(meta["class_counts"]), shorten(split.class_counts)
+        trained, configured = format_counts(meta["class_counts"]), format_counts(split.class_counts)
         raise ValueError(
             f"{workdir} was trained with class counts {trained}, this config gives {configured}; "
             f"it is at {position(meta)}: let it finish, or correct the config."
@@ -72,18 +72,23 @@ def read_external(experiment: Experiment) -> tuple[dict[str, Any], dict[str, str
 def require_finished_run(run: str, description: str) -> None:
     """Raises ValueError, which begins with `description`, unless the directory holds a finished run."""
     try:
-        _, meta = checkpoint.look(run)
+        _, meta = checkpoint.read_shapes(run)
     except FileNotFoundError as error:
         raise ValueError(f"{description}, which does not exist: train it first, or name another.") from error
+    check_version(meta)
     if not is_finished(meta, "last"):
         raise ValueError(f"{description}, which is at {position(meta)}: let it finish, or name another.")
 
 
+def check_version(meta: Mapping[str, Any]) -> None:
+    """Raises ValueError for the metadata of a checkpoint that an earlier version has written."""
+    if missing := [name for name in checksums.METADATA_TYPES if name not in meta]:
+        entry = f"The checkpoint of stage {meta.get('stage')} has no entry {missing[0]}"
+        raise ValueError(f"{entry}: it was written by an earlier version and cannot be read; train again.")
+
+
 def is_finished(meta: Mapping[str, Any], which: str) -> bool:
     """Whether a checkpoint is the end of the last stage, or the best one of the last stage if `which` is "best"."""
-    if missing := [name for name in checksums.ENTRIES if name not in meta]:
-        entry = f"The checkpoint of stage {meta.get('stage')} has no entry {missing[0]}"
-        raise ValueError(f"{entry}: it was written by an earlier version, which cannot be read.")
     ended = meta["step"] == meta["total_steps"] or which == "best"
     return ended and meta["stage"].startswith(f"{meta['stages'] - 1}_")
 
@@ -93,7 +98,7 @@ def position(meta: Mapping[str, Any]) -> str:
     return f"step {meta['step']} of {meta['total_steps']} of stage {meta['stage']}"
 
 
-def shorten(counts: Any) -> str:
-    """Returns class counts in one line, without those in the middle if there are more than 20."""
+def format_counts(counts: Any) -> str:
+    """Formats class counts in one line; of more than 20 only the first and the last six."""
     shown = [str(int(c)) for c in counts]
     return " ".join(shown if len(shown) <= 20 else [*shown[:6], "...", *shown[-6:]])

@@ -15,7 +15,9 @@ from lt_adv.runtime import environment
 
 
 def header(experiment: Experiment, meta: Mapping[str, Any], subset: str) -> dict[str, Any]:
-    """Returns the entries that identify an evaluation, without those of the evaluator. No times: records are reused.
+    """Returns the entries that identify an evaluation, except those that the evaluator adds.
+
+    They contain no times, since records of an equal header are reused.
 
     Args:
       experiment: the experiment.

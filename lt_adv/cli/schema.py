@@ -12,14 +12,14 @@ from lt_adv.cli.entries import (
     ATTACK_OPTIONS,
     ENTRIES,
     FILE_NAME,
-    L2,
-    OPTIONS,
+    L2_OPTIONS,
+    OPTION_SECTIONS,
+    describe_renamed,
     integer,
     number,
     of_type,
     one_of,
     optional,
-    renamed,
 )
 from lt_adv.data import longtail
 from lt_adv.evaluation import attack_specs
@@ -37,7 +37,7 @@ def flatten(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
-    """Validates what one entry alone does not show, without the data.
+    """Validates the entries against each other, without the data.
 
     Raises:
       ValueError: an entry does not fit another one, or has no effect.
@@ -49,18 +49,22 @@ def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
         )
     starts_from_run = config.init_from and not uses_external_weights(config)
     if starts_from_run and config.init_from not in {stage.init for stage in stages}:
-        raise ValueError(f"config.init_from: method {config.method.name} does not start from another run.")
+        raise ValueError(f"config.init_from: method {config.method.name} starts from no other run: leave it out.")
     models.create(config.model, num_classes=2)
     adjustment = config.eval.adjustment
     posthoc.create(adjustment, config.model.head.name)
     if adjustment.name == "tde" and config.method.name != "tde":
-        raise ValueError(f"The adjustment 'tde' needs the state of method tde, and the method is {config.method.name}.")
+        raise ValueError(
+            "config.eval.adjustment.name is 'tde', which needs the state of method tde, but config.method.name is "
+            f"{config.method.name!r}: choose another adjustment."
+        )
     if adjustment.name == "tde" and uses_external_weights(config):
         raise ValueError(
-            f"The adjustment 'tde' needs the state of method tde, and {config.init_from} holds only weights."
+            "config.eval.adjustment.name is 'tde', which needs the state of method tde, but config.init_from is "
+            f"{config.init_from!r}, a file of weights: choose another adjustment."
         )
     for name, spec in config.eval.attacks.items():
-        _attack(name, spec, f"config.eval.attacks.{name}")
+        _validate_attack(name, spec, f"config.eval.attacks.{name}")
     for name in config.eval.only:
         one_of(list(config.eval.attacks))("attack in config.eval.only:", name)
     for name, value in (("checkpoint", "best"), ("split", "validation")):
@@ -87,21 +91,21 @@ def validate_entries(config: ConfigDict) -> None:
       ValueError: an entry is missing, unknown or out of range.
     """
     entries = flatten(config.to_dict())
-    if changes := renamed(entries):
+    if changes := describe_renamed(entries):
         raise ValueError(f"{changes}.")
     for path, value in entries.items():
         if path in ENTRIES:
             ENTRIES[path].rule(f"config.{path}", value)
-        elif not path.startswith(OPTIONS):
+        elif not path.startswith(OPTION_SECTIONS):
             section = path.partition(".")[0]
-            near = [name for name in ENTRIES if name.partition(".")[0] == section]
-            raise registry.unknown("entry of config:", path, near or {name.partition(".")[0] for name in ENTRIES})
+            related = [name for name in ENTRIES if name.partition(".")[0] == section]
+            raise registry.unknown("entry of config:", path, related or {name.partition(".")[0] for name in ENTRIES})
         elif isinstance(value, float):
             number("(-inf, inf)")(f"config.{path}", value)
         elif value is not None:
             of_type(str, int, tuple, list)(f"config.{path}", value)
     # Options that are left out have the default of their network.
-    required = [path for path in ENTRIES if path.endswith(".name") or not path.startswith(OPTIONS)]
+    required = [path for path in ENTRIES if path.endswith(".name") or not path.startswith(OPTION_SECTIONS)]
     if missing := [path for path in required if path not in entries]:
         raise ValueError(f"config.{missing[0]} is missing: build configs with common.get, which sets every entry.")
 
@@ -124,12 +128,12 @@ def stage_config(config: ConfigDict, stage: base.Stage) -> ConfigDict:
     return config
 
 
-def _attack(name: str, spec: Any, path: str) -> None:
+def _validate_attack(name: str, spec: Any, path: str) -> None:
     of_type(ConfigDict)(path, spec)
     FILE_NAME("each key of config.eval.attacks", name)
     if name in (CLEAN, WORST):
         raise ValueError(f"{path}: the name {name!r} is reserved for the report, choose another.")
-    rules = {**ATTACK_OPTIONS, **(L2 if spec.get("norm") == "l2" else {})}
+    rules = {**ATTACK_OPTIONS, **(L2_OPTIONS if spec.get("norm") == "l2" else {})}
     for option, value in spec.items():
         optional(rules.get(option, of_type(object)))(f"{path}.{option}", value)
     try:
@@ -152,7 +156,7 @@ def validate_initialization(stage: ResolvedStage) -> None:
     shapes, init = stage.variable_shapes, stage.stage.init
     optimizer.frozen_mask(shapes["params"], stage.stage.freeze)
     if init not in ("fresh", "previous"):
-        stored = {name: tree for name, tree in checkpoint.look(init)[0].items() if name in shapes}
+        stored = {name: tree for name, tree in checkpoint.read_shapes(init)[0].items() if name in shapes}
         stage_builder.check_mergeable(_flat(shapes), _flat(stored), init)
 
 
@@ -171,4 +175,4 @@ def validate_variables(config: ConfigDict, split: data.LongTailed, variables: An
     for name in sorted({*configured, *stored}):
         if configured.get(name) != stored.get(name):
             shapes = f"{name} is {stored.get(name, 'absent')} there, {configured.get(name, 'absent')} in config.model"
-            raise ValueError(f"{origin} holds another network: {shapes}.")
+            raise ValueError(f"{origin} holds another network: {shapes}; correct config.model.")

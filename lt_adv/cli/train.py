@@ -38,7 +38,7 @@ def check(experiment: Experiment, workdir: epath.Path) -> None:
     """Raises ValueError unless the experiment can be trained and evaluated in the working directory."""
     config = experiment.config
     evaluate.check_baseline(config)
-    workdirs.compare(config, workdir, training=True)
+    workdirs.require_same_config(config, workdir, training=True)
     if experiment.uses_external_weights:
         raise ValueError(f"config.init_from: training starts from a run; {config.init_from!r} is only for --mode=eval.")
     for stage in experiment.stages:
@@ -48,7 +48,7 @@ def check(experiment: Experiment, workdir: epath.Path) -> None:
             )
     for resolved in experiment.resolved_stages:
         schema.validate_initialization(resolved)
-    evaluate.select_images(experiment)
+    evaluate.select_images(experiment)  # raises
 
 
 def describe(experiment: Experiment, workdir: epath.Path) -> None:
@@ -56,9 +56,9 @@ def describe(experiment: Experiment, workdir: epath.Path) -> None:
     config, split, mesh = experiment.config, experiment.split, experiment.mesh
     devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind}  {config.parallel}"
     method = " + ".join((config.method.name, *config.addons))
-    counts = f"class counts {networks.shorten(split.class_counts)}"
+    counts = f"class counts {networks.format_counts(split.class_counts)}"
     if split.class_counts_before != split.class_counts:
-        counts += f" without the validation images ({networks.shorten(split.class_counts_before)} with them)"
+        counts += f" without the validation images ({networks.format_counts(split.class_counts_before)} with them)"
     ratio = max(split.class_counts) / min(split.class_counts)
     for line in (
         f"lt_adv {lt_adv.__version__}  jax {jax.__version__}  {devices}",

@@ -15,9 +15,17 @@ from lt_adv.cli import entries, schema
 from lt_adv.runtime import atomic_io, distributed
 
 LOCK = ".lock"
-# Entries that may change between two starts in a working directory; validation during training uses WATCHED.
-FREE = ("eval.", "data.data_dir", "data.download", "data.test_split", "data.max_device_gib", "cpu_devices", "sharded")
-WATCHED = ("eval.adjustment.", "eval.dtype")
+# Entries that may change between two starts in a working directory, except READ_BY_TRAINING while it is trained.
+MUTABLE = (
+    "eval.",
+    "data.data_dir",
+    "data.download",
+    "data.test_split",
+    "data.max_device_gib",
+    "cpu_devices",
+    "sharded",
+)
+READ_BY_TRAINING = ("eval.adjustment.", "eval.dtype")
 
 
 @contextlib.contextmanager
@@ -50,14 +58,15 @@ def _lock(workdir: epath.Path, stack: contextlib.ExitStack) -> None:
     atomic_io.remove_partial_writes(workdir)
 
 
-def compare(config: ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
+def require_same_config(config: ConfigDict, workdir: epath.Path, *, training: bool = False) -> None:
     """Raises ValueError, with the difference, if the working directory was started with another config."""
     path = workdir / "config.json"
     if not path.exists():
         return
     try:
         content = json.loads(path.read_text())
-        stored, changes = immutable_entries(content, training=training), entries.renamed(schema.flatten(content))
+        stored = immutable_entries(content, training=training)
+        changes = entries.describe_renamed(schema.flatten(content))
     except (ValueError, AssertionError, RecursionError) as error:  # not JSON, or not a dict
         why = atomic_io.reason(path, error, atomic_io.JSON)
         raise ValueError(f"{path} is damaged ({why}): restore it, or use another --workdir.") from error
@@ -84,13 +93,12 @@ def claim(config: ConfigDict, workdir: epath.Path) -> Iterator[None]:
         raise ValueError(f"{workdir} has checkpoints but no config.json: use another --workdir.")
     with contextlib.ExitStack() as stack:
 
-        def begin() -> None:
+        def create_and_lock() -> None:
             try:
                 atomic_io.make_folder(workdir)
                 _lock(workdir, stack)
-                compare(
-                    config, workdir, training=not schema.uses_external_weights(config)
-                )  # another process may have created it meanwhile
+                training = not schema.uses_external_weights(config)
+                require_same_config(config, workdir, training=training)  # another process may have created it
                 content = json.dumps(config.to_dict(), indent=1, sort_keys=True) + "\n"
                 atomic_io.write_atomically(workdir / "config.json", content)
             except OSError as error:
@@ -102,13 +110,15 @@ def claim(config: ConfigDict, workdir: epath.Path) -> Iterator[None]:
                 reason = f"{workdir} cannot be written ({error.strerror or error})"
                 raise ValueError(f"{reason}: change that, or use another --workdir.") from error
 
-        distributed.on_primary(begin)
+        distributed.on_primary(create_and_lock)
         yield
 
 
 def immutable_entries(config: Mapping[str, Any], *, training: bool = False) -> dict[str, str]:
     """Returns {"optim.epochs": "80", ...} for the entries that must not change between two starts."""
     fixed = {
-        k: v for k, v in schema.flatten(config).items() if not k.startswith(FREE) or training and k.startswith(WATCHED)
+        name: value
+        for name, value in schema.flatten(config).items()
+        if not name.startswith(MUTABLE) or (training and name.startswith(READ_BY_TRAINING))
     }
     return {name: json.dumps(value) for name, value in fixed.items()}

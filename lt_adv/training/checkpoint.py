@@ -25,7 +25,7 @@ VARIABLES = ("params", "batch_stats")
 BEST = "valid/pgd20/accuracy"  # the metric of the best checkpoint; the validation split is balanced
 
 
-class Synced(ocp.path.atomicity.AtomicRenameTemporaryPath):
+class SyncedTemporaryPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """The temporary folder of a checkpoint: renamed to the step once all of its content is synced to disk."""
 
     _final_path: epath.Path
@@ -56,7 +56,8 @@ def _options(keep: int, best: str | None, directory: epath.Path) -> ocp.Checkpoi
         best_fn=(lambda m: m[best]) if best else None,
         create=True,
         cleanup_tmp_directories=True,
-        temporary_path_class=None if "://" in os.fspath(directory) else Synced,  # object stores cannot rename
+        # Object stores cannot rename.
+        temporary_path_class=None if "://" in os.fspath(directory) else SyncedTemporaryPath,
     )
 
 
@@ -135,7 +136,7 @@ class Checkpoints:
         except Exception as error:  # Orbax has no exception of its own: a truncated file may raise almost anything.
             failure = error
         if not distributed.all_true(failure is None):
-            reason = _unreadable(failure, self.directory / str(step)) if failure else "by another process"
+            reason = _failure_reason(failure, self.directory / str(step)) if failure else "by another process"
             raise ValueError(f"checkpoint {step} in {self.directory} cannot be read ({reason})") from failure
         if wrong := mismatches(state, meta):
             raise ValueError(f"checkpoint {step} in {self.directory} is damaged: its digest differs at {wrong[0]}")
@@ -178,7 +179,7 @@ class Checkpoints:
             (self.directory / str(step)).rename(destination)
 
 
-def _unreadable(error: BaseException, checkpoint: epath.Path) -> str:
+def _failure_reason(error: BaseException, checkpoint: epath.Path) -> str:
     """Returns why a checkpoint could not be read: its files are placeholders, or the first line of the error."""
     return atomic_io.placeholder(checkpoint) or _first_line(error)
 
@@ -202,26 +203,28 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
         FileNotFoundError: there is no checkpoint.
         ValueError: no checkpoint can be read.
     """
-    root, checkpoints = _stored(workdir)
+    root, checkpoints = _list_checkpoints(workdir)
     if which == "best":
-        options = ocp.CheckpointManagerOptions(
-            best_fn=lambda m: m[BEST], read_only=True
-        )  # a run may write at the same time
-        with ocp.CheckpointManager(checkpoints[-1][0], options=options) as manager:
+        stage = checkpoints[-1][0]
+        options = ocp.CheckpointManagerOptions(best_fn=lambda m: m[BEST], read_only=True)  # the run may be writing
+        with ocp.CheckpointManager(stage, options=options) as manager:
             best = manager.best_step()
         if best is None:
-            raise ValueError(f"{root} has no best checkpoint: the run had no config.data.validation_per_class.")
-        checkpoints = [(checkpoints[-1][0], best)]
+            raise ValueError(
+                f"{root} has no best checkpoint, since config.data.validation_per_class was 0: "
+                "use config.eval.checkpoint=last."
+            )
+        checkpoints = [(stage, best)]
     elif which != "last":
         raise registry.unknown("config.eval.checkpoint", which, ("last", "best"))
     errors = []
     for stage, step in reversed(checkpoints):
         try:
-            read = _read(stage, step)
+            read = _read_checkpoint(stage, step)
         except TRANSIENT:
             raise
         except Exception as error:  # as in Checkpoints.restore
-            errors.append(f"checkpoint {step} in {stage} cannot be read ({_unreadable(error, stage / str(step))})")
+            errors.append(f"checkpoint {step} in {stage} cannot be read ({_failure_reason(error, stage / str(step))})")
             continue
         for text in errors:
             logging.warning("%s: skipped, using checkpoint %d.", text, step)
@@ -229,20 +232,20 @@ def read_variables(workdir: epath.PathLike, which: str = "last") -> tuple[dict[s
     raise ValueError(f"No checkpoint can be read: {'; '.join(errors)}. Train again, in another --workdir.")
 
 
-def look(workdir: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
+def read_shapes(workdir: epath.PathLike) -> tuple[dict[str, Any], dict[str, Any]]:
     """Returns the result of `read_variables` for the last checkpoint, with shapes instead of arrays."""
-    _, checkpoints = _stored(workdir)
+    _, checkpoints = _list_checkpoints(workdir)
     stage, step = checkpoints[-1]
     try:
-        return _variables(_evaluated_metadata(stage, step)), _meta(stage, step)
+        return _variables(_array_metadata(stage, step)), _read_metadata(stage, step)
     except TRANSIENT:
         raise
     except Exception as error:  # as in Checkpoints.restore
-        reason = _unreadable(error, stage / str(step))
+        reason = _failure_reason(error, stage / str(step))
         raise ValueError(f"checkpoint {step} in {stage} cannot be read ({reason})") from error
 
 
-def _stored(workdir: epath.PathLike) -> tuple[epath.Path, list[tuple[epath.Path, int]]]:
+def _list_checkpoints(workdir: epath.PathLike) -> tuple[epath.Path, list[tuple[epath.Path, int]]]:
     """Returns the checkpoint folder of a run, and (folder of the stage, step) of each checkpoint in order of time."""
     root = epath.Path(workdir) / "checkpoints"
     if "://" not in str(root):
@@ -256,7 +259,7 @@ def _stored(workdir: epath.PathLike) -> tuple[epath.Path, list[tuple[epath.Path,
     return root, checkpoints
 
 
-def _evaluated_metadata(stage: epath.Path, step: int) -> dict[str, Any]:
+def _array_metadata(stage: epath.Path, step: int) -> dict[str, Any]:
     """Returns orbax's metadata of the arrays that an evaluation uses."""
     # A Checkpointer would warn about metadata that a CheckpointManager does not write.
     tree = ocp.PyTreeCheckpointHandler().metadata(stage / str(step) / "state").tree
@@ -269,17 +272,17 @@ def _variables(item: dict[str, Any]) -> dict[str, Any]:
     return {**item.get("average", item), "method_state": method_state}
 
 
-def _meta(stage: epath.Path, step: int) -> dict[str, Any]:
+def _read_metadata(stage: epath.Path, step: int) -> dict[str, Any]:
     return validate_metadata(json.loads((stage / str(step) / "meta" / "metadata").read_text()))
 
 
-def _read(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    item = _evaluated_metadata(stage, step)
+def _read_checkpoint(stage: epath.Path, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    item = _array_metadata(stage, step)
     args = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), item)
     restored = ocp.PyTreeCheckpointHandler().restore(
         stage / str(step) / "state", args=ocp.args.PyTreeRestore(item=item, restore_args=args, partial_restore=True)
     )
-    meta = _meta(stage, step)
+    meta = _read_metadata(stage, step)
     if wrong := mismatches(restored, meta):
         raise ValueError(f"its digest differs at {wrong[0]}")
     return _variables(restored), meta

@@ -13,9 +13,15 @@ from jax.sharding import Mesh, NamedSharding
 from lt_adv.runtime import distributed
 from lt_adv.runtime.distributed import PyTree
 
-# Metadata of a checkpoint that other programs read, with the types.
-ENTRIES: dict[str, Any] = {"step": int, "total_steps": int, "stage": str, "stages": int, "class_counts": list}
-ENTRIES["seconds"] = (int, float)
+# Entry of a checkpoint's metadata -> its type.
+METADATA_TYPES: dict[str, Any] = {
+    "step": int,
+    "total_steps": int,
+    "stage": str,
+    "stages": int,
+    "class_counts": list,
+    "seconds": (int, float),
+}
 
 
 def _words(a: jax.Array) -> jax.Array:
@@ -62,7 +68,7 @@ def digest(tree: PyTree) -> dict[str, str]:
 
 
 def with_digests(state: PyTree, meta: dict[str, Any]) -> dict[str, Any]:
-    """Returns `meta` with an entry "digest": those of the arrays of `state`, and of `meta` itself."""
+    """Returns `meta` with an entry "digest": the digests of the arrays of `state` and of `meta`."""
     return {**meta, "digest": {**digest(state), "meta": _metadata_digest(meta)}}
 
 
@@ -83,7 +89,7 @@ def validate_metadata(meta: Any) -> dict[str, Any]:
     """Returns the metadata of a checkpoint; raises ValueError if an entry has the wrong type or is missing."""
     if not isinstance(meta, dict):
         raise ValueError(f"its metadata are not a dict but {meta!r:.50}")
-    for name, kind in {"digest": dict, **ENTRIES}.items():
+    for name, kind in {"digest": dict, **METADATA_TYPES}.items():
         if name in meta and (not isinstance(meta[name], kind) or isinstance(meta[name], bool)):
             raise ValueError(f"its {name} is {meta[name]!r:.50}")
     if not math.isfinite(meta.get("seconds", 0.0)):

@@ -9,7 +9,7 @@ from typing import Any
 
 import rich.console
 import rich.progress
-from absl import logging as warnings
+from absl import logging
 from etils import epath
 
 from lt_adv.runtime import atomic_io, distributed
@@ -18,6 +18,17 @@ from lt_adv.training.stage_builder import StageProgram
 from lt_adv.training.train_state import TrainState
 
 SECONDS_BETWEEN_LINES = 3.0  # of the progress display without a terminal
+# (metric, label, decimal places) in the progress display; with one decimal place in percent.
+COLUMNS = (
+    ("train/loss", "loss", 3),
+    ("train/clean/balanced_accuracy", "clean (balanced) %", 1),
+    ("train/accuracy", "robust %", 1),
+    ("train/accuracy_head", "head", 1),
+    ("train/accuracy_body", "body", 1),
+    ("train/accuracy_tail", "tail", 1),
+    ("valid/clean/accuracy", "valid clean %", 1),
+    ("valid/pgd20/accuracy", "valid PGD-20 %", 1),
+)
 console = rich.console.Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else 120)
 
 
@@ -34,9 +45,9 @@ class JsonLines:
         for line in path.read_bytes().decode(errors="replace").splitlines() if path.exists() else ():
             try:
                 row = json.loads(line)
-                row["stage"], row["step"]
+                row["stage"], row["step"]  # raises KeyError
             except (ValueError, KeyError, TypeError, RecursionError) as error:
-                warnings.warning("%s is damaged in line %d (%s).", path, len(self.rows) + 1, error)
+                logging.warning("%s is damaged in line %d (%s).", path, len(self.rows) + 1, error)
                 break
             self.rows.append(row)
 
@@ -151,15 +162,3 @@ class ProgressHook(Hook):
             images_left = (self._total - event.step) * self._stage.config.optim.batch_size
             minutes = images_left / max(event.images_per_second, 1e-9) / 60
             console.print(f"{name} epoch {event.epoch}/{epochs}  {text}  left {minutes:.1f} min", soft_wrap=True)
-
-
-COLUMNS = (
-    ("train/loss", "loss", 3),
-    ("train/clean/balanced_accuracy", "clean (balanced) %", 1),
-    ("train/accuracy", "robust %", 1),
-    ("train/accuracy_head", "head", 1),
-    ("train/accuracy_body", "body", 1),
-    ("train/accuracy_tail", "tail", 1),
-    ("valid/clean/accuracy", "valid clean %", 1),
-    ("valid/pgd20/accuracy", "valid PGD-20 %", 1),
-)

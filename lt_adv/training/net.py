@@ -15,7 +15,7 @@ AXIS = "data"
 class Net:
     """`apply` with parameters and running statistics bound; see `lt_adv.methods.Net` for its methods.
 
-    Every trace makes its own. Networks derived from it share its running statistics: a forward with other parameters
+    Each trace creates one. Networks derived from it share its running statistics: a forward pass with other parameters
     advances them too.
     """
 

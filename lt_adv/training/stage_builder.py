@@ -99,7 +99,7 @@ def steps_per_epoch(config: ConfigDict, split: data.LongTailed, devices: int) ->
     if size > drawn:
         raise ValueError(f"config.optim.batch_size = {size} is more than the {drawn} training images: make it smaller.")
     if size % devices:
-        raise ValueError(f"config.optim.batch_size = {size} is not a multiple of the {devices} devices.")
+        raise ValueError(f"config.optim.batch_size = {size} is not a multiple of the {devices} devices: change it.")
     return drawn // size
 
 
@@ -210,10 +210,11 @@ def check_mergeable(new: Mapping[str, Any], old: Mapping[str, Any], origin: str)
     for name in sorted(new.keys() & old.keys()):
         if new[name].shape != old[name].shape:
             raise ValueError(
-                f"{origin}: {name} has shape {old[name].shape} there, {new[name].shape} here: is it the same network?"
+                f"{origin}: {name} has shape {old[name].shape} there, {new[name].shape} in config.model: "
+                "name a run of the same network."
             )
     if not new.keys() & old.keys():
-        raise ValueError(f"{origin}: none of its arrays has a name of this network.")
+        raise ValueError(f"{origin}: none of its arrays has a name of the network in config.model: name another run.")
 
 
 def merge(fresh: PyTree, source: PyTree, origin: str) -> PyTree:

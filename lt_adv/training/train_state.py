@@ -71,7 +71,7 @@ def average_weight(average: Mapping[str, Any], step: jax.Array, steps_per_epoch:
 
     "ema": 1 - min(decay, (1 + t) / (10 + t)), a shorter memory in the first steps. "swa": the mean of the weights at
     the ends of the epochs from `start_epoch` on (from 0): w = 1 / (number of these epochs so far), 0 within an epoch.
-    Before the first of them the average equals the weights. Running statistics are averaged too (ours).
+    Before the first of them the average equals the weights. Running statistics are averaged too (our choice).
     """
     if average["name"] == "ema":
         return 1.0 - jnp.minimum(jnp.float32(average["decay"]), (1.0 + step) / (10.0 + step))

@@ -24,7 +24,7 @@ from lt_adv.training.train_state import TrainState, average_weight
 
 @dataclasses.dataclass(frozen=True)
 class StepOptions:
-    """Static options of the step, beside the method."""
+    """Static options of the step other than the method."""
 
     batch_size: int  # over all devices
     eps: float
@@ -137,7 +137,7 @@ def make_train_step(
     """
     if options.batch_size % mesh.size:
         raise ValueError(
-            f"config.optim.batch_size = {options.batch_size} is not a multiple of the {mesh.size} devices."
+            f"config.optim.batch_size = {options.batch_size} is not a multiple of the {mesh.size} devices: change it."
         )
     membership = metrics.group_membership(options.groups, info.num_classes)
 

@@ -47,7 +47,7 @@ class Patient(_fab.State):
 def main(head, variant, out, *names):
     net = load(head)
     x, y = net.x, net.y
-    logits_fn, found = VARIANTS[variant](net.logits_fn), {}
+    logits_fn, results = VARIANTS[variant](net.logits_fn), {}
     run = continuous_batching.run
     _fab.State = Patient if variant == "plain" else _fab.State
     for name in names:
@@ -56,12 +56,12 @@ def main(head, variant, out, *names):
         options = {"eps": net.info["eps"], "version": (name,), "batch_size": 500}
         result = attacks.autoattack(jax.random.key(0), logits_fn, x, y, **options)
         continuous_batching.run = run
-        found[f"{name}.robust"] = result.robust
+        results[f"{name}.robust"] = result.robust
         if name == "fab-t":
-            found["fab-t.linf"] = np.abs(result.x_adv - x).max((1, 2, 3))
+            results["fab-t.linf"] = np.abs(result.x_adv - x).max((1, 2, 3))
         if name == "square":
-            found["square.queries"] = taken
-    np.savez(out, **found)
+            results["square.queries"] = taken
+    np.savez(out, **results)
 
 
 if __name__ == "__main__":

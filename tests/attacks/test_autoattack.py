@@ -225,7 +225,7 @@ def interrupted(monkeypatch, after):
 
 def test_resumes_after_an_interruption(short, monkeypatch, tmp_path):
     run = partial(attacks.autoattack, KEY, network, X, Y, eps=0.08, batch_size=4)
-    whole = run()
+    uninterrupted = run()
     for after in (5, 9, 2):  # of one call after the other, in whichever attack that is
         restore = interrupted(monkeypatch, after)
         with pytest.raises(Stop):
@@ -235,19 +235,19 @@ def test_resumes_after_an_interruption(short, monkeypatch, tmp_path):
     assert len(files) > 1
     files[0].write_bytes(files[0].read_bytes()[:-40])  # a damaged part is attacked again
     result = run(resume=str(tmp_path / "a"))
-    np.testing.assert_array_equal(result.x_adv, whole.x_adv)
-    np.testing.assert_array_equal(result.broken_by, whole.broken_by)
-    assert result.accuracy == whole.accuracy
+    np.testing.assert_array_equal(result.x_adv, uninterrupted.x_adv)
+    np.testing.assert_array_equal(result.broken_by, uninterrupted.broken_by)
+    assert result.accuracy == uninterrupted.accuracy
     monkeypatch.setattr(continuous_batching.Programs, "advance", None)  # all is known: no step is taken
     again = run(resume=str(tmp_path / "a"))
-    np.testing.assert_array_equal(again.robust, whole.robust)
-    assert again.evaluations == whole.evaluations
+    np.testing.assert_array_equal(again.robust, uninterrupted.robust)
+    assert again.evaluations == uninterrupted.evaluations
     with pytest.raises(ValueError, match="holds another AutoAttack"):
         attacks.autoattack(KEY, network, X, Y, eps=0.07, batch_size=4, resume=tmp_path / "a")
 
 
-def test_no_more_evaluations_than_the_released_code(monkeypatch):
-    """It takes all steps on every survivor, and FAB's all targets too until one breaks; ours stops where one does."""
+def test_no_more_evaluations_than_the_released_code():
+    """The released code takes all steps on every surviving image; ours stops when an image is broken."""
     result = attacks.autoattack(KEY, network, X, Y, eps=0.08, batch_size=23)
     left = (~wrong(X, Y)).sum()
     for name, each in (("apgd-ce", 101), ("apgd-t", 4 * 101), ("fab-t", 4 * 200), ("square", 5001)):

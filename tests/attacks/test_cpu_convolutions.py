@@ -94,7 +94,7 @@ def test_same_value_auxiliary_and_weight_gradient():
 
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_inside_shard_map(check_vma):
-    """The sharded input is closed over beside replicated weights: each must keep its type."""
+    """The loss closes over a sharded input and replicated weights: each must keep its type."""
 
     def shard(weight, x):
         def loss(x):

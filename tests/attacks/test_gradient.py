@@ -126,9 +126,8 @@ def test_radius_and_step_of_each_example(norm):
 def test_independent_of_the_batch(name):
     """The same bits alone, in threes and in eights.
 
-    The starts, steps and projections are the example's own. The network's matrix products may be summed in another
-    order for another batch size, so a batch of examples computes its logits one by one here: what is tested is the
-    attack, and it must not differ in a single bit.
+    Starts, steps and projections depend on the example only. The matrix products of a network may be summed in another
+    order for another batch size, so the logits are computed one by one: the test compares the attack, bit for bit.
     """
 
     def one_by_one(x):
@@ -136,10 +135,10 @@ def test_independent_of_the_batch(name):
 
     x, y, keys = images(8), labels(8), example_keys(KEY, 8)
     attack = jax.jit(lambda keys, x, y: ITERATIVE[name](keys, one_by_one, x, y, eps=0.2, step_size=0.05, num_steps=3))
-    whole = np.asarray(attack(keys, x, y))
+    expected = np.asarray(attack(keys, x, y))
     for size in (1, 3):
         parts = [attack(keys[i : i + size], x[i : i + size], y[i : i + size]) for i in range(0, 6, size)]
-        np.testing.assert_array_equal(np.concatenate(parts), whole[:6])
+        np.testing.assert_array_equal(np.concatenate(parts), expected[:6])
 
 
 def test_single_key_is_folded_with_the_index():

@@ -237,7 +237,7 @@ def test_autoattack_notes_dependent_images(coupled):
     assert not run(logits_fn=jax.tree_util.Partial(lambda w, x: x.reshape(len(x), -1) @ w, WEIGHT), y=Y).notes
 
 
-# What is kept of a call
+# Memory that remains after a call
 
 
 def executables():

@@ -81,7 +81,7 @@ def test_sharded_over_devices(num_steps):
 
 
 def whiles(compiled):
-    """Loops in the program, without those of a random start: keys of one's own and a start at x need none."""
+    """Counts the loops of the program for one key per example, which needs no loop to derive keys."""
     return compiled.lower(jax.random.split(KEY, 8), weights(1), X, Y).as_text().count("stablehlo.while")
 
 

@@ -25,15 +25,15 @@ AGREE = ("apgd-ce", "apgd-t", "fab-t")
 
 
 def misses(net, variant, name, robust):
-    """How far an attack alone is from the official one: (what, by how much) of each limit that it misses."""
+    """Returns (limit, difference) for each limit that the difference between an attack and the official one exceeds."""
     official = net.arrays[f"official.{variant}.{name}.still_correct"]
     points = 100 * abs(robust.mean() - official.mean())  # of robust accuracy, from the mean of the seeds
-    found = [("points", points)] if points > POINTS[variant] + 1e-9 else []
+    missed = [("points", points)] if points > POINTS[variant] + 1e-9 else []
     # Which image breaks by accident, where the gradient is zero or nearly so, is up to the random start.
     if name in {"plain": AGREE, "scaled_1e4": AGREE[1:], "quantised_16": ()}[variant]:
         agreement = (official == robust).mean(axis=-1)
-        found += [("agreement", agreement)] if agreement.min() < 0.98 else []
-    return found
+        missed += [("agreement", agreement)] if agreement.min() < 0.98 else []
+    return missed
 
 
 @pytest.mark.slow
@@ -44,21 +44,23 @@ def test_official(head, variant, tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "tests.attacks.official", head, variant, str(tmp_path / "out.npz"), *names]
     subprocess.run(command, check=True, env=environment, timeout=1200)
-    net, found = load(head), np.load(tmp_path / "out.npz")
+    net, results = load(head), np.load(tmp_path / "out.npz")
     official = lambda name: net.arrays[f"official.{variant}.{name}"]  # noqa: E731
     for name in names:
-        assert not misses(net, variant, name, found[f"{name}.robust"]), name
-    worst = np.logical_and.reduce([found[f"{name}.robust"] for name in STANDARD]).mean()
+        assert not misses(net, variant, name, results[f"{name}.robust"]), name
+    worst = np.logical_and.reduce([results[f"{name}.robust"] for name in STANDARD]).mean()
     assert abs(worst - net.info["official"][variant]["worst_case"]) <= 0.005 + 1e-9
     queries = np.stack([official(f"square.queries_seed{seed}") for seed in range(3)])
     for count in (100, 500, 1000, 5000):
-        survivors = [100 * np.mean((q > count), axis=-1) for q in (found["square.queries"], queries)]
+        survivors = [100 * np.mean((q > count), axis=-1) for q in (results["square.queries"], queries)]
         assert abs(survivors[0] - survivors[1].mean()) <= 1.5, count
     if variant != "plain":
         return
-    broken = (official("fab-t.linf") > 0) & (found["fab-t.linf"] > 0) & ~found["fab-t.robust"]
-    ours, theirs = (np.median(length[broken]) for length in (found["fab-t.linf"], official("fab-t.linf")))
-    assert abs(ours / theirs - 1) <= 0.02, (ours, theirs)
+    broken = (official("fab-t.linf") > 0) & (results["fab-t.linf"] > 0) & ~results["fab-t.robust"]
+    length, official_length = (
+        np.median(lengths[broken]) for lengths in (results["fab-t.linf"], official("fab-t.linf"))
+    )
+    assert abs(length / official_length - 1) <= 0.02, (length, official_length)
 
 
 @pytest.mark.slow

@@ -88,7 +88,7 @@ def test_every_public_function_is_tested():
     assert named == public
 
 
-# The types and ranks of a program depend on the norm; what is said of its values and transfers does not.
+# Types and ranks in a program depend on the norm; values and transfers are tested with one norm.
 L2_MODES = ("rank promotion", "dtype promotion", "float64")
 
 

@@ -12,7 +12,7 @@ from lt_adv import main
 from lt_adv.cli import flags, schema
 from tests.bad_input.conftest import DIGITS, ROOT
 
-ENTRIES = sorted(schema.flatten(flags.load(f"{ROOT}/configs/robal.py:dataset=digits").to_dict()))
+ENTRIES = sorted(schema.flatten(flags.load_config(f"{ROOT}/configs/robal.py:dataset=digits").to_dict()))
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20)
 VALUES = st.recursive(PLAIN, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
 ARGUMENTS = st.sampled_from(["--config", "--config.seed=3", "--mode=eval", "--noconfig.optim.nesterov", DIGITS])
@@ -48,19 +48,19 @@ def check_answer(tmp_path, monkeypatch, no_training):
 
 @many_examples
 @given(arguments=st.lists(st.text(max_size=12) | st.text(max_size=8).map("--config.{}".format) | ARGUMENTS, max_size=4))
-def test_arbitrary_arguments(check_answer, arguments):
+def test_arbitrary_arguments_are_accepted_or_refused_in_one_line(check_answer, arguments):
     if not {"-h", "--help"} & set(arguments):
         check_answer(*arguments)
 
 
 @many_examples
 @given(path=st.sampled_from(ENTRIES), value=VALUES)
-def test_arbitrary_value_on_the_command_line(check_answer, path, value):
+def test_arbitrary_values_on_the_command_line_are_accepted_or_refused_in_one_line(check_answer, path, value):
     check_answer(DIGITS, f"--config.{path}={value}")
 
 
 @many_examples
 @given(path=st.sampled_from(ENTRIES), value=VALUES)
-def test_arbitrary_value_in_a_config_file(check_answer, tmp_path, path, value):
+def test_arbitrary_values_in_a_config_file_are_accepted_or_refused_in_one_line(check_answer, tmp_path, path, value):
     (tmp_path / "mine.py").write_text(FILE % (path, value), "utf-8")
     check_answer(f"--config={tmp_path}/mine.py:dataset=digits")

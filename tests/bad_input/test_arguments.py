@@ -153,12 +153,12 @@ VALUES = [
 @pytest.mark.parametrize(
     ("arguments", "line"), COMMAND_LINES, ids=[" ".join(arguments) for arguments, _ in COMMAND_LINES]
 )
-def test_bad_command_line(answer, arguments, line):
+def test_bad_command_line_is_refused(answer, arguments, line):
     assert re.search(line, answer(*arguments))
 
 
 @pytest.mark.parametrize(("override", "line"), VALUES, ids=[override for override, _ in VALUES])
-def test_bad_config_value(answer, no_training, override, line):
+def test_bad_config_value_is_refused(answer, no_training, override, line):
     assert re.search(line, answer(DIGITS, f"--config.{override}"))
 
 
@@ -218,7 +218,7 @@ CONFIG_START = (
         (CONFIG_START + "    c.method.f = print\n    return c", r"config\.method\.f must be of type"),
     ],
 )
-def test_bad_config_file(answer, tmp_path, source, line):
+def test_bad_config_file_is_refused(answer, tmp_path, source, line):
     path = tmp_path / "mine.py"
     path.write_text(source + "\n")
     assert re.search(line, answer(f"--config={path}"))
@@ -256,13 +256,13 @@ def test_interrupt_exits_with_130(capsys, tmp_path):
     assert "The same command resumes" in capsys.readouterr().err
 
 
-def test_traceback_on_demand(monkeypatch):
+def test_environment_variable_requests_the_traceback(monkeypatch):
     monkeypatch.setenv("LT_ADV_TRACEBACK", "1")
     with pytest.raises(ValueError, match="--config is missing"):
         main.main(["main"])
 
 
-def test_help_lists_flags(capsys):
+def test_help_lists_flags_and_entries(capsys):
     assert main.main(["main", "--help"]) == 0
     printed = capsys.readouterr().out
     assert "--config=FILE" in printed and "\noptim.epochs " in printed
@@ -275,7 +275,7 @@ def test_help_lists_flags(capsys):
         ([DIGITS, "--config.attack.eps=8"], r"Error: config\.attack\.eps must be .*8/255 is 0\.03137\.\n"),
     ],
 )
-def test_exit_code_of_a_process(tmp_path, arguments, line):
+def test_process_exits_with_code_2_and_one_line(tmp_path, arguments, line):
     """Checks exit code and stderr of a real process."""
     command = [sys.executable, "-m", "lt_adv.main", *arguments, f"--workdir={tmp_path / 'run'}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)

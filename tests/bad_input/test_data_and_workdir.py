@@ -13,7 +13,7 @@ from lt_adv.runtime import atomic_io
 from tests.bad_input.conftest import DIGITS
 
 
-def test_missing_archive(answer, tmp_path):
+def test_missing_archive_is_named_with_its_digest(answer, tmp_path):
     printed = answer("--config=configs/robal.py")
     folder = tmp_path / "data" / "downloads" / "manual"
     assert f"cifar-10-binary.tar.gz is not in {folder}: put it there (sha256 c4a38c50" in printed
@@ -39,23 +39,23 @@ def pictures(tmp_path):
 FOLDER = ["--config=configs/at.py:dataset=image_folder", "--config.optim.batch_size=8", "--config.data.imbalance=none"]
 
 
-def test_images_of_different_sizes(answer, no_training, pictures, tmp_path):
+def test_images_of_different_sizes_are_refused(answer, no_training, pictures, tmp_path):
     pictures(9)
     printed = answer(*FOLDER, f"--config.data.path={tmp_path / 'pictures'}")
     assert re.search(r"cat/0\.png is 8 x 8, \S*dog/9\.png is 9 x 9; --config\.data\.image_size=N", printed)
 
 
-def test_padding_larger_than_the_image(answer, no_training, pictures, tmp_path, capsys):
+def test_padding_larger_than_the_image_is_refused(answer, no_training, pictures, tmp_path):
     arguments = [*FOLDER, f"--config.data.path={tmp_path / 'pictures'}"]
     assert "config.data.pad must be a whole number in [0, 8), not 8" in answer(*arguments, "--config.data.pad=8")
     assert main.main(["main", *arguments, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"]) == 0
 
 
-def test_missing_image_folder(answer, tmp_path):
+def test_missing_image_folder_is_refused(answer, tmp_path):
     assert "There is no folder" in answer(*FOLDER, f"--config.data.path={tmp_path / 'nowhere'}")
 
 
-def test_class_without_training_images(answer, tmp_path):
+def test_class_without_training_images_is_refused(answer, tmp_path):
     image, label = np.zeros((16, 4, 4, 1), np.uint8), np.arange(16) % 2
     path = tmp_path / "gap.npz"
     arrays = {"train_image": image, "train_label": 2 * label, "test_image": image, "test_label": label}
@@ -64,12 +64,12 @@ def test_class_without_training_images(answer, tmp_path):
     assert "The class 'b' has no training image" in answer(*arguments)
 
 
-def test_batch_size_not_divisible_by_devices(answer, monkeypatch):
+def test_batch_size_not_divisible_by_devices_is_refused(answer):
     printed = answer(DIGITS, "--config.optim.batch_size=65")
     assert "config.optim.batch_size = 65 is not a multiple of the 8 devices" in printed
 
 
-def test_unwritable_workdir(answer, tmp_path):
+def test_unwritable_workdir_is_refused(answer, tmp_path):
     (tmp_path / "file").write_text("mine")
     for workdir in (tmp_path / "file", tmp_path / "file" / "below", "/proc/run"):
         assert f"{workdir} cannot be written (" in answer(DIGITS, f"--workdir={workdir}")
@@ -77,7 +77,7 @@ def test_unwritable_workdir(answer, tmp_path):
 
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
-def test_unwritable_config(answer, monkeypatch, tmp_path, number):
+def test_unwritable_config_is_refused(answer, monkeypatch, number):
     def fail(path, text):
         raise OSError(number, os.strerror(number), str(path))
 
@@ -85,7 +85,7 @@ def test_unwritable_config(answer, monkeypatch, tmp_path, number):
     assert f"run cannot be written ({os.strerror(number)}): change that, or use another --workdir" in answer(DIGITS)
 
 
-def test_evaluation_without_a_checkpoint(answer, tmp_path):
+def test_evaluation_without_a_checkpoint_is_refused(answer, tmp_path):
     assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")
     (tmp_path / "run").mkdir()
     assert "There is no checkpoint under" in answer(DIGITS, "--mode=eval")

@@ -29,11 +29,11 @@ from tests.bad_input.test_resume import TINY
         ("http://x/y", r"'http://x/y' is not a valid path: http:// is not supported; buckets are gs://"),
     ],
 )
-def test_invalid_path(answer, entry, path, line):
+def test_invalid_path_is_refused(answer, entry, path, line):
     assert re.search(f"{entry} {line}", answer(DIGITS, f"--{entry}={path}"))
 
 
-def test_name_that_looks_like_rich_markup(no_training, tmp_path, capsys):
+def test_rich_markup_in_a_name_is_printed_as_it_is(no_training, tmp_path, capsys):
     assert main.main(["main", DIGITS, f"--workdir={tmp_path}/[/b]"], no_training) == 0
     assert "[/b]" in capsys.readouterr().out
 
@@ -44,7 +44,7 @@ def test_uncreatable_path_leaves_no_folder(answer, tmp_path):
 
 
 @pytest.mark.parametrize("entry", ["eval.dtype", "model.dtype", "attack.dtype", "optim.schedule"])
-def test_list_instead_of_a_name(answer, tmp_path, entry):
+def test_list_instead_of_a_name_is_refused(answer, tmp_path, entry):
     (tmp_path / "mine.py").write_text(
         "from configs import at\ndef get_config(arg=None):\n    c = at.get_config(arg)\n"
         f"    with c.ignore_type():\n        c.update_from_flattened_dict({{{entry!r}: ['float32']}})\n    return c\n"
@@ -61,7 +61,7 @@ def test_autoattack_version_must_be_known(answer, version):
     assert re.search(rf"Unknown version of autoattack {version}\. .*There are: plus, standard\.", line)
 
 
-def test_images_larger_than_memory(answer, no_training, monkeypatch):
+def test_images_larger_than_memory_are_refused(answer, no_training, monkeypatch):
     assert "config.data.image_size must be a whole number in [1, 8192]" in answer(
         DIGITS, "--config.data.image_size=9999"
     )
@@ -138,7 +138,7 @@ def test_invalid_predictions_are_refused(tmp_path, column, line):
         records.read_column(tmp_path, "autoattack")
 
 
-def test_column_with_too_few_predictions(tmp_path):
+def test_column_with_too_few_predictions_is_refused(tmp_path):
     records.write_header(tmp_path, {"class_names": ["a", "b"], "images": 3})
     records.write_column(tmp_path, "autoattack", np.array([0, 1]))
     with pytest.raises(ValueError, match="where predictions should be"):
@@ -146,7 +146,7 @@ def test_column_with_too_few_predictions(tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"[" * 100_000, b"\xff", b"{"])
-def test_invalid_json_is_damaged(answer, tmp_path, content):
+def test_invalid_json_is_refused_as_damaged(answer, tmp_path, content):
     (tmp_path / "run").mkdir()
     for name in ("run/config.json", "header.json"):
         (tmp_path / name).write_bytes(content)

@@ -94,7 +94,7 @@ def test_entries_without_effect_on_the_run_may_change(run, no_training, tmp_path
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_all_checkpoints_damaged(answer, run, mode):
+def test_run_with_damaged_checkpoints_only_is_refused(answer, run, mode):
     for step in (1, 2):
         truncate(run / "checkpoints" / "0_train" / str(step))
     before = tree(run)
@@ -104,7 +104,7 @@ def test_all_checkpoints_damaged(answer, run, mode):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_newest_checkpoint_damaged(run, mode, caplog, capsys):
+def test_damaged_newest_checkpoint_gives_one_warning(run, mode, caplog, capsys):
     """Gives one warning; training repeats the lost step with the same numbers."""
     lines = (run / "metrics.jsonl").read_text()
     truncate(run / "checkpoints" / "0_train" / "2")
@@ -115,11 +115,11 @@ def test_newest_checkpoint_damaged(run, mode, caplog, capsys):
     assert (run / "metrics.jsonl").read_text() == lines
 
 
-def test_checkpoint_of_another_network(answer, run):
+def test_checkpoint_of_another_network_is_refused(answer, run):
     (run / "config.json").unlink()  # a changed config would be refused first
     other = [*TINY, "--config.model.head.name=cosine"]
     printed = answer(*other, "--mode=eval")
-    assert "run holds another network: params/head/bias is (10,) there, absent in config.model" in printed
+    assert "run holds another network: params/head/bias is (10,) there, absent in config.model; correct" in printed
     assert "has checkpoints but no config.json" in answer(*other)
     assert not (run / "config.json").exists()
     printed = answer(*TINY, "--config.data.balanced_fraction=0.03", "--mode=eval")
@@ -158,7 +158,7 @@ def test_closed_event_loop_prints_nothing(monkeypatch):
     texts = ("Event loop is closed", "another")
     events = [types.SimpleNamespace(exc_value=RuntimeError(text), object=None) for text in texts]
     for event in events:
-        main.unraisable(event)
+        main.print_unraisable(event)
     assert printed == events[1:]
 
 
@@ -175,7 +175,7 @@ def test_discarded_reads_print_nothing(monkeypatch):
     """Orbax raises an exception that nothing can catch when an unawaited read ends. Exceptions of other coroutines are
     printed."""
     printed = []
-    monkeypatch.setattr(sys, "unraisablehook", main.unraisable)
+    monkeypatch.setattr(sys, "unraisablehook", main.print_unraisable)
     monkeypatch.setattr(sys, "__unraisablehook__", lambda event: printed.append(event.object.cr_code.co_filename))
     for file in (ocp.__file__, "elsewhere.py"):
         space: dict = {}
@@ -194,7 +194,7 @@ def test_single_process_keeps_the_traceback_of_a_runtime_error(tmp_path):
         main.main(["main", *TINY, f"--workdir={tmp_path / 'run'}"], [RaiseBeforeTraining(error)])
 
 
-def test_disk_full_while_writing_a_checkpoint(answer, run, monkeypatch):
+def test_full_disk_keeps_the_earlier_checkpoint(answer, run, monkeypatch):
     """Raises the error of orbax; the previous checkpoint stays unchanged."""
 
     def full(*_, **__):
@@ -211,13 +211,13 @@ def test_disk_full_while_writing_a_checkpoint(answer, run, monkeypatch):
     assert tree(run / "checkpoints") == before
 
 
-def test_disk_full_while_writing_metrics(answer, hooks, tmp_path):
+def test_full_disk_is_reported_in_one_line(answer, hooks, tmp_path):
     (tmp_path / "run").mkdir()
     hooks.append(RaiseBeforeTraining(OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "metrics.jsonl")))
     assert "metrics.jsonl: No space left on device. Nothing is half written" in answer(*TINY)
 
 
-def test_loss_that_is_not_finite(answer, tmp_path):
+def test_loss_that_is_not_finite_ends_the_run_with_advice(answer, tmp_path):
     (tmp_path / "run").mkdir()
     printed = answer(*TINY, "--config.optim.epochs=30", "--config.optim.learning_rate=1e10")
     assert re.search(r"train/\w+ is (nan|inf) in the steps before step \d+\. The last good .* is step \d", printed)
@@ -225,7 +225,7 @@ def test_loss_that_is_not_finite(answer, tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["train", "eval"])
-def test_git_lfs_pointer_instead_of_a_checkpoint(answer, run, mode):
+def test_git_lfs_pointer_instead_of_a_checkpoint_is_reported(answer, run, mode):
     """The working directory was cloned without its large files."""
     for path in (run / "checkpoints").rglob("*"):
         if path.is_file() and path.suffix != ".json":
@@ -233,6 +233,6 @@ def test_git_lfs_pointer_instead_of_a_checkpoint(answer, run, mode):
     assert "is a Git LFS pointer in place of the file: fetch it with git lfs pull" in answer(*TINY, f"--mode={mode}")
 
 
-def test_git_lfs_pointer_instead_of_a_config(answer, run):
+def test_git_lfs_pointer_instead_of_a_config_is_reported(answer, run):
     (run / "config.json").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:1\nsize 1\n")
     assert "config.json is damaged (it is a Git LFS pointer in place of the file" in answer(*TINY)

@@ -267,7 +267,7 @@ def test_examples_are_the_images_of_the_records(toy, run):
         assert (before == label and after != label) == turned.any()
 
 
-def test_progress_shows_a_bar_on_a_terminal(toy, tmp_path):
+def test_progress_shows_a_bar_on_a_terminal(toy):
     console = rich.console.Console(file=io.StringIO(), width=200, force_terminal=True)
     module.evaluate(
         toy.key, toy.apply, toy.variables, toy.split, attacks=toy.attacks, batch_size=7, directory=None, header={},

@@ -8,7 +8,7 @@ import types
 import numpy as np
 import pytest
 
-from experiments import tables as pages
+import experiments.tables
 from experiments.benchmark import measurements, record, summary, tables, timing, worker
 from experiments.benchmark.__main__ import main
 from lt_adv import data
@@ -283,9 +283,9 @@ def test_one_round_has_no_range():
 
 @pytest.mark.parametrize("kind", measurements.MEASUREMENTS)
 def test_every_measurement_has_a_table_and_a_command(kind, tmp_path):
-    assert f"benchmark_{kind}" in pages.TABLES
+    assert f"benchmark_{kind}" in experiments.tables.TABLES
     expected = f"`{kind}`: not measured yet; `python -m experiments.benchmark {kind} --"
-    assert pages.benchmark(kind, tmp_path).startswith(expected)
+    assert experiments.tables.benchmark(kind, tmp_path).startswith(expected)
 
 
 @pytest.mark.parametrize(

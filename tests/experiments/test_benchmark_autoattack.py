@@ -27,10 +27,9 @@ def in_this_process(task, config, environment=None, **options):
 
 def measured(tmp_path, monkeypatch, *arguments):
     """Returns (record, JAX run, PyTorch run) of a small measurement with a twentieth of the steps."""
-    from experiments.pytorch_baseline import autoattack as pytorch
 
     monkeypatch.setattr(record, "launch", in_this_process)
-    monkeypatch.setattr(pytorch, "NUM_STEPS", 5)
+    monkeypatch.setattr("experiments.pytorch_baseline.autoattack.NUM_STEPS", 5)
     assert main(["autoattack", *arguments, "--images=16", "--runs=1", f"--out={tmp_path}", "--name=x"]) == 0
     result = json.loads((tmp_path / "x.json").read_text())
     jax_run, torch_run = result["runs"][:2]

@@ -19,7 +19,7 @@ from lt_adv.data import Split, load, long_tailed
 from lt_adv.models import create
 from lt_adv.training import checkpoint, optimizer
 from tests.experiments.test_pytorch_baseline import make_config, make_trainer
-from tests.models.test_backbones import NETWORKS as GOLDEN
+from tests.models import test_backbones
 from tests.models.test_backbones import flax_path, golden_variables
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_torch_thread")]
@@ -28,10 +28,10 @@ NETWORKS = ({"name": "wide_resnet", "depth": 16, "width": 2}, {"name": "resnet18
 HEADS = ("linear", "linear_no_bias", "cosine", "cosine_plus")
 
 
-@pytest.mark.parametrize("name", GOLDEN)
+@pytest.mark.parametrize("name", test_backbones.NETWORKS)
 def test_networks_equal_the_released_ones(name, golden, assert_golden):
     """Compares logits in both modes and running statistics with the authors' networks."""
-    config, classes, images, batch, averaged = GOLDEN[name]
+    config, classes, images, batch, averaged = test_backbones.NETWORKS[name]
     reference, (variables, bias) = golden("models"), golden_variables(name)
     network = models.create(config, classes).double()
     network.load_state_dict(weights.to_torch(variables))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from experiments import tables as readme
+import experiments.tables
 from experiments.study import plots, summary, sweep, tables
 from experiments.study.rows import ROWS, Row
 from lt_adv.evaluation.plots import png
@@ -169,7 +169,7 @@ def test_without_a_sweep_there_is_no_plot_of_it(results):
     assert "logit_scale" not in plots.draw(summary.summarise(results, {}, {}))
 
 
-def test_labels_do_not_cover_each_other(made, monkeypatch):
+def test_labels_do_not_cover_each_other():
     """Twenty-five rows close together."""
     rng = np.random.default_rng(0)
     rows = {}
@@ -209,13 +209,13 @@ def write(folder, made):
 
 
 def test_documentation_has_the_studies(made, tmp_path):
-    assert "not measured yet" in readme.study(tmp_path)
+    assert "not measured yet" in experiments.tables.study(tmp_path)
     (tmp_path / "s" / "plots").mkdir(parents=True)
     (tmp_path / "s" / "plots" / "robustness.png").touch()
     write(tmp_path / "s", made)
     write(tmp_path / "ablation", {**made, "study": "ablation"})
     write(tmp_path / "precision", {**made, "study": "precision"})
-    text = readme.study(tmp_path)
+    text = experiments.tables.study(tmp_path)
     assert text.startswith("**s.** Digits-LT, exponential profile; WRN-10-1, 3 epochs, eps 0.1")
     assert "**a" not in text and "**p" not in text
     assert "| cdt-seed0-full | no such thing |" in text
@@ -226,14 +226,18 @@ def test_documentation_has_the_studies(made, tmp_path):
 
 
 def test_documentation_has_the_ablations(made, tmp_path):
-    assert "--preset=ablation --config.data.path=<folder of images>` measures it" in readme.ablation(tmp_path)
+    assert "--preset=ablation --config.data.path=<folder of images>` measures it" in experiments.tables.ablation(
+        tmp_path
+    )
     rows = made["rows"]
     rows["at_twice"] = {**rows["at"], "title": "AT, twice", "varies": "at"}
     write(tmp_path / "ablation", made)
     write(tmp_path / "ablation_2", made)
-    text, table = readme.ablation(tmp_path).split("\n\n")[:2]
+    text, table = experiments.tables.ablation(tmp_path).split("\n\n")[:2]
     assert text.startswith("**ablation.** Digits-LT, exponential profile; WRN-10-1, 3 epochs")
-    assert "\n\n**ablation_2.** Digits-LT" in readme.ablation(tmp_path) and "measured yet" in readme.study(tmp_path)
+    assert "\n\n**ablation_2.** Digits-LT" in experiments.tables.ablation(
+        tmp_path
+    ) and "measured yet" in experiments.tables.study(tmp_path)
     head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
     overall, tail = ["Clean", "PGD-20", "CW-20", "Worst case"], ["PGD-20, tail", "CW-20, tail", "Worst case, tail"]
     assert head == ["Row", *overall, *tail]
@@ -244,9 +248,9 @@ def test_documentation_has_the_ablations(made, tmp_path):
 
 
 def test_documentation_has_the_precisions(made, tmp_path):
-    assert "--preset=precision --scales=none` measures it" in readme.precision(tmp_path)
+    assert "--preset=precision --scales=none` measures it" in experiments.tables.precision(tmp_path)
     write(tmp_path / "precision", made)
-    text, table = readme.precision(tmp_path).split("\n\n")
+    text, table = experiments.tables.precision(tmp_path).split("\n\n")
     assert text.startswith("Digits-LT, exponential profile; WRN-10-1, 3 epochs")
     assert table.startswith("| Precision | Seeds | Clean, balanced | PGD-20, balanced | PGD-20, tail |")
     assert [line.split(" | ")[:2] for line in table.splitlines()[2:]] == [

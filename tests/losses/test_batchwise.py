@@ -177,9 +177,9 @@ def test_distillation(temperature):
     p, q = (np.stack([softmax(row / temperature) for row in z]) for z in (teacher, student))
     assert loss(student, teacher) == pytest.approx(temperature**2 * np.mean(np.sum(p * np.log(p / q), -1)))
     check_grads(lambda z: loss(z, teacher), (student,), order=1, modes=["rev"])
-    mine, theirs = jax.grad(loss, (0, 1))(jnp.asarray(student), jnp.asarray(teacher))
-    np.testing.assert_allclose(mine, temperature * (q - p) / len(p), atol=1e-12)
-    assert not np.any(theirs), "the teacher is held fixed"
+    of_student, of_teacher = jax.grad(loss, (0, 1))(jnp.asarray(student), jnp.asarray(teacher))
+    np.testing.assert_allclose(of_student, temperature * (q - p) / len(p), atol=1e-12)
+    assert not np.any(of_teacher), "the teacher has no gradient"
     np.testing.assert_allclose(losses.distillation(teacher, teacher + 3.0, temperature=temperature), 0, atol=1e-12)
 
 

@@ -33,14 +33,14 @@ def test_mart_values_and_gradients_match_the_formula(assert_golden):
         return values, pullback(jnp.arange(1.0, 7.0))
 
     for beta in (0.0, 5.0):
-        mine, theirs = (
+        actual, expected = (
             values_and_gradients(CLEAN, ADVERSARIAL, loss, beta)
             for loss in (lambda p, q, beta: losses.mart(p, q, LABELS, beta=beta), as_printed)
         )
-        assert_golden(mine[0], theirs[0])
-        for a, b in zip(mine[1], theirs[1], strict=True):
+        assert_golden(actual[0], expected[0])
+        for a, b in zip(actual[1], expected[1], strict=True):
             np.testing.assert_allclose(a, b, rtol=0, atol=1e-12)
-        assert np.any(mine[1][0]) == (beta > 0)  # the clean side takes part in the divergence alone
+        assert np.any(actual[1][0]) == (beta > 0)  # the clean logits enter only the divergence
 
 
 def test_limits_of_mart():
@@ -68,10 +68,10 @@ def test_values_and_gradients_are_finite_for_certain_predictions(dtype):
     label = (LABELS[:, None] == np.arange(4)).astype(dtype)
     for loss in (lambda p, q: losses.mart(p, q, LABELS), losses.squared_probability_distance):
         both = jax.jit(jax.value_and_grad(lambda p, q, f=loss: f(p, q).sum(), argnums=(0, 1)))
-        for own, other in product((-1e4, 0.0, 1e4), repeat=2):
-            value, gradients = both(dtype(own) * label, dtype(other) * label)
+        for clean, adversarial in product((-1e4, 0.0, 1e4), repeat=2):
+            value, gradients = both(dtype(clean) * label, dtype(adversarial) * label)
             assert np.isfinite(value) and value.dtype == dtype
-            assert all(np.all(np.isfinite(g)) for g in gradients), (own, other)
+            assert all(np.all(np.isfinite(g)) for g in gradients), (clean, adversarial)
 
 
 def test_squared_probability_distance():

@@ -8,7 +8,7 @@ from tests.robustness.runs import NO_ATTACKS, train
 
 
 @pytest.fixture(scope="module", autouse=True)
-def alone(tmp_path_factory):
+def temporary_folder(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tempfile, "tempdir", str(tmp_path_factory.mktemp("temporary")))
         yield
@@ -16,12 +16,12 @@ def alone(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory):
-    """The working directory of a finished run, which must not be changed."""
+    """The working directory of a finished run; tests must not change it."""
     return train(tmp_path_factory.mktemp("trained") / "run", NO_ATTACKS)
 
 
 def pytest_collection_modifyitems(config, items):
-    """The fault campaign takes hours: it runs only if it is asked for."""
+    """Deselects the fault campaign, which takes hours, unless --faults or -m faults is given."""
     if config.option.faults is None and "faults" not in config.option.markexpr:
         campaign = [item for item in items if item.get_closest_marker("faults")]
         config.hook.pytest_deselected(items=campaign)

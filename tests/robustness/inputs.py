@@ -25,12 +25,14 @@ from hypothesis import strategies as st
 
 from lt_adv import evaluation, main
 from lt_adv.training import loop
+from lt_adv.training.hooks import Hook
+from tests.bad_input.conftest import RaiseBeforeTraining
 from tests.robustness.sandbox import FENCE, Sandbox
 
 ROOT = Path(__file__).parents[2]
-LONGEST = 1200  # characters of a line that a person still reads
-MEMORY = 6 << 30  # bytes that one input may take, on top of what the process has
-SECONDS = 120  # that one input may take
+MAX_LINE_LENGTH = 1200  # characters of an error message
+MEMORY = 6 << 30  # bytes that one input may take in addition to the size of the process
+SECONDS = 120  # time limit of one input
 THOROUGH = "thorough"
 settings.register_profile(THOROUGH, max_examples=300, derandomize=False)
 
@@ -64,7 +66,7 @@ SCALARS = (
     | st.integers(-100, 1000)
     | st.floats(-1e5, 1e5)
 )
-# Anything that a Python literal can say, and the numbers that are not finite.
+# Python literals, and the numbers that are not finite.
 VALUES = st.recursive(
     SCALARS,
     lambda inner: (
@@ -78,7 +80,7 @@ DAMAGE = ("empty", "truncated", "bits flipped", "a piece zeroed", "a piece cut o
 DAMAGE += ("bytes behind", "text", "not UTF-8", "deep")
 
 
-def one(draw: Draw, choices: Sequence[Any]) -> Any:
+def choose(draw: Draw, choices: Sequence[Any]) -> Any:
     return draw(st.sampled_from(list(choices)))
 
 
@@ -87,13 +89,13 @@ def value(draw: Draw) -> Any:
 
 
 def below(draw: Draw, end: int) -> int:
-    """An integer in [0, end)."""
+    """Draws an integer in [0, end)."""
     return draw(st.integers(0, end - 1))
 
 
 def damaged(draw: Draw, content: bytes) -> tuple[str, bytes]:
-    """(kind of damage, damaged bytes): what a disk, a network or a stranger would leave of a file."""
-    kind, size = one(draw, DAMAGE), len(content)
+    """Returns (kind of damage, damaged bytes)."""
+    kind, size = choose(draw, DAMAGE), len(content)
     at = below(draw, size) if size else 0
     to = min(size, at + draw(st.integers(1, max(1, size // 4))))
     if kind == "bits flipped":
@@ -121,15 +123,16 @@ def damaged(draw: Draw, content: bytes) -> tuple[str, bytes]:
 # --- the check
 
 
-@contextlib.contextmanager
-def no_computation() -> Iterator[None]:
-    """Stops a run where training or evaluation would begin, after all checks before them."""
+STOP_BEFORE_TRAINING = (RaiseBeforeTraining(loop.Preempted("training is reached")),)
+
+
+def no_evaluation() -> Any:
+    """Stops a run where the evaluation would begin, after all checks before it."""
 
     def reached(*_: Any, **__: Any) -> None:
-        raise loop.Preempted("reached")
+        raise loop.Preempted("evaluation is reached")
 
-    with mock.patch.object(loop, "train", reached), mock.patch.object(evaluation, "evaluate", reached):
-        yield
+    return mock.patch.object(evaluation, "evaluate", reached)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,38 +140,40 @@ class Case:
     """One input.
 
     Args:
-      kind: a word or two, for statistics.
-      words: what was drawn, for the message of a failed test.
-      argv: what `main` gets.
-      expected: True where it must be accepted, False where it must be refused, None where damage may be harmless.
-      named: a refusal must contain one of these.
-      around: entered around `main`.
+      kind: kind of input, for statistics.
+      description: the drawn input, for the message of a failed test.
+      argv: arguments of `main`.
+      expected: True if it must be accepted, False if it must be refused, None if both are right (harmless damage).
+      named: texts; a refusal must contain one of them.
+      context: entered around `main`.
+      hooks: hooks of the training loop.
     """
 
     kind: str
-    words: str
+    description: str
     argv: Sequence[str]
     expected: bool | None
     named: Sequence[str] = ()
-    around: Callable[[], contextlib.AbstractContextManager[Any]] = no_computation
+    context: Callable[[], contextlib.AbstractContextManager[Any]] = no_evaluation
+    hooks: Sequence[Hook] = STOP_BEFORE_TRAINING
 
 
-class Hangs(BaseException):
-    """No answer in time; not an Exception, which `main` could turn into a line."""
+class TimeLimit(BaseException):
+    """The time limit is exceeded. `main` does not catch it, since it is not an Exception."""
 
 
 @contextlib.contextmanager
 def limits() -> Iterator[None]:
-    """A bound on memory, so that an input that asks for too much gets a MemoryError, and one on time."""
+    """Limits memory, so that an input that needs too much raises MemoryError, and time."""
 
-    def hangs(*_: Any) -> None:
-        raise Hangs(f"no answer in {SECONDS} s")
+    def raise_time_limit(*_: Any) -> None:
+        raise TimeLimit(f"no answer in {SECONDS} s")
 
     statm, (soft, hard) = Path("/proc/self/statm"), resource.getrlimit(resource.RLIMIT_AS)
     if statm.exists():
         size = int(statm.read_text().split()[0]) * resource.getpagesize()
         resource.setrlimit(resource.RLIMIT_AS, (size + MEMORY, hard))
-    previous = signal.signal(signal.SIGALRM, hangs)
+    previous = signal.signal(signal.SIGALRM, raise_time_limit)
     signal.setitimer(signal.ITIMER_REAL, SECONDS)
     try:
         yield
@@ -182,32 +187,32 @@ def attempt(make: Callable[[Draw, Sandbox], Case], draw: Draw, folder: Path) -> 
     """Runs `main` on the input that `make` draws and writes into a sandbox below `folder`.
 
     Returns:
-      The line of a refusal, None where the input was accepted.
+      The line of a refusal, or None if the input is accepted.
 
     Raises:
-      AssertionError: anything but accepted or refused in one clear line: a traceback, another exit code, a valid input
-        refused, a hopeless one accepted, a line that does not name the cause, code in the input that ran, a file
-        changed, left half written or written outside of the sandbox, a working directory left after a refusal, no
-        answer in time.
+      AssertionError: the input is neither accepted nor refused in one clear line: a traceback, another exit code, a
+        refused valid input, an accepted invalid input, a line that does not name the cause, executed code of the input,
+        a file that is changed, left half written or written outside of the sandbox, a working directory that is left
+        after a refusal, or an exceeded time limit.
     """
     root, start = Path(tempfile.mkdtemp(dir=folder)), os.getcwd()
     try:
         sandbox = Sandbox(root / "box")
         case = make(draw, sandbox)
-        os.chdir(sandbox.start)
+        os.chdir(sandbox.cwd)
         problem, line = _answer(case, sandbox)
     finally:
         os.chdir(start)
         shutil.rmtree(root, ignore_errors=True)
-    assert problem is None, f"{problem}\ninput: {case.kind}: {case.words}\nargv: {case.argv}"
+    assert problem is None, f"{problem}\ninput: {case.kind}: {case.description}\nargv: {case.argv}"
     if currently_in_test_context():
         event(f"{case.kind}: {'accepted' if line is None else 'refused'}")
     return line
 
 
 def _answer(case: Case, sandbox: Sandbox) -> tuple[str | None, str | None]:
-    """(what is wrong, the line of a refusal)."""
-    # As a terminal takes them: stdout fails on text that is not UTF-8, stderr escapes it.
+    """Returns (problem or None, line of a refusal or None)."""
+    # As in a terminal: stdout fails on text that is not UTF-8, stderr escapes it.
     out, err = (io.TextIOWrapper(io.BytesIO(), "utf-8", errors) for errors in ("strict", "backslashreplace"))
     before = sandbox.state()
     with contextlib.ExitStack() as stack:
@@ -216,15 +221,15 @@ def _answer(case: Case, sandbox: Sandbox) -> tuple[str | None, str | None]:
         stack.enter_context(contextlib.redirect_stdout(out))
         stack.enter_context(contextlib.redirect_stderr(err))
         try:
-            with case.around(), limits():
-                code = main.main(["main", *case.argv])
-        except (Exception, Hangs) as error:
+            with case.context(), limits():
+                code = main.main(["main", *case.argv], case.hooks)
+        except (Exception, TimeLimit) as error:
             return f"traceback: {type(error).__name__}: {error}", None
         except SystemExit as error:
             return f"SystemExit with {error.code}", None
     err.flush()
     text = err.buffer.getvalue().decode()  # type: ignore[attr-defined]
-    text = re.sub(r"[^\n]*\r|\x1b\[\w|^ *\n", "", text, flags=re.MULTILINE)  # without the bars of a progress display
+    text = re.sub(r"[^\n]*\r|\x1b\[\w|^ *\n", "", text, flags=re.MULTILINE)  # removes progress bars
     if outside:
         return f"{outside[0]} outside of the sandbox", None
     problem = _unclear(text, case) if code == 2 else None
@@ -237,13 +242,13 @@ def _answer(case: Case, sandbox: Sandbox) -> tuple[str | None, str | None]:
 
 
 def _unclear(text: str, case: Case) -> str | None:
-    """Why a refusal is not one clear line."""
+    """Returns why a refusal is not one clear line, or None."""
     if case.expected:
         return f"a valid input is refused: {text}"
-    # Warnings about files that are passed over may come before the refusal.
+    # Warnings about skipped files may come before the refusal.
     if not re.fullmatch(r"(?:(?!Error: |Traceback).*\n)*Error: .{5,}\n", text):
         return f"no single line: {text!r}"
-    if len(text.splitlines()[-1]) > LONGEST:
+    if len(text.splitlines()[-1]) > MAX_LINE_LENGTH:
         return f"a line of {len(text)} characters: {text[:200]}"
     if case.named and not any(name in text for name in case.named):
         return f"the line names none of {', '.join(case.named)[:100]}: {text}"

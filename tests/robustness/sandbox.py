@@ -1,4 +1,4 @@
-"""The folder that one input may change, and the check that nothing else was changed or run."""
+"""The folder that one input may change, and the check that nothing else was changed or executed."""
 
 import contextlib
 import hashlib
@@ -10,31 +10,38 @@ from pathlib import Path
 from typing import Any
 
 WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-# The events of Python's audit hooks, and which of their arguments are paths that change.
+# Event of Python's audit hooks -> positions of the arguments that are changed paths.
 CHANGES = {"os.mkdir": (0,), "os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.link": (1,)}
 CHANGES["os.symlink"] = (1,)
 RUNS = ("os.system", "os.exec", "os.posix_spawn", "os.fork", "pickle.find_class", "ctypes.dlopen", "subprocess.Popen")
-PROJECT = re.compile(r"git|uname|nvidia-smi|\S*\.so[.\d]*")  # programs and libraries that the project itself asks for
+PROJECT = re.compile(r"git|uname|nvidia-smi|\S*\.so[.\d]*")  # programs and libraries that the project uses
 LEFT_OVER = re.compile(r"\..*\.(tmp|old|new)|\.lt_adv.*|\..*-[0-9a-f]{16}\..*|.*incomplete.*")
 
 
 class Sandbox:
-    """Folders of one input: `given` (the input, which must not change), `run` (the working directory), `data` (data
-    sets and caches), `start` (the current directory). Hidden code would write `canary`, and nothing else may appear."""
+    """Folders of one input; nothing else may appear beside them.
+
+    Attributes:
+      input: files of the input, which must not change.
+      run: the working directory.
+      data: data sets and caches.
+      cwd: the current directory.
+      canary: a file that is written by code hidden in the input.
+    """
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.given, self.run, self.data, self.start = (root / name for name in ("given", "run", "data", "start"))
+        self.input, self.run, self.data, self.cwd = (root / name for name in ("input", "run", "data", "cwd"))
         self.canary = root / "canary"
-        for folder in (self.given, self.data, self.start):
+        for folder in (self.input, self.data, self.cwd):
             folder.mkdir(parents=True)
 
     def code(self) -> str:
-        """Python source that hidden code would run."""
+        """Returns Python source for hidden code."""
         return f"open({str(self.canary)!r}, 'w')"
 
     def state(self) -> dict[str, str]:
-        """{path below root: digest of the file, or its kind}; links are not followed."""
+        """Returns {relative path: digest of the file, or its kind}; links are not followed."""
         entries = {}
         for folder, folders, files in os.walk(self.root):
             for name in [*folders, *files]:
@@ -51,21 +58,24 @@ class Sandbox:
         return entries
 
     def problem(self, before: dict[str, str], refused: bool) -> str | None:
-        """Describes code that ran, a change to the input, a file half written or in the wrong place, a working
-        directory left after a refusal; None if there is none of these."""
+        """Returns a description of the first problem, or None.
+
+        Problems are executed code, a changed input, a file half written or outside of the folders, and a new working
+        directory after a refusal.
+        """
         after = self.state()
         if "canary" in after:
-            return "the code in the input was run"
+            return "code of the input was executed"
         for path in sorted({*before, *after}):
             part, name = path.partition(os.sep)[0], os.path.basename(path)
-            if part in ("given", "canary") and before.get(path) != after.get(path):
+            if part in ("input", "canary") and before.get(path) != after.get(path):
                 return f"{path} was changed"
             if path not in before and LEFT_OVER.fullmatch(name):
                 return f"{path} is left half written"
-            if part not in ("given", "run", "data", "start"):
+            if part not in ("input", "run", "data", "cwd"):
                 return f"{path} was written outside"
             if path in before and path not in after and part == "data":
-                return f"{path} is gone"
+                return f"{path} was deleted"
         caches = {os.path.dirname(p) for p in after if re.fullmatch(r"data/lt_adv_cache/[^/]+/[^/]+", p)}
         if half := [folder for folder in caches if f"{folder}/meta.json" not in after]:
             return f"{half[0]} is left half written"
@@ -76,9 +86,9 @@ class Sandbox:
 
 
 class Fence:
-    """Records writes outside of the allowed folders, and programs that are started.
+    """Records writes outside of the allowed folders, and started programs.
 
-    Python cannot remove an audit hook, so there is one for all tests, which does nothing outside of `watch`.
+    Python cannot remove an audit hook, so all tests share one, which is inactive outside of `watch`.
     """
 
     def __init__(self) -> None:
@@ -88,7 +98,7 @@ class Fence:
 
     @contextlib.contextmanager
     def watch(self, *allowed: Path) -> Iterator[list[str]]:
-        """Yields a list that grows with each write elsewhere and each program that is started."""
+        """Yields a list to which each write outside of the folders and each started program is appended."""
         if not self._hooked:
             sys.addaudithook(self._note)
             self._hooked = True

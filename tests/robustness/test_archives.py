@@ -1,7 +1,7 @@
-"""Archives of CIFAR-10, CIFAR-100 and Tiny-ImageNet: damaged, with another digest, with members that lead elsewhere.
+"""Archives of CIFAR-10, CIFAR-100 and Tiny-ImageNet: damaged, with another digest, members outside of their folder.
 
-The archives are small ones of the official layout. The expected digest is changed to theirs, so that they reach the
-reader; where it is not changed, the digest must be refused.
+The archives are small and have the official layout. The expected digest is set to theirs, so that they reach the
+reader; with the official digest they must be refused.
 """
 
 import contextlib
@@ -25,10 +25,10 @@ from tests.robustness.inputs import (
     Case,
     Draw,
     attempt,
+    choose,
     damaged,
     inputs,
-    no_computation,
-    one,
+    no_evaluation,
 )
 from tests.robustness.sandbox import Sandbox
 from tests.robustness.test_image_folders import ARGUMENTS, bomb, picture
@@ -99,27 +99,27 @@ def zipped(members: Mapping[str, bytes], strange: Mapping[str, bytes] | None = N
 
 
 @contextlib.contextmanager
-def expects(archive: Mapping[str, archives.Archive]) -> Iterator[None]:
-    with no_computation(), mock.patch.dict(archives.ARCHIVES, archive):
+def official_archives(archive: Mapping[str, archives.Archive]) -> Iterator[None]:
+    with no_evaluation(), mock.patch.dict(archives.ARCHIVES, archive):
         yield
 
 
 def case(draw: Draw, box: Sandbox, valid: bool) -> Case:
-    name = one(draw, ("cifar10", "cifar10", "cifar100", "tiny_imagenet"))
+    name = choose(draw, ("cifar10", "cifar10", "cifar100", "tiny_imagenet"))
     members = MAKERS[name]()
-    kind, words, content, expected = "valid", name, _packed(name, members), True
+    kind, description, content, expected = "valid", name, _packed(name, members), True
     if not valid:
-        change = one(draw, (_damaged, _digest, _elsewhere, _members, _members))
-        kind, words, content, expected = change(draw, name, members, box)
+        change = choose(draw, (_damaged, _digest, _outside, _members, _members))
+        kind, description, content, expected = change(draw, name, members, box)
     official = archives.ARCHIVES[name]
     path = box.data / "downloads" / "manual" / official.file
     path.parent.mkdir(parents=True)
     path.write_bytes(content)
     changed = dataclasses.replace(official, size=len(content), sha256=hashlib.sha256(content).hexdigest())
-    around = functools.partial(expects, {name: official if kind == "another digest" else changed})
+    context = functools.partial(official_archives, {name: official if kind == "another digest" else changed})
     argv = [f"--config={ROOT}/configs/at.py:dataset={name}", *ARGUMENTS, f"--workdir={box.run}"]
     argv += [f"--config.data.data_dir={box.data}"]
-    return Case(kind, f"{name}: {words}", argv, expected, [str(path), official.file, "image"], around)
+    return Case(kind, f"{name}: {description}", argv, expected, [str(path), official.file, "image"], context)
 
 
 def _packed(name: str, members: Members) -> bytes:
@@ -136,27 +136,27 @@ def _digest(draw: Draw, name: str, members: Members, box: Sandbox) -> tuple[str,
     return "another digest", "another digest", _packed(name, members), False
 
 
-def _elsewhere(draw: Draw, name: str, members: Members, box: Sandbox) -> tuple[str, str, bytes, bool | None]:
-    """A member whose name leads out of its folder, or that is not a regular file."""
-    where = one(draw, ("../evil", "../../../evil", f"{box.root}/outside/evil", "a/../../evil", "..\\evil"))
+def _outside(draw: Draw, name: str, members: Members, box: Sandbox) -> tuple[str, str, bytes, bool | None]:
+    """Adds a member whose name leads out of its folder, or that is not a regular file."""
+    where = choose(draw, ("../evil", "../../../evil", f"{box.root}/outside/evil", "a/../../evil", "..\\evil"))
     if name == "tiny_imagenet":
-        return "member elsewhere", where, zipped(members, {where: b"evil"}), False
+        return "member outside", where, zipped(members, {where: b"evil"}), False
     member = tarfile.TarInfo(where)
     kinds = {"file": tarfile.REGTYPE, "link": tarfile.SYMTYPE, "hard link": tarfile.LNKTYPE}
     kinds["device"] = tarfile.CHRTYPE
-    kind = one(draw, list(kinds))
-    member.type, member.linkname = kinds[kind], f"{box.root}/given"
+    kind = choose(draw, list(kinds))
+    member.type, member.linkname = kinds[kind], f"{box.root}/input"
     content = b"evil" if kind == "file" else b""
-    return "member elsewhere", f"{kind} {where}", tar(members, (member, content)), False
+    return "member outside", f"{kind} {where}", tar(members, (member, content)), False
 
 
 def _members(draw: Draw, name: str, members: Members, box: Sandbox) -> tuple[str, str, bytes, bool | None]:
-    """A member that is missing, damaged, a link, or far larger than the archive."""
+    """Changes a member: missing, damaged, a link, or far larger than the archive."""
     texts = ["wnids.txt", "val/val_annotations.txt", "words.txt"]
-    chosen = one(draw, list(members) if name != "tiny_imagenet" else texts)
+    chosen = choose(draw, list(members) if name != "tiny_imagenet" else texts)
     if name == "tiny_imagenet" and draw(st.booleans()):
-        chosen = one(draw, [member for member in members if member.endswith("_0.JPEG")])
-    kind = one(draw, ("missing", "damaged", "bomb", "link", "label"))
+        chosen = choose(draw, [member for member in members if member.endswith("_0.JPEG")])
+    kind = choose(draw, ("missing", "damaged", "bomb", "link", "label"))
     content = members.pop(chosen)
     if kind == "missing":
         expected = chosen.startswith("train/") or chosen == "words.txt" or None

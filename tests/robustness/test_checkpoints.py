@@ -4,15 +4,11 @@ import functools
 import json
 import shutil
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lt_adv import evaluation
-from lt_adv.training import loop
-from tests.robustness.inputs import Case, Draw, attempt, damaged, inputs, no_computation, one, value
+from tests.robustness.inputs import STOP_BEFORE_TRAINING, Case, Draw, attempt, choose, damaged, inputs, value
 from tests.robustness.runs import AT, NO_ATTACKS, TINY
 from tests.robustness.sandbox import Sandbox
 
@@ -21,33 +17,25 @@ FOREIGN = ("notes.txt", "99", "²", "1_other", "7_x/3", "3.orbax-checkpoint-tmp-
 FOREIGN += ("0_train/notes", "²_x")
 
 
-def no_evaluation() -> Any:
-    """A run that resumes reads its checkpoints in training, which then has nothing to do, or one short epoch."""
-
-    def reached(*_: Any, **__: Any) -> None:
-        raise loop.Preempted("evaluation is reached")
-
-    return mock.patch.object(evaluation, "evaluate", reached)
-
-
 def case(draw: Draw, box: Sandbox, run: Path, valid: bool) -> Case:
-    mode = one(draw, ("eval", "eval", "eval", "train", "init", "init"))
-    around = no_evaluation if mode == "train" else no_computation
-    place = box.start / "earlier" if mode == "init" else box.run
+    mode = choose(draw, ("eval", "eval", "eval", "train", "init", "init"))
+    # A resumed run reads its checkpoints in training, which has at most one short epoch left.
+    hooks = () if mode == "train" else STOP_BEFORE_TRAINING
+    place = box.cwd / "earlier" if mode == "init" else box.run
     shutil.copytree(run, place)
     argv = [AT, *TINY, NO_ATTACKS, f"--workdir={box.run}"]
     argv += [f"--config.init_from={place}"] if mode == "init" else [f"--mode={mode}"]
     named = [str(place), "The checkpoint of stage"]
     if valid:
-        return Case("valid", f"{mode}: {_valid_change(draw, place)}", argv, True, around=around)
-    change = one(draw, (_file, _meta, _meta, _beside, _network, _steps))
-    kind, words, expected = change(draw, place, argv)
-    return Case(kind, f"{mode}: {words}", argv, expected, named, around)
+        return Case("valid", f"{mode}: {_valid_change(draw, place)}", argv, True, hooks=hooks)
+    change = choose(draw, (_file, _meta, _meta, _foreign, _network, _steps))
+    kind, description, expected = change(draw, place, argv)
+    return Case(kind, f"{mode}: {description}", argv, expected, named, hooks=hooks)
 
 
 def _valid_change(draw: Draw, place: Path) -> str:
-    change = one(draw, ("as it is", "a file beside", "no earlier step"))
-    if change == "a file beside":
+    change = choose(draw, ("as it is", "another file", "no earlier step"))
+    if change == "another file":
         (place / "checkpoints" / "notes.txt").write_text("mine")
     elif change == "no earlier step":
         shutil.rmtree(place / "checkpoints" / "0_train" / "1")
@@ -55,28 +43,28 @@ def _valid_change(draw: Draw, place: Path) -> str:
 
 
 def _file(draw: Draw, place: Path, argv: list[str]) -> tuple[str, str, bool | None]:
-    """A file of one checkpoint, or of both."""
+    """Damages or deletes a file of one checkpoint, or of both."""
     done = []
-    for step in one(draw, ((one(draw, STEPS),), STEPS)):
+    for step in choose(draw, ((choose(draw, STEPS),), STEPS)):
         files = sorted(p for p in (place / "checkpoints" / "0_train" / step).rglob("*") if p.is_file())
-        path = one(draw, files)
+        path = choose(draw, files)
         what, content = damaged(draw, path.read_bytes())
         if draw(st.integers(0, 3)):
             path.write_bytes(content)
         else:
-            what = "gone"
+            what = "deleted"
             path.unlink()
         done.append(f"{step}: {path.name} {what}")
     return "damaged file", "; ".join(done), None
 
 
 def _meta(draw: Draw, place: Path, argv: list[str]) -> tuple[str, str, bool | None]:
-    """An entry of the metadata of a checkpoint, in both."""
+    """Changes an entry of the metadata of both checkpoints."""
     name, drawn = None, value(draw)
     for step in STEPS:
         path = place / "checkpoints" / "0_train" / step / "meta" / "metadata"
         meta = json.loads(path.read_text())
-        name = name or one(draw, [*meta, "everything"])
+        name = name or choose(draw, [*meta, "everything"])
         if name == "everything":
             meta = drawn
         elif drawn is None:
@@ -87,9 +75,9 @@ def _meta(draw: Draw, place: Path, argv: list[str]) -> tuple[str, str, bool | No
     return "entry of the metadata", f"{name} = {drawn!r}", None
 
 
-def _beside(draw: Draw, place: Path, argv: list[str]) -> tuple[str, str, bool | None]:
-    """A file or folder of others."""
-    name, folder = one(draw, FOREIGN), draw(st.booleans())
+def _foreign(draw: Draw, place: Path, argv: list[str]) -> tuple[str, str, bool | None]:
+    """Adds a foreign file or folder."""
+    name, folder = choose(draw, FOREIGN), draw(st.booleans())
     path = place / "checkpoints" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     if folder:
@@ -100,30 +88,30 @@ def _beside(draw: Draw, place: Path, argv: list[str]) -> tuple[str, str, bool | 
 
 
 def _network(draw: Draw, place: Path, argv: list[str]) -> tuple[str, str, bool | None]:
-    """A config of another network."""
+    """Changes the network of the config."""
     (place / "config.json").unlink()
-    more = one(draw, ("width=2", "head.name=lws", "depth=16", "name=resnet18"))
+    more = choose(draw, ("width=2", "head.name=lws", "depth=16", "name=resnet18"))
     argv.append(f"--config.model.{more}")
     # Initialisation needs only some arrays of the same names and shapes: the others keep their random values.
     return "another network", more, None if "head" in more or "depth" in more else False
 
 
 def _steps(draw: Draw, place: Path, argv: list[str]) -> tuple[str, str, bool | None]:
-    """Steps or the whole folder that are missing, renamed, files."""
+    """Deletes or renames steps or their folder, or puts files in their place."""
     stage = place / "checkpoints" / "0_train"
-    what = one(draw, ("no steps", "renamed", "a file", "no stage", "another stage", "a step is a file"))
+    what = choose(draw, ("no steps", "renamed", "a file", "no stage", "another stage", "a step is a file"))
     if what == "no steps":
         for step in STEPS:
             shutil.rmtree(stage / step)
     elif what == "renamed":
-        (stage / "2").rename(stage / one(draw, ("3", "-2", "2 ", "02", "9" * 30)))
+        (stage / "2").rename(stage / choose(draw, ("3", "-2", "2 ", "02", "9" * 30)))
     elif what == "a file":
         shutil.rmtree(place / "checkpoints")
         (place / "checkpoints").write_text("mine")
     elif what == "no stage":
         shutil.rmtree(stage)
     elif what == "another stage":
-        stage.rename(stage.parent / one(draw, ("1_train", "0_other", "00_train", "x_train")))
+        stage.rename(stage.parent / choose(draw, ("1_train", "0_other", "00_train", "x_train")))
     else:
         shutil.rmtree(stage / "2")
         (stage / "2").write_text("mine")

@@ -17,8 +17,8 @@ from tests.robustness.inputs import (
     Case,
     Draw,
     attempt,
+    choose,
     inputs,
-    one,
     value,
 )
 from tests.robustness.sandbox import Sandbox
@@ -81,7 +81,7 @@ VALID: Mapping[str, Sequence[Any]] = {
 FREE = ("data.title", "data.data_dir", "data.path", "init_from", "eval.baseline", "eval.report", "eval.only", "addons")
 FILE = """from configs import {name}
 
-nan, inf = float("nan"), float("inf")  # as `repr` has them
+nan, inf = float("nan"), float("inf")  # as `repr` writes them
 
 def get_config(arg=None):
     c = {name}.get_config(arg)
@@ -92,7 +92,7 @@ def get_config(arg=None):
 
 
 def _entries():
-    entries = {name: flags.load(f"{ROOT}/configs/{name}.py:dataset=digits").to_dict() for name in FRESH}
+    entries = {name: flags.load_config(f"{ROOT}/configs/{name}.py:dataset=digits").to_dict() for name in FRESH}
     return {name: schema.flatten(tree) for name, tree in entries.items()}
 
 
@@ -100,9 +100,9 @@ ENTRIES = _entries()
 
 
 def case(draw: Draw, box: Sandbox, valid: bool) -> Case:
-    name = "at" if valid else one(draw, FRESH)
-    path = one(draw, list(VALID if valid else ENTRIES[name]))
-    setting = one(draw, VALID[path]) if valid else _other(draw, ENTRIES[name][path])
+    name = "at" if valid else choose(draw, FRESH)
+    path = choose(draw, list(VALID if valid else ENTRIES[name]))
+    setting = choose(draw, VALID[path]) if valid else _other(draw, ENTRIES[name][path])
     in_file = draw(st.booleans())
     kind = "in a config file" if in_file else "on the command line"
     argv = [f"--workdir={box.run}", f"--config.data.data_dir={box.data}"]
@@ -112,22 +112,22 @@ def case(draw: Draw, box: Sandbox, valid: bool) -> Case:
         argv.append("--config.cpu_devices=1")
     config = f"{ROOT}/configs/{name}.py"
     if in_file:
-        config = f"{box.given / 'mine.py'}"
+        config = f"{box.input / 'mine.py'}"
         Path(config).write_text(FILE.format(name=name, path=path, value=repr(setting)), "utf-8")
     else:
         argv.append(f"--config.{path}={setting if isinstance(setting, str) else repr(setting)}")
     argv.append(f"--config={config}:dataset=digits")
-    words = f"{name}, {kind}: {path} = {setting!r}"
+    description = f"{name}, {kind}: {path} = {setting!r}"
     if valid:
-        return Case("valid", words, argv, True)
+        return Case("valid", description, argv, True)
     section, _, last = path.rpartition(".")
     named = [name for name in (path, last, section, repr(setting), " ".join(str(setting).split())) if name]
     named += ["addon"] * (path == "addons")
-    return Case(kind, words, argv, _expected(path, ENTRIES[name][path], setting, in_file), named)
+    return Case(kind, description, argv, _expected(path, ENTRIES[name][path], setting, in_file), named)
 
 
 def _other(draw: Draw, usual: Any) -> Any:
-    """Any value, or one close to the usual one."""
+    """Draws any value, or one close to the usual one."""
     near: Sequence[Any] = (value(draw),)
     if isinstance(usual, (int, float)) and not isinstance(usual, bool):
         near = (*NOT_FINITE, -usual, usual * 1e6, usual + 0.5, int(usual), str(usual), (usual,))
@@ -135,11 +135,11 @@ def _other(draw: Draw, usual: Any) -> Any:
         near = (usual + "x", usual.upper(), usual[:-1], (usual,), [usual])
     elif isinstance(usual, tuple):
         near = (list(usual), (*usual, "x"), (*usual, -1), (usual,), None, usual * 2)
-    return one(draw, near) if draw(st.booleans()) else value(draw)
+    return choose(draw, near) if draw(st.booleans()) else value(draw)
 
 
 def _expected(path: str, usual: Any, setting: Any, in_file: bool) -> bool | None:
-    """False where the value cannot be valid. On the command line values are text, and a folder may be called nan."""
+    """Returns False if the value cannot be valid. On the command line values are text: a folder may be called nan."""
     if isinstance(setting, float) and not math.isfinite(setting):
         return None if path in FREE and not in_file else False
     if isinstance(usual, str) and path not in FREE and setting in NAMES and setting not in ("None", "True"):

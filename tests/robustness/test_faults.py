@@ -1,10 +1,10 @@
-"""Faults injected into short runs on digits: each run must end, bit for bit, like one without faults.
+"""Faults injected into short runs on digits: each run must end like one without faults, bit for bit.
 
     pytest -m faults --faults=10 [--faults-seed=0] [-k POINT]
 
-A run takes a few faults one after the other, each in a start of its own, and is then left to end. The state before
-every step must equal that of a run without faults; so must, in the end, all arrays of the last checkpoint, the lines of
-metrics.jsonl, every prediction, the exported network and the names of all files. The results go to
+Several faults are injected into a run, one per start, and then it runs to its end. The state before every step must
+equal that of a run without faults; at the end, so must all arrays of the last checkpoint, metrics.jsonl, all
+predictions, the exported network and the names of all files. The results are written to
 experiments/results/faults/campaign.json, from which `python -m experiments.tables` makes the table of the docs.
 """
 
@@ -20,9 +20,18 @@ import pytest
 
 from experiments import tables
 from tests.robustness.faults import campaign, compare, disk, points
-from tests.robustness.faults import run as running
 from tests.robustness.faults.points import POINTS, Fault
-from tests.robustness.faults.run import KILLED, REFUSED, TERMINATED, Outcome, Pair, Run, refusal
+from tests.robustness.faults.run import (
+    CONFIG,
+    KILLED,
+    REFUSED,
+    TERMINATED,
+    Outcome,
+    Pair,
+    Run,
+    peer_problem,
+    refusal_problem,
+)
 
 RESULTS = tables.RESULTS / "faults" / "campaign.json"
 OUTCOME = Outcome(code=TERMINATED, out="", err="", steps={}, saves=[])
@@ -42,10 +51,9 @@ def outcome_of(**fields):
     ],
 )
 def test_a_refusal_is_one_line_and_exit_code_2(outcome, problem):
-    assert refusal(outcome_of(**outcome)).startswith(problem) and bool(refusal(outcome_of(**outcome))) == bool(problem)
-    assert campaign.wrong_answer(Fault(REFUSED), outcome_of(**outcome)) == (
-        [refusal(outcome_of(**outcome))] if problem else []
-    )
+    actual = refusal_problem(outcome_of(**outcome))
+    assert actual.startswith(problem) and bool(actual) == bool(problem)
+    assert campaign.answer_problems(Fault(REFUSED), outcome_of(**outcome)) == ([actual] if problem else [])
 
 
 @pytest.mark.parametrize(
@@ -60,31 +68,31 @@ def test_a_refusal_is_one_line_and_exit_code_2(outcome, problem):
     ],
 )
 def test_process_whose_peer_died_ends_with_a_message(outcome, ok):
-    assert (running.peer_died(outcome_of(**outcome)) == "") == ok
+    assert (peer_problem(outcome_of(**outcome)) == "") == ok
 
 
-def test_another_ending_is_a_failure():
-    assert campaign.wrong_answer(Fault(KILLED), outcome_of(code=0)) and campaign.wrong_answer(
+def test_unexpected_exit_codes_and_tracebacks_are_problems():
+    assert campaign.answer_problems(Fault(KILLED), outcome_of(code=0)) and campaign.answer_problems(
         Fault(TERMINATED), outcome_of(code=None)
     )
-    assert campaign.wrong_answer(Fault(TERMINATED, says="saved at"), outcome_of(out="nothing"))
-    assert campaign.wrong_answer(Fault(TERMINATED), outcome_of(err="Traceback (most recent call last)")) == [
+    assert campaign.answer_problems(Fault(TERMINATED, message="saved at"), outcome_of(out="nothing"))
+    assert campaign.answer_problems(Fault(TERMINATED), outcome_of(err="Traceback (most recent call last)")) == [
         "a traceback"
     ]
-    assert not campaign.wrong_answer(Fault(TERMINATED, says="saved at"), outcome_of(out="saved at step 3"))
+    assert not campaign.answer_problems(Fault(TERMINATED, message="saved at"), outcome_of(out="saved at step 3"))
 
 
-def test_training_must_resume_from_the_newest_checkpoint_or_say_why_not():
+def test_training_must_resume_from_the_newest_checkpoint_or_report_damage():
     resumed = outcome_of(out="Resumed 0_train at step 7 of 98.", steps={7: "a"})
-    told = dataclasses.replace(resumed, err="damaged: going on from checkpoint 7.")
-    assert not campaign.wrong_resumption(Fault(KILLED), resumed, [0, 7])
-    assert campaign.wrong_resumption(Fault(KILLED), told, [7, 14]) == ["resumed from step 7 instead of 14"]
-    assert "without a message" in campaign.wrong_resumption(Fault(KILLED, falls_back=True), resumed, [7, 14])[0]
-    assert not campaign.wrong_resumption(Fault(KILLED, falls_back=True), told, [7, 14])
-    assert campaign.wrong_resumption(Fault(KILLED, falls_back=True), told, [7, 14, 21])
+    with_message = dataclasses.replace(resumed, err="damaged: going on from checkpoint 7.")
+    assert not campaign.resumption_problems(Fault(KILLED), resumed, [0, 7])
+    assert campaign.resumption_problems(Fault(KILLED), with_message, [7, 14]) == ["resumed from step 7 instead of 14"]
+    assert "without a message" in campaign.resumption_problems(Fault(KILLED, may_fall_back=True), resumed, [7, 14])[0]
+    assert not campaign.resumption_problems(Fault(KILLED, may_fall_back=True), with_message, [7, 14])
+    assert campaign.resumption_problems(Fault(KILLED, may_fall_back=True), with_message, [7, 14, 21])
 
 
-def test_nothing_may_be_lost_but_the_save_that_was_under_way():
+def test_only_an_unfinished_save_may_be_lost():
     killed = outcome_of(saves=[14, 21], steps={21: "a"})
     assert not campaign.lost_checkpoints(killed, before=[7], after=[7, 14]) and not campaign.lost_checkpoints(
         killed, [7], [14, 21]
@@ -95,7 +103,7 @@ def test_nothing_may_be_lost_but_the_save_that_was_under_way():
     assert campaign.lost_checkpoints(outcome_of(saves=[14]), before=[7], after=[]) != []
 
 
-def test_a_state_that_differs_is_noticed():
+def test_a_different_state_is_reported():
     reference = campaign.Reference({}, {1: "a", 2: "b"})
     assert not campaign.state_mismatches(outcome_of(steps={2: "b"}), reference)
     assert "before step 2" in campaign.state_mismatches(outcome_of(steps={1: "a", 2: "c"}), reference)[0]
@@ -107,12 +115,12 @@ RECORD = {
     "machine": {"cpu": "Some CPU", "cores": 2},
     "versions": {"jax": "0.10.2"},
     "digest": True,
-    "points": {"commit": {"words": "SIGKILL", "faults": 10, "failed": 1, "fell_back": 0, "lost": 7}},
+    "points": {"commit": {"description": "SIGKILL", "faults": 10, "failed": 1, "fell_back": 0, "lost": 7}},
     "runs": [{"end": "the same"}, {"end": "3 results differ"}],
 }
 
 
-def test_the_table(tmp_path):
+def test_table_of_the_campaign_lists_every_point(tmp_path):
     assert "not measured yet; `pytest -m faults --faults=10`" in tables.faults(tmp_path)
     folder = tmp_path / "faults"
     folder.mkdir()
@@ -124,8 +132,8 @@ def test_the_table(tmp_path):
     assert off.startswith("With the digest of checkpoints switched off:")
 
 
-def test_results_are_written_point_by_point(tmp_path, monkeypatch):
-    """Points of the same code, seed and number remain; others are dropped."""
+def test_results_of_a_point_replace_only_that_point(tmp_path, monkeypatch):
+    """Points of the same code, seed and number of faults stay; others are dropped."""
     path = tmp_path / "faults" / "campaign.json"
     monkeypatch.setattr(campaign.record, "machine", lambda: {"cpu": "a cpu", "cores": 2})
 
@@ -152,15 +160,15 @@ def test_faults_repeat_from_a_seed():
 
 @pytest.fixture(scope="module")
 def real(tmp_path_factory):
-    """`real(points, digest=...)`: (rows, end) of a run with these faults, and the results of a run without faults.
+    """Returns `real(points, digest=...)` -> (rows, end) of a short run with these faults.
 
-    The runs are short.
+    `real.reference` is the run without faults.
     """
     folder = tmp_path_factory.mktemp("faults")
     patch = pytest.MonkeyPatch()
     patch.chdir(tables.ROOT)
     patch.setenv("XLA_FLAGS", "")
-    patch.setattr(running, "CONFIG", tuple(text.replace("epochs=14", "epochs=5") for text in running.CONFIG))
+    patch.setattr("tests.robustness.faults.run.CONFIG", tuple(text.replace("epochs=14", "epochs=5") for text in CONFIG))
     data = folder / "digits.npz"
     campaign.write_digits(data)
     reference = campaign.reference_run(Run(folder / "disk", "reference", data))
@@ -174,20 +182,20 @@ def real(tmp_path_factory):
     patch.undo()
 
 
-def changed(rng, run):
-    """One bit of one weight of the newest checkpoint, in files that are intact otherwise: no reader can tell."""
-    state = run.newest() / "state"
+def change_weight(rng, run):
+    """Flips a bit of a weight of the newest checkpoint; only the digest can detect it."""
+    state = run.newest_checkpoint() / "state"
     tree = ocp.PyTreeCheckpointer().restore(state)
     kernel = np.array(tree["params"]["head"]["kernel"])
     kernel.view(np.uint32)[0, 0] ^= 1 << 22
     tree["params"]["head"]["kernel"] = kernel
     ocp.PyTreeCheckpointer().save(state, tree, force=True)
-    return points.damaged(rng, run, lambda *_: "one weight", [])
+    return points.damaged_file(rng, lambda *_: "one weight", [])
 
 
 @pytest.fixture
 def weight(monkeypatch):
-    monkeypatch.setitem(POINTS, "weight", points.Point("weight", "", changed, checkpoints=2))
+    monkeypatch.setitem(POINTS, "weight", points.Point("weight", "", change_weight, checkpoints=2))
 
 
 @pytest.mark.slow
@@ -204,13 +212,14 @@ def test_run_diverges_where_digests_are_not_verified(real, weight):
 
 
 @pytest.mark.slow
-def test_a_changed_byte_of_the_results_is_noticed(real):
-    end = real.reference.end
-    names = " ".join(end)
+def test_a_changed_byte_of_the_results_is_reported(real):
+    results = real.reference.results
+    names = " ".join(results)
     for part in ("array params/", "array opt_state/", "array average/", "array key", "batch-00014 attack/fgsm"):
         assert part in names
-    assert {"metrics.jsonl", "export/network.jax", "file report.json", "checkpoint 35"} <= end.keys()
-    assert compare.mismatches(end, dict(end)) == [] and compare.mismatches(end, end | {"more": ""}) == ["more"]
+    assert {"metrics.jsonl", "export/network.jax", "file report.json", "checkpoint 35"} <= results.keys()
+    assert compare.mismatches(results, dict(results)) == []
+    assert compare.mismatches(results, results | {"more": ""}) == ["more"]
     array = np.arange(4, dtype=np.float32)
     other = np.frombuffer(bytes([array.tobytes()[0] ^ 1]) + array.tobytes()[1:], np.float32)
     assert compare._array(array) != compare._array(other) and compare._array(array) != compare._array(array[None])
@@ -218,7 +227,7 @@ def test_a_changed_byte_of_the_results_is_noticed(real):
 
 @pytest.fixture(scope="module")
 def references(tmp_path_factory):
-    """`references(kind)`: (a function that makes a run of this kind, the results of one without faults)."""
+    """Returns `references(kind)` -> (a function that makes a run of this kind, the reference run)."""
     folder = tmp_path_factory.mktemp("campaign")
     data = folder / "digits.npz"
     numbers = itertools.count()

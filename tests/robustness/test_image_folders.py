@@ -17,9 +17,9 @@ from tests.robustness.inputs import (
     Case,
     Draw,
     attempt,
+    choose,
     damaged,
     inputs,
-    one,
 )
 from tests.robustness.sandbox import Sandbox
 
@@ -35,7 +35,7 @@ ARGUMENTS = (
 
 
 def picture(mode: str = "RGB", side: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
-    """An encoded image of noise; CMYK is always a JPEG."""
+    """Returns an encoded image of noise; CMYK is always a JPEG."""
     pixels = np.random.default_rng(0).integers(0, 256, (*side, 3)).astype(np.uint8)
     image = Image.fromarray(pixels).convert("L" if mode == "I;16" else mode)
     if mode == "I;16":
@@ -46,12 +46,12 @@ def picture(mode: str = "RGB", side: tuple[int, int] = (8, 8), kind: str = "PNG"
 
 
 def chunk(name: bytes, content: bytes) -> bytes:
-    """Of a PNG."""
+    """Returns a chunk of a PNG."""
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
 def bomb(width: int, height: int, more: bytes = b"") -> bytes:
-    """A PNG of a few bytes that claims this size; `more` are chunks after its header."""
+    """Returns a PNG of a few bytes whose header has this size; `more` are chunks after the header."""
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
     return b"\x89PNG\r\n\x1a\n" + header + more + chunk(b"IDAT", zlib.compress(bytes(9))) + chunk(b"IEND", b"")
 
@@ -60,21 +60,21 @@ def case(draw: Draw, box: Sandbox, valid: bool) -> Case:
     for split, number in (("train", 3), ("test", 2)):
         for name in ("cat", "dog"):
             for position in range(number):
-                path = box.given / split / name / f"{position}.png"
+                path = box.input / split / name / f"{position}.png"
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(picture())
     argv = [f"--config={ROOT}/configs/at.py:dataset=image_folder", *ARGUMENTS, f"--workdir={box.run}"]
-    argv += [f"--config.data.path={box.given}", f"--config.data.data_dir={box.data}"]
-    target = box.given / one(draw, ("train", "test")) / one(draw, ("cat", "dog")) / "1.png"
+    argv += [f"--config.data.path={box.input}", f"--config.data.data_dir={box.data}"]
+    target = box.input / choose(draw, ("train", "test")) / choose(draw, ("cat", "dog")) / "1.png"
     if valid:
         return Case("valid", _valid_change(draw, target, argv), argv, True)
     changes = (_damaged, _damaged, _content, _place, _classes, _size)
-    return one(draw, changes)(draw, target, argv)
+    return choose(draw, changes)(draw, target, argv)
 
 
 def _valid_change(draw: Draw, target: Path, argv: list[str]) -> str:
-    """One image of another mode, kind or name; in words."""
-    mode, change = one(draw, MODES), one(draw, ("mode", "size", "name", "beside", "link"))
+    """Changes mode, size or name of an image; returns a description."""
+    mode, change = choose(draw, MODES), choose(draw, ("mode", "size", "name", "other files", "link"))
     if change == "mode":
         target.write_bytes(picture(mode))
         return f"an image of mode {mode}"
@@ -84,7 +84,7 @@ def _valid_change(draw: Draw, target: Path, argv: list[str]) -> str:
         argv.append(f"--config.data.image_size={size}")
         return f"an image of another size, all made {size} x {size}"
     if change == "name":
-        name = one(draw, ("ä.JPG", "a b.jpeg", "[x].Png", "-.png", "%s.png", "1.png.jpg"))
+        name = choose(draw, ("ä.JPG", "a b.jpeg", "[x].Png", "-.png", "%s.png", "1.png.jpg"))
         (target.parent / name).write_bytes(picture(kind="PNG"))
         return f"an image called {name}"
     if change == "link":
@@ -93,12 +93,12 @@ def _valid_change(draw: Draw, target: Path, argv: list[str]) -> str:
     (target.parent / "notes.txt").write_bytes(draw(st.binary(min_size=20, max_size=20)))
     (target.parent / ".hidden.png").write_bytes(draw(st.binary(min_size=20, max_size=20)))
     (target.parents[1] / "list.csv").write_text("cat,dog")
-    return "other files beside the images"
+    return "other files in the folder of the images"
 
 
 def _damaged(draw: Draw, target: Path, argv: list[str]) -> Case:
-    """The bytes of one image."""
-    mode, kind = one(draw, MODES), one(draw, ("PNG", "JPEG"))
+    """Damages the bytes of an image."""
+    mode, kind = choose(draw, MODES), choose(draw, ("PNG", "JPEG"))
     mode = "RGB" if kind == "JPEG" and mode != "L" else mode
     what, content = damaged(draw, picture(mode, kind=kind))
     target.write_bytes(content)
@@ -107,24 +107,24 @@ def _damaged(draw: Draw, target: Path, argv: list[str]) -> Case:
 
 
 def _content(draw: Draw, target: Path, argv: list[str]) -> Case:
-    """Another kind of image, or one that is far larger than its file."""
+    """Writes another kind of image, or one that is far larger than its file."""
     large = draw(st.integers(1 << 14, (1 << 31) - 1))
     contents = {
-        "another kind of image": lambda: picture(kind=one(draw, OTHERS)),
-        "claims many pixels": lambda: bomb(large, one(draw, (large, 8, 1 << 14))),
+        "another kind of image": lambda: picture(kind=choose(draw, OTHERS)),
+        "claims many pixels": lambda: bomb(large, choose(draw, (large, 8, 1 << 14))),
         "claims no pixels": lambda: bomb(0, 8),
         "much text": lambda: bomb(8, 8, chunk(b"zTXt", b"a\0\0" + zlib.compress(bytes(1 << 26)))),
         "a code": lambda: b"\x80\x04cposix\nsystem\n(S'touch canary'\ntR.",
     }
-    what = one(draw, list(contents))
+    what = choose(draw, list(contents))
     target.write_bytes(contents[what]())
     return Case(what, f"{what}, {large}", argv, False, [str(target)])
 
 
 def _place(draw: Draw, target: Path, argv: list[str]) -> Case:
-    """Something else where an image is expected."""
+    """Puts something else in the place of an image."""
     target.unlink()
-    what = one(draw, ("broken link", "link to itself", "folder", "pipe", "endless device", "link to a folder"))
+    what = choose(draw, ("broken link", "link to itself", "folder", "pipe", "endless device", "link to a folder"))
     if what == "folder":
         target.mkdir()
     elif what == "pipe":
@@ -136,9 +136,9 @@ def _place(draw: Draw, target: Path, argv: list[str]) -> Case:
 
 
 def _classes(draw: Draw, target: Path, argv: list[str]) -> Case:
-    """Classes that are empty, in one split alone, or of names that are no text."""
+    """Changes classes: empty, in one split only, or with a name that is not text."""
     split, folder = target.parents[1], target.parent
-    what = one(draw, ("no images", "in one split", "no split", "a file", "one class", "no text", "path"))
+    what = choose(draw, ("no images", "in one split", "no split", "a file", "one class", "no text", "path"))
     named = [str(split.parent)]
     if what == "no images":
         (split / "empty").mkdir()
@@ -160,17 +160,17 @@ def _classes(draw: Draw, target: Path, argv: list[str]) -> Case:
             folder = split.parent / part / folder.name
             folder.rename(os.fsdecode(os.fsencode(folder) + b"\xff"))
     else:
-        argv[-2] = f"--config.data.path={one(draw, ('', split / 'nowhere', target, '/dev/null', 'nul' + chr(0)))}"
+        argv[-2] = f"--config.data.path={choose(draw, ('', split / 'nowhere', target, '/dev/null', 'nul' + chr(0)))}"
         named = ["path", *argv[-2].split("=")[1:], "nul"]
     return Case(f"classes: {what}", what, argv, False, [name for name in named if name])
 
 
 def _size(draw: Draw, target: Path, argv: list[str]) -> Case:
-    """An image of another size than the others; or a size for all that cannot be."""
+    """Writes an image of another size, or sets an impossible size for all images."""
     if draw(st.booleans()):
         target.write_bytes(picture(side=(8, draw(st.integers(9, 39)))))
         return Case("different sizes", "different sizes", argv, False, [str(target)])
-    size = one(draw, (0, -1, 10**4, 10**5, 10**6, 10**9, "x", 0.5, "nan"))
+    size = choose(draw, (0, -1, 10**4, 10**5, 10**6, 10**9, "x", 0.5, "nan"))
     argv.append(f"--config.data.image_size={size}")
     return Case("impossible size", f"image_size {size}", argv, False, ["image_size"])
 

@@ -15,9 +15,9 @@ from tests.robustness.inputs import (
     Case,
     Draw,
     attempt,
+    choose,
     damaged,
     inputs,
-    one,
 )
 from tests.robustness.sandbox import Sandbox
 from tests.robustness.test_image_folders import ARGUMENTS
@@ -28,7 +28,7 @@ NAMES = ("train_image", "train_label", "test_image", "test_label")
 
 
 class Hidden:
-    """Code that runs where it is unpickled."""
+    """An object that executes code when it is unpickled."""
 
     def __init__(self, code: str) -> None:
         self.code = code
@@ -38,33 +38,33 @@ class Hidden:
 
 
 def header(shape: str, dtype: str = "'|u1'") -> bytes:
-    """An .npy file that says it holds this shape, with few bytes behind."""
+    """Returns an .npy file with this shape in its header and few bytes of content."""
     text = f"{{'descr': {dtype}, 'fortran_order': False, 'shape': {shape}}}".ljust(117) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode() + bytes(64)
 
 
 def case(draw: Draw, box: Sandbox, valid: bool) -> Case:
-    path = box.given / "set.npz"
+    path = box.input / "set.npz"
     argv = [f"--config={ROOT}/configs/at.py:dataset=npz", *ARGUMENTS, f"--workdir={box.run}"]
     argv += [f"--config.data.path={path}", f"--config.data.data_dir={box.data}"]
     arrays = _arrays()
     if valid:
-        words = _valid_change(draw, arrays)
-        one(draw, (np.savez, np.savez_compressed))(path, **arrays)
-        return Case("valid", words, argv, True)
+        description = _valid_change(draw, arrays)
+        choose(draw, (np.savez, np.savez_compressed))(path, **arrays)
+        return Case("valid", description, argv, True)
     if draw(st.integers(0, 2)):
-        kind, words = _changed(draw, arrays, box)
+        kind, description = _changed(draw, arrays, box)
         with path.open("wb") as file:
             np.savez(file, **arrays)
-        return Case(kind, words, argv, False, [str(path), "class"])
+        return Case(kind, description, argv, False, [str(path), "class"])
     if draw(st.booleans()):
         buffer = io.BytesIO()
-        one(draw, (np.savez, np.savez_compressed))(buffer, **arrays)
+        choose(draw, (np.savez, np.savez_compressed))(buffer, **arrays)
         kind, content = damaged(draw, buffer.getvalue())
         path.write_bytes(content)
         return Case("damaged file", kind, argv, None, [str(path)])
-    kind, words = _member(draw, arrays, path)
-    return Case(kind, words, argv, None if kind == "strange names" else False, [str(path)])
+    kind, description = _member(draw, arrays, path)
+    return Case(kind, description, argv, None if kind == "strange names" else False, [str(path)])
 
 
 def _arrays() -> dict[str, Any]:
@@ -76,9 +76,9 @@ def _arrays() -> dict[str, Any]:
 
 
 def _valid_change(draw: Draw, arrays: dict[str, Any]) -> str:
-    change = one(draw, ("label", "grey", "flat", "names", "order", "beside"))
+    change = choose(draw, ("label", "grey", "flat", "names", "order", "other array"))
     if change == "label":
-        kind = one(draw, ("i1", "u1", ">i4", "i8", "u8"))
+        kind = choose(draw, ("i1", "u1", ">i4", "i8", "u8"))
         arrays |= {name: arrays[name].astype(kind) for name in LABELS}
         return f"labels of type {kind}"
     if change in ("grey", "flat"):
@@ -94,16 +94,16 @@ def _valid_change(draw: Draw, arrays: dict[str, Any]) -> str:
 
 
 def _changed(draw: Draw, arrays: dict[str, Any], box: Sandbox) -> tuple[str, str]:
-    """An array of another type, shape or content, in place."""
-    name = one(draw, NAMES)
-    label = name if name in LABELS else one(draw, LABELS)
+    """Changes type, shape or content of an array in `arrays`."""
+    name = choose(draw, NAMES)
+    label = name if name in LABELS else choose(draw, LABELS)
     image = name if name not in LABELS else "train_image"
     train = "train_label"
     changes = {
         "hidden code": (name, lambda: np.array([Hidden(box.code())] * len(arrays[name]), object)),
         "hidden code in a name": ("class_names", lambda: np.array([Hidden(box.code())] * 3, object)),
         "missing array": (name, None),
-        "image of another type": (image, lambda: arrays[image].astype(one(draw, TYPES))),
+        "image of another type": (image, lambda: arrays[image].astype(choose(draw, TYPES))),
         "image of another shape": (image, lambda: arrays[image][..., :2]),
         "image without axes": (image, lambda: np.uint8(3)),
         "too many axes": (image, lambda: arrays[image][None]),
@@ -111,17 +111,17 @@ def _changed(draw: Draw, arrays: dict[str, Any], box: Sandbox) -> tuple[str, str
         "no images": (image, lambda: arrays[image][:0]),
         "splits of different sizes": (image, lambda: np.repeat(arrays[image], 2, 1)),
         "fewer images": (image, lambda: arrays[image][1:]),
-        "label of another type": (label, lambda: arrays[label].astype(one(draw, ("f8", "?", "U2", "M8[s]", "c16")))),
+        "label of another type": (label, lambda: arrays[label].astype(choose(draw, ("f8", "?", "U2", "M8[s]", "c16")))),
         "label of another shape": (label, lambda: arrays[label][:, None]),
         "label below zero": (label, lambda: arrays[label] - 1),
-        "label too large": (label, lambda: arrays[label] + one(draw, (20, 10**4, 2**31, 2**40))),
+        "label too large": (label, lambda: arrays[label] + choose(draw, (20, 10**4, 2**31, 2**40))),
         "label beyond 64 bits": (label, lambda: arrays[label].astype("u8") + np.uint64(2**63)),
         "class without images": (train, lambda: np.where(arrays[train] == 1, 0, arrays[train])),
         "one class": (train, lambda: np.zeros_like(arrays[train])),
         "too few names": ("class_names", lambda: np.array(["a", "b"])),
         "names in two axes": ("class_names", lambda: np.array([["a", "b", "c"]])),
     }
-    kind = one(draw, list(changes))
+    kind = choose(draw, list(changes))
     where, make = changes[kind]
     if make is None:
         del arrays[where]
@@ -133,8 +133,8 @@ def _changed(draw: Draw, arrays: dict[str, Any], box: Sandbox) -> tuple[str, str
 
 
 def _member(draw: Draw, arrays: dict[str, Any], path: Path) -> tuple[str, str]:
-    """A zip whose members are not arrays, or claim to be larger than any memory."""
-    name = one(draw, NAMES)
+    """Writes a zip whose members are not arrays, or have headers with impossible sizes."""
+    name = choose(draw, NAMES)
     kinds = {
         "claims many images": header("(999999999999, 8, 8, 3)"),
         "claims a negative number": header("(-5, 8, 8, 3)"),
@@ -145,7 +145,7 @@ def _member(draw: Draw, arrays: dict[str, Any], path: Path) -> tuple[str, str]:
         "no array": b"no array",
         "strange names": None,
     }
-    kind = one(draw, list(kinds))
+    kind = choose(draw, list(kinds))
     with zipfile.ZipFile(path, "w") as file:
         for each, array in arrays.items():
             buffer = io.BytesIO()

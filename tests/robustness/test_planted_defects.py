@@ -1,4 +1,4 @@
-"""The checks of this folder fail where a defect is planted or a check of lt_adv is switched off."""
+"""The checks of this folder fail if a defect is planted or a check of lt_adv is disabled."""
 
 import functools
 import os
@@ -25,7 +25,7 @@ DIGITS = f"--config={ROOT}/configs/at.py:dataset=digits"
 
 @pytest.fixture
 def answer(tmp_path):
-    """`answer(expected, *flags, named=())`: the line of a refusal, or None; AssertionError where a check fails."""
+    """Returns `answer(expected, *flags, named=())` -> the line of a refusal, or None; it raises as `attempt` does."""
 
     def call(expected, *flags, named=()):
         def make(_, box):
@@ -36,7 +36,7 @@ def answer(tmp_path):
     return call
 
 
-def test_accepted_and_refused(answer, tmp_path):
+def test_answers_must_be_as_expected(answer, tmp_path):
     assert answer(True) is None
     line = answer(False, "--config.seed=-1", named=["config.seed"])
     assert line.startswith("config.seed must be a whole number")
@@ -77,7 +77,7 @@ def write_outside(config, workdir, hooks):
 
 
 def change_the_input(config, workdir, hooks):
-    (Path(workdir).parent / "given" / "new").write_text("x")
+    (Path(workdir).parent / "input" / "new").write_text("x")
 
 
 def refuse_late(config, workdir, hooks):
@@ -90,7 +90,7 @@ def print_two_lines(config, workdir, hooks):
     raise ValueError("something is wrong")
 
 
-def hang(config, workdir, hooks):
+def exceed_the_time_limit(config, workdir, hooks):
     os.kill(os.getpid(), signal.SIGALRM)  # as the timer does
 
 
@@ -101,12 +101,12 @@ def hang(config, workdir, hooks):
         (exit_at_once, "SystemExit with 3"),
         (write_elsewhere, "elsewhere was written outside"),
         (write_half, "run/.report.md.12.tmp is left half written"),
-        (run_hidden_code, "the code in the input was run"),
+        (run_hidden_code, "code of the input was executed"),
         (write_outside, "open .*outside-of-the-sandbox outside of the sandbox"),
-        (change_the_input, "given/new was changed"),
+        (change_the_input, "input/new was changed"),
         (refuse_late, "a working directory is left behind"),
         (print_two_lines, "no single line"),
-        (hang, "Hangs: no answer in"),
+        (exceed_the_time_limit, "TimeLimit: no answer in"),
     ],
 )
 def test_planted_defect_fails(answer, monkeypatch, defect, message):
@@ -115,8 +115,8 @@ def test_planted_defect_fails(answer, monkeypatch, defect, message):
         answer(None)
 
 
-class KeepsFiles:
-    """A `shutil` that removes nothing, so that a cache that fails is left half written."""
+class ShutilWithoutRmtree:
+    """Removes nothing, so that a cache whose write fails is left half written."""
 
     disk_usage = staticmethod(shutil.disk_usage)
 
@@ -124,7 +124,7 @@ class KeepsFiles:
         pass
 
 
-def _unsafe(load, path, **options):
+def _load_with_pickles(load, path, **options):
     return load(path, **{**options, "allow_pickle": True})
 
 
@@ -134,8 +134,8 @@ def _unsafe(load, path, **options):
         (test_config_values.case, (schema, "validate_entries"), lambda config: None),
         (test_archives.case, (archives, "_safe_name"), lambda name: name),
         (test_archives.case, (archives, "check"), lambda archive, path: None),
-        (test_image_folders.case, (cache, "shutil"), KeepsFiles()),
-        (test_npz.case, (np, "load"), functools.partial(_unsafe, np.load)),
+        (test_image_folders.case, (cache, "shutil"), ShutilWithoutRmtree()),
+        (test_npz.case, (np, "load"), functools.partial(_load_with_pickles, np.load)),
     ],
     ids=["schema", "archive members", "archive digest", "cache clean-up", "pickles in .npz"],
 )
@@ -159,7 +159,7 @@ def test_damage_changes_the_bytes(data):
     assert kind in DAMAGE and (changed != content or kind in ("bits flipped", "a piece zeroed"))
     assert kind != "truncated" or len(changed) < 200
     assert kind != "empty" or changed == b""
-    assert damaged(data.draw, b"")[1] is not None
+    assert isinstance(damaged(data.draw, b"")[1], bytes)
 
 
 def test_every_kind_of_damage_is_drawn():
@@ -189,10 +189,10 @@ def test_inputs_repeat_in_every_run():
     assert values == first and len(set(first)) > 10
 
 
-def test_state_of_a_sandbox(tmp_path):
+def test_sandbox_reports_a_cache_without_metadata(tmp_path):
     box = Sandbox(tmp_path / "box")
     before = box.state()
-    assert set(before) == {"given", "data", "start"} and box.problem(before, refused=True) is None
+    assert set(before) == {"input", "data", "cwd"} and box.problem(before, refused=True) is None
     half = box.data / "lt_adv_cache" / "a-0123456789abcdef"
     half.mkdir(parents=True)
     (half / "train_image.npy").write_bytes(b"")
@@ -201,8 +201,8 @@ def test_state_of_a_sandbox(tmp_path):
     assert box.problem(before, refused=True) is None
 
 
-@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="the size of a process is known on Linux alone")
-def test_memory_and_time_are_limited_during_an_input_alone(answer, monkeypatch):
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc")
+def test_memory_and_time_are_limited_only_during_an_input(answer, monkeypatch):
     def read_limits(config, workdir, hooks):
         limits.append((resource.getrlimit(resource.RLIMIT_AS)[0], signal.getitimer(signal.ITIMER_REAL)[0]))
 

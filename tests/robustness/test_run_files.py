@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from lt_adv import evaluation, main
 from lt_adv.evaluation import plots
 from lt_adv.evaluation.masking import diagnose
-from tests.robustness.inputs import Case, Draw, attempt, below, damaged, inputs, one, value
+from tests.robustness.inputs import Case, Draw, attempt, below, choose, damaged, inputs, value
 from tests.robustness.runs import AT, TINY
 from tests.robustness.sandbox import Sandbox
 from tests.robustness.test_npz import Hidden
@@ -37,8 +37,11 @@ def evaluation_flags(workdir: Path) -> list[str]:
 
 @pytest.fixture(scope="module")
 def computed_once():
-    """`computed_once()`: a context in which examples and the probes of a baseline, which depend on nothing here, are
-    computed once, the probes of a linear network, and pictures are drawn but not encoded."""
+    """Returns a context manager that makes evaluations fast.
+
+    Examples and the diagnostics of gradient masking are computed once, the latter of a linear network, and pictures are
+    not encoded.
+    """
     results: dict[str, Any] = {}
 
     def once(name: str, original: Any, *args: Any, **options: Any) -> Any:
@@ -80,49 +83,49 @@ def evaluated(trained, computed_once, tmp_path_factory):
     return workdir
 
 
-def case(draw: Draw, box: Sandbox, run: Path, around: Any, valid: bool) -> Case:
+def case(draw: Draw, box: Sandbox, run: Path, context: Any, valid: bool) -> Case:
     shutil.copytree(run, box.run)
     argv = evaluation_flags(box.run)
     place, compared = box.run, draw(st.integers(0, 2)) == 0
     if compared:
-        place = box.start / "earlier"
+        place = box.cwd / "earlier"
         shutil.copytree(run, place)
         argv.append(f"--config.eval.baseline={place}")
     if valid:
-        return Case("valid", _valid_change(draw, box.run, compared), argv, True, around=around)
-    change = one(draw, (_json, _json, _entry, _records, _records, _place))
-    kind, words, expected = change(draw, place, box)
-    return Case(
-        kind, words + ", of the baseline" * compared, argv, expected if not compared else None, [str(place)], around
-    )
+        return Case("valid", _valid_change(draw, box.run, compared), argv, True, context=context)
+    change = choose(draw, (_json, _json, _entry, _records, _records, _place))
+    kind, description, expected = change(draw, place, box)
+    if compared:
+        description, expected = f"{description}, of the baseline", None
+    return Case(kind, description, argv, expected, [str(place)], context)
 
 
 def _valid_change(draw: Draw, place: Path, compared: bool) -> str:
-    gone = one(draw, (None, "report.md", "plots", "metrics.jsonl", "timing.jsonl"))
-    if gone:
-        path = place / gone
+    missing = choose(draw, (None, "report.md", "plots", "metrics.jsonl", "timing.jsonl"))
+    if missing:
+        path = place / missing
         shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return f"without {gone}" + ", compared with a baseline" * compared
+    return f"without {missing}" + ", compared with a baseline" * compared
 
 
 def _json(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
-    """The bytes of a file of text."""
-    records = sorted(place.glob("eval/*/*/header.json")) + sorted(place.glob("eval/reliability/*.json"))
-    path = one(draw, [place / name for name in JSON_FILES] + records)
+    """Damages the bytes of a text file."""
+    records = sorted(place.glob("eval/*/*/header.json")) + sorted(place.glob("eval/gradient_masking/*.json"))
+    path = choose(draw, [place / name for name in JSON_FILES] + records)
     what, content = damaged(draw, path.read_bytes())
     path.write_bytes(content)
     return "damaged text", f"{path.relative_to(place)}: {what}", None
 
 
 def _entry(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
-    """JSON with another value somewhere."""
-    path = one(draw, [place / name for name in JSON_FILES] + sorted(place.glob("eval/*/*.json")))
+    """Changes a random value of a JSON file."""
+    path = choose(draw, [place / name for name in JSON_FILES] + sorted(place.glob("eval/*/*.json")))
     lines = path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
     number, drawn = below(draw, len(lines)), value(draw)
     tree = json.loads(lines[number])
     inside, where = tree, []
     while isinstance(inside, (dict, list)) and inside and (not where or draw(st.integers(0, 2))):
-        where.append(one(draw, list(inside)) if isinstance(inside, dict) else below(draw, len(inside)))
+        where.append(choose(draw, list(inside)) if isinstance(inside, dict) else below(draw, len(inside)))
         last, inside = inside, inside[where[-1]]
     last[where[-1]] = drawn
     lines[number] = json.dumps(tree)
@@ -131,21 +134,21 @@ def _entry(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None
 
 
 def _records(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
-    """Records that are damaged, forged or full of hidden code."""
-    path = one(draw, sorted(place.glob("eval/records/*/batch-*.npz")))
+    """Damages records, changes their values, or adds hidden code."""
+    path = choose(draw, sorted(place.glob("eval/records/*/batch-*.npz")))
     columns: dict[str, Any] = dict(np.load(path))
-    name = one(draw, list(columns))
+    name = choose(draw, list(columns))
     forged = {
         "bytes": lambda: None,
-        "out of range": lambda: columns[name] + one(draw, (10, 10**6, -1, -(10**6))),
+        "out of range": lambda: columns[name] + choose(draw, (10, 10**6, -1, -(10**6))),
         "another shape": lambda: columns[name][:, None],
         "fewer": lambda: columns[name][1:],
-        "another type": lambda: columns[name].astype(one(draw, ("f8", "U3", "?", "M8[s]", "c16", "u8", "S1"))),
+        "another type": lambda: columns[name].astype(choose(draw, ("f8", "U3", "?", "M8[s]", "c16", "u8", "S1"))),
         "not finite": lambda: np.full(columns[name].shape, np.nan),
         "hidden code": lambda: np.array([Hidden(box.code())] * len(columns[name]), object),
         "a column more": lambda: columns[name],
     }
-    what = one(draw, list(forged))
+    what = choose(draw, list(forged))
     if what == "bytes":
         what, content = damaged(draw, path.read_bytes())
         path.write_bytes(content)
@@ -158,8 +161,8 @@ def _records(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | No
 
 
 def _place(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None]:
-    """A folder where a file is written, or a file where a folder is."""
-    path = place / one(draw, WRITTEN)
+    """Puts a folder in the place of a file, or a file in the place of a folder."""
+    path = place / choose(draw, WRITTEN)
     was_file = path.is_file()
     shutil.rmtree(path, ignore_errors=True)
     path.unlink(missing_ok=True)
@@ -173,10 +176,10 @@ def _place(draw: Draw, place: Path, box: Sandbox) -> tuple[str, str, bool | None
 @inputs(2)
 @given(st.data())
 def test_valid_run_files_are_accepted(evaluated, computed_once, tmp_path, data):
-    attempt(functools.partial(case, run=evaluated, around=computed_once, valid=True), data.draw, tmp_path)
+    attempt(functools.partial(case, run=evaluated, context=computed_once, valid=True), data.draw, tmp_path)
 
 
 @inputs(5)
 @given(st.data())
 def test_bad_run_files_are_refused_in_one_line(evaluated, computed_once, tmp_path, data):
-    attempt(functools.partial(case, run=evaluated, around=computed_once, valid=False), data.draw, tmp_path)
+    attempt(functools.partial(case, run=evaluated, context=computed_once, valid=False), data.draw, tmp_path)

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from experiments.pytorch_baseline.weights import to_torch
 from lt_adv import models
 from tests.experiments import NO_TORCH
-from tests.robustness.inputs import ROOT, Case, Draw, attempt, damaged, inputs, one, value
+from tests.robustness.inputs import ROOT, Case, Draw, attempt, choose, damaged, inputs, value
 from tests.robustness.sandbox import Sandbox
 from tests.robustness.test_npz import Hidden
 
@@ -44,7 +44,7 @@ def state(width: int = 1, classes: int = 10) -> State:
 
 
 def safetensors(tensors: Mapping[str, np.ndarray], change: Any = lambda header: header) -> bytes:
-    """The format by hand, so that its header can be wrong in any way."""
+    """Returns a safetensors file whose header is changed by `change`."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     data = b""
     for name, array in tensors.items():
@@ -72,17 +72,17 @@ def states() -> tuple[State, State, State]:
 
 
 def case(draw: Draw, box: Sandbox, valid: bool) -> Case:
-    path = box.given / f"weights{one(draw, ('.pt', '.npz', '.safetensors', '.pth', '.pkl', '.tar'))}"
+    path = box.input / f"weights{choose(draw, ('.pt', '.npz', '.safetensors', '.pth', '.pkl', '.tar'))}"
     argv = [f"--config={ROOT}/configs/at.py:dataset=digits", "--mode=eval", f"--workdir={box.run}"]
     argv += [f"--config.init_from={path}"]
     if valid:
-        prefix = one(draw, ("", "module.", "model.module."))
-        kind = one(draw, ("float32", "float64", "float16"))
+        prefix = choose(draw, ("", "module.", "model.module."))
+        kind = choose(draw, ("float32", "float64", "float16"))
         save(path, {prefix + name: array.astype(kind) for name, array in states()[0].items()})
         return Case("valid", f"{path.suffix}, {kind}, prefix {prefix!r}", argv, True)
-    make = one(draw, (_damaged, _tensors, _tensors, _code, _header, _other))
-    kind, words, expected = make(draw, path, box)
-    return Case(kind, f"{path.suffix}: {words}", argv, expected, [str(path), path.name])
+    make = choose(draw, (_damaged, _tensors, _tensors, _code, _header, _other))
+    kind, description, expected = make(draw, path, box)
+    return Case(kind, f"{path.suffix}: {description}", argv, expected, [str(path), path.name])
 
 
 def _damaged(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | None]:
@@ -93,29 +93,31 @@ def _damaged(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | Non
 
 
 def _tensors(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | None]:
-    """Another network, or one tensor that is not as it should be."""
-    tensors, name = dict(states()[0]), one(draw, list(states()[0]))
+    """Saves the weights of another network, or one wrong tensor."""
+    tensors, name = dict(states()[0]), choose(draw, list(states()[0]))
     array = tensors[name]
     changes = {
         "another width": lambda: tensors.update(states()[1]),
         "another number of classes": lambda: tensors.update(states()[2]),
         "a missing tensor": lambda: tensors.pop(name),
-        "an unknown tensor": lambda: tensors.update({one(draw, ("x", "", "a.b", "[/b].weight", "mean")): array}),
-        "a turned tensor": lambda: tensors.update({name: array[None]}),
-        "a number that is not finite": lambda: tensors.update({name: np.full_like(array, one(draw, (np.nan, np.inf)))}),
+        "an unknown tensor": lambda: tensors.update({choose(draw, ("x", "", "a.b", "[/b].weight", "mean")): array}),
+        "a tensor of another rank": lambda: tensors.update({name: array[None]}),
+        "a value that is not finite": lambda: tensors.update(
+            {name: np.full_like(array, choose(draw, (np.nan, np.inf)))}
+        ),
         "an integer tensor": lambda: tensors.update({name: np.ones(array.shape, np.int64)}),
         "an empty tensor": lambda: tensors.update({name: array[:0]}),
         "no tensors": lambda: tensors.clear(),
         "a tensor twice": lambda: tensors.update({"linear.weight": tensors["fc.weight"]}),
     }
-    kind = one(draw, list(changes))
+    kind = choose(draw, list(changes))
     changes[kind]()
     save(path, tensors)
     return kind, f"{kind}: {name}", False if kind != "an integer tensor" else None
 
 
 def _code(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | None]:
-    """Code that runs where the file is unpickled."""
+    """Hides code that is executed when the file is unpickled."""
     hidden = Hidden(box.code())
     if path.suffix == ".npz":
         np.savez(path, **{**states()[0], "fc.weight": np.array([hidden], object)})
@@ -123,15 +125,15 @@ def _code(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | None]:
         torch.save({"fc.weight": hidden}, path)
     else:
         tensors = {name: torch.from_numpy(array) for name, array in states()[0].items()}
-        wrapped = one(draw, ({**tensors, "x": hidden}, {"state_dict": tensors, "epoch": hidden}, hidden, [hidden]))
+        wrapped = choose(draw, ({**tensors, "x": hidden}, {"state_dict": tensors, "epoch": hidden}, hidden, [hidden]))
         torch.save(wrapped, path, _use_new_zipfile_serialization=draw(st.booleans()))
     return "hidden code", "hidden code", False
 
 
 def _header(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | None]:
     """A wrong header of safetensors, under any file name: its length, offsets, shapes, types."""
-    name = one(draw, list(states()[0]))
-    entry = one(draw, ("dtype", "shape", "data_offsets"))
+    name = choose(draw, list(states()[0]))
+    entry = choose(draw, ("dtype", "shape", "data_offsets"))
     drawn = value(draw)
 
     def change(header: dict[str, Any]) -> Any:
@@ -139,21 +141,21 @@ def _header(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | None
             return drawn
         if kind == "no entry":
             return {**header, name: drawn}
-        header[name][entry] = one(draw, (drawn, [-1, 1], [0, 1 << 62], [1 << 62], "F8", [0.5], ["x"], [[]]))
+        header[name][entry] = choose(draw, (drawn, [-1, 1], [0, 1 << 62], [1 << 62], "F8", [0.5], ["x"], [[]]))
         return header
 
-    kind = one(draw, ("no object", "no entry", "an entry", "the length"))
+    kind = choose(draw, ("no object", "no entry", "an entry", "the length"))
     content = safetensors(states()[0], change if kind != "the length" else lambda header: header)
     if kind == "the length":
-        length = int(one(draw, (0, 1, 7, len(content), 1 << 40, (1 << 64) - 1)))
+        length = int(choose(draw, (0, 1, 7, len(content), 1 << 40, (1 << 64) - 1)))
         content = struct.pack("<Q", length) + content[8:]
     path.write_bytes(content)
     return f"header: {kind}", f"{kind} {entry} {drawn!r}", False
 
 
 def _other(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | None]:
-    """Something that is not a file of weights."""
-    kind = one(draw, ("absent", "a link to nothing", "a zip of others", "an endless device", "values", "a dict"))
+    """Puts something else in the place of the weights."""
+    kind = choose(draw, ("absent", "a link to nothing", "a zip of others", "an endless device", "values", "a dict"))
     if kind == "a link to nothing":
         path.symlink_to("nowhere")
     elif kind == "a zip of others":
@@ -162,7 +164,7 @@ def _other(draw: Draw, path: Path, box: Sandbox) -> tuple[str, str, bool | None]
     elif kind == "an endless device":
         path.symlink_to("/dev/zero")
     elif kind == "values":
-        torch.save(one(draw, (value(draw), [1, 2], {"state_dict": value(draw)}, {1: torch.zeros(1, 1, 1, 1)})), path)
+        torch.save(choose(draw, (value(draw), [1, 2], {"state_dict": value(draw)}, {1: torch.zeros(1, 1, 1, 1)})), path)
     elif kind == "a dict":
         torch.save({"net": {"w": torch.zeros(1, 1, 3, 3), "x": value(draw)}}, path)
     return kind, kind, False

@@ -13,7 +13,7 @@ from lt_adv.training import checkpoint, sharding, stage_builder
 
 
 def save(folder: str, config: Any) -> None:
-    """Random numbers, because the zeros of a first state would be compressed to nothing."""
+    """Saves random numbers, because zeros would be compressed."""
     experiment = Experiment.from_config(config)
     experiment.connect()
     built, mesh = stage_builder.build(experiment.resolved_stages[0], experiment.mesh), experiment.mesh

@@ -32,7 +32,7 @@ BYTES = {"pred": 1, "bf16": 2, "f16": 2, "f32": 4, "f64": 8, "s32": 4, "u32": 4,
 
 
 def traced_collectives(jaxpr, times=1):
-    """{primitive: {"count", "bytes"}} of a jaxpr and all jaxprs in it; bytes are those that each device contributes."""
+    """Returns {primitive: {"count", "bytes"}} of a jaxpr and all jaxprs in it; bytes are those that a device sends."""
     counts = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for equation in jaxpr.eqns:
         name, params = equation.primitive.name, equation.params
@@ -47,14 +47,14 @@ def traced_collectives(jaxpr, times=1):
                 if hasattr(inner, "eqns"):
                     for key, count in traced_collectives(inner, times * repeats).items():
                         if name == "while":
-                            raise ValueError(f"How often a while loop exchanges ({key}) cannot be known.")
+                            raise ValueError(f"{key} in a while loop: the number of iterations is not known.")
                         for quantity in count:
                             counts[key][quantity] += count[quantity]
     return dict(counts)
 
 
 def compiled_collectives(text):
-    """The same of the text of a compiled program, after XLA has merged and moved them; bytes are of the results."""
+    """Returns the same for the text of a compiled program, after XLA's optimisation; bytes are those of the results."""
     counts = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for result, name in re.findall(HLO, text):
         sizes = re.findall(r"(\w+)\[([\d,]*)\]", result)
@@ -67,7 +67,7 @@ def total(collectives, quantity):
     return sum(count[quantity] for count in collectives.values())
 
 
-def test_traced_collectives_of_a_known_program():
+def test_traced_collectives_of_a_known_program_are_counted():
     def per_device(x):
         def body(carry, _):
             return carry + jax.lax.psum(x[:2], "data"), None
@@ -84,7 +84,7 @@ def test_traced_collectives_of_a_known_program():
     assert set(compiled_collectives(f.lower(x).compile().as_text())) == {"all-reduce"}
 
 
-def test_text_of_a_compiled_program():
+def test_collectives_in_the_text_of_a_program_are_counted():
     text = """
       %a = f32[3,16]{1,0} all-reduce(f32[3,16]{1,0} %x), channel_id=1
       %b = (f32[2]{0}, bf16[4,2]{1,0}) all-reduce(f32[2]{0} %y, bf16[4,2]{1,0} %z), channel_id=2
@@ -111,7 +111,7 @@ def test_step_sums_its_gradient_once_and_transfers_nothing_to_the_host(sharded):
     assert not re.findall(HOST, text)
 
 
-def test_what_a_device_contributes_depends_neither_on_devices_nor_on_attack_steps():
+def test_bytes_sent_by_a_device_depend_neither_on_devices_nor_on_attack_steps():
     counts = []
     for devices, num_steps in ((2, 1), (4, 1), (8, 1), (2, 5)):
         step, state, pipeline, teacher = make(methods.create({"name": "at"}, num_steps=num_steps), devices, "shard_map")
@@ -119,7 +119,7 @@ def test_what_a_device_contributes_depends_neither_on_devices_nor_on_attack_step
     assert total(counts[0], "count") > 0 and all(count == counts[0] for count in counts)
 
 
-def test_transfers_to_the_host_are_noticed():
+def test_transfers_to_the_host_are_detected():
     f = jax.jit(lambda x: jax.pure_callback(np.asarray, jax.ShapeDtypeStruct((3,), np.float32), x))
     assert len(re.findall(HOST, f.lower(jnp.zeros(3)).compile().as_text())) == 1
     assert re.findall(HOST, " %i = ((f32[]), token[]) infeed(token[] %t)")

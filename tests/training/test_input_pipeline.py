@@ -16,7 +16,7 @@ KEY, MESH = jax.random.key(3), sharding.make_mesh(jax.devices()[:2])
 
 
 def make_pipeline(examples, batch_size, class_aware=False, key=KEY):
-    """(split, its class table, steps in an epoch, pipeline) of images 3 x 2."""
+    """Returns (split, its class table, steps per epoch, pipeline) of images of 3 x 2 pixels."""
     label = np.arange(examples, dtype=np.int32) % 3
     image = np.random.RandomState(0).randint(0, 256, (examples, 3, 2, 1)).astype(np.uint8)
     split = Split(image, label, np.arange(examples) * 10)
@@ -62,14 +62,14 @@ def test_the_key_of_the_state_may_be_donated():
         assert set(np.asarray(next(batches)["row"][:steps]).ravel().tolist()) == set(range(8))
 
 
-def large(jaxpr, size):
-    """(primitive, shapes) of all operations, at any depth, with an operand or a result of `size` elements or more."""
+def large_operations(jaxpr, size):
+    """Returns (primitive, shapes) of all operations, at any depth, with an array of `size` elements or more."""
     operations = []
     for equation in jaxpr.eqns:
         inner = [part for value in equation.params.values() for part in jax.tree.leaves(value, is_leaf=is_jaxpr)]
         inner = [getattr(part, "jaxpr", part) for part in inner if is_jaxpr(part)]
         for part in inner:
-            operations += large(part, size)
+            operations += large_operations(part, size)
         shapes = [tuple(atom.aval.shape) for atom in (*equation.invars, *equation.outvars)]
         if not inner and any(np.prod(shape, dtype=int) >= size for shape in shapes):
             operations.append((equation.primitive.name, shapes))
@@ -88,7 +88,9 @@ def test_only_the_gather_reads_all_images(parallel):
     for examples in (14_009, 200_003):
         data = {**pipeline.example, "image": jax.ShapeDtypeStruct((examples, 36), jnp.uint8)}
         jaxpr = jax.make_jaxpr(step)(state, data, teacher)
-        ((name, (operand, *_)),) = [operation for operation in large(jaxpr.jaxpr, 14_000) if operation[0] not in TYPES]
+        ((name, (operand, *_)),) = [
+            operation for operation in large_operations(jaxpr.jaxpr, 14_000) if operation[0] not in TYPES
+        ]
         assert name == "gather" and operand == (examples, 36)
         texts.append(str(jaxpr).replace(str(examples), "examples"))
     assert texts[0] == texts[1]

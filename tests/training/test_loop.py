@@ -54,8 +54,8 @@ def config():
 
 
 @pytest.fixture(scope="module")
-def run(config, tmp_path_factory):
-    """start(stages, workdir) -> the programs of the stages that were trained; one device."""
+def run(config):
+    """Returns `start(stages, workdir)`, which trains on one device and returns the programs of the trained stages."""
     common = {"dataset": data.load(config.data), "mesh": sharding.make_mesh(jax.devices()[:1])}
 
     def start(stages, workdir, hooks=(), **changes):
@@ -81,11 +81,11 @@ def rows(workdir):
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_two_stages_and_the_frozen_teacher(teacher_and_student):
+def test_the_frozen_teacher_is_the_last_state_of_the_first_stage(teacher_and_student):
     workdir, _, (teacher, student) = teacher_and_student
     assert teacher.info.class_counts.tolist() == [24] * 10 and student.info.class_counts.tolist()[-1] == 12
     assert sorted(d.name for d in (workdir / "checkpoints").iterdir()) == ["0_teacher", "1_student"]
-    saved = workdir / "only"  # the teacher's last checkpoint alone
+    saved = workdir / "teacher"  # has only the checkpoints of the teacher
     (saved / "checkpoints").mkdir(parents=True)
     (saved / "checkpoints" / "0_teacher").symlink_to(workdir / "checkpoints" / "0_teacher")
     kernel = read_variables(saved)[0]["params"]["head"]["kernel"]
@@ -120,7 +120,7 @@ def test_other_images_are_refused(run, config, teacher_and_student, tmp_path):
         run(stages, again, dataset=dataclasses.replace(data.load(config.data), digest="other"))
 
 
-def test_start_from_another_run_with_a_frozen_backbone(run, teacher_and_student, tmp_path):
+def test_a_frozen_backbone_of_another_run_stays_constant(run, teacher_and_student, tmp_path):
     source, _, _ = teacher_and_student
     frozen = base.Stage(
         method=Distil(), epochs=1, init=str(source), freeze="backbone/", freeze_batch_stats=True, name="tuned"
@@ -197,7 +197,7 @@ class RecordCalls(Hook):
         self._calls.append(("step", stage.name, int(state.step)))
 
     def on_log(self, event):
-        event.metrics["added"] = 1.0  # too late for metrics.jsonl, which a hook of the loop has written
+        event.metrics["added"] = 1.0  # after LogHook has written metrics.jsonl
         self._calls.append(("log", event.step, event.epoch, event.epoch_ended, event.is_last_step))
 
     def on_stage_end(self, stage, state):

@@ -18,7 +18,7 @@ EMA = {"name": "ema", "decay": 0.9, "start_epoch": 0}
 METHOD = methods.create({"name": "at"}, num_steps=1)
 
 
-def specs(state):
+def sharded_specs(state):
     return {
         jax.tree_util.keystr(path): a.sharding.spec
         for path, a in jax.tree_util.tree_leaves_with_path(state)
@@ -39,8 +39,8 @@ def test_the_longest_divisible_axis_is_sharded_in_the_requested_fields():
     assert result.average == result.opt_state
     replicated = jax.tree.leaves([result.params, result.batch_stats, result.key, result.step])
     assert {s.spec for s in replicated} == {P()}
-    alone = sharding.shardings(state, sharding.make_mesh(jax.devices()[:1]), ALL)
-    assert {s.spec for s in jax.tree.leaves(alone)} == {P()}, "one device has it all"
+    one_device = sharding.shardings(state, sharding.make_mesh(jax.devices()[:1]), ALL)
+    assert {s.spec for s in jax.tree.leaves(one_device)} == {P()}
 
 
 @pytest.mark.slow
@@ -54,7 +54,7 @@ def test_sharded_training_equals_one_device(sharded):
 
 def test_the_state_stays_sharded_and_the_step_compiles_once(caplog):
     step, state, pipeline, teacher = make(METHOD, 2, "shard_map", sharded=ALL, average=EMA)
-    before = specs(state)
+    before = sharded_specs(state)
     assert len(before) >= 3 * 2 and all(name.startswith((".params", ".opt_state", ".average")) for name in before)
     kernel = state.params["kernel"]
     assert {shard.data.shape for shard in kernel.addressable_shards} == {(3, 4)} and kernel.shape == (6, 4)
@@ -62,7 +62,7 @@ def test_the_state_stays_sharded_and_the_step_compiles_once(caplog):
         for _ in range(3):
             old = state
             state, _ = step(state, pipeline.example, teacher)
-    assert specs(state) == before and old.params["kernel"].is_deleted(), "donated"
+    assert sharded_specs(state) == before and old.params["kernel"].is_deleted(), "donated"
     assert sum("Finished XLA compilation of jit(sharded_step)" in line for line in caplog.messages) == 1
 
 
@@ -76,7 +76,7 @@ def test_shards_are_restored_on_any_number_of_devices(tmp_path, devices):
     checkpoints.close()
     _, other, _, _ = make(METHOD, devices, "shard_map", sharded=ALL, average=EMA, seed=4)
     restored, meta = Checkpoints(stage).restore(1, other, sharding.make_mesh(jax.devices()[:devices]))
-    assert specs(restored) == specs(other) and bool(specs(restored)) == (devices > 1)
+    assert sharded_specs(restored) == sharded_specs(other) and bool(sharded_specs(restored)) == (devices > 1)
     stored = {name: value for name, value in meta["digest"].items() if name != "meta"}
     assert digest(restored) == digest(state) == stored != digest(other)
     for actual, expected in zip(jax.tree.leaves(restored.params), jax.tree.leaves(state.params), strict=True):

@@ -17,7 +17,7 @@ METHOD = methods.create({"name": "at"}, num_steps=2)
 PER_EPOCH = len(split()) // 16
 
 
-def go(step, state, pipeline, teacher, first, last):
+def run_steps(step, state, pipeline, teacher, first, last):
     rows = []
     with pipeline.batches(first, last) as batches:
         for batch in batches:
@@ -48,8 +48,8 @@ def check_equals_resident(parallel, devices, caplog, **options):
     expected = run(METHOD, devices, parallel, steps=PER_EPOCH + 3, **options)
     step, state, pipeline, teacher = make(METHOD, devices, parallel, streamed=True, **options)
     with jax.log_compiles(), caplog.at_level(logging.WARNING):
-        state, before = go(step, state, pipeline, teacher, 0, PER_EPOCH + 1)
-        state, after = go(step, state, pipeline, teacher, PER_EPOCH + 1, PER_EPOCH + 3)
+        state, before = run_steps(step, state, pipeline, teacher, 0, PER_EPOCH + 1)
+        state, after = run_steps(step, state, pipeline, teacher, PER_EPOCH + 1, PER_EPOCH + 3)
     if parallel == "shard_map":  # pmap does not log the name of the function
         assert sum("Finished XLA compilation of jit(sharded_step)" in line for line in caplog.messages) == 1
     assert_same_bits((state.replace(key=jax.random.key_data(state.key)), before + after), expected)

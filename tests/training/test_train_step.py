@@ -42,9 +42,9 @@ def trained():
     return states, rows, kinds, (step, pipeline, teacher)
 
 
-def test_one_compilation(trained):
+def test_the_step_compiles_once(trained):
     _, _, counts, _ = trained
-    assert counts == [1] * 6, "something else than the first step was compiled"
+    assert counts == [1] * 6, "only the first step compiles a program"
 
 
 def test_resume_is_bit_exact(trained):
@@ -66,9 +66,7 @@ def test_average_is_an_ema_of_weights_and_statistics(trained):
             d = min(0.7, (1 + t) / (10 + t))
             expected = jax.tree.map(lambda a, p, d=d: d * a + (1 - d) * p, expected, getattr(state, name))
         chex.assert_trees_all_close(states[-1].average[name], expected, rtol=1e-5, atol=1e-7)
-    assert states[-1].variables is not None and np.any(
-        np.asarray(states[-1].variables["params"]["kernel"]) != states[-1].params["kernel"]
-    )
+    assert np.any(np.asarray(states[-1].variables["params"]["kernel"]) != states[-1].params["kernel"])
 
 
 def test_swa_is_the_mean_over_epoch_ends():
@@ -77,7 +75,7 @@ def test_swa_is_the_mean_over_epoch_ends():
     for n in range(6):
         donated = state
         state, _ = step(state, pipeline.example, teacher)
-        if n == 5:  # where numpy looked at the state, CPU buffers cannot be reused
+        if n == 5:  # buffers that numpy has read cannot be donated on CPU
             assert all(a.is_deleted() for a in jax.tree.leaves((donated.params, donated.average, donated.opt_state)))
         if n < 3:  # before the end of epoch 1, where the mean starts, the average equals the weights
             np.testing.assert_allclose(state.average["params"]["kernel"], state.params["kernel"], rtol=1e-6)
@@ -93,8 +91,8 @@ def test_metrics_of_the_groups_sum_to_the_metric_of_all_images(trained):
     for n, (state, row) in enumerate(zip(states[1:], rows, strict=True)):
         steps, sums = n % 2 + 1, state.metric_sums
         for part in (0, 1):
-            together = sum(sums[f"accuracy_{group}"][part] for group in GROUPS)
-            assert together == pytest.approx(sums["accuracy"][part], rel=1e-6)
+            sum_of_groups = sum(sums[f"accuracy_{group}"][part] for group in GROUPS)
+            assert sum_of_groups == pytest.approx(sums["accuracy"][part], rel=1e-6)
         assert sums["accuracy"][1] == 16 * steps and sums["loss"][1] == sums["gradient_norm"][1] == steps
         for name, (total, weight) in sums.items():
             assert row[name] == pytest.approx(total / weight, rel=1e-6)
@@ -174,7 +172,7 @@ def test_robal_updates_statistics_twice_and_the_released_code_four_times():
     assert abs(released - paper) > 0.05 * abs(start)
 
 
-def test_bad_options():
+def test_bad_options_are_refused():
     with pytest.raises(ValueError, match="not a multiple of the 3 devices"):
         make(AT(), 3)
     with pytest.raises(ValueError, match="Did you mean 'crop_flip'"):
@@ -183,7 +181,7 @@ def test_bad_options():
         make(AT(), 1, "shardmap")
 
 
-def test_repeats_bit_for_bit_and_depends_on_the_key():
+def test_training_repeats_bit_for_bit_and_depends_on_the_key():
     (a, _), (b, _), (c, _) = (run(RoBal(num_steps=1), 2, steps=2, seed=seed) for seed in (3, 3, 4))
     chex.assert_trees_all_equal(a, b)
     assert not np.allclose(a.params["kernel"], c.params["kernel"], rtol=1e-3)
@@ -203,10 +201,10 @@ def test_frozen_parameters_stay_constant_on_any_number_of_devices(float64):
 
 @pytest.mark.slow
 def test_the_attack_can_see_the_network_in_another_dtype():
-    """`attack_apply` is what `perturb` sees and nothing else does: one that is upside down makes the loss smaller."""
+    """Only `perturb` sees `attack_apply`: with negated logits the attack makes the loss smaller."""
     model = Small()
 
-    def upside_down(variables, x, train):
+    def negated(variables, x, train):
         assert not train
         logits, out = model.apply(variables, x, train=train)
         return -logits, out
@@ -216,7 +214,7 @@ def test_the_attack_can_see_the_network_in_another_dtype():
 
     no_attack = first_loss()
     assert first_loss(attack_apply=model.apply) == no_attack
-    assert first_loss(attack_apply=upside_down) < no_attack - 0.05
+    assert first_loss(attack_apply=negated) < no_attack - 0.05
 
 
 @pytest.mark.parametrize("impl", ["rbg", "unsafe_rbg"])

@@ -20,7 +20,7 @@ def apply(variables, x):
 
 
 @pytest.mark.parametrize("devices, batch_size", [(1, 4), (8, 256), (4, 5)])
-def test_counts_every_image_once_for_any_batch_size(devices, batch_size):
+def test_every_image_is_counted_once_for_any_batch_size(devices, batch_size):
     mesh = sharding.make_mesh(jax.devices()[:devices])
     attack = {"eps": 0.05, "step_size": 0.05, "num_steps": 3}
     monitor = Monitor(
@@ -38,7 +38,7 @@ def test_counts_every_image_once_for_any_batch_size(devices, batch_size):
     assert result["pgd3/accuracy"] < result["clean/accuracy"]
 
 
-def test_compiles_once(caplog):
+def test_the_monitor_compiles_once(caplog):
     mesh = sharding.make_mesh(jax.devices()[:4])
     label = np.arange(20) % 4
     image = np.zeros((20, 2, 2, 1), np.uint8)

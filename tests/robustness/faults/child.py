@@ -1,14 +1,16 @@
-"""A run in its own process, as `python -m lt_adv.main` starts it, that injects faults into itself.
+"""A process of `lt_adv.main` that injects faults into itself.
 
-`Injection` says what and where. Every step leaves a line in a trace: its number and the digest of the state before it.
-The process is a fork of one that has imported everything and computed nothing, or each start would take seconds longer.
+It writes a trace: the number of each step with a digest of the state before it, and the step of each save. The process
+is forked from one that has imported all modules, which saves seconds per start.
 """
 
 import contextlib
 import dataclasses
 import errno
+import functools
 import hashlib
 import importlib
+import itertools
 import json
 import logging
 import os
@@ -23,9 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import matplotlib.pyplot  # noqa: F401  the rest of what a run imports on its way
+import matplotlib.pyplot  # noqa: F401 (imported before the fork)
 import orbax.checkpoint as ocp
-import safetensors.numpy  # noqa: F401
+import safetensors.numpy  # noqa: F401 (imported before the fork)
 from etils import epath
 
 from lt_adv import main
@@ -33,97 +35,121 @@ from lt_adv.data import cache
 from lt_adv.training import checkpoint, checksums
 from lt_adv.training.hooks import Hook
 
-LOCAL = type(epath.Path("/"))
+LocalPath = type(epath.Path("/"))
 evaluate = importlib.import_module("lt_adv.evaluation._evaluate")
 
 
 @dataclasses.dataclass(frozen=True)
 class Injection:
-    """`act` at the `count`-th time that the run comes by `site`; of files, counted are those whose path has `pattern`.
+    """An action at a place of the run.
 
-    site: step, before_save, saving (`count` files of a checkpoint are there), saved (it is complete), restore (within
-    `amount` seconds, or right after it), write (in the middle of a file), rename (a file or folder is written, and not
-    yet in place), attack (of the evaluation), cache (an array of decoded images).
-    act: kill, term, wait, limit (no file larger than `amount` KiB), or the name of an errno.
-    process: of several, the one that does it.
+    Attributes:
+      site: step, before_save, saving (`count` files of a checkpoint exist), saved (the checkpoint is complete), restore
+        (within `amount` seconds, or right after it), write (in the middle of a file), rename (before a file or folder
+        is renamed), attack (of the evaluation) or cache (before and after an array of decoded images is written).
+      action: kill, term, wait, limit (no file larger than `amount` KiB), or the name of an errno.
+      count: the action happens when the run reaches the site for the `count`-th time.
+      pattern: regular expression; only files whose path matches it are counted.
+      amount: see above.
+      process: number of the process that performs the action.
     """
 
     site: str
-    act: str
+    action: str
     count: int = 1
     pattern: str = ""
     amount: float = 0.0
     process: int = 0
 
 
-def enter(
+def run(
     argv: Sequence[str],
     injections: Sequence[Injection],
     files: Path,
     environment: Mapping[str, str],
     *,
-    slow: float = 0.0,
+    delay: float = 0.0,
     digest: bool = True,
 ) -> None:
-    """Runs the process. Output and trace go to `files`.out, .err, .trace and, while it waits, .waits."""
+    """Runs `main.main(argv)` with the injections.
+
+    Output and trace are written to `files`.out, .err and .trace; the file .waits exists while the process waits.
+
+    Args:
+      argv: the command line.
+      injections: the faults of this process.
+      files: prefix of the written files.
+      environment: additional environment variables.
+      delay: seconds by which writes, renames and saves are delayed.
+      digest: whether the digests of checkpoints are verified.
+    """
     os.environ.update(environment)
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{files}.{ending}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    logging.getLogger().handlers.clear()  # those of the imports, which `python -m lt_adv.main` would not have
+    logging.getLogger().handlers.clear()  # added by imports; `python -m lt_adv.main` starts without them
     _trace(Path(f"{files}.trace"))
     if not digest:
         checkpoint.mismatches = lambda *_: []
-    if slow:
-        for owner, name in ((LOCAL, "write_bytes"), (os, "rename"), (os, "replace"), (ocp.CheckpointManager, "save")):
-            _before(owner, name, lambda *_: time.sleep(slow))
+    if delay:
+        for owner, name in (
+            (LocalPath, "write_bytes"),
+            (os, "rename"),
+            (os, "replace"),
+            (ocp.CheckpointManager, "save"),
+        ):
+            _wrap(owner, name, before=lambda *_: time.sleep(delay))
     for injection in injections:
-        SITES[injection.site](injection, lambda act=injection: _act(act, files))
+        SITES[injection.site](injection, functools.partial(_perform, injection, files))
     sys.exit(main.main(["lt_adv.main", *argv], HOOKS))
 
 
-def _act(injection: Injection, files: Path) -> None:
-    if injection.act == "kill":
+def _perform(injection: Injection, files: Path) -> None:
+    if injection.action == "kill":
         os.kill(os.getpid(), signal.SIGKILL)
-    elif injection.act == "term":
+    elif injection.action == "term":
         os.kill(os.getpid(), signal.SIGTERM)
-    elif injection.act == "wait":
+    elif injection.action == "wait":
         Path(f"{files}.waits").touch()
         time.sleep(600)
-    elif injection.act == "limit":
+    elif injection.action == "limit":
         resource.setrlimit(resource.RLIMIT_FSIZE, (int(injection.amount * 1024), resource.RLIM_INFINITY))
     else:
-        number = getattr(errno, injection.act)
+        number = getattr(errno, injection.action)
         raise OSError(number, os.strerror(number), "a file of the run")
 
 
-def _before(owner: Any, name: str, act: Callable[..., None], after: Callable[..., None] | None = None) -> None:
-    """`act` with the arguments of each call of a function or method, before it; `after` likewise."""
+def _do_nothing(*_: Any) -> None:
+    pass
+
+
+def _wrap(
+    owner: Any, name: str, *, before: Callable[..., None] = _do_nothing, after: Callable[..., None] = _do_nothing
+) -> None:
+    """Replaces a function or method by one that also calls `before` and `after` with its positional arguments."""
     original = getattr(owner, name)
 
-    def around(*args: Any, **options: Any) -> Any:
-        act(*args)
+    def wrapper(*args: Any, **options: Any) -> Any:
+        before(*args)
         result = original(*args, **options)
-        if after:
-            after(*args)
+        after(*args)
         return result
 
-    setattr(owner, name, around)
+    setattr(owner, name, wrapper)
 
 
-def _counted(injection: Injection, act: Callable[[], None]) -> Callable[..., None]:
-    """`act` at the right one of the calls for which a path among the arguments has the pattern."""
-    left = [injection.count]
+def _at_count(injection: Injection, act: Callable[[], None]) -> Callable[..., None]:
+    """Returns a function that calls `act` in its `count`-th call with a path that matches the pattern."""
+    calls = itertools.count(1)
 
-    def come_by(*args: Any) -> None:
+    def call(*args: Any) -> None:
         paths = [os.fspath(arg) for arg in args if isinstance(arg, str | os.PathLike)]
         if injection.pattern and not any(re.search(injection.pattern, path) for path in paths):
             return
-        left[0] -= 1
-        if left[0] == 0:
+        if next(calls) == injection.count:
             act()
 
-    return come_by
+    return call
 
 
 class BeforeStep(Hook):
@@ -140,7 +166,7 @@ HOOKS: list[Hook] = []  # of the training loop
 
 
 def _trace(path: Path) -> None:
-    """A line before each step, and one after each save: orbax writes it then, and the one before it has ended."""
+    """Writes a line before each step, and one after each call of `save`, when Orbax has finished the save before it."""
     file = path.open("w", buffering=1)
 
     def step(state: Any) -> None:
@@ -151,81 +177,81 @@ def _trace(path: Path) -> None:
 
     HOOKS.append(BeforeStep(step))
 
-    def saving(_: Any, number: int, *rest: Any) -> None:
+    def save(_: Any, number: int, *rest: Any) -> None:
         file.write(json.dumps({"save": number}) + "\n")
 
-    _before(checkpoint.Checkpoints, "save", lambda *_: None, saving)
+    _wrap(checkpoint.Checkpoints, "save", after=save)
 
 
 def _at_step(injection: Injection, act: Callable[[], None]) -> None:
-    HOOKS.append(BeforeStep(_counted(injection, act)))
+    HOOKS.append(BeforeStep(_at_count(injection, act)))
 
 
 def _before_save(injection: Injection, act: Callable[[], None]) -> None:
-    _before(checkpoint.Checkpoints, "save", _counted(injection, act))
+    _wrap(checkpoint.Checkpoints, "save", before=_at_count(injection, act))
 
 
 def _saving(injection: Injection, act: Callable[[], None]) -> None:
-    """As soon as the folder of the checkpoint that is written has so many files, or as soon as it is in place."""
+    """Acts when the temporary folder of the checkpoint has `count` files, or when the checkpoint is complete."""
 
     def watch(checkpoints: Any, number: int, *_: Any) -> None:
         folder = Path(checkpoints.directory)
 
-        def look() -> None:
+        def poll() -> None:
             while not (folder / str(number)).exists():
-                with contextlib.suppress(FileNotFoundError):  # it moves while one looks
+                with contextlib.suppress(FileNotFoundError):  # renamed meanwhile
                     parts = [p for p in folder.glob(f"{number}.*") for p in p.rglob("*") if p.is_file()]
                     if len(parts) >= injection.count:
                         break
             act()
 
-        threading.Thread(target=look, daemon=True).start()
+        threading.Thread(target=poll, daemon=True).start()
 
-    _before(checkpoint.Checkpoints, "save", watch)
+    _wrap(checkpoint.Checkpoints, "save", before=watch)
 
 
 def _saved(injection: Injection, act: Callable[[], None]) -> None:
-    come_by = _counted(injection, act)
+    count = _at_count(injection, act)
 
     def wait(checkpoints: Any, *_: Any) -> None:
         checkpoints.wait()
-        come_by()
+        count()
 
-    _before(checkpoint.Checkpoints, "save", lambda *_: None, wait)
+    _wrap(checkpoint.Checkpoints, "save", after=wait)
 
 
 def _restore(injection: Injection, act: Callable[[], None]) -> None:
     def later(*_: Any) -> None:
         threading.Timer(injection.amount, act).start()
 
-    _before(ocp.CheckpointManager, "restore", later, lambda *_: act())
+    _wrap(ocp.CheckpointManager, "restore", before=later, after=lambda *_: act())
 
 
 def _write(injection: Injection, act: Callable[[], None]) -> None:
-    original = LOCAL.write_bytes
-    come_by = _counted(injection, act)
+    original = LocalPath.write_bytes
+    count = _at_count(injection, act)
 
     def halfway(path: Any, content: bytes) -> Any:
         original(path, content[: len(content) // 2])
-        come_by(re.sub(r"/\.([^/]+)\.\d+\.tmp$", r"/\1", os.fspath(path)))  # by the name that it will have
+        count(re.sub(r"/\.([^/]+)\.\d+\.tmp$", r"/\1", os.fspath(path)))  # the final name
         return original(path, content)
 
-    LOCAL.write_bytes = halfway
+    LocalPath.write_bytes = halfway
 
 
 def _rename(injection: Injection, act: Callable[[], None]) -> None:
-    come_by = _counted(injection, act)
+    count = _at_count(injection, act)
     for name in ("rename", "replace"):
-        _before(os, name, come_by)
+        _wrap(os, name, before=count)
 
 
 def _attack(injection: Injection, act: Callable[[], None]) -> None:
-    _before(evaluate._Runner, "attack", _counted(injection, act))
+    _wrap(evaluate._Runner, "attack", before=_at_count(injection, act))
 
 
 def _cache(injection: Injection, act: Callable[[], None]) -> None:
-    come_by = _counted(injection, act)
-    _before(cache, "_write_array", lambda *_: come_by(), lambda *_: come_by())
+    count = _at_count(injection, act)
+    _wrap(cache, "_write_array", before=lambda *_: count(), after=lambda *_: count())
 
 
 SITES: dict[str, Callable[[Injection, Callable[[], None]], None]] = {

@@ -1,4 +1,4 @@
-"""Digests of all results of a run: two runs have the same results exactly if these are equal."""
+"""Digests of all results of a run, to compare two runs bit for bit."""
 
 import hashlib
 import warnings
@@ -10,16 +10,16 @@ import orbax.checkpoint as ocp
 
 from tests.robustness.faults.run import Run
 
-EXPORTED = ("network.jax", "weights.safetensors")  # the others name folders
-LEFT_OUT = ("checkpoints", "damaged", "eval")  # compared by content, or of faults; records lie below a digest
+EXPORTED = ("network.jax", "weights.safetensors")  # the other exported files contain paths
+EXCLUDED = ("checkpoints", "damaged", "eval")  # their content is compared, or depends on the faults
 
 
-def end(run: Run) -> dict[str, str]:
-    """Every array of the last checkpoint, the lines of training, every prediction, the export, and which files lie
-    about."""
+def result_digests(run: Run) -> dict[str, str]:
+    """Returns {result: digest} of the last checkpoint's arrays, the metrics, the predictions, the export and the names
+    of all files."""
     results = {f"file {path}": "" for path in files(run.folder)}
     results |= {f"checkpoint {step}": "" for step in run.checkpoints()}
-    results |= {f"array {name}": text for name, text in arrays(run.newest() / "state").items()}
+    results |= {f"array {name}": text for name, text in arrays(run.newest_checkpoint() / "state").items()}
     results["metrics.jsonl"] = _digest((run.folder / "metrics.jsonl").read_bytes())
     results |= {f"export/{name}": _digest((run.folder / "export" / name).read_bytes()) for name in EXPORTED}
     for path in sorted(run.folder.glob("eval/records/*/*.npz")):
@@ -29,27 +29,27 @@ def end(run: Run) -> dict[str, str]:
 
 
 def files(folder: Path) -> list[str]:
-    """Names of all files of a run but checkpoints and records."""
+    """Returns the names of all files of a run except checkpoints and records."""
     paths = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(str(path) for path in paths if path.parts[0] not in LEFT_OUT)
+    return sorted(str(path) for path in paths if path.parts[0] not in EXCLUDED)
 
 
 def arrays(state: Path) -> dict[str, str]:
-    """Read as orbax reads them, and not through the code that is tried here."""
+    """Reads the arrays with Orbax directly, not through the code under test."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of shardings that are not told: it is the same machine
+        warnings.simplefilter("ignore")  # about shardings that are read from the checkpoint
         handler = ocp.PyTreeCheckpointHandler()
         item = handler.metadata(state).tree
-        one = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was saved on
-        given = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=one), item)
-        tree = handler.restore(state, args=ocp.args.PyTreeRestore(item=item, restore_args=given))
+        sharding = jax.sharding.SingleDeviceSharding(jax.devices()[0])  # whatever devices it was saved on
+        restore_args = jax.tree.map(lambda _: ocp.ArrayRestoreArgs(sharding=sharding), item)
+        tree = handler.restore(state, args=ocp.args.PyTreeRestore(item=item, restore_args=restore_args))
     tree["key"] = jax.random.key_data(tree["key"])
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     return {jax.tree_util.keystr(path, simple=True, separator="/"): _array(np.asarray(leaf)) for path, leaf in leaves}
 
 
 def mismatches(first: dict[str, str], second: dict[str, str]) -> list[str]:
-    """The names of results that are not equal in both."""
+    """Returns the names of the results that differ."""
     return sorted(name for name in first.keys() | second.keys() if first.get(name) != second.get(name))
 
 

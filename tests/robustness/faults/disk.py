@@ -1,4 +1,4 @@
-"""A small file system in memory, which can really be full or read-only."""
+"""A small file system in memory that can be full or read-only."""
 
 import contextlib
 import os
@@ -11,7 +11,7 @@ SIZE = "64m"
 
 @contextlib.contextmanager
 def mounted(folder: Path) -> Iterator[bool]:
-    """`folder` as a file system in memory; False, and an ordinary folder, where this process may mount none."""
+    """Mounts a file system in memory on `folder`. Yields False, and leaves `folder` as it is, without permission."""
     folder.mkdir(parents=True, exist_ok=True)
     if not os.path.ismount(folder) and not _mount("-t", "tmpfs", "-o", f"size={SIZE}", "tmpfs", str(folder)):
         yield False
@@ -25,13 +25,13 @@ def mounted(folder: Path) -> Iterator[bool]:
 def _mount(*arguments: str) -> bool:
     try:
         return subprocess.run(["mount", *arguments], capture_output=True).returncode == 0
-    except OSError:  # no such command here
+    except OSError:  # there is no command `mount`
         return False
 
 
 @contextlib.contextmanager
 def full(folder: Path, left: int) -> Iterator[None]:
-    """But for `left` bytes."""
+    """Fills the file system up to `left` bytes."""
     filler = folder / "filler"
     with filler.open("wb") as file:
         free = os.statvfs(folder)

@@ -1,4 +1,4 @@
-"""A run that faults are injected into: its folder, its starts, and their outcomes."""
+"""A run into which faults are injected: its folder, its starts, and their outcomes."""
 
 import dataclasses
 import json
@@ -16,8 +16,8 @@ from tests.robustness.faults import child
 from tests.robustness.faults.child import Injection
 
 KILLED, TERMINATED, REFUSED, ABORTED = -9, 0, 2, -6
-SECONDS = 240  # that a start may take
-SILENCE = 20  # seconds after which one of two processes is taken for dead
+SECONDS = 240  # time limit of one start
+HEARTBEAT_TIMEOUT = 20  # seconds
 STAGE = "0_train"
 CONFIG = (
     "--config=configs/at.py:dataset=digits,epochs=14",
@@ -40,23 +40,23 @@ processes.set_forkserver_preload([child.__name__])
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """What a start left: its exit code (None: it had to be ended), what it printed, and its trace."""
+    """Exit code of a start (None: it exceeded the time limit), its output, and its trace."""
 
     code: int | None
     out: str
     err: str
-    steps: dict[int, str]  # digest of the state before each step that was begun
-    saves: list[int]  # that are under way or ended; all but the last have ended
+    steps: dict[int, str]  # step -> digest of the state before it
+    saves: list[int]  # steps of the saves; all but the last are finished
 
     @property
     def resumed(self) -> int:
-        """The step that training went on from, 0 if it began at the start."""
+        """The step from which training resumed, 0 if it did not resume."""
         match = re.search(r"Resumed \S+ at step (\d+)", self.out)
         return int(match[1]) if match else 0
 
 
 class Run:
-    """A working directory below `disk`; the data lie outside of it."""
+    """A run in the working directory `disk / name`; the data are outside of `disk`."""
 
     def __init__(self, disk: Path, name: str, data: Path, digest: bool = True):
         self.disk, self.folder, self.digest = disk, disk / name, digest
@@ -72,68 +72,76 @@ class Run:
             shutil.rmtree(folder, ignore_errors=True)
 
     def checkpoints(self) -> list[int]:
-        """The steps of those that are in place."""
+        """Returns the steps of the complete checkpoints."""
         stage = self.folder / "checkpoints" / STAGE
         return sorted(int(path.name) for path in stage.glob("*") if path.name.isdigit())
 
-    def newest(self) -> Path:
+    def newest_checkpoint(self) -> Path:
         return self.folder / "checkpoints" / STAGE / str(self.checkpoints()[-1])
 
-    def has_cache(self) -> None:
+    def ensure_cache(self) -> None:
+        """Starts the run, if necessary, until the cache of decoded images is written."""
         if not list(self.cache.glob("[!.]*")):
-            self._passes(Injection("before_save", "kill"), code=KILLED)
+            self._start_expecting(KILLED, Injection("before_save", "kill"))
 
-    def reaches(self, where: str | int) -> None:
-        """Goes on without a fault to "evaluated", or until there are that many checkpoints."""
-        if where == "evaluated" and not (self.folder / "report.json").exists():
-            self._passes(code=TERMINATED)
-        if isinstance(where, int) and len(self.checkpoints()) < where:
-            self._passes(Injection("step", "term", count=16), code=TERMINATED)
+    def ensure_checkpoints(self, number: int) -> None:
+        """Starts the run, if necessary, until it has this number of checkpoints."""
+        if len(self.checkpoints()) < number:
+            self._start_expecting(TERMINATED, Injection("step", "term", count=16))
 
-    def _passes(self, *injections: Injection, code: int) -> None:
+    def ensure_report(self) -> None:
+        """Starts the run, if necessary, until it is evaluated."""
+        if not (self.folder / "report.json").exists():
+            self._start_expecting(TERMINATED)
+
+    def _start_expecting(self, code: int, *injections: Injection) -> None:
         outcome = self.start(injections=injections)
         if outcome.code != code:
-            raise Unfit(f"a start without a fault ended with {outcome.code}: {last(outcome.err) or last(outcome.out)}")
+            line = last_line(outcome.err) or last_line(outcome.out)
+            raise UnusableRun(f"a start without a fault ended with {outcome.code}: {line}")
 
-    def begin(
+    def launch(
         self,
         files: Path,
         mode: str = "train",
         injections: Sequence[Injection] = (),
-        slow: float = 0.0,
+        delay: float = 0.0,
         environment: Mapping[str, str] = MappingProxyType({}),
     ) -> Any:
         argv = [*self._config, f"--workdir={self.folder}", f"--mode={mode}"]
-        options = {"slow": slow, "digest": self.digest}
-        given = (argv, injections, files, dict(environment))
-        process = processes.Process(target=child.enter, args=given, kwargs=options)
+        options = {"delay": delay, "digest": self.digest}
+        arguments = (argv, injections, files, dict(environment))
+        process = processes.Process(target=child.run, args=arguments, kwargs=options)
         process.start()
         return process
 
     def start(
-        self, mode: str = "train", injections: Sequence[Injection] = (), slow: float = 0.0, beside: bool = False
+        self, mode: str = "train", injections: Sequence[Injection] = (), delay: float = 0.0, second_start: bool = False
     ) -> Outcome:
-        """Starts the run and waits for its end. With `beside`, a second start is made while the first waits; if that is
-        not refused, its outcome is returned."""
+        """Starts the run and waits for its end.
+
+        With `second_start`, starts a second process while the first one waits, and returns the outcome of the second
+        one unless it is refused.
+        """
         shutil.rmtree(self._files.parent)
         self._files.parent.mkdir()
-        process = self.begin(self._files, mode, injections, slow)
+        process = self.launch(self._files, mode, injections, delay)
         try:
-            if beside:
+            if second_start:
                 waits = Path(f"{self._files}.waits")
                 while not waits.exists() and process.is_alive():
                     time.sleep(0.05)
                 other = self._files.with_name("second")
-                second = self.ended(self.begin(other), other)
+                second = self.wait(self.launch(other), other)
                 if waits.exists():
                     process.kill()
-                if complaint := refusal(second):
-                    return dataclasses.replace(second, err=f"second start: {complaint}", code=None)
-            return self.ended(process, self._files)
+                if problem := refusal_problem(second):
+                    return dataclasses.replace(second, err=f"second start: {problem}", code=None)
+            return self.wait(process, self._files)
         finally:
             process.kill()
 
-    def ended(self, process: Any, files: Path) -> Outcome:
+    def wait(self, process: Any, files: Path) -> Outcome:
         process.join(SECONDS)
         code = process.exitcode
         if code is None:
@@ -151,63 +159,69 @@ class Run:
 
 
 class Pair(Run):
-    """One whose starts are two processes, as of two hosts, with a device each."""
+    """A run of two processes with one device each, like two hosts."""
 
     def start(
-        self, mode: str = "train", injections: Sequence[Injection] = (), slow: float = 0.0, beside: bool = False
+        self, mode: str = "train", injections: Sequence[Injection] = (), delay: float = 0.0, second_start: bool = False
     ) -> Outcome:
-        """Both to their ends. Where one dies the other must end too, of itself, in time, and say why."""
-        if mode == "export":  # for one process
-            return super().start(mode, injections, slow, beside)
+        """Starts both processes and waits for them. If one is killed, the other must end in time with a message."""
+        if mode == "export":  # runs in one process
+            return super().start(mode, injections, delay, second_start)
         shutil.rmtree(self._files.parent)
         self._files.parent.mkdir()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             common = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": "2"}
-        common["LT_ADV_HEARTBEAT_TIMEOUT"] = str(SILENCE)
+        common["LT_ADV_HEARTBEAT_TIMEOUT"] = str(HEARTBEAT_TIMEOUT)
         files = [self._files.with_name(f"process-{number}") for number in (0, 1)]
-        begun = []
+        started = []
         try:
             for number in (0, 1):
                 local = [injection for injection in injections if injection.process == number]
-                begun.append(self.begin(files[number], mode, local, slow, common | {"JAX_PROCESS_ID": str(number)}))
-            both = [self.ended(process, file) for process, file in zip(begun, files, strict=True)]
+                started.append(self.launch(files[number], mode, local, delay, common | {"JAX_PROCESS_ID": str(number)}))
+            both = [self.wait(process, file) for process, file in zip(started, files, strict=True)]
         finally:
-            for process in begun:
+            for process in started:
                 process.kill()
-        hurt = injections[0].process if injections else 0
-        mine, other = both[hurt], both[1 - hurt]
-        outcome = dataclasses.replace(mine, out=both[0].out, err=other.err + mine.err, saves=both[0].saves)
-        if mine.code == KILLED:
-            return outcome if (wrong := peer_died(other)) == "" else dataclasses.replace(outcome, code=None, err=wrong)
-        return dataclasses.replace(outcome, code=mine.code or other.code)
+        number = injections[0].process if injections else 0
+        faulty, other = both[number], both[1 - number]
+        outcome = dataclasses.replace(faulty, out=both[0].out, err=other.err + faulty.err, saves=both[0].saves)
+        if faulty.code == KILLED:
+            problem = peer_problem(other)
+            return dataclasses.replace(outcome, code=None, err=problem) if problem else outcome
+        return dataclasses.replace(outcome, code=faulty.code or other.code)
 
 
-class Unfit(RuntimeError):
-    """A run that no fault can be done to any more."""
+class UnusableRun(RuntimeError):
+    """The run cannot reach the state that a fault requires."""
 
 
-def last(text: str) -> str:
+def last_line(text: str) -> str:
     lines = text.strip().splitlines()
     return lines[-1][:300] if lines else ""
 
 
-def peer_died(outcome: Outcome) -> str:
-    """ "" if a process whose partner died has ended by itself and says so, in a line of ours or of JAX's; which of the
-    two notices it first is chance."""
+def peer_problem(outcome: Outcome) -> str:
+    """Returns what is wrong with the outcome of a process whose peer was killed, or "".
+
+    The process must end with an error message of lt_adv or of JAX, whichever notices the loss first.
+    """
     if outcome.code == ABORTED and "another task died" in outcome.err:
         return ""
     lines = [line for line in outcome.err.splitlines() if line.startswith("Error: ")]
     if outcome.code == REFUSED and len(lines) == 1 and "Traceback" not in outcome.err:
         return ""
-    return f"the other process: exit code {outcome.code}: {last(outcome.err) or last(outcome.out)}"
+    return f"the other process: exit code {outcome.code}: {last_line(outcome.err) or last_line(outcome.out)}"
 
 
-def refusal(outcome: Outcome) -> str:
-    """ "" if it was one: exit code 2 and, warnings aside, one line that begins with "Error:"; else what is wrong."""
+def refusal_problem(outcome: Outcome) -> str:
+    """Returns why the outcome is not a refusal, or "".
+
+    A refusal has exit code 2 and, apart from warnings, a single line on stderr that begins with "Error:".
+    """
     lines = [line for line in outcome.err.splitlines() if not line.startswith("WARNING:")]
     if outcome.code != REFUSED:
-        return f"exit code {outcome.code} instead of {REFUSED}: {last(outcome.err) or last(outcome.out)}"
+        return f"exit code {outcome.code} instead of {REFUSED}: {last_line(outcome.err) or last_line(outcome.out)}"
     if len(lines) != 1 or not lines[0].startswith("Error: "):
         return f"{len(lines)} lines on stderr: {' / '.join(lines)[:300]}"
     return ""

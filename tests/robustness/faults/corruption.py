@@ -1,4 +1,4 @@
-"""Damage done to files between two starts; each function returns a description."""
+"""Damages files between two starts. Each function chooses one of the files and returns a description of the damage."""
 
 import shutil
 from collections.abc import Sequence
@@ -9,12 +9,12 @@ import numpy as np
 METADATA = ("_CHECKPOINT_METADATA", "commit_success.txt", "metadata", "_METADATA", "_sharding", "manifest.ocdbt")
 
 
-def below(folder: Path) -> list[Path]:
-    """The files that hold anything, in a fixed order of their places (names of arrays' files are random)."""
-    return sorted((path for path in folder.rglob("*") if path.is_file() and path.stat().st_size), key=_place)
+def files_below(folder: Path) -> list[Path]:
+    """Returns the files that are not empty, by folder and size: Orbax gives the files of arrays random names."""
+    return sorted((path for path in folder.rglob("*") if path.is_file() and path.stat().st_size), key=_folder_and_size)
 
 
-def _place(path: Path) -> tuple[str, int]:
+def _folder_and_size(path: Path) -> tuple[str, int]:
     return str(path.parent), path.stat().st_size
 
 
@@ -22,8 +22,8 @@ def _description(what: str, path: Path) -> str:
     return f"{'/'.join(path.parts[-3:-1])}/{path.name[:24]}: {what}"
 
 
-def flip(rng: np.random.Generator, files: Sequence[Path]) -> str:
-    """One bit of one file."""
+def flip_bit(rng: np.random.Generator, files: Sequence[Path]) -> str:
+    """Flips one bit."""
     path = files[rng.integers(len(files))]
     content = bytearray(path.read_bytes())
     position, bit = int(rng.integers(len(content))), int(rng.integers(8))
@@ -32,8 +32,8 @@ def flip(rng: np.random.Generator, files: Sequence[Path]) -> str:
     return _description(f"bit {bit} of byte {position} of {len(content)} flipped", path)
 
 
-def cut(rng: np.random.Generator, files: Sequence[Path]) -> str:
-    """One file, somewhere, or to nothing."""
+def truncate(rng: np.random.Generator, files: Sequence[Path]) -> str:
+    """Truncates the file to a random length, or to 0."""
     path = files[rng.integers(len(files))]
     size = path.stat().st_size
     left = 0 if rng.random() < 0.25 else int(rng.integers(size))
@@ -41,8 +41,8 @@ def cut(rng: np.random.Generator, files: Sequence[Path]) -> str:
     return _description(f"{left} of {size} bytes left", path)
 
 
-def lose(rng: np.random.Generator, files: Sequence[Path]) -> str:
-    """One file, or its folder."""
+def delete(rng: np.random.Generator, files: Sequence[Path]) -> str:
+    """Deletes the file, or its folder."""
     path = files[rng.integers(len(files))]
     if path.parent.name in ("meta", "array_metadatas") and rng.random() < 0.5:
         shutil.rmtree(path.parent)
@@ -52,5 +52,5 @@ def lose(rng: np.random.Generator, files: Sequence[Path]) -> str:
 
 
 def any_of(rng: np.random.Generator, files: Sequence[Path]) -> str:
-    """One of the above."""
-    return (flip, cut, lose)[rng.integers(3)](rng, files)
+    """Applies one of the functions above."""
+    return (flip_bit, truncate, delete)[rng.integers(3)](rng, files)

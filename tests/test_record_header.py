@@ -1,4 +1,4 @@
-"""What a report says of the run that it is of."""
+"""The header of records and reports."""
 
 import pytest
 
@@ -16,7 +16,7 @@ from lt_adv.cli.experiment import Experiment
     ],
 )
 @pytest.mark.parametrize("split", ["test", "validation"])
-def test_header_has_the_split_and_the_start_that_the_attack_had(fidelity, addons, start, split):
+def test_header_names_the_split_and_the_start_of_the_training_attack(fidelity, addons, start, split):
     config = at.get_config("dataset=digits")
     config.fidelity, config.addons, config.eval.split = fidelity, addons, split
     config.data.validation_per_class = 1

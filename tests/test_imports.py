@@ -1,4 +1,4 @@
-"""Layering: each package of lt_adv/ imports only what `ROOMS` and `PACKAGES` allow, checked with `ast`."""
+"""Layering: each package of lt_adv imports only what `INTERNAL` and `EXTERNAL` allow, checked with `ast`."""
 
 import ast
 import sys
@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PROJECT = ("lt_adv", "configs", "experiments", "tests")
 
-# Package or module of lt_adv (a "room") -> the other rooms it may import. Every room must be listed.
-ROOMS: dict[str, set[str]] = {
+# Package or module directly in lt_adv -> the others that it may import.
+INTERNAL: dict[str, set[str]] = {
     "__init__": set(),
     "runtime": set(),
     "attacks": set(),
@@ -25,8 +25,8 @@ ROOMS: dict[str, set[str]] = {
     "main": {"runtime", "training", "cli"},
 }
 NUMERIC = {"jax", "numpy", "optax"}
-# Room -> the third-party packages it may import.
-PACKAGES: dict[str, set[str]] = {
+# Package or module directly in lt_adv -> the third-party packages that it may import.
+EXTERNAL: dict[str, set[str]] = {
     "__init__": set(),
     "runtime": {"etils", "jax", "numpy"},
     "attacks": NUMERIC,
@@ -39,7 +39,7 @@ PACKAGES: dict[str, set[str]] = {
     "cli": NUMERIC | {"absl", "etils", "flax", "ml_collections", "safetensors"},
     "main": set(),
 }
-# Modules that may import less than their room, so that invalid flags are refused before jax is imported.
+# Modules that may import less than their package, so that invalid flags are refused before jax is imported.
 LIGHT = {
     "lt_adv.cli.entries": {"ml_collections"},
     "lt_adv.cli.flags": {"absl", "etils", "ml_collections"},
@@ -49,8 +49,8 @@ LIGHT = {
 FILES = sorted((ROOT / "lt_adv").rglob("*.py"))
 
 
-def room_of(module: str) -> str:
-    """Returns the room of a module: lt_adv.attacks.norms -> attacks; lt_adv itself -> __init__."""
+def package_of(module: str) -> str:
+    """Returns the package of a module: lt_adv.attacks.norms -> attacks; lt_adv itself -> __init__."""
     return (module.split(".") + ["__init__"])[1]
 
 
@@ -69,51 +69,48 @@ def imported(module: str, is_package: bool, source: str) -> Iterator[tuple[int, 
                 yield node.lineno, str(node.args[0].value)
 
 
-def target_room(name: str) -> str:
-    """Returns the room of an imported lt_adv.* name; __init__ for a name of lt_adv itself (lt_adv.__version__)."""
-    room = room_of(name)
-    return room if room in ROOMS or (ROOT / "lt_adv" / room).is_dir() else "__init__"
+def target_package(name: str) -> str:
+    """Returns the package of an imported lt_adv.* name; __init__ for a name of lt_adv itself (lt_adv.__version__)."""
+    package = package_of(name)
+    return package if package in INTERNAL or (ROOT / "lt_adv" / package).is_dir() else "__init__"
 
 
 def violations(module: str, source: str, is_package: bool = False) -> list[str]:
-    """Returns one line for each import that the module's room may not have."""
-    room, lines = room_of(module), []
-    packages = LIGHT.get(module, PACKAGES.get(room))
-    if room not in ROOMS:
-        return [f"{module}: {room} is not listed in ROOMS"]
+    """Returns one line for each import that the package of the module may not have."""
+    package, lines = package_of(module), []
+    if package not in INTERNAL:
+        return [f"{module}: {package} is not listed in INTERNAL"]
+    external = LIGHT.get(module, EXTERNAL[package])
     for line, name in imported(module, is_package, source):
-        package = name.split(".")[0]
-        if package == "lt_adv":
-            target = target_room(name)
+        top = name.split(".")[0]
+        if top == "lt_adv":
+            target = target_package(name)
             # Every import loads lt_adv/__init__.py, which imports nothing: only names imported from it count.
-            if target != room and target not in ROOMS[room]:
-                lines.append(f"{module}:{line}: {room} may not import {name}")
-        elif package in PROJECT or (package not in sys.stdlib_module_names and package not in packages):
-            lines.append(f"{module}:{line}: {room} may not import {package}")
+            if target != package and target not in INTERNAL[package]:
+                lines.append(f"{module}:{line}: {package} may not import {name}")
+        elif top in PROJECT or (top not in sys.stdlib_module_names and top not in external):
+            lines.append(f"{module}:{line}: {package} may not import {top}")
     return lines
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_go_down(path):
+def test_imports_are_permitted(path):
     parts = path.relative_to(ROOT).with_suffix("").parts
     is_package = parts[-1] == "__init__"
     lines = violations(".".join(parts[:-1] if is_package else parts), path.read_text(), is_package)
     assert not lines, "\n".join(lines)
 
 
-def test_every_room_is_listed():
-    rooms = {path.relative_to(ROOT / "lt_adv").parts[0].removesuffix(".py") for path in FILES}
-    assert rooms == set(ROOMS) == set(PACKAGES)
+def test_every_package_is_listed():
+    packages = {path.relative_to(ROOT / "lt_adv").parts[0].removesuffix(".py") for path in FILES}
+    assert packages == set(INTERNAL) == set(EXTERNAL)
 
 
 @pytest.mark.parametrize(
     ("module", "source"),
     [
         ("lt_adv.attacks.gradient", "from lt_adv import losses"),  # sideways
-        (
-            "lt_adv.attacks.gradient",
-            "import lt_adv.runtime.registry",
-        ),  # down, but attacks import nothing of the project
+        ("lt_adv.attacks.gradient", "import lt_adv.runtime.registry"),  # down, but attacks import no other package
         ("lt_adv.attacks.gradient", "from ..methods import base"),  # up, relative
         ("lt_adv.losses.consistency", "def f():\n    from lt_adv.attacks import pgd"),  # inside a function
         ("lt_adv.losses.consistency", "import flax.linen as nn"),
@@ -150,7 +147,7 @@ def test_permitted_imports_are_not_reported():
     assert list(imported("lt_adv.a", True, "from .b import c")) == [(1, "lt_adv.a.b.c")]
 
 
-def test_no_open_notes_and_no_machine_paths():
+def test_files_have_no_open_notes_and_no_machine_paths():
     unwanted = ["TO" + "DO", "FIX" + "ME", "XX" + "X"]
     unwanted += [f"/{folder}/" for folder in ("root", "home", "work", "tmp", "Users")]
     files = [path for folder in PROJECT for path in (ROOT / folder).rglob("*.py")]
