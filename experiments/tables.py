@@ -283,7 +283,11 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
     records = speed.read(results / "benchmark").get(kind)
     if not records:
         return f"`{kind}`: {NOT_YET}; `python -m experiments.benchmark {speed.COMMANDS[kind]}` measures it."
-    return table(*speed.table(kind, records), left=3)
+    head, rows = speed.table(kind, records)
+    devices = {row[0] for row in rows}
+    if len(devices) > 1:
+        return table(head, rows, left=3)
+    return f"{head[0]}: {devices.pop()}.\n\n{table(head[1:], [row[1:] for row in rows], left=2)}"
 
 
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
