@@ -112,6 +112,10 @@ def hyper_parameters() -> str:
     return table(["Method or add-on", "Hyper-parameter", "Default", "Range"], rows, left=4)
 
 
+def count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'s' * (number != 1)}"
+
+
 def config_files(configs: Path = CONFIGS) -> list[Path]:
     return [path for path in sorted(configs.glob("*.py")) if path.stem not in ("__init__", "common")]
 
@@ -124,7 +128,7 @@ def measured(configs: Path = CONFIGS, results: Path = RESULTS) -> str:
             rows.append([f"`{path.stem}`", "", NOT_YET, *[""] * 5])
         for name, runs in measurements.get(path.stem, []):
             header, commits = runs[0]["report"]["header"], {run["commit"][:9] for run in runs if run.get("commit")}
-            setting = f"{header['dataset']}; {network(header)}, {header['epochs']} epochs"
+            setting = f"{header['dataset']}; {network(header)}, {count(header['epochs'], 'epoch')}"
             numbers = [f"{header['images']:,}", str(len(runs))]
             numbers += [figure(runs, f"eval/{condition}/accuracy") for condition in ("clean", "pgd20")]
             rows.append([f"`{path.stem}`", name, setting, *numbers, " ".join(sorted(commits)) or "–"])
@@ -259,7 +263,7 @@ def faults(results: Path = RESULTS) -> str:
     for record in sorted(records, key=lambda record: not record["digest"]):
         points, machine, ends = record["points"], record["machine"], [run["end"] for run in record["runs"]]
         total, failed = (sum(row[count] for row in points.values()) for count in ("faults", "failed"))
-        text = f"{total} faults at {len(points)} points, {failed} of them failed; {ends.count('the same')} of "
+        text = f"{total} faults at {count(len(points), 'point')}, {failed} of them failed; {ends.count('the same')} of "
         text += f"{len(ends)} runs ended like the run without faults ({machine['cores']} cores of {machine['cpu']}, "
         text += f"jax {record['versions']['jax']}, commit {record['commit']})."
         if not record["digest"]:
@@ -279,7 +283,11 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
     records = speed.read(results / "benchmark").get(kind)
     if not records:
         return f"`{kind}`: {NOT_YET}; `python -m experiments.benchmark {speed.COMMANDS[kind]}` measures it."
-    return table(*speed.table(kind, records), left=3)
+    head, rows = speed.table(kind, records)
+    devices = {row[0] for row in rows}
+    if len(devices) > 1:
+        return table(head, rows, left=3)
+    return f"{head[0]}: {devices.pop()}.\n\n{table(head[1:], [row[1:] for row in rows], left=2)}"
 
 
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}

@@ -11,6 +11,7 @@ import pytest
 from experiments import front_figure
 from lt_adv.cli import flags
 from lt_adv.cli.experiment import Experiment
+from lt_adv.evaluation import attack_specs
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
@@ -42,13 +43,32 @@ def anchors(text):
 
 
 def test_every_page_with_code_is_run_by_a_test():
-    here = {"README.md", "docs/quickstart.md", "docs/attacks.md", "docs/robustness_curve.md", "docs/records.md"}
+    here = {"README.md"} | {
+        f"docs/{p}.md" for p in ("attacks", "configuration", "quickstart", "records", "robustness_curve")
+    }
     assert {page for page in PAGES if code(page)} == here
 
 
 def test_quickstart_runs():
     scope = run("docs/quickstart.md")
     assert scope["x_adv"].shape == (4, 8, 8, 1)
+
+
+def test_config_of_the_configuration_page_is_valid():
+    config = Experiment.from_config(run("docs/configuration.md")["get_config"]("dataset=digits")).config
+    assert config.model.head.name == "cosine" and config.eval.attacks.pgd20_l2.norm == "l2" and config.model.dropout
+
+
+@pytest.mark.parametrize("attack", attack_specs.NAMES)
+def test_options_of_evaluation_attacks_are_listed(attack):
+    (table,) = re.findall(r"^\| Option \|.*?\n\n", TEXT["docs/evaluation.md"], re.DOTALL | re.MULTILINE)
+    listed = set()
+    for options, attacks, _ in re.findall(r"^\| (.*) \| (.*) \| (.*) \|$", table, re.MULTILINE)[1:]:
+        if attacks.startswith("all") != (f"`{attack}`" in attacks):
+            listed |= set(re.findall(r"`(\w+)`", options))
+    with pytest.raises(ValueError) as error:
+        attack_specs.resolve({"attack": attack, "unknown": 0})
+    assert listed == set(re.search(r"There are: (.*)\.", str(error.value))[1].split(", "))
 
 
 def test_robustness_curve_falls_from_clean_accuracy_to_zero(tmp_path, monkeypatch):

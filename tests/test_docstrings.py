@@ -32,7 +32,7 @@ def test_docstring_is_complete(name):
     doc = inspect.getdoc(function)
     summary, *_ = doc.splitlines()
     assert summary.endswith((".", ":")) and len(summary) > 10
-    for section in ("Args:", "Returns:", "Example:"):
+    for section in ("Args:", "Returns:", "Examples:"):
         assert f"\n{section}\n" in doc, section
     arguments = doc.split("\nArgs:\n")[1].split("\nReturns:\n")[0]
     for parameter in inspect.signature(function).parameters:

@@ -4,7 +4,7 @@
 pmap and shard_map. `jit` is the jitted form, `autoattack` the ensemble for evaluation. Objectives are functions
 (logits, y) -> [batch] that attacks maximise.
 
-Example:
+Examples:
   >>> import jax, jax.numpy as jnp
   >>> from lt_adv import attacks
   >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])

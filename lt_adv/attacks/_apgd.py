@@ -89,7 +89,7 @@ def apgd(
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> x_adv = attacks.apgd(jax.random.key(0), logits_fn, x, y, eps=0.125, num_steps=10)
@@ -153,7 +153,7 @@ def apgd_targeted(
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> x_adv = attacks.apgd_targeted(

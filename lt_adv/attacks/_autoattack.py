@@ -34,16 +34,27 @@ PROGRESS_SECONDS = 30.0  # between two lines of progress
 
 
 class Result(NamedTuple):
-    """Result of AutoAttack in numpy arrays, one row per image in the order of x."""
+    """Result of AutoAttack in numpy arrays, one row per image in the order of x.
 
-    x_adv: np.ndarray  # like x: a point that is classified wrongly; x itself if the attacks did not break the image
-    robust: np.ndarray  # bool [n]: whether x_adv is classified as y, in batches of `batch_size`
-    correct: np.ndarray  # bool [n]: whether x is classified as y
-    prediction: np.ndarray  # int32 [n]: class of x_adv; -1 where the logits are not finite
-    broken_by: np.ndarray  # int32 [n]: index in `accuracy` of the attack that broke the image; 0 clean, -1 none
-    accuracy: dict[str, float]  # "clean", then after each attack, in [0, 1]
-    evaluations: dict[str, tuple[int, int]]  # attack -> number of forward passes and of gradients, over all images
-    notes: tuple[str, ...]  # deviations from the version, and reasons to doubt the result
+    Attributes:
+      x_adv: like x: a point that is classified wrongly; x itself if the attacks did not break the image.
+      robust: bool [n], whether x_adv is classified as y, in batches of `batch_size`.
+      correct: bool [n], whether x is classified as y.
+      prediction: int32 [n], class of x_adv; -1 where the logits are not finite.
+      broken_by: int32 [n], index in `accuracy` of the attack that broke the image; 0 clean, -1 none.
+      accuracy: "clean", then the accuracy after each attack, in [0, 1].
+      evaluations: attack -> number of forward passes and of gradients, over all images.
+      notes: deviations from the version, and reasons to doubt the result.
+    """
+
+    x_adv: np.ndarray
+    robust: np.ndarray
+    correct: np.ndarray
+    prediction: np.ndarray
+    broken_by: np.ndarray
+    accuracy: dict[str, float]
+    evaluations: dict[str, tuple[int, int]]
+    notes: tuple[str, ...]
 
 
 @jax.transfer_guard("allow")  # it moves images between host and devices by design
@@ -101,7 +112,7 @@ def autoattack(
     Raises:
       ValueError: for arguments that do not fit, and for a `resume` directory of another call.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375], [1.0, 0.0]]), jnp.array([0, 0])
       >>> result = attacks.autoattack(jax.random.key(0), logits_fn, x, y, eps=0.125, version=("apgd-ce", "square"))

@@ -84,7 +84,7 @@ def fab(
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> x_adv = attacks.fab(jax.random.key(0), logits_fn, x, y, eps=0.125, num_steps=10)
@@ -147,7 +147,7 @@ def fab_targeted(
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> x_adv = attacks.fab_targeted(jax.random.key(0), logits_fn, x, y, eps=0.125, num_steps=10)

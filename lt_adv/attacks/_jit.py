@@ -35,7 +35,7 @@ def jit(
     Raises:
       ValueError: for an option that the attack does not have. Values are checked when f is first called.
 
-    Example:
+    Examples:
       >>> apply = lambda weight, x: x @ weight
       >>> attack = attacks.jit(attacks.pgd, apply, eps=0.125, step_size=0.0625, num_steps=5)
       >>> weight = jnp.array([[1.0, -1.0], [-1.0, 1.0]])

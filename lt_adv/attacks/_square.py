@@ -70,7 +70,7 @@ def square(
     Raises:
       ValueError: for images, labels, logits or options that do not fit; for L2, images smaller than 5 x 5.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> x_adv = attacks.square(jax.random.key(0), logits_fn, x, y, eps=0.125, num_queries=20)

@@ -61,7 +61,7 @@ def fgsm(
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> attacks.fgsm(jax.random.key(0), logits_fn, x, y, eps=0.125)
@@ -118,7 +118,7 @@ def pgd(
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> x_adv = attacks.pgd(jax.random.key(0), logits_fn, x, y, eps=0.125, step_size=0.0625, num_steps=5)
@@ -175,7 +175,7 @@ def mim(
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> x_adv = attacks.mim(jax.random.key(0), logits_fn, x, y, eps=0.125, step_size=0.0625, num_steps=5)
@@ -232,7 +232,7 @@ def cw(
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> x_adv = attacks.cw(jax.random.key(0), logits_fn, x, y, eps=0.125, step_size=0.0625, num_steps=5)

@@ -29,7 +29,7 @@ def cross_entropy(logits: Array, y: Array, *, logit_scale: float = 1.0) -> Array
     Raises:
       ValueError: for logits or labels that do not fit.
 
-    Example:
+    Examples:
       >>> attacks.cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([1]))
       Array([2.127], dtype=float32)
     """
@@ -59,7 +59,7 @@ def stable_cross_entropy(logits: Array, y: Array) -> Array:
     Raises:
       ValueError: for logits or labels that do not fit.
 
-    Example:
+    Examples:
       >>> attacks.stable_cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([1]))
       Array([2.127], dtype=float32)
     """
@@ -86,7 +86,7 @@ def cw_margin(logits: Array, y: Array, *, confidence: float = 50.0) -> Array:
     Raises:
       ValueError: for logits or labels that do not fit.
 
-    Example:
+    Examples:
       >>> attacks.cw_margin(jnp.array([[2.0, 0.0, 1.0]]), jnp.array([0]), confidence=5.0)
       Array([-6.], dtype=float32)
 
@@ -112,7 +112,7 @@ def logit_margin(logits: Array, y: Array) -> Array:
     Raises:
       ValueError: for logits or labels that do not fit.
 
-    Example:
+    Examples:
       >>> attacks.logit_margin(jnp.array([[2.0, 0.0, 1.0]]), jnp.array([1]))
       Array([2.], dtype=float32)
 
@@ -139,7 +139,7 @@ def dlr(logits: Array, y: Array) -> Array:
     Raises:
       ValueError: for logits or labels that do not fit, and for fewer than three classes.
 
-    Example:
+    Examples:
       >>> attacks.dlr(jnp.array([[4.0, 0.0, 2.0]]), jnp.array([0]))
       Array([-0.5], dtype=float32)
 
@@ -167,7 +167,7 @@ def targeted_logit_margin(logits: Array, y: Array, target: Array) -> Array:
     Raises:
       ValueError: for logits or labels that do not fit.
 
-    Example:
+    Examples:
       >>> attacks.targeted_logit_margin(jnp.array([[4.0, 0.0, 2.0]]), jnp.array([0]), jnp.array([2]))
       Array([-2.], dtype=float32)
     """
@@ -190,7 +190,7 @@ def targeted_dlr(logits: Array, y: Array, target: Array) -> Array:
     Raises:
       ValueError: for logits or labels that do not fit, and for fewer than four classes.
 
-    Example:
+    Examples:
       >>> attacks.targeted_dlr(jnp.array([[4.0, 0.0, 2.0, 0.0]]), jnp.array([0]), jnp.array([2]))
       Array([-0.5], dtype=float32)
 
@@ -218,7 +218,7 @@ def kl_divergence(logits: Array, probs: Array) -> Array:
     Raises:
       ValueError: if the two shapes differ.
 
-    Example:
+    Examples:
       >>> attacks.kl_divergence(jnp.array([[0.0, 0.0]]), jnp.array([[1.0, 0.0]]))
       Array([0.693], dtype=float32)
 
@@ -244,7 +244,7 @@ def prediction(logits: Array) -> Array:
     Returns:
       int32 [batch].
 
-    Example:
+    Examples:
       >>> attacks.prediction(jnp.array([[0.0, 1.0], [jnp.nan, 1.0]]))
       Array([ 1, -1], dtype=int32)
     """

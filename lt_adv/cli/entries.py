@@ -304,7 +304,7 @@ _TABLE = (
     Entry(
         "eval.groups", "thirds", one_of(("thirds", "reat", "robustlt", "tenths")), "definition of head, body and tail"
     ),
-    Entry("eval.seed", 0, SEED, "seed of the evaluation attacks and the subset"),
+    Entry("eval.seed", 0, SEED, "seed of the evaluation attacks"),
     Entry(
         "eval.adjustment.name",
         "none",

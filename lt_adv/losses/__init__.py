@@ -4,7 +4,7 @@
 functions of class counts that they use. The losses of `batchwise` need the whole batch at once, and TAET's loss is a
 scalar.
 
-Example:
+Examples:
   >>> import jax.numpy as jnp
   >>> from lt_adv import losses
   >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])

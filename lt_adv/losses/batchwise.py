@@ -36,7 +36,7 @@ def tail_alignment(
     Raises:
       ValueError: for features, labels, counts, tail or margin that do not fit.
 
-    Example:
+    Examples:
       >>> features, labels = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), jnp.array([1, 1, 0])
       >>> losses.tail_alignment(features, labels, class_counts=[3, 1], tail=[False, True])
       Array([1.551, 1.551, 0.   ], dtype=float32)
@@ -80,7 +80,7 @@ def tail_alignment_released(features: Array, labels: Array, *, class_counts: Arr
     Raises:
       ValueError: for features, labels, counts or tail that do not fit.
 
-    Example:
+    Examples:
       >>> features, labels = jnp.array([[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]), jnp.array([1, 1, 0])
       >>> values = losses.tail_alignment_released(features, labels, class_counts=[3, 1], tail=[False, True])
       >>> values
@@ -124,7 +124,7 @@ def hierarchical_equalisation(
     Raises:
       ValueError: for values, labels, number of classes or weights that do not fit.
 
-    Example:
+    Examples:
       >>> losses.hierarchical_equalisation(jnp.array([1.0, 1.0]), jnp.array([0, 1]), num_classes=2)
       Array(0.15, dtype=float32)
 

@@ -43,7 +43,7 @@ def log_prior(class_counts: ArrayLike, dtype: DTypeLike = float) -> Array:
     Raises:
       ValueError: for counts that do not fit.
 
-    Example:
+    Examples:
       >>> jnp.exp(losses.log_prior([3, 1]))
       Array([0.75, 0.25], dtype=float32)
     """
@@ -66,7 +66,7 @@ def ldam_margins(class_counts: ArrayLike, max_margin: float | Array = 0.5, dtype
     Raises:
       ValueError: for counts that do not fit.
 
-    Example:
+    Examples:
       >>> losses.ldam_margins([16, 1])
       Array([0.25, 0.5 ], dtype=float32)
 
@@ -94,7 +94,7 @@ def class_balanced_weights(class_counts: ArrayLike, beta: float = 0.9999, dtype:
     Raises:
       ValueError: for counts or beta that do not fit.
 
-    Example:
+    Examples:
       >>> losses.class_balanced_weights([2, 1], beta=0.5)
       Array([0.8, 1.2], dtype=float32)
 
@@ -130,7 +130,7 @@ def rebalanced_weights(class_counts: ArrayLike, predicted_counts: ArrayLike, dty
     Raises:
       ValueError: for counts that do not fit.
 
-    Example:
+    Examples:
       >>> losses.rebalanced_weights([4, 4], [1, 2])
       Array([1.273, 0.727], dtype=float32)
 

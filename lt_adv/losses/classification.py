@@ -28,7 +28,7 @@ def cross_entropy(logits: Array, labels: Array, *, class_counts: ArrayLike | Non
     Raises:
       ValueError: for logits, labels or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
       >>> losses.cross_entropy(logits, labels)
       Array([0.127, 0.693], dtype=float32)
@@ -52,7 +52,7 @@ def balanced_softmax(logits: Array, labels: Array, *, class_counts: ArrayLike) -
     Raises:
       ValueError: for logits, labels, counts or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
       >>> losses.balanced_softmax(logits, labels, class_counts=[3, 1])
       Array([0.044, 1.386], dtype=float32)
@@ -82,7 +82,7 @@ def logit_adjustment(logits: Array, labels: Array, *, class_counts: ArrayLike, t
     Raises:
       ValueError: for logits, labels, counts or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
       >>> losses.logit_adjustment(logits, labels, class_counts=[3, 1], tau=2.0)
       Array([0.015, 2.303], dtype=float32)
@@ -114,7 +114,7 @@ def ldam(
     Raises:
       ValueError: for logits, labels, counts or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
       >>> losses.ldam(logits, labels, class_counts=[16, 1])
       Array([0.16 , 0.974], dtype=float32)
@@ -162,7 +162,7 @@ def robal_margin(
     Raises:
       ValueError: for logits, labels, counts or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits, labels = jnp.array([[0.5, -0.5], [0.0, 0.0]]), jnp.array([0, 1])
       >>> losses.robal_margin(logits, labels, class_counts=[3, 1])
       Array([0.   , 2.412], dtype=float32)
@@ -196,7 +196,7 @@ def class_dependent_temperature(logits: Array, labels: Array, *, class_counts: A
     Raises:
       ValueError: for logits, labels, counts or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
       >>> losses.class_dependent_temperature(logits, labels, class_counts=[3, 1])
       Array([0.127, 0.693], dtype=float32)
@@ -237,7 +237,7 @@ def focal(
     Raises:
       ValueError: for logits, labels or options that do not fit.
 
-    Example:
+    Examples:
       >>> logits, labels = jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([0, 1])
       >>> losses.focal(logits, labels, gamma=2.0)
       Array([0.002, 0.173], dtype=float32)

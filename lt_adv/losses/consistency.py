@@ -25,7 +25,7 @@ def kl_divergence(p_logits: Array, q_logits: Array, *, epsilon: float = 0.0) -> 
     Raises:
       ValueError: if the shapes differ or epsilon is negative or traced.
 
-    Example:
+    Examples:
       >>> losses.kl_divergence(jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 0.0]]))
       Array([0.328], dtype=float32)
 
@@ -59,7 +59,7 @@ def distillation(logits: Array, teacher_logits: Array, *, temperature: float = 1
     Raises:
       ValueError: if the shapes differ or the temperature is not positive or traced.
 
-    Example:
+    Examples:
       >>> losses.distillation(jnp.array([[0.0, 0.0]]), jnp.array([[2.0, 0.0]]), temperature=2.0)
       Array([0.444], dtype=float32)
 
@@ -88,7 +88,7 @@ def squared_probability_distance(p_logits: Array, q_logits: Array) -> Array:
     Raises:
       ValueError: if the shapes differ.
 
-    Example:
+    Examples:
       >>> losses.squared_probability_distance(jnp.array([[0.0, 0.0]]), jnp.array([[100.0, 0.0]]))
       Array([0.5], dtype=float32)
 
@@ -115,7 +115,7 @@ def soft_cross_entropy(logits: Array, probs: Array) -> Array:
     Raises:
       ValueError: if the shapes differ.
 
-    Example:
+    Examples:
       >>> losses.soft_cross_entropy(jnp.array([[2.0, 0.0]]), jnp.array([[0.5, 0.5]]))
       Array([1.127], dtype=float32)
     """
@@ -143,7 +143,7 @@ def mart(clean_logits: Array, adversarial_logits: Array, labels: Array, *, beta:
     Raises:
       ValueError: for logits, labels or options that do not fit.
 
-    Example:
+    Examples:
       >>> losses.mart(jnp.array([[2.0, 0.0]]), jnp.array([[0.0, 0.0]]), jnp.array([0]))
       Array([1.582], dtype=float32)
 

@@ -22,13 +22,21 @@ FIDELITIES = ("paper", "released_code")
 
 @dataclasses.dataclass(frozen=True)
 class DataInfo:
-    """Static facts of the training set: numpy, never traced."""
+    """Static facts of the training set: numpy, never traced.
 
-    class_counts: np.ndarray  # int [classes], without the validation split
+    Attributes:
+      class_counts: int [classes], without the validation split.
+      steps_per_epoch: number of steps.
+      epochs: number of epochs of the stage.
+      image_shape: (height, width, channels).
+      num_features: size of the penultimate layer.
+    """
+
+    class_counts: np.ndarray
     steps_per_epoch: int
     epochs: int
     image_shape: tuple[int, ...]
-    num_features: int  # of the penultimate layer
+    num_features: int
 
     @property
     def num_classes(self) -> int:
@@ -40,14 +48,22 @@ class Batch:
     """One device's share of a batch.
 
     `eps` and `step_size` are those of the config. An add-on may rescale them for `perturb`, not for `loss`.
+
+    Attributes:
+      image: float [b, h, w, c] in [0, 1].
+      label: int [b].
+      index: int [b], position in the original data set.
+      eps: float [b].
+      step_size: float [b].
+      x_init: starting point of the attack; an add-on may set it in place of `start`.
     """
 
-    image: Array  # float [b, h, w, c] in [0, 1]
-    label: Array  # int [b]
-    index: Array  # int [b], position in the original data set
-    eps: Array  # float [b]
-    step_size: Array  # float [b]
-    x_init: Array | None = None  # starting point of the attack; an add-on may set it in place of `start`
+    image: Array
+    label: Array
+    index: Array
+    eps: Array
+    step_size: Array
+    x_init: Array | None = None
 
 
 @struct.dataclass
@@ -66,11 +82,17 @@ class TrainProgress:
 
 
 class Net(Protocol):
-    """The network, as a method calls it."""
+    """The network, as a method calls it: `net(x, train=True)` or `net(x, train=False)`, see `__call__`.
+
+    Attributes:
+      params: the parameters.
+      info: facts of the training set.
+      teacher: the network of `Stage.teacher` in evaluation mode, or None.
+    """
 
     params: Params
     info: DataInfo
-    teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None  # of `Stage.teacher`, in evaluation mode
+    teacher: Callable[[Array], tuple[Array, dict[str, Array]]] | None
 
     def __call__(self, x: Array, *, train: bool) -> tuple[Array, dict[str, Array]]:
         """Returns (logits [b, classes], {"features": [b, features]}).
@@ -100,29 +122,44 @@ class Net(Protocol):
 
 
 class LossOutput(NamedTuple):
-    """The result of `Method.loss`. The training step computes the metric "accuracy" from `logits`."""
+    """The result of `Method.loss`. The training step computes the metric "accuracy" from `logits`.
 
-    loss: Array  # scalar; the step averages its gradient over the devices
-    logits: Array  # float [b, classes], whose argmax is the prediction that "accuracy" counts
-    metrics: Mapping[str, Array] = {}  # name -> per-example values [b], or a mean over this device's share
-    method_state: MethodState | None = None  # the new `method_state`; None leaves it unchanged
+    Attributes:
+      loss: scalar; the step averages its gradient over the devices.
+      logits: float [b, classes], whose argmax is the prediction that "accuracy" counts.
+      metrics: name -> per-example values [b], or a mean over this device's share.
+      method_state: the new `method_state`; None leaves it unchanged.
+    """
+
+    loss: Array
+    logits: Array
+    metrics: Mapping[str, Array] = {}
+    method_state: MethodState | None = None
 
 
 @dataclasses.dataclass(frozen=True)
 class Stage:
-    """One stage of training. A method with several stages (a teacher, then a student) lists them in `stages`."""
+    """One stage of training. A method with several stages (a teacher, then a student) lists them in `stages`.
+
+    Attributes:
+      method: the method of the stage.
+      epochs: number of epochs.
+      name: name in logs and checkpoints.
+      overrides: config entries of this stage, {"data.sampler": "class_aware"}.
+      init: "fresh", "previous" (the stage before), or the working directory of a run whose parameters are merged by
+        name.
+      freeze: regular expression over the paths of parameters that are not trained, "backbone/.*".
+      freeze_batch_stats: whether batch norm normalizes by its running statistics, which do not change.
+      teacher: "previous" if `net.teacher` is the final network of the stage before.
+    """
 
     method: "Method"
     epochs: int
     name: str = "train"
-    # Config entries of this stage, {"data.sampler": "class_aware"}.
     overrides: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    # "fresh", "previous" (the stage before), or the working directory of a run whose parameters are merged by name.
     init: str = "fresh"
-    # Regular expression over parameter paths, "backbone/.*".
     freeze: str | None = None
     freeze_batch_stats: bool = False
-    # "previous": `net.teacher` is the final network of the stage before.
     teacher: str | None = None
 
 

@@ -9,18 +9,31 @@ from lt_adv.training.train_state import TrainState
 
 @dataclasses.dataclass
 class LogEvent:
-    """The run after a step whose metrics are fetched: a log step, or the one at which SIGTERM stops training."""
+    """The run after a step whose metrics are fetched: a log step, or the one at which SIGTERM stops training.
+
+    Attributes:
+      stage: the compiled stage.
+      state: the train state after the step.
+      step: number of steps taken in the stage.
+      epoch: epoch of the last step, from 1.
+      epoch_ended: whether it was the last step of its epoch.
+      is_log_step: whether metrics are logged after this step.
+      stopping: whether SIGTERM has arrived, so that training stops here.
+      metrics: "train/loss" and others; a hook may add entries for the hooks after it.
+      images_per_second: speed since the last event.
+      seconds: training time over all stages, without the time of hooks.
+    """
 
     stage: StageProgram
     state: TrainState
-    step: int  # number of steps taken in the stage
-    epoch: int  # of the last step, from 1
+    step: int
+    epoch: int
     epoch_ended: bool
     is_log_step: bool
-    stopping: bool  # SIGTERM has arrived: training stops here
-    metrics: dict[str, float]  # "train/loss" and others; a hook may add entries for the hooks after it
-    images_per_second: float  # since the last event
-    seconds: float  # of training, over all stages; without hooks
+    stopping: bool
+    metrics: dict[str, float]
+    images_per_second: float
+    seconds: float
 
     @property
     def is_last_step(self) -> bool:
