@@ -85,7 +85,10 @@ def test_attacks_break_images_and_depend_on_the_key_of_the_example(name, norm):
     np.testing.assert_array_equal(wrong(weak, y), wrong(few, y))
 
 
-@pytest.mark.parametrize("name", ["apgd_targeted", "fab", "fab_targeted", "square"])
+@pytest.mark.parametrize(
+    "name",
+    ["square", *(pytest.param(name, marks=pytest.mark.slow) for name in ("apgd_targeted", "fab", "fab_targeted"))],
+)
 def test_same_under_every_transformation(name):
     x = images(16)
     y, keys, eps = labels(x), jax.random.split(KEY, 16), np.linspace(0.02, 0.1, 16, dtype=np.float32)

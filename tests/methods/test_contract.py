@@ -38,7 +38,8 @@ def stages():
     config.init_from = "a finished run"  # checked only when a run is built
     for name in methods.names():
         for stage in methods.create({"name": name}, num_steps=2).stages(config):
-            yield pytest.param(stage, id=name if stage.name == "train" else f"{name}-{stage.name}")
+            marks = () if name in ("robal", "reat") else pytest.mark.slow  # one that gathers, one that does not
+            yield pytest.param(stage, id=name if stage.name == "train" else f"{name}-{stage.name}", marks=marks)
 
 
 @pytest.fixture(scope="module", params=stages())

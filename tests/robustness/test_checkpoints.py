@@ -5,12 +5,15 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.robustness.inputs import STOP_BEFORE_TRAINING, Case, Draw, attempt, choose, damaged, inputs, value
 from tests.robustness.runs import AT, NO_ATTACKS, TINY
 from tests.robustness.sandbox import Sandbox
+
+pytestmark = pytest.mark.slow  # a run is trained first
 
 STEPS = ("1", "2")
 FOREIGN = ("notes.txt", "99", "²", "1_other", "7_x/3", "3.orbax-checkpoint-tmp-0", "0_train/99", "0_train/²")

@@ -26,6 +26,8 @@ from tests.robustness.runs import AT, TINY
 from tests.robustness.sandbox import Sandbox
 from tests.robustness.test_npz import Hidden
 
+pytestmark = pytest.mark.slow  # a run is trained first
+
 ATTACKS = "--config.eval.attacks={'pgd':{'attack':'pgd','eps':0.1,'step_size':0.1,'num_steps':1}}"
 WRITTEN = ("report.md", "report.json", "plots", "config.json", "plots/examples.png", "eval", "reports")
 JSON_FILES = ("config.json", "metrics.jsonl", "timing.jsonl")
