@@ -284,12 +284,17 @@ def benchmark(kind: str, results: Path = RESULTS) -> str:
     if not records:
         return f"`{kind}`: {NOT_YET}; `python -m experiments.benchmark {speed.COMMANDS[kind]}` measures it."
     head, rows = speed.table(kind, records)
-    devices = {row[0] for row in rows}
-    if len(devices) > 1:
-        return table(head, rows, left=3)
-    return f"{head[0]}: {devices.pop()}.\n\n{table(head[1:], [row[1:] for row in rows], left=2)}"
+    labels, split = WIDE.get(kind, (3, len(head)))
+    first = int(len({row[0] for row in rows}) == 1)  # a device that all rows share is named above the table
+    blocks = [f"{head[0]}: {rows[0][0]}."] * first
+    for part in ([*range(first, split)], [*range(first, labels), *range(split, len(head))]):
+        if len(part) > labels - first:
+            blocks.append(table([head[i] for i in part], [[row[i] for i in part] for row in rows], left=3 - first))
+    return "\n\n".join(blocks)
 
 
+# Kind of a table that is split in two -> number of columns that name a row, first column of the second part.
+WIDE = {"step": (5, 12), "autoattack": (4, 9)}
 SPEED = {f"benchmark_{kind}": partial(benchmark, kind) for kind in speed.TABLES}
 TABLES: Mapping[str, Callable[[], str]] = {
     "headline": headline,
