@@ -48,7 +48,7 @@ def test_images_of_different_sizes_are_refused(answer, no_training, pictures, tm
 def test_padding_larger_than_the_image_is_refused(answer, no_training, pictures, tmp_path):
     arguments = [*FOLDER, f"--config.data.path={tmp_path / 'pictures'}"]
     assert "config.data.pad must be a whole number in [0, 8), not 8" in answer(*arguments, "--config.data.pad=8")
-    assert main.main(["main", *arguments, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"]) == 0
+    assert main.main(["main", *arguments, "--config.data.pad=7", f"--workdir={tmp_path / 'run'}"], no_training) == 0
 
 
 def test_missing_image_folder_is_refused(answer, tmp_path):
