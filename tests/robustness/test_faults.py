@@ -127,7 +127,7 @@ def test_table_of_the_campaign_lists_every_point(tmp_path):
     (folder / "digest-off.json").write_text(json.dumps(RECORD | {"digest": False}))
     (folder / "campaign.json").write_text(json.dumps(RECORD))
     text, _, _, _, row, _, off = tables.faults(tmp_path).splitlines()
-    assert "10 faults at 1 points, 1 of them failed; 1 of 2 runs ended like the run without faults" in text
+    assert "10 faults at 1 point, 1 of them failed; 1 of 2 runs ended like the run without faults" in text
     assert row == "| `commit` | SIGKILL | 10 | 1 |  | 7 |"
     assert off.startswith("With the digest of checkpoints switched off:")
 
