@@ -246,7 +246,7 @@ def test_download_is_optional_checked_and_atomic(tmp_path, publish, cifar10, mon
     assert not list(path.parent.iterdir())
     missing = dataclasses.replace(archive, url=(tmp_path / "nothing").as_uri())
     monkeypatch.setitem(archives.ARCHIVES, "cifar10", missing)
-    with pytest.raises(FileNotFoundError, match="could not be downloaded .* by hand") as caught:
+    with pytest.raises(FileNotFoundError, match="could not be downloaded .* yourself") as caught:
         load({"name": "cifar10", "data_dir": str(tmp_path), "download": True})
     assert "\n" not in str(caught.value)
     monkeypatch.setitem(archives.ARCHIVES, "cifar10", archive)
