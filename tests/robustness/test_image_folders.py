@@ -26,7 +26,12 @@ from tests.robustness.sandbox import Sandbox
 MODES = ("L", "RGB", "RGBA", "P", "1", "LA", "I;16", "CMYK")
 OTHERS = ("GIF", "BMP", "TIFF", "WEBP", "PPM", "ICO")
 NETWORK = "{'name':'wide_resnet','depth':10,'width':1,'dtype':'float32','head':{'name':'linear'}}"
-ARGUMENTS = (f"--config.model={NETWORK}", "--config.data.imbalance=none", "--config.optim.batch_size=2")
+ARGUMENTS = (
+    f"--config.model={NETWORK}",
+    "--config.data.imbalance=none",
+    "--config.optim.batch_size=2",
+    "--config.cpu_devices=1",  # of the eight devices of the tests; the batch size must be a multiple
+)
 
 
 def picture(mode: str = "RGB", side: tuple[int, int] = (8, 8), kind: str = "PNG") -> bytes:
