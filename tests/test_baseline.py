@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from lt_adv import main
 from lt_adv.evaluation.masking import compare, diagnose
-from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (a fixture)
+from tests.bad_input.conftest import ROOT, answer, hooks  # noqa: F401 (fixtures)
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from lt_adv import data, main, models
 from lt_adv.cli import flags
 from lt_adv.cli.experiment import Experiment
 from lt_adv.evaluation import records
-from tests.bad_input.conftest import ROOT, answer  # noqa: F401 (fixture)
+from tests.bad_input.conftest import ROOT, answer, hooks  # noqa: F401 (fixtures)
 from tests.models.test_classifier import random_variables
 from tests.models.torch_files import golden_state, save_npz, save_torch, wide_resnet_state
 
