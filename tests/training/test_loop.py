@@ -163,7 +163,7 @@ def test_tensorboard_gets_the_logged_metrics(run, config, teacher_and_student, t
             pass
 
     monkeypatch.setitem(sys.modules, "tensorboardX", types.SimpleNamespace(SummaryWriter=SummaryWriter))
-    monkeypatch.setattr(config.log, "tensorboard", True)
+    monkeypatch.setitem(config.log, "tensorboard", True)
     run((teacher,), tmp_path)
     row = rows(tmp_path)[-1]
     assert ("0_teacher/train/loss", row["train/loss"], row["step"]) in scalars
