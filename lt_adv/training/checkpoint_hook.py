@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from absl import logging
 from etils import epath
 
 from lt_adv.training import metric_logging, sharding
@@ -72,6 +73,19 @@ class CheckpointHook(Hook):
 
     def close(self) -> None:
         self._checkpoints.close()
+
+    def __enter__(self) -> "CheckpointHook":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *rest: Any) -> None:
+        """Waits for the last checkpoint, also after an exception: another run may start in the same folder."""
+        try:
+            self.close()
+        except OSError as error:
+            if kind is None:
+                raise
+            if not issubclass(kind, OSError):  # the exception that ended training is raised, and may be this one
+                logging.error("%s", error)
 
 
 def identity(stage: StageProgram) -> dict[str, Any]:

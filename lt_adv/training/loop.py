@@ -113,7 +113,7 @@ def train_stage(
     started, last_event = time.perf_counter(), first
     metrics: dict[str, jax.Array] | None = None
     previous_metrics: dict[str, jax.Array] | None = None
-    with progress, stage.pipeline.batches(first, total) as batches:
+    with checkpoints, progress, stage.pipeline.batches(first, total) as batches:
         for step, batch in zip(range(first, total), batches, strict=False):
             # At most two steps are in flight: the device stays busy, and the loop reacts to SIGTERM quickly.
             jax.block_until_ready(previous_metrics)
@@ -144,10 +144,9 @@ def train_stage(
             for hook in all_hooks:
                 hook.on_log(event)
             if stopping:
-                checkpoints.close()
+                checkpoints.wait()
                 raise Preempted(f"SIGTERM: saved at step {step + 1} of {total}. The same command goes on from there.")
             started, last_event = time.perf_counter(), step + 1
-    checkpoints.close()
     for hook in all_hooks:
         hook.on_stage_end(stage, state)
     return state, seconds

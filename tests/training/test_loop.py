@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 import sys
+import threading
+import time
 import types
 
 import jax
@@ -16,7 +18,7 @@ from configs import at
 from lt_adv import data, losses
 from lt_adv.cli.experiment import Experiment
 from lt_adv.methods import base
-from lt_adv.training import loop, sharding, stage_builder
+from lt_adv.training import checkpoint, loop, sharding, stage_builder
 from lt_adv.training.checkpoint import read_variables
 from lt_adv.training.hooks import Hook
 
@@ -215,16 +217,43 @@ def test_hooks_are_called_in_order(run, tmp_path):
     assert row["step"] == 7 and "added" not in row and row["train/clean/accuracy"] >= 0
 
 
-def test_an_exception_of_a_hook_ends_the_run_and_loses_nothing(run, tmp_path):
-    """The checkpoint of the first epoch is there, and the run resumes from it."""
+class FailInSecondEpoch(Hook):
+    """Raises while the checkpoint of the first epoch waits for `failed`."""
 
-    class FailInSecondEpoch(Hook):
-        def on_step(self, stage, state):
-            if int(state.step) == 8:
-                raise RuntimeError("of a hook")
+    def __init__(self, failed):
+        self._failed = failed
 
+    def on_step(self, stage, state):
+        if int(state.step) == 8:
+            self._failed.set()
+            raise RuntimeError("of a hook")
+
+
+def test_an_exception_of_a_hook_ends_the_run_and_loses_nothing(run, tmp_path, monkeypatch):
+    """The checkpoint of the first epoch, still being written, is on disk when the run ends; the next one resumes."""
+    failed, publish = threading.Event(), checkpoint._publish
+
+    def publish_after_the_failure(written, final):
+        assert failed.wait(60)
+        time.sleep(0.2)  # a run that does not wait has ended by now
+        publish(written, final)
+
+    monkeypatch.setattr(checkpoint, "_publish", publish_after_the_failure)
     stage, calls = base.Stage(method=Distil(), epochs=2), []
     with pytest.raises(RuntimeError, match="of a hook"):
-        run((stage,), tmp_path, [FailInSecondEpoch()])
+        run((stage,), tmp_path, [FailInSecondEpoch(failed)])
+    assert [path.name for path in (tmp_path / "checkpoints" / "0_train").iterdir()] == ["7"]
     run((stage,), tmp_path, [RecordCalls(calls)])
     assert calls[1] == ("start", "0_train", 7) and [row["step"] for row in rows(tmp_path)] == [7, 14]
+
+
+def test_an_exception_of_a_hook_is_raised_though_the_checkpoint_fails_too(run, tmp_path, monkeypatch):
+    failed = threading.Event()
+
+    def full_disk(written, final):
+        assert failed.wait(60)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "_publish", full_disk)
+    with pytest.raises(RuntimeError, match="of a hook"):
+        run((base.Stage(method=Distil(), epochs=2),), tmp_path, [FailInSecondEpoch(failed)])
