@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lt_adv.models.batch_norm import BatchNorm, conv_then_norm
+
 Array = jax.Array
 Initializer = jax.nn.initializers.Initializer
 
@@ -25,11 +27,11 @@ def at_least_float32(dtype: DTypeLike) -> np.dtype:
 
 def conv_and_norm(
     *, dtype: DTypeLike, axis_name: str | None, train: bool, kernel_init: Initializer
-) -> tuple[Callable[..., nn.Conv], Callable[..., nn.BatchNorm]]:
+) -> tuple[Callable[..., nn.Conv], Callable[..., BatchNorm]]:
     """Returns `conv(features, size, stride, name=)` and `norm(name=)` for one forward pass of one network.
 
     `axis_name` is the device axis over which batch statistics are averaged; None for separate statistics per device.
-    Running statistics follow flax: new = 0.9 old + 0.1 batch, with the biased batch variance (PyTorch's is unbiased).
+    The variance of the running statistics is biased (PyTorch's is unbiased).
     """
     param_dtype = at_least_float32(dtype)
 
@@ -41,13 +43,18 @@ def conv_and_norm(
             dtype=dtype, param_dtype=param_dtype, kernel_init=kernel_init, name=name,
         )  # fmt: skip
 
-    norm = partial(
-        nn.BatchNorm, use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name,
-        dtype=dtype, param_dtype=param_dtype,
-        # flax's float32 reductions are for bfloat16; in float64 they would create float32 statistics.
-        force_float32_reductions=param_dtype == jnp.float32,
-    )  # fmt: skip
+    norm = partial(BatchNorm, not train, dtype, param_dtype, axis_name)
     return conv, norm
+
+
+@jax.custom_jvp
+def relu(x: Array) -> Array:
+    """max(x, 0). Its derivative is read off the result, so that the gradient does not need `x` in memory."""
+    return jnp.maximum(x, 0)
+
+
+# Not `> 0`, which XLA turns into `x > 0`.
+relu.defjvps(lambda tangent, result, x: jax.lax.select(result != 0, tangent, jnp.zeros_like(tangent)))
 
 
 def residual_plan(widths: tuple[int, ...], blocks: int) -> Iterator[tuple[str, int, int]]:
@@ -68,15 +75,16 @@ class Block(nn.Module):
     width: int
     stride: int
     conv: Callable[..., nn.Conv]
-    norm: Callable[..., nn.BatchNorm]
+    norm: Callable[..., BatchNorm]
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = nn.relu(self.norm(name="bn1")(self.conv(self.width, 3, self.stride, name="conv1")(x)))
-        y = self.norm(name="bn2")(self.conv(self.width, 3, name="conv2")(y))
+        y = conv_then_norm(self.conv(self.width, 3, self.stride, name="conv1"), self.norm(name="bn1"), x)
+        y = conv_then_norm(self.conv(self.width, 3, name="conv2"), self.norm(name="bn2"), relu(y))
         if self.stride != 1 or x.shape[-1] != self.width:
-            x = self.norm(name="shortcut_bn")(self.conv(self.width, 1, self.stride, name="shortcut")(x))
-        return nn.relu(x + y)
+            projection = self.conv(self.width, 1, self.stride, name="shortcut")
+            x = conv_then_norm(projection, self.norm(name="shortcut_bn"), x)
+        return relu(x + y)
 
 
 class PreActivationBlock(nn.Module):
@@ -89,14 +97,14 @@ class PreActivationBlock(nn.Module):
     width: int
     stride: int
     conv: Callable[..., nn.Conv]
-    norm: Callable[..., nn.BatchNorm]
+    norm: Callable[..., BatchNorm]
     dropout: Callable[[], nn.Dropout] = partial(nn.Dropout, 0.0, deterministic=True)
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
-        y = nn.relu(self.norm(name="bn1")(x))
+        y = relu(self.norm(name="bn1")(x))
         if self.stride != 1 or x.shape[-1] != self.width:
             x = self.conv(self.width, 1, self.stride, name="shortcut")(y)
-        y = self.conv(self.width, 3, self.stride, name="conv1")(y)
-        y = self.dropout()(nn.relu(self.norm(name="bn2")(y)))
+        y = conv_then_norm(self.conv(self.width, 3, self.stride, name="conv1"), self.norm(name="bn2"), y)
+        y = self.dropout()(relu(y))
         return x + self.conv(self.width, 3, name="conv2")(y)

@@ -4,6 +4,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lt_adv.models.batch_norm import conv_then_norm
 from lt_adv.models.layers import (
     Array,
     Block,
@@ -11,6 +12,7 @@ from lt_adv.models.layers import (
     conv_and_norm,
     fan_in_uniform,
     global_average_pool,
+    relu,
     residual_plan,
 )
 
@@ -30,7 +32,7 @@ class ResNet18(nn.Module):
     @nn.compact
     def __call__(self, x: Array, *, train: bool = False) -> Array:
         conv, norm = conv_and_norm(dtype=self.dtype, axis_name=self.axis_name, train=train, kernel_init=fan_in_uniform)
-        x = nn.relu(norm(name="bn1")(conv(WIDTHS[0], 3, name="conv1")(x)))
+        x = relu(conv_then_norm(conv(WIDTHS[0], 3, name="conv1"), norm(name="bn1"), x))
         for name, width, stride in residual_plan(WIDTHS, blocks=2):
             x = Block(width, stride, conv, norm, name=name)(x)
         return global_average_pool(x, self.dtype)
@@ -51,4 +53,4 @@ class PreActResNet18(nn.Module):
         x = conv(WIDTHS[0], 3, name="conv1")(x)
         for name, width, stride in residual_plan(WIDTHS, blocks=2):
             x = PreActivationBlock(width, stride, conv, norm, name=name)(x)
-        return global_average_pool(nn.relu(norm(name="bn")(x)), self.dtype)
+        return global_average_pool(relu(norm(name="bn")(x)), self.dtype)

@@ -12,6 +12,7 @@ from lt_adv.models.layers import (
     conv_and_norm,
     global_average_pool,
     kaiming_normal,
+    relu,
     residual_plan,
 )
 
@@ -52,4 +53,4 @@ class WideResNet(nn.Module):
         for name, width, stride in residual_plan(widths, blocks=(self.depth - 4) // 6):
             dropout = partial(nn.Dropout, self.dropout, deterministic=not train)
             x = PreActivationBlock(width, stride, conv, norm, dropout, name=name)(x)
-        return global_average_pool(nn.relu(norm(name="bn")(x)), self.dtype)
+        return global_average_pool(relu(norm(name="bn")(x)), self.dtype)
