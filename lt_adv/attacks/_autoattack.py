@@ -5,12 +5,13 @@ import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, continuous_batching, journal, norms
@@ -270,6 +271,42 @@ def _build_attacks(
         "square": lambda: build_square(logit_margin, norm, num_queries, 0.8, bounds),
     }
     return {name: builders[name]() for name in names}, tuple(notes)
+
+
+class AbstractProgram(NamedTuple):
+    """A program that `autoattack` calls, for `function.trace(*arguments)`, and how often if no image is broken."""
+
+    name: str
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...]
+    calls: int  # for `batch_size` images
+
+
+def abstract_programs(
+    logits_fn: LogitsFn,
+    x: jax.ShapeDtypeStruct,
+    num_classes: int,
+    mesh: Mesh,
+    *,
+    norm: str = "linf",
+    version: str | Sequence[str] = "standard",
+    num_queries: int = 5000,
+) -> Iterator[AbstractProgram]:
+    """Yields the program of each attack of `autoattack`, for devices that need not exist.
+
+    Args:
+      logits_fn: a `jax.tree_util.Partial` whose arrays are shapes.
+      x: shape of a batch of images.
+      num_classes: classes of the logits.
+      mesh: devices, with axis "slots".
+      norm, version, num_queries: as of `autoattack`.
+    """
+    names, _ = _supported(attacks_of(version), norm, x.shape[1:])
+    iterative_attacks, _ = _build_attacks(names, num_classes, norm, (0.0, 1.0), False, num_queries)
+    for name, attack in iterative_attacks.items():
+        function, arguments = continuous_batching.abstract_advance(attack, logits_fn, x, mesh)
+        calls = attack.num_rounds * -(-attack.num_steps // max(continuous_batching.steps_per_call(attack), 1))
+        yield AbstractProgram(name, function, arguments, calls)
 
 
 def _num_slots(images: int, batch_size: int) -> int:

@@ -15,7 +15,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import checks, norms, tracing
-from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
+from lt_adv.attacks.convolutions import with_fast_convolutions
+from lt_adv.attacks.hoisting import hoist
 from lt_adv.attacks.initialization import example_keys
 from lt_adv.attacks.objectives import prediction
 from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn
@@ -23,6 +24,10 @@ from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn
 
 class State(Protocol):
     """State of an attack: a NamedTuple of arrays, one row per example."""
+
+    @property
+    def key(self) -> Array:
+        """[b]"""
 
     @property
     def steps_taken(self) -> Array:
@@ -82,7 +87,7 @@ def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) 
         checks.check_values(values, x)
         return jnp.sum(values), (values, logits)  # a sum, so that the gradients of examples are independent
 
-    (_, (values, logits)), gradient = with_fast_cpu_convolutions(jax.value_and_grad(total, has_aux=True))(x)
+    (_, (values, logits)), gradient = with_fast_convolutions(jax.value_and_grad(total, has_aux=True))(x)
     return lax.stop_gradient((values, logits, norms.finite(gradient)))
 
 
@@ -160,13 +165,15 @@ def attack_batch(
         checks.check_labels(y, len(x), classes)
         ranking, attack = jnp.argsort(-logits, axis=-1), build(classes)
 
+        step_logits_fn = hoist(keyed_logits_fn, x, keys)
+
         def one_round(r: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             x_adv, broken = carry
             round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, r)
             target = jnp.take(ranking, (r + 1) % classes, axis=-1)  # ignored by untargeted attacks
             target += varies.astype(target.dtype)
             state = attack.init(round_keys, x, y, target, radius, jnp.full_like(y, r))
-            state = lax.fori_loop(0, attack.num_steps, lambda _, state: attack.step(keyed_logits_fn, state), state)
+            state = lax.fori_loop(0, attack.num_steps, lambda _, state: attack.step(step_logits_fn, state), state)
             return where_rows(broken, x_adv, state.x_adv), broken | state.broken
 
         carry = lax.stop_gradient((x, is_wrong(logits, y)))

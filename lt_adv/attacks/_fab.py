@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, norms
 from lt_adv.attacks._base import IterativeAttack, expand_mask, where_rows
-from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
+from lt_adv.attacks.convolutions import with_fast_convolutions
 from lt_adv.attacks.objectives import targeted_logit_margin
 from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn
 
@@ -228,7 +228,7 @@ def _nearest_plane(logits_fn: KeyedLogitsFn, state: State, classes: int, ball: n
     def nearer(s: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         difference = jax.nn.one_hot(s, classes, dtype=logits.dtype)[None, :] - at_y
         value = jnp.sum(difference * logits, axis=-1)
-        value, gradient = _representable(value, with_fast_cpu_convolutions(lambda: vjp_fn(difference)[0])())
+        value, gradient = _representable(value, with_fast_convolutions(lambda: vjp_fn(difference)[0])())
         distance = jnp.abs(value) / (1e-12 + ball.dual(gradient).reshape(-1))
         return where_rows((distance < carry[0]) & (state.y != s), (distance, value, gradient), carry)
 

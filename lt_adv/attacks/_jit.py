@@ -72,5 +72,5 @@ def jit(
                 checks.check_labels(y, len(x), num_classes(variables, x))
         return compiled(key, variables, x, y)
 
-    call.lower = compiled.lower  # type: ignore[attr-defined]
+    call.lower, call.trace = compiled.lower, compiled.trace  # type: ignore[attr-defined]
     return call

@@ -8,7 +8,7 @@ images, in one compiled program of one shape that runs on all devices.
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv.attacks import tracing
 from lt_adv.attacks._base import IterativeAttack, State, logits_of, where_rows
+from lt_adv.attacks.hoisting import hoist
 from lt_adv.attacks.initialization import IMPL
 from lt_adv.attacks.signatures import KeyedLogitsFn, LogitsFn, PyTree
 
@@ -73,8 +74,9 @@ def network(
     if isinstance(logits_fn, jax.tree_util.Partial):
         call, cached = logits_fn, programs(mesh, logits_fn.func)
     else:
-        x = jax.ShapeDtypeStruct((slots, *image.shape), image.dtype)
-        keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=IMPL), slots)),) if random else ()
+        per_device = slots // mesh.size
+        x = jax.ShapeDtypeStruct((per_device, *image.shape), image.dtype)
+        keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=IMPL), per_device)),) if random else ()
         call, cached = jax.tree_util.Partial(*tracing.trace(logits_fn, x, *keys)), compile_for(mesh)
     call = call if random else jax.tree_util.Partial(_without_keys, call)
     return Network(jax.device_put(call, NamedSharding(mesh, PartitionSpec())), mesh, slots, cached)
@@ -116,12 +118,26 @@ def compile_for(mesh: Mesh) -> Programs:
         initial = attack.init(*new)
         return where_rows(replaced, where_rows(resumed, initial._replace(**fields), initial), state)
 
+    def on_each_device(function: Callable[..., PyTree], call: KeyedLogitsFn, *rows: PyTree) -> PyTree:
+        """Calls function(network, *rows) with the slots of each device.
+
+        XLA's partitioner would exchange logits between devices, though no slot needs those of another.
+        """
+        specs = (PartitionSpec(), *[PartitionSpec("slots")] * len(rows))
+        # A network that was traced before does not say over which mesh axes its values vary.
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=specs, out_specs=PartitionSpec("slots"), check_vma=False)
+        return mapped(call, *rows)
+
     def advance(attack: IterativeAttack, steps: int, call: KeyedLogitsFn, state: State) -> tuple[State, Array, Array]:
-        state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(call, state), state)
-        return state, state.broken, state.steps_taken
+        def on_device(call: KeyedLogitsFn, state: State) -> tuple[State, Array, Array]:
+            logits_fn = hoist(call, state.x_adv, state.key)
+            state = jax.lax.fori_loop(0, steps, lambda _, state: attack.step(logits_fn, state), state)
+            return state, state.broken, state.steps_taken
+
+        return on_each_device(on_device, call, state)
 
     def logits(call: KeyedLogitsFn, x: Array, keys: Array) -> Array:
-        return logits_of(call, x, keys)
+        return on_each_device(logits_of, call, x, keys)
 
     return Programs(
         jax.jit(fill, static_argnums=0, out_shardings=over_slots),
@@ -131,12 +147,42 @@ def compile_for(mesh: Mesh) -> Programs:
     )
 
 
+def steps_per_call(attack: IterativeAttack) -> int:
+    """Returns the steps between two refills, of which few are left over in the last call of a round."""
+    total = attack.num_steps
+    return min(CHUNK[min(attack.gradients, 1)], key=lambda steps: (-total % steps, steps)) if total else 0
+
+
 @jax.jit
 def fold_in_numbers(keys: Array, *numbers: Array) -> Array:
     """Folds numbers, each a scalar or one per key, into each key, one after the other."""
     for number in numbers:
         keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
     return keys
+
+
+def abstract_advance(
+    attack: IterativeAttack, logits_fn: LogitsFn, x: jax.ShapeDtypeStruct, mesh: Mesh
+) -> tuple[Callable[..., PyTree], tuple[Any, ...]]:
+    """Returns the program that takes steps of an attack, and its arguments as shapes with shardings.
+
+    Args:
+      attack: of a network that is not randomised.
+      logits_fn: a `jax.tree_util.Partial` whose arrays are shapes.
+      x: shape of the images in all slots.
+      mesh: axis "slots"; its devices need not exist.
+    """
+
+    def over(tree: PyTree, *axes: str) -> PyTree:
+        sharding = NamedSharding(mesh, PartitionSpec(*axes))
+        return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=sharding), tree)
+
+    slots = x.shape[0]
+    keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=IMPL), slots))
+    label, eps = jax.ShapeDtypeStruct((slots,), np.int32), jax.ShapeDtypeStruct((slots,), x.dtype)
+    state = jax.eval_shape(attack.init, keys, x, label, label, eps, label)
+    call = over(jax.tree_util.Partial(_without_keys, logits_fn))
+    return compile_for(mesh).advance, (attack, steps_per_call(attack), call, over(state, "slots"))
 
 
 def logits(network: Network, x: np.ndarray, keys: Array) -> np.ndarray:
@@ -183,7 +229,7 @@ def run(
     turn, because otherwise the last ones would run alone.
     """
     slots, total, compiled = network.slots, attack.num_steps, network.programs
-    steps = min(CHUNK[min(attack.gradients, 1)], key=lambda steps: (-total % steps, steps)) if total else 0
+    steps = steps_per_call(attack)
     waiting, image = deque(rows.tolist()), np.full(slots, IDLE)  # the image in each slot
     steps_in_slot, is_new = np.zeros(slots, int), np.ones(slots, bool)
     round_index, steps_taken = np.zeros(len(x), np.int32), np.zeros(len(x), np.int64)

@@ -20,7 +20,8 @@ from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import checks, norms, tracing
-from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
+from lt_adv.attacks.convolutions import with_fast_convolutions
+from lt_adv.attacks.hoisting import hoist
 from lt_adv.attacks.initialization import starting_point
 from lt_adv.attacks.objectives import cross_entropy, cw_margin
 from lt_adv.attacks.signatures import Bounds, LogitsFn, Objective
@@ -288,9 +289,11 @@ def _ascend(
         def project(x_adv: Array) -> Array:
             return jnp.clip(ball.project(x_adv, x, radius), low, high)
 
+        gradient_fn = hoist(with_fast_convolutions(jax.grad(total)), x_adv)
+
         def step(_: int, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
             x_adv, momentum = carry
-            gradient = norms.finite(with_fast_cpu_convolutions(jax.grad(total))(x_adv))
+            gradient = norms.finite(gradient_fn(x_adv))
             if decay is not None and momentum is not None:
                 gradient = momentum = decay * momentum + norms.unit_mean(gradient)
             # Stopped at each step, so that an outer gradient has no loop to differentiate.

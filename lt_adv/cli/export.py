@@ -23,7 +23,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 from lt_adv import data, evaluation
-from lt_adv.attacks import cpu_convolutions
+from lt_adv.attacks import convolutions
 from lt_adv.cli import evaluate, networks, record_header, workdirs
 from lt_adv.cli.experiment import Experiment
 from lt_adv.models import posthoc
@@ -169,8 +169,8 @@ def serialise(apply: Callable[..., jax.Array], weights: Mapping[str, np.ndarray]
         return jax.vjp(network, weights, x)[1](cotangent)
 
     def backward(inputs: Any, cotangent: Any) -> Any:
-        # An exported program cannot be rewritten later, and attacks are loops: see cpu_convolutions.py.
-        on_cpu = cpu_convolutions.rewrite_convolutions(gradient)
+        # An exported program cannot be rewritten later, and attacks are loops: see attacks/convolutions.py.
+        on_cpu = convolutions.rewrite_convolutions(gradient)
         return jax.lax.platform_dependent(*inputs, cotangent, cpu=on_cpu, default=gradient)
 
     differentiable = jax.custom_vjp(network)

@@ -12,7 +12,7 @@ import optax
 from jax import lax
 from jax.sharding import Mesh
 
-from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
+from lt_adv.attacks.convolutions import with_fast_convolutions
 from lt_adv.data import augment
 from lt_adv.methods import Batch, DataInfo, LossOutput, Method, TrainProgress
 from lt_adv.runtime import registry
@@ -166,7 +166,7 @@ def make_train_step(
             out = method.loss(keys.loss, net, batch, lax.stop_gradient(x_adv), state.method_state, progress)
             return out.loss, (out, net.batch_stats)
 
-        value_and_grad = with_fast_cpu_convolutions(jax.value_and_grad(loss_fn, has_aux=True))
+        value_and_grad = with_fast_convolutions(jax.value_and_grad(loss_fn, has_aux=True), attack=False)
         (loss, (out, batch_stats)), grads = value_and_grad(params)
         grads = lax.pmean(grads, AXIS)
 

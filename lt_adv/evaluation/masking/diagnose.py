@@ -21,7 +21,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from lt_adv import attacks
 from lt_adv.attacks._autoattack import attacks_of
 from lt_adv.attacks.checks import check_images, check_logits
-from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
+from lt_adv.attacks.convolutions import with_fast_convolutions
 from lt_adv.attacks.initialization import threefry
 from lt_adv.evaluation.attack_specs import Apply, Variables
 
@@ -89,7 +89,7 @@ def _programs(apply: Apply, norm: str, num_steps: int, queries: int) -> Programs
         return jax.grad(lambda logits: attacks.cross_entropy(logits, y).sum())(logits)
 
     def zero_gradient(variables: Variables, x: Array, logit_gradient: Array) -> Array:
-        gradient = with_fast_cpu_convolutions(jax.grad(lambda x: (apply(variables, x) * logit_gradient).sum()))(x)
+        gradient = with_fast_convolutions(jax.grad(lambda x: (apply(variables, x) * logit_gradient).sum()))(x)
         return (gradient == 0).reshape(len(x), -1).all(-1)
 
     def is_correct(variables: Variables, x: Array, y: Array) -> Array:

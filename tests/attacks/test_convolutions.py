@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lt_adv import attacks
-from lt_adv.attacks.cpu_convolutions import with_fast_cpu_convolutions
+from lt_adv.attacks.convolutions import with_fast_convolutions
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = RNG.normal(size=(3, 3, 2, 6)), RNG.normal(size=(3, 3, 6, 6))  # HWIO
@@ -76,7 +76,7 @@ def test_same_gradient(name):
     with jax.enable_x64(True):
         gradient = jax.grad(lambda x: jnp.sum(jnp.sin(NETWORKS[name](x))))
         expected = gradient(X)
-        for actual in (with_fast_cpu_convolutions(gradient)(X), jax.jit(with_fast_cpu_convolutions(gradient))(X)):
+        for actual in (with_fast_convolutions(gradient)(X), jax.jit(with_fast_convolutions(gradient))(X)):
             np.testing.assert_allclose(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -87,7 +87,7 @@ def test_same_value_auxiliary_and_weight_gradient():
 
     with jax.enable_x64(True):
         f = jax.value_and_grad(loss, has_aux=True)
-        actual, expected = with_fast_cpu_convolutions(f)({"kernel": FIRST}, X), f({"kernel": FIRST}, X)
+        actual, expected = with_fast_convolutions(f)({"kernel": FIRST}, X), f({"kernel": FIRST}, X)
         assert jax.tree.structure(actual) == jax.tree.structure(expected)
         jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-12), actual, expected)
 
@@ -100,7 +100,7 @@ def test_inside_shard_map(check_vma):
         def loss(x):
             return jnp.sum(lax.psum(weight, "data") * nhwc(x) ** 2)
 
-        return with_fast_cpu_convolutions(jax.grad(loss))(x)
+        return with_fast_convolutions(jax.grad(loss))(x)
 
     with jax.enable_x64(True):
         mesh = Mesh(np.array(jax.devices()), ("data",))

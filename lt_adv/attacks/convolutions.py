@@ -1,0 +1,129 @@
+"""Brings the convolutions of a gradient into the form that XLA executes fast on the platform.
+
+CPU: The gradient of a convolution with respect to its input is a convolution with the mirrored kernel and exchanged
+channel axes, which JAX expresses in the dimension numbers. XLA's CPU backend calls its convolution library only for
+images NHWC and kernels HWIO. It rewrites other layouts to these, but neither in the body of a loop nor where the
+transposition that it has to insert can be folded back into the only convolution that uses it. There it runs naive
+loops, about 20 times slower. We therefore transpose explicitly, behind a barrier that prevents folding.
+
+TPU: The gradient runs faster if its kernel is mirrored and transposed beforehand, if the channels more than fill the
+lanes of a register. With fewer channels XLA puts images into the lanes; it then fuses two consecutive convolutions of
+an attack's backward pass and computes the first several times, which a barrier before each convolution prevents.
+"""
+
+import contextlib
+import contextvars
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ParamSpec, TypeVar
+
+import jax
+from jax import Array, lax
+from jax.extend import core
+
+from lt_adv.attacks.jaxprs import CALLS, evaluate
+
+P = ParamSpec("P")
+T = TypeVar("T")
+# (equation, operands, jaxpr of the equation) -> results
+Convolve = Callable[[core.JaxprEqn, Sequence[Any], core.Jaxpr], list[Any]]
+TPU_LANES = 128
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
+
+
+def with_fast_convolutions(gradient: Callable[P, T], *, attack: bool = True) -> Callable[P, T]:
+    """Returns `gradient` with fast convolutions on CPU and TPU; see `rewrite_convolutions`.
+
+    Args:
+      gradient: the result of jax.grad or jax.value_and_grad.
+      attack: whether it is a gradient with respect to images alone.
+    """
+    if target_platform() == "tpu":
+        return rewrite_convolutions(gradient, functools.partial(_on_tpu, attack=attack))
+    return rewrite_convolutions(gradient) if target_platform() == "cpu" else gradient
+
+
+def target_platform() -> str:
+    """Returns the platform that programs are traced for, "cpu", "tpu" or "gpu"."""
+    return _platform.get() or jax.default_backend()
+
+
+@contextlib.contextmanager
+def tracing_for(platform: str) -> Iterator[None]:
+    """Programs that are traced inside are meant for this platform, "cpu", "cuda" or "tpu", which need not be there."""
+    token = _platform.set(platform)
+    try:
+        yield
+    finally:
+        _platform.reset(token)
+
+
+def mirrors_kernel_beforehand(kernel: Any) -> bool:
+    """Whether a gradient's convolution runs faster on a kernel that is mirrored before the loop."""
+    if target_platform() == "tpu":
+        few, many = sorted(kernel.shape[-2:])
+        return few > TPU_LANES and (few % TPU_LANES or many % TPU_LANES) > 0
+    return target_platform() == "cpu"
+
+
+def _in_standard_layout(equation: core.JaxprEqn, operands: Sequence[Any], jaxpr: core.Jaxpr) -> list[Any]:
+    """Evaluates a convolution over images in the layouts NHWC and HWIO."""
+    x, kernel = operands
+    image, weight, result = equation.params["dimension_numbers"]
+    nhwc, hwio = (0, x.ndim - 1, *range(1, x.ndim - 1)), (x.ndim - 1, x.ndim - 2, *range(x.ndim - 2))
+    over_images = image[0] == result[0] == 0  # a weight gradient has the batch in the place of channels
+    if not over_images or (image, weight, result) == (nhwc, hwio, nhwc):
+        return evaluate(equation, operands, jaxpr)
+    options = {**equation.params, "dimension_numbers": lax.ConvDimensionNumbers(nhwc, hwio, nhwc)}
+    x, kernel = _transpose(x, image, nhwc), _transpose(kernel, weight, hwio)
+    return [_transpose(lax.conv_general_dilated_p.bind(x, kernel, **options), nhwc, result)]
+
+
+def _on_tpu(equation: core.JaxprEqn, operands: Sequence[Any], jaxpr: core.Jaxpr, *, attack: bool) -> list[Any]:
+    x, kernel = operands
+    if mirrors_kernel_beforehand(kernel):
+        return _in_standard_layout(equation, operands, jaxpr)
+    return evaluate(equation, [lax.optimization_barrier(x) if attack else x, kernel], jaxpr)
+
+
+def _transpose(x: Array, old: Sequence[int], new: Sequence[int]) -> Array:
+    """Moves axis old[i] of `x` to new[i]."""
+    if old == new:
+        return x
+    source = dict(zip(new, old, strict=True))
+    return lax.optimization_barrier(lax.transpose(x, [source[axis] for axis in range(x.ndim)]))
+
+
+def rewrite_convolutions(gradient: Callable[P, T], convolve: Convolve = _in_standard_layout) -> Callable[P, T]:
+    """Returns `gradient` with every convolution evaluated by `convolve`: over images NHWC and kernels HWIO.
+
+    `gradient` is the result of jax.grad or jax.value_and_grad; the returned function cannot be differentiated again.
+    It may be traced under jit, vmap, pmap and shard_map. Values change by rounding at most. Convolutions inside a loop
+    or a rematerialised part of the network are not rewritten, and neither are weight gradients, which are fast.
+    """
+
+    def rewritten(*args: P.args, **kwargs: P.kwargs) -> T:
+        # Inputs are closed over and not passed as arguments, so that each keeps its type, mesh axes included.
+        closed, shape = jax.make_jaxpr(lambda: gradient(*args, **kwargs), return_shape=True)()
+        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, [], convolve))
+
+    return rewritten
+
+
+def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], convolve: Convolve) -> list[Any]:
+    """Evaluates a jaxpr equation by equation, with convolutions replaced."""
+    values: dict[core.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+
+    def read(atom: core.Var | core.Literal) -> Any:
+        return atom.val if isinstance(atom, core.Literal) else values[atom]
+
+    for equation in jaxpr.eqns:
+        operands = [read(atom) for atom in equation.invars]
+        if equation.primitive.name in CALLS:
+            inner = equation.params["jaxpr"]
+            results = _evaluate(inner.jaxpr, inner.consts, operands, convolve)
+        else:
+            apply = convolve if equation.primitive.name == "conv_general_dilated" else evaluate
+            results = apply(equation, operands, jaxpr)
+        values.update(zip(equation.outvars, results, strict=True))
+    return [read(atom) for atom in jaxpr.outvars]
