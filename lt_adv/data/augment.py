@@ -35,11 +35,20 @@ def pad_crop_flip(keys: jax.Array, image: jax.Array, *, pad: int = 4) -> jax.Arr
         offset_key, flip_key = jax.random.split(key)
         return jax.random.randint(offset_key, (2,), 0, 2 * pad + 1), jax.random.bernoulli(flip_key)
 
-    batch, height, width, _ = image.shape
+    _, height, width, _ = image.shape
     offset, flip = jax.vmap(draw)(keys)
-    row = offset[:, :1] + jnp.arange(height)
-    column = offset[:, 1:] + jnp.where(flip[:, None], jnp.arange(width)[::-1], jnp.arange(width))
-    padded = jnp.pad(image, ((0, 0), (pad, pad), (pad, pad), (0, 0)))
-    # One gather for crop and flip takes about 0.6 of the time of a vmapped dynamic_slice and a select on CPU.
-    example = jnp.arange(batch)[:, None, None]
-    return padded.at[example, row[:, :, None], column[:, None, :]].get(mode="promise_in_bounds")
+    row = offset[:, :1] - pad + jnp.arange(height)
+    column = offset[:, 1:] - pad + jnp.where(flip[:, None], jnp.arange(width)[::-1], jnp.arange(width))
+    return _select(_select(image, row, axis=1), column, axis=2)
+
+
+def _select(image: jax.Array, index: jax.Array, axis: int) -> jax.Array:
+    """Returns rows (axis 1) or columns (axis 2) of images [b, h, w, c] by index [b, n]; zero where there is none.
+
+    A product with a matrix of zeros and ones is exact, and fast on accelerators: a TPU gathers pixels one by one.
+    """
+    one_hot = jax.nn.one_hot(index, image.shape[axis], dtype=jnp.float32)
+    # Matrix units round to 8 bits or more by default, which hold a uint8.
+    precision = None if image.dtype == jnp.uint8 else jax.lax.Precision.HIGHEST
+    equation = "bnh,bhwc->bnwc" if axis == 1 else "bnw,bhwc->bhnc"
+    return jnp.einsum(equation, one_hot, image, precision=precision).astype(image.dtype)
