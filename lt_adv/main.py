@@ -5,8 +5,14 @@
 --config=FILE[:ARGUMENTS]    a file of configs/; its docstring lists the arguments that may follow the colon
 --config.optim.epochs=3      overrides one entry of the config
 --workdir=PATH               folder or bucket for all output of the run [workdirs/<config>-<arguments>]
---mode=train|eval|export     train (or resume) and evaluate; evaluate a trained run; or write the trained network to
-                             WORKDIR/export for use without this project [train]
+--mode=train|eval|export|compile
+                             train (or resume) and evaluate; evaluate a trained run; write the trained network to
+                             WORKDIR/export for use without this project; or compile the programs of a run for an
+                             accelerator that need not be there, with an estimate of memory and time [train]
+--topology=NAME              with --mode=compile: v5e:2x2, v4:2x2x2, h100, h200:8, cpu:8, ...
+--programs=train,eval        with --mode=compile: which programs [train]
+--fit                        with --mode=compile: search the largest batch that fits into the memory
+--price=NUMBER               with --mode=compile: price of a device and hour, for the cost of the run
 
 Invalid input gives one line on stderr and exit code 2; with LT_ADV_TRACEBACK=1 in the environment, a traceback.
 On SIGTERM the program saves a checkpoint if it is training and exits with code 0. The same command resumes training
@@ -85,13 +91,15 @@ def main(argv: Sequence[str] | None = None, hooks: Sequence[Any] = ()) -> int:
 def load_command(arguments: flags.Arguments, hooks: Sequence[Any]) -> Callable[[Any, Any], Any]:
     """Returns the function of (config, workdir) that `--mode` selects."""
     # These import jax: after the flags are parsed, so that invalid ones are refused at once.
-    from lt_adv.cli import evaluate, export, train
+    from lt_adv.cli import compile_run, evaluate, export, train
 
     commands: dict[str, Callable[[Any, Any], Any]] = {
         "train": functools.partial(train.train, hooks=hooks),
         "eval": evaluate.evaluate,
         "export": functools.partial(export.export, command=arguments.command),
     }
+    if arguments.compile:
+        return functools.partial(compile_run.compile_run, options=arguments.compile)
     return commands[arguments.mode]
 
 

@@ -16,12 +16,13 @@ INTERNAL: dict[str, set[str]] = {
     "runtime": set(),
     "attacks": set(),
     "losses": set(),
+    "compilation": set(),
     "models": {"runtime"},
     "data": {"runtime"},
     "methods": {"runtime", "attacks", "losses"},
     "training": {"runtime", "attacks", "models", "data", "methods"},
     "evaluation": {"runtime", "attacks", "data"},
-    "cli": {"__init__", "runtime", "attacks", "models", "data", "methods", "training", "evaluation"},
+    "cli": {"__init__", "runtime", "attacks", "models", "data", "methods", "training", "evaluation", "compilation"},
     "main": {"runtime", "training", "cli"},
 }
 NUMERIC = {"jax", "numpy", "optax"}
@@ -31,6 +32,7 @@ EXTERNAL: dict[str, set[str]] = {
     "runtime": {"etils", "jax", "numpy"},
     "attacks": NUMERIC,
     "losses": NUMERIC,
+    "compilation": NUMERIC,
     "models": NUMERIC | {"flax", "torch"},
     "data": NUMERIC | {"grain", "tensorflow_datasets", "PIL", "sklearn"},
     "methods": NUMERIC | {"flax"},

@@ -14,9 +14,20 @@ from ml_collections import ConfigDict, config_flags
 from lt_adv.cli import entries
 from lt_adv.runtime import atomic_io, registry
 
-MODES = ("train", "eval", "export")
+MODES = ("train", "eval", "export", "compile")
 FLAGS = ("config", "workdir", "mode")
+COMPILE_FLAGS = ("topology", "programs", "fit", "price")
+PROGRAMS = ("train", "eval")
 OVERRIDE = r"--?(?:no)?config\.([^=]*)"
+
+
+class CompileOptions(NamedTuple):
+    """The flags of `--mode=compile`."""
+
+    topology: str
+    programs: tuple[str, ...] = ("train",)
+    fit: bool = False
+    price: float | None = None  # per device and hour
 
 
 class Arguments(NamedTuple):
@@ -24,14 +35,17 @@ class Arguments(NamedTuple):
     workdir: epath.Path
     mode: str
     command: str  # the command line without --workdir and --mode
+    compile: CompileOptions | None = None
 
 
 def parse(argv: list[str]) -> Arguments:
     """Parses `argv`, whose first item is the name of the program; raises ValueError with one line."""
     known = flags.FlagValues()  # the global one has the flags of every library
     known.set_gnu_getopt()
-    for name in FLAGS:
+    for name in (*FLAGS, "topology", "programs"):
         flags.DEFINE_string(name, None, "", flag_values=known)
+    flags.DEFINE_boolean("fit", None, "", flag_values=known)
+    flags.DEFINE_float("price", None, "", lower_bound=0.0, flag_values=known)
     try:
         program, *rest = known(argv, known_only=True)
         for arg in rest:
@@ -43,6 +57,7 @@ def parse(argv: list[str]) -> Arguments:
             raise ValueError("--workdir is empty: name a folder, or leave it out.")
         if (mode := "train" if known.mode is None else known.mode) not in MODES:
             raise registry.unknown("--mode", mode, MODES)
+        compile_options = _compile_options(known, mode)
         config = load_config(known.config)
         for arg in rest:
             if match := re.match(OVERRIDE, arg):
@@ -60,7 +75,22 @@ def parse(argv: list[str]) -> Arguments:
     if "://" not in str(workdir):
         workdir = workdir.expanduser().absolute()  # orbax requires an absolute path
     command = shlex.join(["python", "-m", "lt_adv.main", f"--config={known.config}", *rest])
-    return Arguments(overridden.config, workdir, mode, command)
+    return Arguments(overridden.config, workdir, mode, command, compile_options)
+
+
+def _compile_options(known: flags.FlagValues, mode: str) -> CompileOptions | None:
+    """Returns the flags of --mode=compile; raises ValueError where they are given in another mode."""
+    if mode != "compile":
+        if given := [name for name in COMPILE_FLAGS if known[name].present]:
+            raise ValueError(f"--{given[0]} belongs to --mode=compile.")
+        return None
+    if not known.topology:
+        raise ValueError("--topology is missing, for example --topology=v5e:2x2, h200:8 or cpu:8.")
+    programs = tuple((known.programs or "train").split(","))
+    for program in programs:
+        if program not in PROGRAMS:
+            raise registry.unknown("program in --programs:", program, PROGRAMS)
+    return CompileOptions(known.topology, programs, bool(known.fit), known.price)
 
 
 def load_config(name: str) -> ConfigDict:

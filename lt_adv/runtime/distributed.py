@@ -210,9 +210,16 @@ def _jit_replicate(sharding: NamedSharding) -> Callable[[list[jax.Array]], list[
 
 
 def local(mesh: Mesh) -> Mesh:
-    """Returns the mesh of this process's devices; `mesh` itself if it has no others."""
+    """Returns the part of a mesh on the devices of this process; all of a mesh that does not exist, see `exists`."""
+    if not exists(mesh):
+        return mesh
     devices = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     return mesh if len(devices) == mesh.size else Mesh(np.array(devices), mesh.axis_names)
+
+
+def exists(mesh: Mesh) -> bool:
+    """Whether this program can run on the mesh: not if its devices are those of a topology, for compilation only."""
+    return mesh.devices.flat[0] in jax.devices()
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

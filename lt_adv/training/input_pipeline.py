@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
@@ -137,6 +138,21 @@ def streamed(
         ) as host_batches:
             yield ({name: put(column) for name, column in batch.items()} for batch in host_batches)
 
-    example = {name: jax.ShapeDtypeStruct(shape, np.int32) for name in ("label", "index")}
-    example["image"] = jax.ShapeDtypeStruct((*shape, *split.image.shape[1:]), np.uint8)
-    return InputPipeline(example, batches)
+    return InputPipeline(streamed_example(split, batch_size, mesh, parallel), batches)
+
+
+def streamed_example(split: Split, batch_size: int, mesh: Mesh, parallel: str) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the `example` of `streamed`."""
+    # pmap requires a device axis, and has a mesh per process.
+    num_local = distributed.local(mesh).size
+    shape = (num_local, batch_size // mesh.size) if parallel == "pmap" else (batch_size,)
+    batch_sharding = NamedSharding(sharding.state_mesh(mesh, parallel), PartitionSpec(AXIS))
+    shapes = {"label": shape, "index": shape, "image": (*shape, *split.image.shape[1:])}
+    dtypes = {"label": np.int32, "index": np.int32, "image": np.uint8}
+    return {name: jax.ShapeDtypeStruct(shapes[name], dtypes[name], sharding=batch_sharding) for name in shapes}
+
+
+def resident_example(split: Split, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Returns the shapes of the `example` of `resident`."""
+    rows = {name: jax.ShapeDtypeStruct((BLOCK, batch_size), np.int32) for name in ("row", "label", "index")}
+    return {**rows, "image": jax.ShapeDtypeStruct((len(split), math.prod(split.image.shape[1:])), np.uint8)}

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.extend import core
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv.runtime import distributed, registry
@@ -106,7 +107,7 @@ def parallelize(
 
 def _pmap(per_device: Callable[..., Any], update: Callable[..., Any], mesh: Mesh, streamed: bool) -> Callable[..., Any]:
     # With several processes, pmap would fetch a typed key in every step, and so wait for the step before.
-    raw_keys = jax.process_count() > 1
+    raw_keys = len({device.process_index for device in mesh.devices.flat}) > 1
 
     def with_key(state: PyTree) -> PyTree:
         return state.replace(key=jax.random.wrap_key_data(state.key)) if raw_keys else state
@@ -121,7 +122,10 @@ def _pmap(per_device: Callable[..., Any], update: Callable[..., Any], mesh: Mesh
 
     # pmap requires an argument with a device axis: the device's number, which is not used.
     local = distributed.local(mesh)
-    device_number = jax.device_put(np.arange(local.size), NamedSharding(local, PartitionSpec(AXIS)))
+    by_device = NamedSharding(local, PartitionSpec(AXIS))
+    device_number = jax.ShapeDtypeStruct((local.size,), np.int32, sharding=by_device)
+    if distributed.exists(mesh):
+        device_number = jax.device_put(np.arange(local.size, dtype=np.int32), by_device)
     mapped = jax.pmap(
         update_step,
         axis_name=AXIS,
@@ -138,7 +142,33 @@ def _pmap(per_device: Callable[..., Any], update: Callable[..., Any], mesh: Mesh
         state, metrics = mapped(device_number, without_key(state), data, teacher)
         return with_key(state), metrics
 
+    def arguments(state: PyTree, data: PyTree, teacher: PyTree) -> tuple[PyTree, ...]:
+        """Returns the arguments of `mapped` for those of `step`, all as shapes with shardings."""
+        key = jax.eval_shape(jax.random.key_data, state.key)
+        key = jax.ShapeDtypeStruct(key.shape, key.dtype, sharding=state.key.sharding)
+        return device_number, state.replace(key=key), data, teacher
+
+    step.mapped, step.arguments = mapped, arguments  # type: ignore[attr-defined]
     return step
+
+
+def lower(function: Any, arguments: Sequence[PyTree], platform: str) -> tuple[jax.stages.Lowered, core.ClosedJaxpr]:
+    """Returns a program lowered for a platform, and its jaxpr.
+
+    Args:
+        function: jitted, or the result of `parallelize`.
+        arguments: arrays are shapes with shardings, on devices that need not exist.
+        platform: "cpu", "cuda" or "tpu".
+    """
+    mapped: Any = None  # by pmap, which lowers for the platform of its devices
+    if isinstance(function, functools.partial):
+        mapped, arguments = function.func, (*function.args, *arguments)
+    elif hasattr(function, "mapped"):
+        mapped, arguments = function.mapped, function.arguments(*arguments)
+    if mapped:
+        return mapped.lower(*arguments), jax.make_jaxpr(mapped)(*arguments)
+    traced = function.trace(*arguments)
+    return traced.lower(lowering_platforms=(platform,)), traced.jaxpr
 
 
 def _shard_map(

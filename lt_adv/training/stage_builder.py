@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax
 import jax
@@ -10,13 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from lt_adv import data, methods, models
 from lt_adv.data import device_dataset, longtail
 from lt_adv.methods import DataInfo, Method, Stage, addons
 from lt_adv.models import posthoc
+from lt_adv.runtime import distributed
 from lt_adv.runtime.distributed import PyTree
 from lt_adv.training import checkpoint, input_pipeline, optimizer, sharding, train_state, train_step
 from lt_adv.training.input_pipeline import InputPipeline
@@ -135,13 +136,24 @@ def resolve(
     return ResolvedStage(number, num_stages, stage, config, split, info, shapes)
 
 
-def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | None = None) -> StageProgram:
-    """Returns the program of a stage; `previous` are the final variables of the stage before it."""
+class _Step(NamedTuple):
+    """The training step of a stage, and what its first state is made of."""
+
+    step: Callable[..., Any]
+    init_metric_sums: Callable[..., PyTree]
+    init_variables: Callable[[], PyTree]  # a fresh initialization
+    create_state: Callable[[PyTree], TrainState]  # from variables, without metric sums
+    key: jax.Array
+    streamed: bool
+
+
+def _make_step(resolved: ResolvedStage, mesh: Mesh) -> _Step:
     stage, config, split, info = resolved.stage, resolved.config, resolved.split, resolved.info
     model = models.create(config.model, info.num_classes, axis_name=AXIS)
+    attacked = model
+    if config.attack.dtype:
+        attacked = models.create({**config.model, "dtype": config.attack.dtype}, info.num_classes, axis_name=AXIS)
     rate = learning_rate(config, stage, info.steps_per_epoch)
-    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), resolved.number)
-    image = jnp.zeros((1, *info.image_shape), float)
     tx = optimizer.create(config.optim, rate, resolved.variable_shapes["params"], stage.freeze)
     options = train_step.StepOptions(
         batch_size=config.optim.batch_size,
@@ -155,48 +167,84 @@ def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | Non
         streamed=split.train.image.nbytes > config.data.max_device_gib * 2**30,
         freeze_batch_stats=stage.freeze_batch_stats,
     )
-    attacked = model
-    if config.attack.dtype:
-        attacked = models.create({**config.model, "dtype": config.attack.dtype}, info.num_classes, axis_name=AXIS)
     step, init_metric_sums = train_step.make_train_step(
         stage.method, model.apply, tx, rate, info, options, mesh, config.parallel, attacked.apply, config.sharded
     )
+    key = jax.random.fold_in(jax.random.key(config.seed, impl="threefry2x32"), resolved.number)
+    image = jnp.zeros((1, *info.image_shape), float)
+
+    def init_variables() -> PyTree:
+        variables = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())
+        return {**variables, "params": stage.method.init_params(variables["params"], info)}
+
+    def create_state(variables: PyTree) -> TrainState:
+        averaged = options.average["name"] != "none"
+        return train_state.create(key, variables, tx, stage.method.init_state(info), averaged=averaged)
+
+    return _Step(step, init_metric_sums, init_variables, create_state, key, options.streamed)
+
+
+def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | None = None) -> StageProgram:
+    """Returns the program of a stage; `previous` are the final variables of the stage before it."""
+    stage, config, split, info = resolved.stage, resolved.config, resolved.split, resolved.info
+    made = _make_step(resolved, mesh)
     state_mesh = sharding.state_mesh(mesh, config.parallel)
     teacher = sharding.replicate(previous, state_mesh) if stage.teacher == "previous" else {}
     class_aware = config.data.sampler == "class_aware"
     classes = device_dataset.class_table(split.train.label, info.num_classes) if class_aware else None
     cycles = config.fidelity == "released_code"
-    if options.streamed:
-        pipeline = input_pipeline.streamed(
-            split.train, classes, key, info, options.batch_size, mesh, config.parallel, cycles
-        )
+    arguments = split.train, classes, made.key, info, config.optim.batch_size
+    if made.streamed:
+        pipeline = input_pipeline.streamed(*arguments, mesh, config.parallel, cycles)
     else:
-        pipeline = input_pipeline.resident(split.train, classes, key, info, options.batch_size, state_mesh, cycles)
+        pipeline = input_pipeline.resident(*arguments, state_mesh, cycles)
 
     def first_state() -> TrainState:
-        start = flax.core.unfreeze(jax.jit(lambda: model.init(jax.random.fold_in(key, 2), image, train=False))())
-        start["params"] = stage.method.init_params(start["params"], info)
+        start = made.init_variables()
         if stage.init != "fresh":
             source = checkpoint.read_variables(stage.init)[0] if stage.init != "previous" else previous or {}
             start = merge(start, {name: source[name] for name in start if name in source}, stage.init)
-        state = train_state.create(
-            key, start, tx, stage.method.init_state(info), averaged=options.average["name"] != "none"
-        )
-        state = sharding.replicate(state, state_mesh)
-        state = sharding.replicate(
-            state.replace(metric_sums=init_metric_sums(state, pipeline.example, teacher)), state_mesh
-        )
+        state = sharding.replicate(made.create_state(start), state_mesh)
+        sums = made.init_metric_sums(state, pipeline.example, teacher)
+        state = sharding.replicate(state.replace(metric_sums=sums), state_mesh)
         return sharding.shard_state(state, state_mesh, config.sharded)
 
     return StageProgram(
         resolved=resolved,
         apply=evaluation_apply(config, split),
-        step=step,
+        step=made.step,
         pipeline=pipeline,
         teacher=teacher,
         first_state=first_state,
         mesh=mesh,
     )
+
+
+def abstract_step(resolved: ResolvedStage, mesh: Mesh) -> tuple[Callable[..., Any], tuple[PyTree, PyTree, PyTree]]:
+    """Returns the training step of a stage, and its arguments as shapes with shardings: for `step.lower(*arguments)`.
+
+    No array is made, and the devices of the mesh need not exist (`lt_adv.compilation`).
+    """
+    config = resolved.config
+    made = _make_step(resolved, mesh)
+    state_mesh = sharding.state_mesh(mesh, config.parallel)
+    replicated = distributed.replicated(state_mesh)
+    teacher = resolved.variable_shapes if resolved.stage.teacher == "previous" else {}
+    batch_size = config.optim.batch_size
+    if made.streamed:
+        data = input_pipeline.streamed_example(resolved.split.train, batch_size, mesh, config.parallel)
+    else:
+        data = with_sharding(input_pipeline.resident_example(resolved.split.train, batch_size), replicated)
+    state = jax.eval_shape(lambda: made.create_state(made.init_variables()))
+    state = state.replace(metric_sums=made.init_metric_sums(state, data, teacher))
+    shardings = sharding.shardings(state, state_mesh, config.sharded)
+    state = jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+    return made.step, (state, data, with_sharding(teacher, replicated))
+
+
+def with_sharding(tree: PyTree, array_sharding: NamedSharding) -> PyTree:
+    """Returns the shapes of a tree, all with one sharding."""
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=array_sharding), tree)
 
 
 def evaluation_apply(config: ConfigDict, split: data.LongTailed) -> Callable[[PyTree, jax.Array], jax.Array]:
