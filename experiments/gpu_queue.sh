@@ -4,6 +4,7 @@
 #   experiments/gpu_queue.sh prepare [image folder]    where there is a network, for a machine without one: fills .gpu/
 #   experiments/gpu_queue.sh <entry> ...               where the GPU is; without an entry all but the next
 #   experiments/gpu_queue.sh autoattack                hours, and no limit; autoattack-smoke tries it at a small size
+#   experiments/gpu_queue.sh compile [topology]        where there is no GPU: compiles the steps for h200, with estimates
 #
 # Results go to $OUT, or experiments/results/benchmark/; a short table comes last. Images: $IMAGES, a folder with
 # train/<class>/*, test/<class>/*, or what `prepare` packed, or random ones, which are as good for timing. $RUNS rounds
@@ -15,7 +16,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3} out=${OUT:-experiments/results/benchmark}
 limit=${LIMIT:-570}
-entries=(resnet18-bfloat16 resnet18-float32 wrn-34-10-batch64 wrn-34-10-batch128 resnet18-profile wrn-34-10-profile attack start data scaling)
+entries=(resnet18-bfloat16 resnet18-command-buffer resnet18-float32 wrn-34-10-batch64 wrn-34-10-batch128 resnet18-profile wrn-34-10-profile attack start data scaling)
 
 prepare() { # what a machine without network lacks: pure Python packages, images, the name of the commit
     rm -rf .gpu && mkdir -p .gpu/wheels || exit
@@ -24,6 +25,26 @@ prepare() { # what a machine without network lacks: pure Python packages, images
     [ $# -eq 0 ] || tar -C "$1" --sort=name -czf .gpu/images.tar.gz train test || exit
     git describe --always --dirty --exclude='*' >.gpu/commit || exit
     du -sh .gpu
+}
+
+compile() { # topology: the steps of all entries, and the attacks of `attack` and `autoattack`
+    local at_bsl=configs/at_bsl.py:dataset=cifar10 robal=configs/robal.py:dataset=cifar10 entry config batch dtype more
+    while read -r entry config batch dtype more; do
+        printf '\n%s\n' "$entry"
+        # shellcheck disable=SC2086
+        "$python" -m lt_adv.main --mode=compile --topology="$1" --config="$config" --workdir="$scratch/$entry" \
+            --config.optim.batch_size="$batch" --config.model.dtype="$dtype" $more || return
+    done <<END
+resnet18-bfloat16 $at_bsl 128 bfloat16
+resnet18-float32 $at_bsl 128 float32
+wrn-34-10-batch64 $robal 64 bfloat16
+wrn-34-10-batch128 $robal 128 bfloat16
+attack $at_bsl 128 float32 --programs=eval --config.eval.only=('pgd20',) --config.eval.batch_size=128
+scaling-64 $at_bsl 64 bfloat16
+scaling-256 $at_bsl 256 bfloat16
+scaling-512 $at_bsl 512 bfloat16
+autoattack configs/at.py:dataset=cifar10 128 bfloat16 --programs=eval --config.eval.only=('autoattack',) --config.eval.batch_size=500
+END
 }
 
 set_up() { # packages beside those of the machine, images, and where decoded ones are kept
@@ -76,6 +97,7 @@ measure() {
     local tiny="--config.model.depth=10 --config.model.width=1"
     case $entry in
         resnet18-bfloat16) benchmark step $resnet --config.model.dtype=bfloat16 ;;
+        resnet18-command-buffer) XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE benchmark step $resnet --config.model.dtype=bfloat16 --frameworks=jax ;;
         resnet18-float32) benchmark step $resnet --frameworks=jax,released ;; # "tuned" is bfloat16 on a GPU
         wrn-34-10-batch64) benchmark step $wrn --config.model.dtype=bfloat16 ;;
         wrn-34-10-batch128) benchmark step $wrn --config.model.dtype=bfloat16 --config.optim.batch_size=128 ;;
@@ -94,6 +116,11 @@ measure() {
 
 if [ "${1:-}" = prepare ]; then
     prepare "${@:2}"
+    exit
+fi
+if [ "${1:-}" = compile ]; then
+    scratch=$(mktemp -d) && trap 'rm -rf "$scratch"' EXIT
+    compile "${2:-h200}"
     exit
 fi
 [ $# -gt 0 ] || set -- "${entries[@]}"

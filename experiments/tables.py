@@ -10,7 +10,8 @@ A result is one file experiments/results/<study>/<row or config>-seed<n>-<part>.
 report.json), `command`, `machine`, `commit`, and `row` if it belongs to a row of `experiments.study`. The part "full"
 is the full split, "scales" a sweep of logit scales, any other part a fixed class-balanced subset; the split is that of
 the report's header ("test" if it has none). `experiments.study` summarises its results in table.json beside them.
-Speed is recorded in benchmark/<name>.json by `experiments.benchmark`, fault injection in faults/.
+Speed is recorded in benchmark/<name>.json by `experiments.benchmark`, compiled programs in compile/ by
+`experiments.accelerators`, fault injection in faults/.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from experiments import accelerators
 from experiments.benchmark import tables as speed
 from experiments.study import findings
 from experiments.study import tables as study_tables
@@ -278,6 +280,37 @@ def faults(results: Path = RESULTS) -> str:
     return "\n\n".join(blocks) or f"Faults: {NOT_YET}; `pytest -m faults --faults=10` measures them."
 
 
+def compiled(results: Path = RESULTS) -> str:
+    """Estimates of `--mode=compile`, a row per network and topology."""
+    reports = [json.loads(path.read_text()) for path in (results / "compile").glob("*.json")]
+    if not reports:
+        return f"Compiled training steps: {NOT_YET}; `python -m experiments.accelerators` measures them."
+    order = {network.title: n for n, network in enumerate(accelerators.NETWORKS.values())}
+    places = {topology: n for n, topology in enumerate(accelerators.TOPOLOGIES)}
+    rows = []
+    for report in sorted(reports, key=lambda r: (order[r["title"]], places[r["topology"]])):
+        step, devices = report["programs"]["train_step"], report["devices"]
+        memory = sum(value for part, value in step["memory"].items() if part != "capacity")
+        collectives = sum(c["count"] for c in step["collectives"].values())
+        megabytes = sum(c["bytes"] for c in step["collectives"].values()) / 1e6
+        rows.append([
+            report["title"],
+            f"`{report['topology']}`",
+            str(report["batch_size_per_device"]),
+            f"{step['estimated_ms']:.3g}",
+            f"{step['images_per_second'] / devices:,.0f}",
+            f"{100 * step['share_of_peak']:.0f} %",
+            f"{memory / 2**30:.1f} of {step['memory']['capacity'] / 2**30:.0f}",
+            f"{collectives}, {megabytes:.0f} MB" if collectives else "none",
+            f"{report['seconds_per_epoch'][0]:.1f}",
+            f"{report['hours']:.2f}",
+        ])  # fmt: skip
+    versions = {name: version for report in reports for name, version in report["versions"].items()}
+    head = ["Network", "Topology", "Batch a device", "ms", "Images/s a device", "Of peak", "Memory a device, GiB"]
+    head += ["Collectives a step", "s an epoch", "Hours"]
+    return f"{', '.join(f'{n} {v}' for n, v in sorted(versions.items()))}.\n\n{table(head, rows, left=2)}"
+
+
 def benchmark(kind: str, results: Path = RESULTS) -> str:
     """What `experiments.benchmark <kind>` measured, a row or more per file."""
     records = speed.read(results / "benchmark").get(kind)
@@ -307,6 +340,7 @@ TABLES: Mapping[str, Callable[[], str]] = {
     "ablation": ablation,
     "precision": precision,
     "faults": faults,
+    "compiled": compiled,
     **SPEED,
 }
 PAGES: Mapping[str, tuple[str, ...]] = {
@@ -316,6 +350,7 @@ PAGES: Mapping[str, tuple[str, ...]] = {
     "docs/results.md": ("jpeg_rows", "study", "ablation"),
     "docs/performance.md": (*SPEED, "precision"),
     "docs/reliability.md": ("faults",),
+    "docs/accelerators.md": ("compiled",),
 }
 
 

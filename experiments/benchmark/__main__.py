@@ -6,7 +6,7 @@
     python -m experiments.benchmark attack  --config=...    PGD through attacks.jit and as an eager loop in PyTorch
     python -m experiments.benchmark autoattack --config=... | --golden=...    AutoAttack in JAX and eager in PyTorch
     python -m experiments.benchmark start   --config=...    seconds from the command to the end of the first step
-    python -m experiments.benchmark scaling --config=...    by batch size, depth, attack steps, devices
+    python -m experiments.benchmark scaling --config=...    by batch size, depth, attack steps, devices, images
 
 All measurements:
 --runs=5           rounds; each round measures everything once, in turn
@@ -28,7 +28,8 @@ autoattack:
 --golden=HEAD      attacks the digits network in tests/golden with this head, linear or cosine; implies --alone
 
 scaling:
---batch-size=..., --depth=..., --num-steps=..., --devices=...    the values to measure, one changed at a time
+--batch-size=..., --depth=..., --num-steps=..., --devices=..., --images=...    the values to measure, one changed at
+                   a time; images are those of the training set
 
 A failure is recorded with its reason, the remaining measurements continue, and the exit code is 1. Invalid arguments
 give one line and exit code 2.
@@ -47,6 +48,7 @@ from experiments.options import Parser, name, one_of, positive, run_command, som
 from experiments.pytorch_baseline import ATTACKS, SETTINGS
 from lt_adv.cli import flags
 
+SCALED = ("--batch-size", "--depth", "--num-steps", "--devices", "--images")  # of `scaling`
 FRAMEWORKS = ("jax", *SETTINGS)
 # With --golden the processes read nothing but the batch size from the config.
 GOLDEN = ("--config=configs/at.py:dataset=digits", "--config.eval.batch_size=500")
@@ -87,11 +89,11 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
             sub.add_argument("--images", type=positive(int))
             sub.add_argument("--queries", type=positive(int), default=5000)
         if kind == "scaling":
-            for option in ("--batch-size", "--depth", "--num-steps", "--devices"):
+            for option in SCALED:
                 sub.add_argument(option, type=positive_ints, default=[])
     options, rest = parser.parse_with_config(argv, r"--?(no)?config\b")
-    if options.kind == "scaling" and not (options.batch_size or options.depth or options.num_steps or options.devices):
-        raise ValueError("scaling needs at least one of --batch-size, --depth, --num-steps and --devices.")
+    if options.kind == "scaling" and not any(getattr(options, n[2:].replace("-", "_")) for n in SCALED):
+        raise ValueError(f"scaling needs at least one of {', '.join(SCALED)}.")
     if getattr(options, "golden", None):
         if options.workdir or any(re.match(r"--?config(=|$)", argument) for argument in rest):
             raise ValueError("--golden brings its network and images: leave out --config and --workdir.")

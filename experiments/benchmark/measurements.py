@@ -96,7 +96,7 @@ def data(record: Record, config: Sequence[str], options: Namespace) -> Plan:
 
 
 def scaling(record: Record, config: Sequence[str], options: Namespace) -> Plan:
-    """Times the JAX step with other batch sizes, depths, attack steps and numbers of devices, one changed at a time."""
+    """Times the JAX step with one thing changed at a time: batch size, depth, attack steps, devices or images."""
     entries = {"batch_size": "optim.batch_size", "depth": "model.depth", "num_steps": "attack.num_steps"}
     tasks, seconds = {}, {"seconds": options.seconds}
     for name, entry in entries.items():
@@ -104,6 +104,8 @@ def scaling(record: Record, config: Sequence[str], options: Namespace) -> Plan:
             tasks[f"{name} {value}"] = Task("jax_step", seconds, {}, [f"--config.{entry}={value}"])
     for value in options.devices:  # virtual ones on CPU
         tasks[f"devices {value}"] = Task("jax_step", {"devices": value, **seconds})
+    for value in options.images:
+        tasks[f"training images {value}"] = Task("jax_step", {"images": value, **seconds})
     record["flops_of"] = {name: records.launch("flops", [*config, *task.config]) for name, task in tasks.items()}
     flops = {name: entry["step"] for name, entry in record["flops_of"].items() if "step" in entry}
     return Plan(lambda _: tasks, flops=flops)

@@ -5,6 +5,7 @@
 Seconds are wall time, memory is in bytes. A failure prints one line on stderr and exits with code 1.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -21,10 +22,15 @@ from lt_adv.cli import flags
 MAX_OPERATIONS = 20  # in the result of a profile
 
 
-def build(config: Any, devices: int | None = None) -> Any:
-    """Returns the training program of the config's first stage, by default on the devices of `lt_adv.main`."""
-    import jax
+def build(config: Any, devices: int | None = None, images: int | None = None) -> Any:
+    """Returns the training program of the config's first stage, by default on the devices of `lt_adv.main`.
 
+    With `images`, the training set is repeated or cut to this number.
+    """
+    import jax
+    import numpy as np
+
+    from lt_adv import data
     from lt_adv.cli.experiment import Experiment
     from lt_adv.runtime import environment
     from lt_adv.training import sharding, stage_builder
@@ -33,7 +39,14 @@ def build(config: Any, devices: int | None = None) -> Any:
     if devices and devices > jax.device_count():
         raise ValueError(f"{devices} devices requested, {jax.device_count()} available.")
     mesh = sharding.make_mesh(jax.devices()[:devices])
-    return stage_builder.build(Experiment.from_config(config, mesh=mesh).resolved_stages[0], mesh)
+    changed: dict[str, Any] = {}
+    if images:
+        config.data.imbalance = "none"
+        dataset = data.load(config.data)
+        train = dataset.train.take(np.arange(images) * len(dataset.train) // images)
+        changed["dataset"] = dataclasses.replace(dataset, train=train)
+    experiment = Experiment.from_config(config, mesh=mesh, **changed)
+    return stage_builder.build(experiment.resolved_stages[0], mesh)
 
 
 def training_step(program: Any) -> Callable[[], Any]:
@@ -55,11 +68,11 @@ def training_step(program: Any) -> Callable[[], Any]:
     return step
 
 
-def jax_step(config: Any, *, seconds: float, devices: int | None = None) -> dict[str, Any]:
-    """Times the training step."""
+def jax_step(config: Any, *, seconds: float, devices: int | None = None, images: int | None = None) -> dict[str, Any]:
+    """Times the training step; `devices` and `images` as of `build`."""
     import jax
 
-    program = build(config, devices)
+    program = build(config, devices, images)
     times, metrics = measure(training_step(program), jax.block_until_ready, seconds)
     loss = require_finite(float(metrics["loss"]))
     return times | {"loss": loss, "images": config.optim.batch_size, "devices": program.mesh.size}
