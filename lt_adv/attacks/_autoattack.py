@@ -95,7 +95,8 @@ def autoattack(
       eps: radius, in the units of x.
       norm: "linf" or "l2".
       version: "standard", "plus", "rand", or a sequence of attacks.
-      batch_size: images attacked at once, rounded up to a multiple of the number of devices.
+      batch_size: images attacked at once, rounded up to a multiple of the number of devices, each of which computes its
+        share alone.
       num_queries: queries of Square.
       bounds: (low, high), the range of valid pixels.
       resume: None, or a directory (a path, or an `etils.epath.Path` for a bucket) in which finished images are saved.

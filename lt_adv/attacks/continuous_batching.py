@@ -65,12 +65,13 @@ def network(
     Args:
       logits_fn: the network; it takes (x, keys) if `random` is set.
       image: an example, [...].
-      slots: images per batch, rounded up to a multiple of the number of devices.
+      slots: images per batch, rounded up to a multiple of the number of devices, and to two images on each of several.
       random: whether the network is randomised.
       devices: None for all devices of this process.
     """
     mesh = Mesh(np.asarray(devices if devices is not None else jax.local_devices()), ("slots",))
-    slots = -(-slots // mesh.size) * mesh.size
+    if mesh.size > 1:  # two images on each device, or `batch_dependence` would see no dependence on the batch
+        slots = max(-(-slots // mesh.size), 2) * mesh.size
     if isinstance(logits_fn, jax.tree_util.Partial):
         call, cached = logits_fn, programs(mesh, logits_fn.func)
     else:

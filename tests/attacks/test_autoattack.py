@@ -227,7 +227,7 @@ def interrupted(monkeypatch, after):
 
 
 def test_resumes_after_an_interruption(short, monkeypatch, tmp_path):
-    run = partial(attacks.autoattack, KEY, network, X, Y, eps=0.08, batch_size=4)
+    run = partial(attacks.autoattack, KEY, network, X, Y, eps=0.08, batch_size=4, devices=jax.devices()[:2])
     uninterrupted = run()
     for after in (5, 9, 2):  # of one call after the other, in whichever attack that is
         restore = interrupted(monkeypatch, after)

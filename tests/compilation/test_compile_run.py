@@ -169,6 +169,7 @@ def test_a_batch_that_does_not_fit(tmp_path, capsys, small_memory):
 def test_fit_searches_the_largest_batch(tmp_path, small_memory, capsys):
     small_memory(2 * 2**20)
     args = ["--config=configs/at.py:dataset=digits", *SMALL, "--topology=cpu:2", "--config.attack.num_steps=1"]
+    args += ["--config.optim.batch_size=32"]
     code, report = compile_main(tmp_path, *args, "--fit")
     largest = report["batch_size_per_device"]
     memory = report["programs"]["train_step"]["memory"]
