@@ -302,8 +302,8 @@ def compiled(results: Path = RESULTS) -> str:
             f"{100 * step['share_of_peak']:.0f} %",
             f"{memory / 2**30:.1f} of {step['memory']['capacity'] / 2**30:.0f}",
             f"{collectives}, {megabytes:.0f} MB" if collectives else "none",
-            f"{report['seconds_per_epoch'][0]:.1f}",
-            f"{report['hours']:.2f}",
+            f"{report['seconds_per_epoch'][0]:.3g}",
+            f"{report['hours']:.2g}",
         ])  # fmt: skip
     versions = {name: version for report in reports for name, version in report["versions"].items()}
     head = ["Network", "Topology", "Batch a device", "ms", "Images/s a device", "Of peak", "Memory a device, GiB"]
