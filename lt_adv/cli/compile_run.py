@@ -44,9 +44,10 @@ class Program:
       name: "train_step", "predict", "attack_pgd20", "autoattack_apgd-ce", ...
       function: jitted or pmapped.
       arguments: its arguments, arrays as shapes with shardings.
-      images: images of one call, over all devices.
+      images: images of one call, over its devices.
       calls: how often a run calls it; for AutoAttack if no image is broken.
       epochs: of a training step.
+      devices: that run it; None for all. AutoAttack runs on those of each host.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Program:
     images: int
     calls: int
     epochs: int = 0
+    devices: int | None = None
 
 
 class DoesNotFit(ValueError):
@@ -160,7 +162,9 @@ def evaluation_programs(experiment: Experiment) -> Iterator[Program]:
             **keywords,
         )
         for part in parts:
-            yield Program(f"{name}_{part.name}", part.function, part.arguments, slots, calls * part.calls)
+            yield Program(
+                f"{name}_{part.name}", part.function, part.arguments, slots, calls * part.calls, devices=local.size
+            )
 
 
 def abstract_variables(experiment: Experiment) -> Any:
@@ -176,7 +180,7 @@ def compile_program(program: Program, topology: Topology, workdir: epath.Path) -
     Raises:
       DoesNotFit: it does not fit into the memory of a device.
     """
-    accelerator, num_devices = topology.accelerator, len(topology.devices)
+    accelerator, num_devices = topology.accelerator, program.devices or len(topology.devices)
     began = time.perf_counter()
     lowered, jaxpr = sharding.lower(program.function, program.arguments, accelerator.platform)
     try:
@@ -216,7 +220,7 @@ def compile_program(program: Program, topology: Topology, workdir: epath.Path) -
 
 
 def does_not_fit(program: Program, topology: Topology, needs: str) -> str:
-    per_device = program.images // len(topology.devices)
+    per_device = program.images // (program.devices or len(topology.devices))
     return (
         f"{program.name} does not fit into the memory of {topology.name} with {per_device} images a device: {needs}. "
         "Take a smaller batch; --fit searches the largest."
