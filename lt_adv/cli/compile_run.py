@@ -229,8 +229,10 @@ def does_not_fit(program: Program, topology: Topology, needs: str) -> str:
 
 def used_memory(error: Exception) -> str:
     """Returns the part of the compiler's message that says how much memory the program needs."""
-    match = re.search(r"Used [\d.]+\w of [\d.]+\w \w+", str(error))
-    return match[0] if match else str(error).splitlines()[0][:200]
+    match = re.search(
+        r"Used [\d.]+\w of [\d.]+\w \w+|total memory required.*exceeds available \w+ \([\d.]+\w\)", str(error)
+    )
+    return match[0] if match else str(error).splitlines()[0][:200].removeprefix("RESOURCE_EXHAUSTED: ").rstrip(".")
 
 
 def largest_batch(config: ConfigDict, topology: Topology, workdir: epath.Path) -> ConfigDict:

@@ -165,6 +165,22 @@ def test_a_batch_that_does_not_fit(tmp_path, capsys, small_memory):
     assert "--fit searches the largest" in error
 
 
+@pytest.mark.parametrize(
+    ("message", "needs"),
+    [
+        (
+            "RESOURCE_EXHAUSTED: Ran out of memory on HBM, the total memory required for HLO temporaries (37.97G) "
+            "exceeds available HBM (15.75G).",
+            "total memory required for HLO temporaries (37.97G) exceeds available HBM (15.75G)",
+        ),
+        ("RESOURCE_EXHAUSTED: ... Used 18.34G of 15.75G hbm. Exceeded by 2.59G.\nmore", "Used 18.34G of 15.75G hbm"),
+        ("RESOURCE_EXHAUSTED: No room.\nmore", "No room"),
+    ],
+)
+def test_messages_of_the_tpu_compiler(message, needs):
+    assert compile_run.used_memory(RuntimeError(message)) == needs
+
+
 @pytest.mark.slow
 def test_fit_searches_the_largest_batch(tmp_path, small_memory, capsys):
     small_memory(2 * 2**20)
