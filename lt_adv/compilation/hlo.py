@@ -194,7 +194,7 @@ def _source_lines(lines: Sequence[str]) -> dict[int, str]:
             location = locations[fields["file_location_id"]]
             if ours := _OURS.search(files[location["file_name_id"]]):
                 return f"{ours[1]}:{location['line']}"
-            frame = fields["parent_frame_id"] - 1  # 1 is no frame
+            frame = fields["parent_frame_id"] - 1  # the ids of parents are shifted by one; 1 means none
         return ""
 
     return {frame: innermost(frame) for frame in frames}

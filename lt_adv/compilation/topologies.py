@@ -81,7 +81,7 @@ def parse_name(name: str) -> tuple[Accelerator, str]:
     """Returns the accelerator and the shape of "v5e:16x16", "h200:8", "h100" or "cpu:8".
 
     Raises:
-      ValueError: there is no such accelerator, or the shape is not of its kind.
+      ValueError: there is no such accelerator, or the shape does not fit it.
     """
     kind, colon, shape = name.partition(":")
     kinds = {accelerator.kind: accelerator for accelerator in ACCELERATORS}
@@ -145,8 +145,8 @@ def explain(error: Exception, name: str, platform: str) -> Exception:
 def versions(platform: str) -> dict[str, str]:
     """Returns the versions of the packages that compile for a platform."""
     packages = {"tpu": ("libtpu",), "cuda": ("jax-cuda13-plugin", "jax-cuda12-plugin"), "cpu": ()}[platform]
-    found = {}
+    installed = {}
     for package in ("jax", "jaxlib", *packages):
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[package] = importlib.metadata.version(package)
-    return found
+            installed[package] = importlib.metadata.version(package)
+    return installed

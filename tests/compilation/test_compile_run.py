@@ -241,7 +241,7 @@ def test_programs_are_traced_for_the_platform():
 @pytest.mark.slow
 def test_tpu(tmp_path, capsys):
     """Compiles for two hosts of v5e and for one, by libtpu; the estimate has all parts."""
-    pytest.importorskip("libtpu")
+    pytest.importorskip("libtpu")  # of the extra `tpu`, 0.7 GB; CI installs it
     config = small(at.get_config("dataset=digits"))
     config.attack.num_steps, config.model.dtype, config.parallel, config.sharded = 2, "bfloat16", "pmap", ()
     for topology, devices, parallel, sharded in (

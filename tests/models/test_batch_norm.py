@@ -72,7 +72,7 @@ def test_in_bfloat16_the_gradient_is_nearer_to_float64_than_that_of_flax():
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
 def test_statistics_over_devices(parallel):
-    """Four devices with a quarter of the batch each: the gradients of one device with the whole batch."""
+    """Four devices with a quarter of the batch each: the gradients equal those of one device with all of it."""
     x, weights, variables = inputs(jnp.float64)
     expected = loss_and_gradient(modules(jnp.float64, True)[0], variables, x, weights)
     module = modules(jnp.float64, True, "data")[0]
