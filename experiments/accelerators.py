@@ -34,7 +34,7 @@ class Network(NamedTuple):
 NETWORKS = {
     "resnet18": Network("ResNet-18, AT-BSL", "configs/at_bsl.py:dataset=cifar10", 128),
     "wrn-34-10": Network("WRN-34-10, RoBal", "configs/robal.py:dataset=cifar10", 64),
-    "preact-resnet18-64px": Network("PreActResNet-18, RoBal, 64 px", "configs/robal.py:dataset=tiny_imagenet", 64),
+    "preact-resnet18-64px": Network("PreActResNet-18, RoBal, 64 px", "configs/robal.py:dataset=tiny_imagenet", 128),
     "resnet18-224px": Network(
         "ResNet-18, AT-BSL, 224 px, 1,000 classes", "configs/at_bsl.py:dataset=cifar10", 16, IMAGENET
     ),

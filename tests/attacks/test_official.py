@@ -37,8 +37,10 @@ def misses(net, variant, name, robust):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize(
+    ("head", "variant"),
+    [("linear", "plain"), ("linear", "quantised_16"), ("cosine", "plain"), ("cosine", "scaled_1e4")],
+)
 def test_official(head, variant, tmp_path):
     names = ("apgd-dlr", *STANDARD) if variant == "plain" else STANDARD
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}

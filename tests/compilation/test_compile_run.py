@@ -183,13 +183,13 @@ def test_messages_of_the_tpu_compiler(message, needs):
 
 @pytest.mark.slow
 def test_fit_searches_the_largest_batch(tmp_path, small_memory, capsys):
-    small_memory(2 * 2**20)
+    small_memory(3 * 2**19)
     args = ["--config=configs/at.py:dataset=digits", *SMALL, "--topology=cpu:2", "--config.attack.num_steps=1"]
-    args += ["--config.optim.batch_size=32"]
+    args += ["--config.optim.batch_size=4"]
     code, report = compile_main(tmp_path, *args, "--fit")
     largest = report["batch_size_per_device"]
     memory = report["programs"]["train_step"]["memory"]
-    assert code == 0 and 1 <= largest < 32 and sum(memory.values()) <= 2 * memory["capacity"]
+    assert code == 0 and 1 <= largest < 8 and sum(memory.values()) <= 2 * memory["capacity"]
     assert f"{largest} images a device fit" in capsys.readouterr().out
     small_memory(2**10)
     assert compile_main(tmp_path / "none", *args, "--fit")[0] == 2
@@ -212,16 +212,13 @@ def test_search_of_the_largest_batch(limit, start, most):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_every_config_is_lowered_for_devices_that_are_not_there(name):
-    """Every stage of every config, under both modes; lowering finds what a device would refuse, compilation is long."""
+def test_every_config_is_traced_for_devices_that_are_not_there(name):
+    """Every stage of every config; tracing finds what does not fit together, compilation takes long."""
     config = importlib.import_module(f"configs.{name}").get_config("dataset=digits")
-    mesh = sharding.make_mesh(jax.devices()[:2])
-    for parallel in sharding.PARALLEL:
-        config.parallel = parallel
-        experiment = Experiment.from_config(config, mesh=mesh)
-        for program in compile_run.programs(experiment, ("train",)):
-            lowered, jaxpr = sharding.lower(program.function, program.arguments, "cpu")
-            assert "module @" in lowered.as_text()[:200] and jaxpr.eqns
+    config.parallel = "shard_map"
+    experiment = Experiment.from_config(config, mesh=sharding.make_mesh(jax.devices()[:2]))
+    for program in compile_run.programs(experiment, ("train",)):
+        assert program.function.trace(*program.arguments).jaxpr.eqns
 
 
 def test_programs_are_traced_for_the_platform():
