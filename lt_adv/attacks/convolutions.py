@@ -21,7 +21,7 @@ import jax
 from jax import Array, lax
 from jax.extend import core
 
-from lt_adv.attacks.jaxprs import CALLS, evaluate
+from lt_adv.attacks.jaxprs import evaluate, walk
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -102,28 +102,13 @@ def rewrite_convolutions(gradient: Callable[P, T], convolve: Convolve = _in_stan
     or a rematerialised part of the network are not rewritten, and neither are weight gradients, which are fast.
     """
 
+    def apply(equation: core.JaxprEqn, operands: Sequence[Any], jaxpr: core.Jaxpr) -> list[Any]:
+        is_convolution = equation.primitive.name == "conv_general_dilated"
+        return (convolve if is_convolution else evaluate)(equation, operands, jaxpr)
+
     def rewritten(*args: P.args, **kwargs: P.kwargs) -> T:
         # Inputs are closed over and not passed as arguments, so that each keeps its type, mesh axes included.
         closed, shape = jax.make_jaxpr(lambda: gradient(*args, **kwargs), return_shape=True)()
-        return jax.tree.unflatten(jax.tree.structure(shape), _evaluate(closed.jaxpr, closed.consts, [], convolve))
+        return jax.tree.unflatten(jax.tree.structure(shape), walk(closed.jaxpr, closed.consts, [], apply))
 
     return rewritten
-
-
-def _evaluate(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], convolve: Convolve) -> list[Any]:
-    """Evaluates a jaxpr equation by equation, with convolutions replaced."""
-    values: dict[core.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
-
-    def read(atom: core.Var | core.Literal) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
-
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
-        if equation.primitive.name in CALLS:
-            inner = equation.params["jaxpr"]
-            results = _evaluate(inner.jaxpr, inner.consts, operands, convolve)
-        else:
-            apply = convolve if equation.primitive.name == "conv_general_dilated" else evaluate
-            results = apply(equation, operands, jaxpr)
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]

@@ -15,7 +15,7 @@ from jax import Array
 from jax.extend import core
 
 from lt_adv.attacks.convolutions import mirrors_kernel_beforehand
-from lt_adv.attacks.jaxprs import CALLS, evaluate
+from lt_adv.attacks.jaxprs import evaluate, walk
 
 T = TypeVar("T")
 
@@ -68,8 +68,7 @@ def hoist(function: Callable[..., T], *args: Array) -> Callable[..., T]:
     """
     closed, shape = jax.make_jaxpr(function, return_shape=True)(*args)
     arguments = [_Value(_size(v)) for v in closed.jaxpr.invars]
-    equations: list[_Equation] = []
-    outputs = _flatten(closed.jaxpr, closed.consts, arguments, equations)
+    outputs, equations = _flatten(closed, arguments)
 
     # From the last equation to the first: is it needed in the loop, or for a value that is hoisted?
     in_loop: list[_Equation] = []
@@ -105,28 +104,21 @@ def _is_value(operand: Any) -> bool:
     return isinstance(operand, _Value)
 
 
-def _flatten(jaxpr: core.Jaxpr, consts: Sequence[Any], args: Sequence[Any], equations: list[_Equation]) -> list[Any]:
-    """Appends the equations of a jaxpr, with those of the jaxprs that it calls in their place; returns its results."""
-    values: dict[core.Var, Any] = dict(zip([*jaxpr.constvars, *jaxpr.invars], [*consts, *args], strict=True))
+def _flatten(closed: core.ClosedJaxpr, args: Sequence[Any]) -> tuple[list[Any], list[_Equation]]:
+    """Returns the results of a jaxpr and its equations, with those of the jaxprs that it calls in their place."""
+    equations: list[_Equation] = []
 
-    def read(atom: core.Var | core.Literal) -> Any:
-        return atom.val if isinstance(atom, core.Literal) else values[atom]
+    def record(equation: core.JaxprEqn, operands: list[Any], jaxpr: core.Jaxpr) -> list[Any]:
+        known = not equation.effects and all(operand.known for operand in operands if _is_value(operand))
+        # XLA recognises the gradient of a strided convolution by the reversal of its kernel.
+        if known and equation.primitive.name == "rev":
+            known = mirrors_kernel_beforehand(equation.invars[0].aval)
+        parts = sum(operand.parts if _is_value(operand) else math.prod(jnp.shape(operand)) for operand in operands)
+        results = [_Value(_size(v), known, parts) for v in equation.outvars]
+        equations.append(_Equation(jaxpr, equation, operands, results))
+        return results
 
-    for equation in jaxpr.eqns:
-        operands = [read(atom) for atom in equation.invars]
-        if equation.primitive.name in CALLS:
-            inner = equation.params["jaxpr"]
-            results = _flatten(inner.jaxpr, inner.consts, operands, equations)
-        else:
-            known = not equation.effects and all(operand.known for operand in operands if _is_value(operand))
-            # XLA recognises the gradient of a strided convolution by the reversal of its kernel.
-            if known and equation.primitive.name == "rev":
-                known = mirrors_kernel_beforehand(equation.invars[0].aval)
-            parts = sum(operand.parts if _is_value(operand) else math.prod(jnp.shape(operand)) for operand in operands)
-            results = [_Value(_size(v), known, parts) for v in equation.outvars]
-            equations.append(_Equation(jaxpr, equation, operands, results))
-        values.update(zip(equation.outvars, results, strict=True))
-    return [read(atom) for atom in jaxpr.outvars]
+    return walk(closed.jaxpr, closed.consts, args, record), equations
 
 
 def _evaluate_all(equations: Sequence[_Equation], values: Mapping[_Value, Any]) -> dict[_Value, Any]:
