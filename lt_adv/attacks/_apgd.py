@@ -7,14 +7,13 @@ classified wrongly, whatever the label.
 from collections.abc import Callable
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import _base, checks, norms
-from lt_adv.attacks._base import IterativeAttack, expand_mask, where_rows
+from lt_adv.attacks import _apgd_l1, _base, checks, norms
+from lt_adv.attacks._base import AscentState, IterativeAttack, expand_mask, where_rows
 from lt_adv.attacks.objectives import cross_entropy, targeted_dlr
 from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn, Objective, TargetedObjective
 
@@ -67,17 +66,23 @@ def apgd(
     size halves and the search continues from the best point if too few steps raised the objective, or if the best
     value has not grown since the last checkpoint.
 
+    L1: x_{k+1} = P(x_k + a_k s / |s|_1), where s has the signs of the largest entries of the gradient, as many as two
+    thirds of those that the best point changes, and P projects to the intersection of the ball and the bounds. The
+    steps are divided into three stages with the radii 3 eps, 2 eps and eps, of which only the last one can break an
+    image.
+
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch].
       logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; (x, keys) -> logits if `eot` is set.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels, integers [batch].
       eps: radius of the ball, scalar or [batch], in the units of x.
-      num_steps: points visited after the start; each costs one gradient.
+      num_steps: points visited after the start, in L1 after the starts of the stages; each costs one gradient.
       num_restarts: random starts, each only for images that are not broken yet.
       objective: (logits, y) -> [batch], maximised: `cross_entropy`, `dlr` or any other function.
-      norm: "linf" or "l2".
-      rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective.
+      norm: "linf", "l2" or "l1".
+      rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective;
+        not used in L1.
       eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
         transformation). logits_fn is then called as logits_fn(x, keys) with one key per example.
       bounds: (low, high), the range of valid pixels.
@@ -97,9 +102,11 @@ def apgd(
       Array([1], dtype=int32)
 
     References:
-      Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, algorithm 1.
+      Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, algorithm 1; "Mind the box: l1-APGD
+      for sparse adversarial attacks on image classifiers", ICML 2021, for L1.
       Differs from the released code: an image that was not broken is returned as its strongest point, not unchanged;
-      with `eot`, objectives are averaged over the draws, as gradients are.
+      with `eot`, objectives are averaged over the draws, as gradients are; in L1 an entry that the projection sets
+      back to its clean value counts as unchanged, whatever the rounding.
     """
     x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
     bounds = _base.check(x, y, bounds)
@@ -107,7 +114,7 @@ def apgd(
     rho, eot = _options(rho, eot)
     checks.check_objective(objective)
 
-    def build(_: int) -> IterativeAttack[State]:
+    def build(_: int) -> IterativeAttack:
         return build_apgd(objective, norm, num_steps, num_restarts, rho, eot, bounds)
 
     return _base.attack_batch(build, key, logits_fn, x, y, eps, random=eot is not None)
@@ -140,8 +147,9 @@ def apgd_targeted(
       num_targets: number of target classes, at most classes - 1.
       objective: (logits, y, target) -> [batch], maximised. `targeted_dlr` needs four classes; for fewer, use
         `targeted_logit_margin`.
-      norm: "linf" or "l2".
-      rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective.
+      norm: "linf", "l2" or "l1".
+      rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective;
+        not used in L1.
       eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
         transformation). logits_fn is then called as logits_fn(x, keys) with one key per example.
       bounds: (low, high), the range of valid pixels.
@@ -171,7 +179,7 @@ def apgd_targeted(
     rho, eot = _options(rho, eot)
     checks.check_objective(objective)
 
-    def build(classes: int) -> IterativeAttack[State]:
+    def build(classes: int) -> IterativeAttack:
         return build_apgd_targeted(objective, norm, num_steps, min(num_targets, classes - 1), rho, eot, bounds)
 
     return _base.attack_batch(build, key, logits_fn, x, y, eps, random=eot is not None)
@@ -183,7 +191,7 @@ def _options(rho: float, eot: int | None) -> tuple[float, int | None]:
 
 def build_apgd(
     objective: Objective, norm: str, num_steps: int, num_restarts: int, rho: float, eot: int | None, bounds: Bounds
-) -> IterativeAttack[State]:
+) -> IterativeAttack:
     """Returns `apgd` as an `IterativeAttack`."""
     return _attack(lambda logits, state: objective(logits, state.y), norm, num_steps, num_restarts, rho, eot, bounds)
 
@@ -196,7 +204,7 @@ def build_apgd_targeted(
     rho: float,
     eot: int | None,
     bounds: Bounds,
-) -> IterativeAttack[State]:
+) -> IterativeAttack:
     """Returns `apgd_targeted` as an `IterativeAttack`."""
     return _attack(
         lambda logits, state: objective(logits, state.y, state.target), norm, num_steps, num_targets, rho, eot, bounds
@@ -218,45 +226,30 @@ def checkpoints(num_steps: int) -> dict[int, int]:
 
 
 def _attack(
-    objective: Callable[[Array, State], Array],
+    objective: Callable[[Array, AscentState], Array],
     norm: str,
     num_steps: int,
     num_rounds: int,
     rho: float,
     eot: int | None,
     bounds: Bounds,
-) -> IterativeAttack[State]:
+) -> IterativeAttack:
     ball, (low, high) = norms.get(norm), bounds
+    if norm == "l1":
+        return _apgd_l1.build(objective, num_steps, num_rounds, eot, bounds)
     intervals = checkpoints(num_steps)
     steps_since_check = np.array([intervals.get(step, 0) for step in range(num_steps + 1)], np.int32)
 
     def project(point: Array, x: Array, eps: Array) -> Array:
-        return jnp.clip(ball.project(point, x, expand_mask(eps, x)), low, high)
+        return ball.project(point, x, expand_mask(eps, x), low, high)
 
     def init(keys: Array, x: Array, y: Array, target: Array, eps: Array, _: Array) -> State:
         start = jnp.clip(x + expand_mask(eps, x) * _base.random_directions(keys, x, ball), low, high)
         return starting_state(keys, x, y, target, eps, start)
 
     def step(logits_fn: KeyedLogitsFn, state: State) -> State:
-        def draw(e: Array | int) -> tuple[Array, Array, Array]:
-            keys = jax.vmap(lambda key, k: jax.random.fold_in(key, k * (eot or 1) + e))(state.key, state.steps_taken)
-
-            def value(x: Array) -> tuple[Array, Array]:
-                logits = _base.logits_of(logits_fn, x, keys)
-                return objective(logits, state), logits
-
-            return _base.value_and_gradient(value, state.point)
-
-        value, logits, gradient = draw(0)
-        if eot is not None and eot > 1:
-
-            def add(e: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-                value, logits, gradient = draw(e)
-                return sums[0] + value, logits, sums[2] + gradient
-
-            value, logits, gradient = lax.fori_loop(1, eot, add, (value, logits, gradient))
-            value, gradient = value / eot, norms.finite(gradient / eot)
-        return advance(state, _base.finite_values(value, state.x), _base.is_wrong(logits, state.y), gradient)
+        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, eot)
+        return advance(state, value, wrong, gradient)
 
     def advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
         """Takes one step, given the objective, the prediction and the gradient at `state.point`."""

@@ -42,6 +42,26 @@ class State(Protocol):
         """[b, ...]: that point; otherwise the strongest one by the measure of the attack"""
 
 
+class AscentState(State, Protocol):
+    """State of an attack that maximises an objective."""
+
+    @property
+    def x(self) -> Array:
+        """[b, ...]: images"""
+
+    @property
+    def y(self) -> Array:
+        """int32 [b]: labels"""
+
+    @property
+    def target(self) -> Array:
+        """int32 [b]: target classes"""
+
+    @property
+    def point(self) -> Array:
+        """[b, ...]: the next point to evaluate"""
+
+
 StateT = TypeVar("StateT", bound=State)
 Tree = TypeVar("Tree")  # a pytree of arrays
 
@@ -89,6 +109,35 @@ def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) 
 
     (_, (values, logits)), gradient = with_fast_convolutions(jax.value_and_grad(total, has_aux=True))(x)
     return lax.stop_gradient((values, logits, norms.finite(gradient)))
+
+
+def evaluate_objective(
+    objective: Callable[[Array, AscentState], Array], logits_fn: KeyedLogitsFn, state: AscentState, eot: int | None
+) -> tuple[Array, Array, Array]:
+    """Returns (objective [b], whether the prediction is wrong [b], gradient [b, ...]) at `state.point`.
+
+    With `eot` draws of a randomised network, objective and gradient are means, and the last draw makes the prediction.
+    """
+
+    def draw(e: Array | int) -> tuple[Array, Array, Array]:
+        keys = jax.vmap(lambda key, k: jax.random.fold_in(key, k * (eot or 1) + e))(state.key, state.steps_taken)
+
+        def value(x: Array) -> tuple[Array, Array]:
+            logits = logits_of(logits_fn, x, keys)
+            return objective(logits, state), logits
+
+        return value_and_gradient(value, state.point)
+
+    value, logits, gradient = draw(0)
+    if eot is not None and eot > 1:
+
+        def add(e: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            value, logits, gradient = draw(e)
+            return sums[0] + value, logits, sums[2] + gradient
+
+        value, logits, gradient = lax.fori_loop(1, eot, add, (value, logits, gradient))
+        value, gradient = value / eot, norms.finite(gradient / eot)
+    return finite_values(value, state.x), is_wrong(logits, state.y), gradient
 
 
 def finite_values(values: Array, x: Array) -> Array:

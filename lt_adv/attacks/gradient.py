@@ -50,7 +50,8 @@ def fgsm(
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
       eps: radius of the ball, scalar or [batch], in the units of x.
       objective: (logits, y) -> [batch], maximised for each example by itself.
-      norm: "linf" (steps along the sign of the gradient) or "l2" (steps along the normalised gradient).
+      norm: "linf" (steps along the sign of the gradient), "l2" (along the normalised gradient) or "l1" (along the sign
+        of the 1 % of the entries with the largest gradient that the bounds do not block).
       start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
         (x + 0.001 N(0, 1)).
       x_init: starting point, shaped like x; replaces `start`.
@@ -107,7 +108,8 @@ def pgd(
       step_size: length of a step in the norm, scalar or [batch], in the units of x.
       num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
       objective: (logits, y) -> [batch], maximised for each example by itself.
-      norm: "linf" (steps along the sign of the gradient) or "l2" (steps along the normalised gradient).
+      norm: "linf" (steps along the sign of the gradient), "l2" (along the normalised gradient) or "l1" (along the sign
+        of the 1 % of the entries with the largest gradient that the bounds do not block).
       start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
         (x + 0.001 N(0, 1)).
       x_init: starting point, shaped like x; replaces `start`.
@@ -164,7 +166,8 @@ def mim(
       num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
       decay: m, the factor of the previous momentum.
       objective: (logits, y) -> [batch], maximised for each example by itself.
-      norm: "linf" (steps along the sign of the gradient) or "l2" (steps along the normalised gradient).
+      norm: "linf" (steps along the sign of the gradient), "l2" (along the normalised gradient) or "l1" (along the sign
+        of the 1 % of the entries with the largest gradient that the bounds do not block).
       start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
         (x + 0.001 N(0, 1)).
       x_init: starting point, shaped like x; replaces `start`.
@@ -221,7 +224,8 @@ def cw(
       step_size: length of a step in the norm, scalar or [batch], in the units of x.
       num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
       confidence: k, in units of logits.
-      norm: "linf" (steps along the sign of the gradient) or "l2" (steps along the normalised gradient).
+      norm: "linf" (steps along the sign of the gradient), "l2" (along the normalised gradient) or "l1" (along the sign
+        of the 1 % of the entries with the largest gradient that the bounds do not block).
       start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
         (x + 0.001 N(0, 1)).
       x_init: starting point, shaped like x; replaces `start`.
@@ -287,7 +291,7 @@ def _ascend(
             x_adv = jnp.asarray(x_init, x.dtype) + jnp.zeros_like(x)  # to vary over the same mesh axes as x
 
         def project(x_adv: Array) -> Array:
-            return jnp.clip(ball.project(x_adv, x, radius), low, high)
+            return ball.project(x_adv, x, radius, low, high)
 
         gradient_fn = hoist(with_fast_convolutions(jax.grad(total)), x_adv)
 
@@ -296,6 +300,9 @@ def _ascend(
             gradient = norms.finite(gradient_fn(x_adv))
             if decay is not None and momentum is not None:
                 gradient = momentum = decay * momentum + norms.unit_mean(gradient)
+            if norm == "l1":
+                blocked = jnp.where(gradient > 0, x_adv >= high, x_adv <= low)
+                gradient = jnp.where(blocked, 0, gradient)
             # Stopped at each step, so that an outer gradient has no loop to differentiate.
             return lax.stop_gradient((project(x_adv + step_length * ball.direction(gradient)), momentum))
 
