@@ -25,10 +25,10 @@ class State(NamedTuple):
     y: Array  # int32 [b]
     target: Array  # int32 [b]
     key: Array  # [b]
-    eps: Array  # [b]
+    eps: Array  # [b], or like x
     point: Array  # [b, ...], the next point to evaluate
     previous_point: Array  # [b, ...]
-    step_size: Array  # [b]
+    step_size: Array  # like eps
     best_point: Array  # [b, ...], the point with the largest objective
     best_value: Array  # [b], that objective
     best_gradient: Array  # [b, ...], its gradient
@@ -58,6 +58,7 @@ def apgd(
     norm: str = "linf",
     rho: float = 0.75,
     eot: int | None = None,
+    targets: Array | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """Auto-PGD: z = P(x_k + a_k d(grad)), x_{k+1} = P(x_k + 0.75 (z - x_k) + 0.25 (x_k - x_{k-1})), a_0 = 2 eps.
@@ -76,7 +77,8 @@ def apgd(
       logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; (x, keys) -> logits if `eot` is set.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels, integers [batch].
-      eps: radius of the ball, scalar or [batch], in the units of x.
+      eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
+        with the dimensions of x that broadcasts to it: 0 where a feature must not change.
       num_steps: points visited after the start, in L1 after the starts of the stages; each costs one gradient.
       num_restarts: random starts, each only for images that are not broken yet.
       objective: (logits, y) -> [batch], maximised: `cross_entropy`, `dlr` or any other function.
@@ -85,11 +87,13 @@ def apgd(
         not used in L1.
       eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
         transformation). logits_fn is then called as logits_fn(x, keys) with one key per example.
+      targets: None, or a class for each example, integers [batch]: the goal is the prediction of this class, and the
+        objective of it is minimised.
       bounds: (low, high), the range of valid pixels.
 
     Returns:
-      x_adv, an array like x: the last point that was classified wrongly; if there was none, the point with the largest
-      objective.
+      x_adv, an array like x: the last point that was classified wrongly (or as the target); if there was none, the
+      point with the largest objective.
 
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
@@ -115,9 +119,11 @@ def apgd(
     checks.check_objective(objective)
 
     def build(_: int) -> IterativeAttack:
-        return build_apgd(objective, norm, num_steps, num_restarts, rho, eot, bounds)
+        return build_apgd(objective, norm, num_steps, num_restarts, rho, eot, bounds, targeted=targets is not None)
 
-    return _base.attack_batch(build, key, logits_fn, x, y, eps, random=eot is not None)
+    return _base.attack_batch(
+        build, key, logits_fn, x, y, eps, random=eot is not None, targets=targets, eps_per_entry=norm == "linf"
+    )
 
 
 def apgd_targeted(
@@ -133,6 +139,7 @@ def apgd_targeted(
     norm: str = "linf",
     rho: float = 0.75,
     eot: int | None = None,
+    targets: Array | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """Targeted Auto-PGD: runs `apgd` towards one class after the other, the most likely wrong class first.
@@ -142,7 +149,8 @@ def apgd_targeted(
       logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; (x, keys) -> logits if `eot` is set.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels, integers [batch].
-      eps: radius of the ball, scalar or [batch], in the units of x.
+      eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
+        with the dimensions of x that broadcasts to it: 0 where a feature must not change.
       num_steps: points visited after the start of each target; each costs one gradient.
       num_targets: number of target classes, at most classes - 1.
       objective: (logits, y, target) -> [batch], maximised. `targeted_dlr` needs four classes; for fewer, use
@@ -152,6 +160,7 @@ def apgd_targeted(
         not used in L1.
       eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
         transformation). logits_fn is then called as logits_fn(x, keys) with one key per example.
+      targets: None, or the one class for each example, integers [batch], whose prediction is then the goal.
       bounds: (low, high), the range of valid pixels.
 
     Returns:
@@ -180,9 +189,14 @@ def apgd_targeted(
     checks.check_objective(objective)
 
     def build(classes: int) -> IterativeAttack:
-        return build_apgd_targeted(objective, norm, num_steps, min(num_targets, classes - 1), rho, eot, bounds)
+        number, targeted = min(num_targets, classes - 1), targets is not None
+        return build_apgd_targeted(
+            objective, norm, num_steps, min(number, 1) if targeted else number, rho, eot, bounds, targeted
+        )
 
-    return _base.attack_batch(build, key, logits_fn, x, y, eps, random=eot is not None)
+    return _base.attack_batch(
+        build, key, logits_fn, x, y, eps, random=eot is not None, targets=targets, eps_per_entry=norm == "linf"
+    )
 
 
 def _options(rho: float, eot: int | None) -> tuple[float, int | None]:
@@ -190,10 +204,21 @@ def _options(rho: float, eot: int | None) -> tuple[float, int | None]:
 
 
 def build_apgd(
-    objective: Objective, norm: str, num_steps: int, num_restarts: int, rho: float, eot: int | None, bounds: Bounds
+    objective: Objective,
+    norm: str,
+    num_steps: int,
+    num_restarts: int,
+    rho: float,
+    eot: int | None,
+    bounds: Bounds,
+    targeted: bool = False,
 ) -> IterativeAttack:
-    """Returns `apgd` as an `IterativeAttack`."""
-    return _attack(lambda logits, state: objective(logits, state.y), norm, num_steps, num_restarts, rho, eot, bounds)
+    """Returns `apgd` as an `IterativeAttack`; `targeted` means towards the target of each example."""
+
+    def goal(logits: Array, state: AscentState) -> Array:
+        return -objective(logits, state.target) if targeted else objective(logits, state.y)
+
+    return _attack(goal, norm, num_steps, num_restarts, rho, eot, bounds, targeted)
 
 
 def build_apgd_targeted(
@@ -204,11 +229,14 @@ def build_apgd_targeted(
     rho: float,
     eot: int | None,
     bounds: Bounds,
+    targeted: bool = False,
 ) -> IterativeAttack:
-    """Returns `apgd_targeted` as an `IterativeAttack`."""
-    return _attack(
-        lambda logits, state: objective(logits, state.y, state.target), norm, num_steps, num_targets, rho, eot, bounds
-    )
+    """Returns `apgd_targeted` as an `IterativeAttack`; if `targeted`, only the target itself breaks an example."""
+
+    def goal(logits: Array, state: AscentState) -> Array:
+        return objective(logits, state.y, state.target)
+
+    return _attack(goal, norm, num_steps, num_targets, rho, eot, bounds, targeted)
 
 
 def checkpoints(num_steps: int) -> dict[int, int]:
@@ -233,10 +261,11 @@ def _attack(
     rho: float,
     eot: int | None,
     bounds: Bounds,
+    targeted: bool,
 ) -> IterativeAttack:
     ball, (low, high) = norms.get(norm), bounds
     if norm == "l1":
-        return _apgd_l1.build(objective, num_steps, num_rounds, eot, bounds)
+        return _apgd_l1.build(objective, num_steps, num_rounds, eot, bounds, targeted=targeted)
     intervals = checkpoints(num_steps)
     steps_since_check = np.array([intervals.get(step, 0) for step in range(num_steps + 1)], np.int32)
 
@@ -248,7 +277,7 @@ def _attack(
         return starting_state(keys, x, y, target, eps, start)
 
     def step(logits_fn: KeyedLogitsFn, state: State) -> State:
-        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, eot)
+        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, eot, targeted)
         return advance(state, value, wrong, gradient)
 
     def advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
@@ -266,7 +295,7 @@ def _attack(
         check = interval > 0
         stalls = ~state.checkpoint_halved & (checkpoint_value >= best_value)
         halve = check & ((num_rises.astype(value.dtype) <= rho * interval.astype(value.dtype)) | stalls)
-        step_size = jnp.where(halve, state.step_size / 2, state.step_size)
+        step_size = where_rows(halve, state.step_size / 2, state.step_size)
         point, gradient = where_rows(halve, (best_point, best_gradient), (state.point, gradient))
         x, share = state.x, expand_mask(jnp.where(first, 1.0, 0.75).astype(point.dtype), point)
         # The released code adds 1e-12 as well. It matters where the softmax is saturated: a gradient of length 1e-12
@@ -301,7 +330,8 @@ def _attack(
 
 def starting_state(keys: Array, x: Array, y: Array, target: Array, eps: Array, start: Array) -> State:
     """Returns the state before the start is evaluated."""
-    zero, no_steps, false = jnp.zeros_like(eps), jnp.zeros_like(eps, jnp.int32), jnp.zeros_like(eps, bool)  # [b]
+    zero = jnp.zeros_like(eps.reshape(len(eps), -1)[:, 0])  # [b]
+    no_steps, false = jnp.zeros_like(zero, jnp.int32), jnp.zeros_like(zero, bool)
     return State(
         x=x, y=y, target=target, key=keys, eps=eps, point=start, previous_point=start, step_size=2 * eps,
         best_point=start, best_value=zero, best_gradient=jnp.zeros_like(x), previous_value=zero,

@@ -75,6 +75,7 @@ def build(
     eot: int | None,
     bounds: Bounds,
     stages: tuple[tuple[float, float], ...] = STAGES,
+    targeted: bool = False,
 ) -> IterativeAttack[State]:
     """Returns `apgd` or `apgd_targeted` in L1 as an `IterativeAttack`.
 
@@ -90,6 +91,7 @@ def build(
       eot: draws of a randomised network, or None.
       bounds: (low, high), the range of valid pixels.
       stages: (radius in eps, share of the steps). Each stage begins at the best point of the one before.
+      targeted: whether only the target of an example breaks it.
     """
     plan, (low, high) = schedule(num_steps, stages), bounds
     ball = norms.get("l1")
@@ -102,7 +104,7 @@ def build(
         return starting_state(keys, x, y, target, eps, project(x + noise, x, plan.radius[0] * eps), plan.radius[0])
 
     def step(logits_fn: KeyedLogitsFn, state: State) -> State:
-        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, eot)
+        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, eot, targeted)
         return advance(state, value, wrong, gradient)
 
     def advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:

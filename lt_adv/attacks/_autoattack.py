@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
@@ -65,7 +64,7 @@ def autoattack(
     x: ArrayLike,
     y: ArrayLike,
     *,
-    eps: float,
+    eps: ArrayLike,
     norm: str = "linf",
     version: str | Sequence[str] = "standard",
     batch_size: int = 256,
@@ -81,7 +80,8 @@ def autoattack(
     all wrong classes if there are fewer), and Square. "plus" adds APGD on the DLR and untargeted FAB; APGD on
     cross-entropy, APGD on the DLR and FAB have five restarts. "rand" is for randomised networks: APGD on cross-entropy
     and on the DLR, with gradients averaged over 20 draws. A sequence of names from `ATTACKS` runs these, without
-    restarts.
+    restarts. In L1, APGD on cross-entropy has five restarts, and APGD on the targeted DLR has five targets except in
+    "plus".
 
     Args:
       key: one typed key, or one per image [n]. The result depends neither on `batch_size` nor on the devices.
@@ -92,8 +92,9 @@ def autoattack(
       x: images [n, ...], float32 or float64, inside `bounds`. Square needs images [n, height, width(, channels)] or, in
         L-inf, vectors [n, d]; for other shapes it is left out, with a line in `notes`.
       y: labels, integers [n].
-      eps: radius, in the units of x.
-      norm: "linf" or "l2".
+      eps: radius, a scalar or [n], in the units of x. In L-inf also one radius for each entry, an array with the
+        dimensions of x that broadcasts to it: 0 where a feature must not change.
+      norm: "linf", "l2" or "l1".
       version: "standard", "plus", "rand", or a sequence of attacks.
       batch_size: images attacked at once, rounded up to a multiple of the number of devices, each of which computes its
         share alone.
@@ -125,7 +126,7 @@ def autoattack(
 
     References:
       Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
-      attacks", ICML 2020.
+      attacks", ICML 2020; "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers", ICML 2021.
       Differs from the released code: keys belong to images; an image is not attacked any further once it is broken, by
       FAB too; with fewer than ten classes, all wrong classes are targets.
     """
@@ -138,8 +139,9 @@ def autoattack(
     if not len(x) or not batch_size:
         raise ValueError(f"Nothing to attack: {len(x)} images in batches of {batch_size}.")
     norms.get(norm)
-    norms.check_length("eps", eps, 1)
-    radius = np.broadcast_to(np.asarray(norms.per_example(eps, jnp.asarray(x[:1]))).ravel(), len(x))
+    norms.check_length("eps", eps, len(x), image=x.shape[1:] if norm == "linf" else None)
+    radius = np.asarray(eps, x.dtype)
+    radius = np.broadcast_to(radius, x.shape if radius.ndim == x.ndim > 1 else len(x))
     names, notes = _supported(names, norm, x.shape[1:])
     keys, random = example_keys(key, len(x)), version == "rand"
     network = continuous_batching.network(logits_fn, x[0], min(batch_size, len(x)), random, devices)
@@ -253,8 +255,10 @@ def _build_attacks(
     """Returns the attacks by name, and a note for each objective replaced because of few classes."""
     if classes < 2:
         raise ValueError(f"There is nothing to attack: logits_fn returns logits of {classes} class.")
-    restarts = 5 if names == VERSIONS["plus"] else 1
+    plus = names == VERSIONS["plus"]
+    restarts, ce_restarts = 5 if plus else 1, 5 if plus or norm == "l1" else 1
     eot, num_targets, notes = EOT_DRAWS if random else None, min(9, classes - 1), []
+    apgd_targets = min(5, num_targets) if norm == "l1" and not plus else num_targets
     ratio: Objective = dlr
     targeted_ratio: TargetedObjective = targeted_dlr
     if classes < 3 and "apgd-dlr" in names:
@@ -264,9 +268,9 @@ def _build_attacks(
         targeted_ratio = targeted_logit_margin
         notes.append("apgd-t: the targeted DLR needs four classes; the targeted logit margin replaces it.")
     builders: dict[str, Callable[[], IterativeAttack]] = {
-        "apgd-ce": lambda: build_apgd(stable_cross_entropy, norm, 100, restarts, 0.75, eot, bounds),
+        "apgd-ce": lambda: build_apgd(stable_cross_entropy, norm, 100, ce_restarts, 0.75, eot, bounds),
         "apgd-dlr": lambda: build_apgd(ratio, norm, 100, restarts, 0.75, eot, bounds),
-        "apgd-t": lambda: build_apgd_targeted(targeted_ratio, norm, 100, num_targets, 0.75, eot, bounds),
+        "apgd-t": lambda: build_apgd_targeted(targeted_ratio, norm, 100, apgd_targets, 0.75, eot, bounds),
         "fab": lambda: build_fab(classes, norm, 100, restarts, 0.1, 1.05, 0.9, bounds),
         "fab-t": lambda: build_fab_targeted(norm, 100, num_targets, 0.1, 1.05, 0.9, bounds),
         "square": lambda: build_square(logit_margin, norm, num_queries, 0.8, bounds),

@@ -69,7 +69,8 @@ Tree = TypeVar("Tree")  # a pytree of arrays
 class IterativeAttack(NamedTuple, Generic[StateT]):
     """An attack as a pair of functions `init` and `step`, like an optimizer of optax."""
 
-    init: Callable[..., StateT]  # (keys [b], x, y, target [b], eps [b], round [b]) -> state; no forward pass
+    # (keys [b], x, y, target [b], eps [b] or like x, round [b]) -> state; no forward pass
+    init: Callable[..., StateT]
     step: Callable[[KeyedLogitsFn, StateT], StateT]
     num_steps: int  # steps of one round
     num_rounds: int  # restarts, or targets
@@ -112,11 +113,16 @@ def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) 
 
 
 def evaluate_objective(
-    objective: Callable[[Array, AscentState], Array], logits_fn: KeyedLogitsFn, state: AscentState, eot: int | None
+    objective: Callable[[Array, AscentState], Array],
+    logits_fn: KeyedLogitsFn,
+    state: AscentState,
+    eot: int | None,
+    targeted: bool = False,
 ) -> tuple[Array, Array, Array]:
-    """Returns (objective [b], whether the prediction is wrong [b], gradient [b, ...]) at `state.point`.
+    """Returns (objective [b], whether the goal is reached [b], gradient [b, ...]) at `state.point`.
 
-    With `eot` draws of a randomised network, objective and gradient are means, and the last draw makes the prediction.
+    The goal is a prediction other than y or, if `targeted`, the target. With `eot` draws of a randomised network,
+    objective and gradient are means, and the last draw makes the prediction.
     """
 
     def draw(e: Array | int) -> tuple[Array, Array, Array]:
@@ -137,7 +143,7 @@ def evaluate_objective(
 
         value, logits, gradient = lax.fori_loop(1, eot, add, (value, logits, gradient))
         value, gradient = value / eot, norms.finite(gradient / eot)
-    return finite_values(value, state.x), is_wrong(logits, state.y), gradient
+    return finite_values(value, state.x), reaches_goal(logits, state.y, state.target, targeted), gradient
 
 
 def finite_values(values: Array, x: Array) -> Array:
@@ -149,6 +155,11 @@ def finite_values(values: Array, x: Array) -> Array:
 def is_wrong(logits: Array, y: Array) -> Array:
     """Whether the prediction differs from y, bool [b]; always true where logits are not finite."""
     return prediction(logits) != y
+
+
+def reaches_goal(logits: Array, y: Array, target: Array, targeted: bool) -> Array:
+    """Whether the prediction differs from y or, if `targeted`, is the target: bool [b]."""
+    return prediction(logits) == target if targeted else is_wrong(logits, y)
 
 
 def expand_mask(mask: Array, rows: Array) -> Array:
@@ -163,6 +174,11 @@ def where_rows(mask: Array, new: Tree, old: Tree) -> Tree:
         return jnp.where(expand_mask(mask, new), new, old)
 
     return jax.tree.map(pick, new, old)
+
+
+def rows_equal(a: Array, b: Array) -> Array:
+    """Whether each row of `a` equals that of `b`, bool [b]."""
+    return jnp.all((a == b).reshape(len(a), -1), axis=1)
 
 
 def random_directions(keys: Array, x: Array, norm: norms.Norm) -> Array:
@@ -181,11 +197,13 @@ def attack_batch(
     *,
     random: bool = False,
     allow_infinite: bool = False,
+    targets: Array | None = None,
+    eps_per_entry: bool = False,
 ) -> Array:
     """Runs all rounds of an attack on one batch; traceable.
 
-    An image that is classified wrongly is not attacked. Target r of an image is the class with the (r + 2)-th largest
-    clean logit. Round r of an example uses fold_in(its key, r).
+    An image that is classified wrongly, or with `targets` as its target, is not attacked. Without `targets`, target r
+    of an image is the class with the (r + 2)-th largest clean logit. Round r of an example uses fold_in(its key, r).
 
     Args:
       build: number of classes -> the attack.
@@ -196,22 +214,31 @@ def attack_batch(
       eps: radius, scalar or [batch].
       random: see `IterativeAttack`.
       allow_infinite: whether eps may be infinite.
+      targets: None, or the target of each example in every round; the goal of the attack is then this prediction.
+      eps_per_entry: whether eps may be one radius for each entry, which the state then has in the shape of x.
 
     Returns:
       x_adv, for an image that is not broken its strongest point.
     """
     keyed_logits_fn, y = _with_keys(logits_fn, random), y.astype(jnp.int32)
-    norms.check_length("eps", eps, x.shape[0], allow_infinite)
+    norms.check_length("eps", eps, x.shape[0], allow_infinite, x.shape[1:] if eps_per_entry else None)
+    if targets is not None:
+        targets = checks.as_array("targets", targets)
+        checks.check_labels(targets, len(x), name="targets")
 
     def attack_rounds() -> Array:
         keys = example_keys(key, x.shape[0])
         varies = jnp.zeros_like(x).reshape(len(x), -1).sum(axis=1)  # varies over the same mesh axes as x
-        radius = norms.per_example(eps, x).reshape(-1) + varies
+        radius = norms.per_example(eps, x)
+        per_entry = np.ndim(eps) == x.ndim > 1
+        radius = radius + jnp.zeros_like(x) if per_entry else radius.reshape(-1) + varies
         logits = logits_of(keyed_logits_fn, x, keys)
         classes = logits.shape[-1]
         if classes < 2:
             raise ValueError(f"logits_fn must return logits of at least two classes, got {classes}.")
         checks.check_labels(y, len(x), classes)
+        if targets is not None:
+            checks.check_labels(targets, len(x), classes, name="targets")
         ranking, attack = jnp.argsort(-logits, axis=-1), build(classes)
 
         step_logits_fn = hoist(keyed_logits_fn, x, keys)
@@ -220,12 +247,14 @@ def attack_batch(
             x_adv, broken = carry
             round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, r)
             target = jnp.take(ranking, (r + 1) % classes, axis=-1)  # ignored by untargeted attacks
+            target = target if targets is None else targets.astype(target.dtype)
             target += varies.astype(target.dtype)
             state = attack.init(round_keys, x, y, target, radius, jnp.full_like(y, r))
             state = lax.fori_loop(0, attack.num_steps, lambda _, state: attack.step(step_logits_fn, state), state)
             return where_rows(broken, x_adv, state.x_adv), broken | state.broken
 
-        carry = lax.stop_gradient((x, is_wrong(logits, y)))
+        goal = y if targets is None else targets
+        carry = lax.stop_gradient((x, reaches_goal(logits, y, goal, targets is not None)))
         return lax.fori_loop(0, attack.num_rounds, one_round, carry)[0]
 
-    return tracing.run_compiled(attack_rounds, key, x, y, eps)
+    return tracing.run_compiled(attack_rounds, key, x, y, eps, targets)

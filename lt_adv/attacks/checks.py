@@ -128,22 +128,22 @@ def _check_box(name: str, x: ArrayLike, bounds: Bounds) -> None:
         )
 
 
-def check_batch(y: npt.ArrayLike | Array, batch: int) -> None:
+def check_batch(y: npt.ArrayLike | Array, batch: int, name: str = "y") -> None:
     """Raises a ValueError unless y (labels or probabilities) has one row per image."""
     if np.shape(y)[:1] != (batch,):
-        raise ValueError(f"x and y must have the same batch size, got {batch} images and labels {np.shape(y)}.")
+        raise ValueError(f"x and {name} must have the same batch size, got {batch} images and labels {np.shape(y)}.")
 
 
-def check_labels(y: npt.ArrayLike | Array, batch: int, classes: int | None = None) -> None:
+def check_labels(y: npt.ArrayLike | Array, batch: int, classes: int | None = None, *, name: str = "y") -> None:
     """Raises a ValueError unless y is integers [batch] and its concrete values lie in [0, classes)."""
     y = y if isinstance(y, jax.Array) else np.asarray(y)
-    check_batch(y, batch)
+    check_batch(y, batch, name)
     if np.ndim(y) != 1 or not jnp.issubdtype(jnp.result_type(y), jnp.integer):
         kind = f"{jnp.result_type(y)} {np.shape(y)}"
-        raise ValueError(f"y must be integer labels [batch] = ({batch},), got {kind}.")
+        raise ValueError(f"{name} must be integer labels [batch] = ({batch},), got {kind}.")
     values = None if classes is None else concrete_values(y)
     if values is not None and values.size and not 0 <= values.min() <= values.max() < (classes or 0):
-        raise ValueError(f"y must be labels of {classes} classes, got {values.min()} to {values.max()}.")
+        raise ValueError(f"{name} must be labels of {classes} classes, got {values.min()} to {values.max()}.")
 
 
 def check_logits(logits: PyTree, x: ArrayLike) -> Array:

@@ -13,17 +13,19 @@ Rules that hold for all of them:
 """
 
 from functools import partial
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import checks, norms, tracing
+from lt_adv.attacks import _base, checks, norms, tracing
+from lt_adv.attacks._base import where_rows
 from lt_adv.attacks.convolutions import with_fast_convolutions
 from lt_adv.attacks.hoisting import hoist
-from lt_adv.attacks.initialization import starting_point
-from lt_adv.attacks.objectives import cross_entropy, cw_margin
+from lt_adv.attacks.initialization import example_keys, starting_point
+from lt_adv.attacks.objectives import cross_entropy, cw_margin, logit_margin, prediction
 from lt_adv.attacks.signatures import Bounds, LogitsFn, Objective
 
 
@@ -38,6 +40,7 @@ def fgsm(
     norm: str = "linf",
     start: str = "zero",
     x_init: Array | None = None,
+    targets: Array | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """Fast gradient sign method: x_adv = clip(x + eps sign(grad_x L(x, y))), one step of the whole radius.
@@ -48,13 +51,16 @@ def fgsm(
       logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
-      eps: radius of the ball, scalar or [batch], in the units of x.
+      eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
+        with the dimensions of x that broadcasts to it: 0 where a feature must not change.
       objective: (logits, y) -> [batch], maximised for each example by itself.
       norm: "linf" (steps along the sign of the gradient), "l2" (along the normalised gradient) or "l1" (along the sign
         of the 1 % of the entries with the largest gradient that the bounds do not block).
       start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
         (x + 0.001 N(0, 1)).
       x_init: starting point, shaped like x; replaces `start`.
+      targets: None, or a class for each example, integers [batch]: the attack minimises the objective of this class
+        instead of maximising that of y.
       bounds: (low, high), the range of valid pixels.
 
     Returns:
@@ -74,7 +80,7 @@ def fgsm(
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=eps, num_steps=1, objective=objective, norm=norm, start=start,
-        x_init=x_init, bounds=bounds,
+        x_init=x_init, targets=targets, bounds=bounds,
     )  # fmt: skip
 
 
@@ -91,6 +97,9 @@ def pgd(
     norm: str = "linf",
     start: str = "uniform",
     x_init: Array | None = None,
+    targets: Array | None = None,
+    num_restarts: int = 1,
+    return_best: bool = False,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """Projected gradient descent on the negative objective: x_{t+1} = P(x_t + a sign(grad_x L(x_t, y))).
@@ -104,19 +113,26 @@ def pgd(
       logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
-      eps: radius of the ball, scalar or [batch], in the units of x.
-      step_size: length of a step in the norm, scalar or [batch], in the units of x.
+      eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
+        with the dimensions of x that broadcasts to it: 0 where a feature must not change.
+      step_size: length of a step in the norm, in the shapes of eps and the units of x.
       num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
       objective: (logits, y) -> [batch], maximised for each example by itself.
       norm: "linf" (steps along the sign of the gradient), "l2" (along the normalised gradient) or "l1" (along the sign
         of the 1 % of the entries with the largest gradient that the bounds do not block).
       start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
         (x + 0.001 N(0, 1)).
-      x_init: starting point, shaped like x; replaces `start`.
+      x_init: starting point, shaped like x; replaces `start` in the first restart.
+      targets: None, or a class for each example, integers [batch]: the attack minimises the objective of this class
+        instead of maximising that of y.
+      num_restarts: random starts. The result is the worst one: a point that is classified wrongly (or, with `targets`,
+        as the target) before any other, then the one with the largest objective. An example with such a point keeps it.
+      return_best: returns the worst of all points visited instead of the last one of each restart; with either of these
+        options a restart costs one more forward pass.
       bounds: (low, high), the range of valid pixels.
 
     Returns:
-      x_adv, an array like x: the last point, not the best one.
+      x_adv, an array like x: the last point, unless `return_best` or `num_restarts` is set.
 
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
@@ -133,7 +149,7 @@ def pgd(
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
-        start=start, x_init=x_init, bounds=bounds,
+        start=start, x_init=x_init, targets=targets, num_restarts=num_restarts, return_best=return_best, bounds=bounds,
     )  # fmt: skip
 
 
@@ -151,6 +167,9 @@ def mim(
     norm: str = "linf",
     start: str = "uniform",
     x_init: Array | None = None,
+    targets: Array | None = None,
+    num_restarts: int = 1,
+    return_best: bool = False,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """Momentum iterative method: g_{t+1} = m g_t + grad / mean|grad|, x_{t+1} = P(x_t + a sign(g_{t+1})).
@@ -161,8 +180,9 @@ def mim(
       logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
-      eps: radius of the ball, scalar or [batch], in the units of x.
-      step_size: length of a step in the norm, scalar or [batch], in the units of x.
+      eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
+        with the dimensions of x that broadcasts to it: 0 where a feature must not change.
+      step_size: length of a step in the norm, in the shapes of eps and the units of x.
       num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
       decay: m, the factor of the previous momentum.
       objective: (logits, y) -> [batch], maximised for each example by itself.
@@ -170,11 +190,17 @@ def mim(
         of the 1 % of the entries with the largest gradient that the bounds do not block).
       start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
         (x + 0.001 N(0, 1)).
-      x_init: starting point, shaped like x; replaces `start`.
+      x_init: starting point, shaped like x; replaces `start` in the first restart.
+      targets: None, or a class for each example, integers [batch]: the attack minimises the objective of this class
+        instead of maximising that of y.
+      num_restarts: random starts. The result is the worst one: a point that is classified wrongly (or, with `targets`,
+        as the target) before any other, then the one with the largest objective. An example with such a point keeps it.
+      return_best: returns the worst of all points visited instead of the last one of each restart; with either of these
+        options a restart costs one more forward pass.
       bounds: (low, high), the range of valid pixels.
 
     Returns:
-      x_adv, an array like x: the last point.
+      x_adv, an array like x: the last point, unless `return_best` or `num_restarts` is set.
 
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
@@ -193,7 +219,8 @@ def mim(
     """
     return _ascend(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
-        start=start, x_init=x_init, bounds=bounds, decay=checks.traceable_number("decay", decay),
+        start=start, x_init=x_init, targets=targets, num_restarts=num_restarts, return_best=return_best, bounds=bounds,
+        decay=checks.traceable_number("decay", decay),
     )  # fmt: skip
 
 
@@ -210,6 +237,9 @@ def cw(
     norm: str = "linf",
     start: str = "uniform",
     x_init: Array | None = None,
+    targets: Array | None = None,
+    num_restarts: int = 1,
+    return_best: bool = False,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
     """PGD on the Carlini-Wagner margin, -max(z_y - max_{j != y} z_j + k, 0): "CW-inf" of the robustness literature.
@@ -220,19 +250,26 @@ def cw(
       logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels, integers [batch].
-      eps: radius of the ball, scalar or [batch], in the units of x.
-      step_size: length of a step in the norm, scalar or [batch], in the units of x.
+      eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
+        with the dimensions of x that broadcasts to it: 0 where a feature must not change.
+      step_size: length of a step in the norm, in the shapes of eps and the units of x.
       num_steps: number of gradient steps; 0 returns the start, projected to the ball and the bounds.
       confidence: k, in units of logits.
       norm: "linf" (steps along the sign of the gradient), "l2" (along the normalised gradient) or "l1" (along the sign
         of the 1 % of the entries with the largest gradient that the bounds do not block).
       start: "zero" (x), "uniform" (uniform in the ball), "one_sided" (x + eps U[0, 1)) or "gaussian"
         (x + 0.001 N(0, 1)).
-      x_init: starting point, shaped like x; replaces `start`.
+      x_init: starting point, shaped like x; replaces `start` in the first restart.
+      targets: None, or a class for each example, integers [batch]: the attack minimises the objective of this class
+        instead of maximising that of y.
+      num_restarts: random starts. The result is the worst one: a point that is classified wrongly (or, with `targets`,
+        as the target) before any other, then the one with the largest objective. An example with such a point keeps it.
+      return_best: returns the worst of all points visited instead of the last one of each restart; with either of these
+        options a restart costs one more forward pass.
       bounds: (low, high), the range of valid pixels.
 
     Returns:
-      x_adv, an array like x: the last point.
+      x_adv, an array like x: the last point, unless `return_best` or `num_restarts` is set.
 
     Raises:
       ValueError: for images, labels, logits or options that do not fit.
@@ -246,12 +283,24 @@ def cw(
 
     References:
       Carlini and Wagner, "Towards evaluating the robustness of neural networks", S&P 2017, for the margin.
+      With `targets` the margin is -max(max_{j != t} z_j - z_t + k, 0).
     """
+    confidence = checks.traceable_number("confidence", confidence)
+    objective: Objective = partial(cw_margin, confidence=confidence)
+    if targets is not None:  # `_ascend` maximises its negative
+        objective = lambda logits, t: jnp.maximum(logit_margin(logits, t) + confidence, 0)  # noqa: E731
     return _ascend(
-        key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps,
-        objective=partial(cw_margin, confidence=checks.traceable_number("confidence", confidence)),
-        norm=norm, start=start, x_init=x_init, bounds=bounds,
+        key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
+        start=start, x_init=x_init, targets=targets, num_restarts=num_restarts, return_best=return_best, bounds=bounds,
     )  # fmt: skip
+
+
+class _Worst(NamedTuple):
+    """The worst point of each example so far."""
+
+    point: Array  # [b, ...]
+    value: Array  # [b], its objective
+    broken: Array  # bool [b], whether it reaches the goal: another class than y, or the target
 
 
 def _ascend(
@@ -267,7 +316,10 @@ def _ascend(
     norm: str,
     start: str,
     x_init: Array | None,
+    targets: Array | None,
     bounds: Bounds,
+    num_restarts: int = 1,
+    return_best: bool = False,
     decay: float | None = None,
 ) -> Array:
     """Runs any of the attacks above as one loop over (x_adv, momentum); `decay=None` means no momentum."""
@@ -275,29 +327,47 @@ def _ascend(
     low, high = checks.check_bounds(bounds)
     checks.check_images(x, (low, high), x_init)
     checks.check_batch(y, x.shape[0])
-    num_steps = checks.count("num_steps", num_steps)
+    if targets is not None:
+        targets = checks.as_array("targets", targets)
+        checks.check_labels(targets, x.shape[0], name="targets")
+    num_steps, num_restarts = (
+        checks.count("num_steps", num_steps),
+        checks.count("num_restarts", num_restarts, minimum=1),
+    )
     checks.check_objective(objective)
+    if num_restarts > 1 and start == "zero":
+        raise ValueError('num_restarts needs a random start, such as start="uniform", got start="zero".')
     for name, length in (("eps", eps), ("step_size", step_size)):  # before the network is traced
-        norms.check_length(name, length, x.shape[0])
+        norms.check_length(name, length, x.shape[0], image=x.shape[1:] if norm == "linf" else None)
 
-    def total(x_adv: Array) -> Array:
-        values = checks.check_values(objective(checks.check_logits(logits_fn(x_adv), x), y), x)
-        return jnp.sum(values)  # a sum, so that the gradient of an example does not depend on the batch size
+    def evaluate(x_adv: Array) -> tuple[Array, tuple[Array, Array]]:
+        logits = checks.check_logits(logits_fn(x_adv), x)
+        values = objective(logits, y) if targets is None else -objective(logits, targets)
+        checks.check_values(values, x)
+        return jnp.sum(values), (values, logits)  # a sum, so that the gradient of an example depends on no other
+
+    def worse(worst: _Worst, x_adv: Array, values: Array, logits: Array) -> _Worst:
+        predicted = prediction(logits)
+        if targets is not None:
+            broken = predicted == targets
+        else:
+            broken = predicted != y if y.ndim == 1 else jnp.zeros_like(worst.broken)  # no labels: the objective alone
+        value = _base.finite_values(values, x)
+        replace = (broken & ~worst.broken) | ((broken == worst.broken) & (value > worst.value))
+        return where_rows(replace, _Worst(x_adv, value, broken), worst)
 
     def ascend() -> Array:
         radius, step_length = norms.per_example(eps, x), norms.per_example(step_size, x)
-        x_adv = starting_point(key, x, radius, start, ball)
+        keys = example_keys(key, x.shape[0])
+        x_adv = starting_point(keys, x, radius, start, ball)
         if x_init is not None:
             x_adv = jnp.asarray(x_init, x.dtype) + jnp.zeros_like(x)  # to vary over the same mesh axes as x
 
         def project(x_adv: Array) -> Array:
             return ball.project(x_adv, x, radius, low, high)
 
-        gradient_fn = hoist(with_fast_convolutions(jax.grad(total)), x_adv)
-
-        def step(_: int, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-            x_adv, momentum = carry
-            gradient = norms.finite(gradient_fn(x_adv))
+        def move(x_adv: Array, gradient: Array, momentum: Array | None) -> tuple[Array, Array | None]:
+            gradient = norms.finite(gradient)
             if decay is not None and momentum is not None:
                 gradient = momentum = decay * momentum + norms.unit_mean(gradient)
             if norm == "l1":
@@ -306,10 +376,49 @@ def _ascend(
             # Stopped at each step, so that an outer gradient has no loop to differentiate.
             return lax.stop_gradient((project(x_adv + step_length * ball.direction(gradient)), momentum))
 
-        momentum = None if decay is None else jnp.zeros_like(x_adv)
-        x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
-        x_adv, _ = lax.fori_loop(0, num_steps, step, (x_adv, momentum))
-        # Inside a trace the values of eps, step_size and x_init are not checked: they may not be finite.
-        return jnp.where(jnp.isfinite(x_adv), x_adv, lax.stop_gradient(x))
+        def finite(x_adv: Array) -> Array:
+            # Inside a trace the values of eps, step_size and x_init are not checked: they may not be finite.
+            return jnp.where(jnp.isfinite(x_adv), x_adv, lax.stop_gradient(x))
 
-    return tracing.run_compiled(ascend, key, x, y, eps, step_size, decay, x_init)
+        no_momentum = None if decay is None else jnp.zeros_like(x_adv)
+        if num_restarts == 1 and not return_best:
+            gradient_fn = hoist(with_fast_convolutions(jax.grad(lambda x_adv: evaluate(x_adv)[0])), x_adv)
+
+            def step(_: int, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+                return move(carry[0], gradient_fn(carry[0]), carry[1])
+
+            x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
+            return finite(lax.fori_loop(0, num_steps, step, (x_adv, no_momentum))[0])
+
+        evaluate_fn = hoist(lambda x_adv: evaluate(x_adv)[1], x_adv)
+        gradient_fn = hoist(with_fast_convolutions(jax.value_and_grad(evaluate, has_aux=True)), x_adv)
+
+        def restart(r: Array, worst: _Worst) -> _Worst:
+            keys_r = jax.vmap(jax.random.fold_in, (0, None))(keys, r)
+            x_start = jnp.where(r == 0, x_adv, starting_point(keys_r, x, radius, start, ball))
+
+            def step(_: int, carry: tuple[Array, Array | None, _Worst]) -> tuple[Array, Array | None, _Worst]:
+                x_adv, momentum, best = carry
+                (_, (values, logits)), gradient = gradient_fn(x_adv)
+                if return_best:  # of points inside the ball and the bounds, which the start need not be
+                    inside = _base.rows_equal(project(x_adv), x_adv)
+                    best = where_rows(inside, worse(best, x_adv, values, logits), best)
+                return lax.stop_gradient((*move(x_adv, gradient, momentum), best))
+
+            x_start = lax.stop_gradient(x_start if num_steps else project(x_start))
+            x_last, _, best = lax.fori_loop(0, num_steps, step, (x_start, no_momentum, worst))
+            best = worse(best, finite(x_last), *evaluate_fn(finite(x_last)))
+            return lax.stop_gradient(where_rows(worst.broken, worst, best))
+
+        none = jnp.zeros_like(x).reshape(len(x), -1).sum(axis=1)  # varies over the same mesh axes as x
+        first = _Worst(jnp.zeros_like(x) + x, none - jnp.finfo(x.dtype).max, none > 0)
+        return lax.stop_gradient(
+            lax.fori_loop(
+                0,
+                num_restarts,
+                lambda r, worst: lax.cond(jnp.all(worst.broken), lambda w: w, partial(restart, r), worst),
+                first,
+            ).point
+        )
+
+    return tracing.run_compiled(ascend, key, x, y, eps, step_size, decay, x_init, targets)

@@ -34,26 +34,40 @@ def get(name: str) -> Norm:
     return _NORMS[name]
 
 
-def check_length(name: str, value: ArrayLike, batch: int, allow_infinite: bool = False) -> None:
+def check_length(
+    name: str, value: ArrayLike, batch: int, allow_infinite: bool = False, image: tuple[int, ...] | None = None
+) -> None:
     """Raises a ValueError unless `value` is a scalar or [batch] and its concrete values are finite and not negative.
 
-    `allow_infinite` allows infinite lengths.
+    Args:
+      name: of the argument, for the message.
+      value: a length.
+      batch: number of examples.
+      allow_infinite: whether a scalar or [batch] may be infinite.
+      image: None, or the shape of the examples, so that `value` may also be one length for each entry: an array with
+        the dimensions of [batch, *image] that broadcasts to it.
     """
-    if np.shape(value) not in ((), (batch,)):
-        raise ValueError(f"{name} must be a scalar or [batch] = ({batch},), got shape {np.shape(value)}.")
+    shape = np.shape(value)
+    full = (batch, *(image or ()))
+    per_entry = image is not None and len(shape) == len(full) > 1
+    if per_entry and any(size not in (1, length) for size, length in zip(shape, full, strict=True)):
+        raise ValueError(f"{name} of shape {shape} does not broadcast to images {full}.")
+    if not per_entry and shape not in ((), (batch,)):
+        entries = "" if image is None else f", or have the dimensions of x, such as {(1, *full[1:])}"
+        raise ValueError(f"{name} must be a scalar or [batch] = ({batch},){entries}, got shape {shape}.")
     values = checks.concrete_values(value)
     if values is not None and not checks.is_real(values.dtype):
         raise ValueError(f"{name} must be a number, got {value!r}.")
     if values is not None and not np.all(values >= 0):
         raise ValueError(f"{name} must not be negative or NaN, got {value}.")
-    if values is not None and not allow_infinite and np.any(np.isinf(values)):
+    if values is not None and (per_entry or not allow_infinite) and np.any(np.isinf(values)):
         raise ValueError(f"{name} must be finite, got {value}.")
 
 
 def per_example(value: ArrayLike, x: Array) -> Array:
-    """Reshapes a length, scalar or [batch], to broadcast against `x`."""
+    """Reshapes a length, scalar, [batch] or one for each entry, to broadcast against `x`."""
     value = jnp.asarray(value, x.dtype)
-    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim else value
+    return value.reshape(value.shape + (1,) * (x.ndim - 1)) if value.ndim == 1 else value
 
 
 def l2(array: Array) -> Array:
@@ -143,6 +157,8 @@ def _l1_project(x_adv: Array, x: Array, eps: Array, low: float, high: float) -> 
     delta = x_adv - x
     room = jnp.where(delta > 0, high - x, x - low)
     kept = jnp.clip(jnp.abs(delta) - _l1_threshold(jnp.abs(delta), room, eps), 0, room)
+    length = _l1(kept)
+    kept = kept * jnp.where(length > eps, _divide(eps, length), 1)  # the threshold is rounded
     return jnp.clip(x + jnp.sign(delta) * kept, low, high)
 
 

@@ -290,7 +290,7 @@ def test_custom_objectives():
         ({"version": ("apgd",)}, "Unknown attack 'apgd'"),
         ({"version": ()}, "must name attacks"),
         ({"version": ("fab", "fab")}, "each once"),
-        ({"norm": "l1"}, "Unknown norm 'l1'"),
+        ({"norm": "l3"}, "Unknown norm 'l3'"),
         ({"eps": -0.1}, "eps must not be negative"),
         ({"x": (X * 255).astype(np.uint8)}, "divide uint8 images by 255"),
         ({"x": X * 255}, r"must lie inside bounds \(0.0, 1.0\)"),

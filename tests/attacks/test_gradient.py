@@ -224,7 +224,7 @@ GOOD = {"eps": 0.1, "step_size": 0.03, "num_steps": 2}
     ("change", "message"),
     [
         ({"start": "unform"}, "Unknown start 'unform'.*uniform"),
-        ({"norm": "l1"}, "Unknown norm 'l1'.*linf, l2"),
+        ({"norm": "l3"}, "Unknown norm 'l3'.*linf, l2, l1"),
         ({"eps": -0.1}, "eps must not be negative"),
         ({"eps": float("nan")}, "eps must not be negative or NaN"),
         ({"step_size": np.array([0.1, -0.1])}, "step_size must not be negative"),
