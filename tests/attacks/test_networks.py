@@ -105,7 +105,8 @@ def test_the_radius_is_in_pixels(norm, radius):
     length = np.linalg.norm(np.asarray(x_adv - X).reshape(4, -1), np.inf if norm == "linf" else 2, axis=1)
     np.testing.assert_allclose(length, radius, rtol=0.05 if norm == "l2" else 1e-5)  # L2 loses what the box cuts off
     assert (length <= radius * (1 + 1e-5)).all() and (x_adv >= 0).all() and (x_adv <= 1).all()
-    assert (attacks.cross_entropy(logits_fn(x_adv), Y) > attacks.cross_entropy(logits_fn(X), Y)).all()
+    loss = jax.jit(lambda x: attacks.cross_entropy(logits_fn(x), Y))
+    assert (loss(x_adv) > loss(X)).all()
 
 
 def nchw(x):
@@ -169,22 +170,21 @@ def test_ensembles_are_the_averages_that_they_are_called():
 def test_mean_of_logits_and_of_log_probabilities_are_attacked_alike():
     """In float64: the sign of a gradient that vanishes depends on rounding."""
     with jax.enable_x64(True):
-        every = [lambda x, i=i: (i + 1.0) * apply(draw(i, jnp.float64), x) for i in range(3)]
-        assert_same_network(
-            attacks.ensemble(every),
-            lambda x: jnp.stack([f(x) for f in every]).mean(0),
-        )
-        gradients = [
-            gradient(f, X.astype(jnp.float64))
-            for f in (attacks.ensemble(every), lambda x: jnp.stack([jax.nn.log_softmax(f(x)) for f in every]).mean(0))
-        ]
+        every = [partial(apply, draw(i, jnp.float64)) for i in range(2)]
+
+        def mean_log_probability(x):
+            return jnp.stack([jax.nn.log_softmax(f(x)) for f in every]).mean(0)
+
+        x = X.astype(jnp.float64)
+        gradients = [jax.jit(partial(gradient, f))(x) for f in (attacks.ensemble(every), mean_log_probability)]
     np.testing.assert_allclose(*gradients, rtol=1e-9, atol=1e-12)
+    assert np.abs(gradients[0]).max() > 1e-3
 
 
 def test_gradient_of_mean_probabilities_does_not_underflow():
     """Both networks are certain; the probability of the other classes is zero in float32."""
     certain = [lambda x, s=s: x.sum((1, 2, 3))[:, None] * s * jnp.array([1.0, -1.0, -1.0]) for s in (50.0, 100.0)]
-    grads = gradient(attacks.ensemble(certain, "probabilities"))
+    grads = jax.jit(lambda x: gradient(attacks.ensemble(certain, "probabilities"), x))(X)
     assert np.isfinite(grads).all() and (np.abs(grads[1:3]).max((1, 2, 3)) > 1).all()
 
 
@@ -222,7 +222,7 @@ def test_partial_remains_a_partial_of_arrays(name):
 
 
 @pytest.mark.usefixtures("short")
-@pytest.mark.parametrize("name", ["normalized", "ensemble", "two"])
+@pytest.mark.parametrize("name", ["normalized", "ensemble"])
 def test_autoattack_does_not_compile_again_for_other_arrays(name):
     traces, function = [], for_wrapper(name)
 
@@ -289,7 +289,7 @@ def test_autoattack_rand_of_a_wrapped_network_with_keys():
     np.testing.assert_allclose(result.x_adv, expected.x_adv, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
+@pytest.mark.parametrize("name", ["two", "select_output", "ensemble of probabilities"])
 def test_network_in_bfloat16(name):
     """The wrapper computes in float32; the network casts."""
     variables, function, seen = draw(2, jnp.bfloat16), for_wrapper(name), []
@@ -302,8 +302,8 @@ def test_network_in_bfloat16(name):
     x_adv = PGD(logits_fn, X, Y)
     assert x_adv.dtype == X.dtype and set(seen) == {X.dtype}
     np.testing.assert_allclose(x_adv, np.clip(x_adv, X - EPS - 1e-6, X + EPS + 1e-6))
-    loss = [attacks.cross_entropy(logits_fn(x).astype(jnp.float32), Y) for x in (X, x_adv)]
-    assert (loss[1] > loss[0]).all()
+    loss = jax.jit(lambda x: attacks.cross_entropy(logits_fn(x).astype(jnp.float32), Y))
+    assert (loss(x_adv) > loss(X)).all()
 
 
 @pytest.mark.parametrize("name", ["two", "ensemble of probabilities"])
@@ -486,7 +486,7 @@ def haiku():
         return hk.Linear(3)(jax.nn.relu(x).mean((1, 2)))
 
     model = hk.transform_with_state(forward)
-    params, state = model.init(KEY, X, is_training=True)
+    params, state = jax.jit(model.init, static_argnames="is_training")(KEY, X, is_training=True)
     return {"model": model, "params": params, "state": state}
 
 
@@ -532,19 +532,16 @@ def test_network_of_the_table(row):
     scope = {"attacks": attacks, "eqx": eqx, "jax": jax, **ROWS[row]()}
     x, y = scope.get("x", X), scope.get("y", Y)
     logits_fn = eval(table()[row], scope)
-    predict = jax.jit(logits_fn)
+    predict, loss = jax.jit(logits_fn), jax.jit(lambda x: attacks.cross_entropy(logits_fn(x), y))
     logits = predict(x)
     if "same" in scope:
         np.testing.assert_allclose(logits, scope["same"](x), rtol=1e-4, atol=1e-4)
     in_another_batch = predict(x.at[1:].set(x[:1]))
     np.testing.assert_allclose(in_another_batch[0], logits[0], rtol=1e-5, atol=1e-5)  # in evaluation mode
     x_adv = attacks.fgsm(KEY, logits_fn, x, y, eps=EPS)
-    loss = [attacks.cross_entropy(predict(x), y) for x in (x, x_adv)]
-    assert (loss[1] > loss[0]).all() and np.abs(x_adv - x).max() == pytest.approx(EPS, abs=1e-6)
-    if x is X:
-        version = ["apgd-ce", "square"]
-        result = attacks.autoattack(
-            KEY, logits_fn, X, Y, eps=0.1, version=version, batch_size=4, num_queries=40, devices=jax.devices()[:1]
-        )
+    assert (loss(x_adv) > loss(x)).all() and np.abs(x_adv - x).max() == pytest.approx(EPS, abs=1e-6)
+    if row in ("plain function", "equinox with state", "haiku", "exported"):
+        options = {"eps": 0.1, "version": ["apgd-ce"], "batch_size": 4, "devices": jax.devices()[:1]}
+        result = attacks.autoattack(KEY, logits_fn, X, Y, **options)
         assert not result.notes
         np.testing.assert_array_equal(predict(result.x_adv).argmax(-1) == Y, result.robust)
