@@ -190,7 +190,7 @@ def test_normalisation_is_computed_in_the_dtype_of_the_images(images, dtype):
         normalised = create({**SMALL, "dtype": dtype, "mean": MEAN, "std": STD}, 10)
         variables = random_variables(plain, x)
         logits, _ = jax.jit(normalised.apply)(variables, x)
-        expected, _ = jax.jit(lambda x: plain.apply(variables, (x - mean) / std))(x)
+        expected, _ = jax.jit(lambda variables, x: plain.apply(variables, (x - mean) / std))(variables, x)
     assert logits.dtype == x.dtype
     np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-14 * np.abs(expected).max())
 
