@@ -64,7 +64,7 @@ def assert_same_network(actual, expected, **tolerance):
         np.testing.assert_allclose(result, reference, **{"rtol": 0, "atol": 0, **tolerance})
 
 
-@pytest.mark.parametrize("mean, std", [(0, 1), (np.zeros(3), 1.0), ([0, 0, 0], jnp.ones(3))])
+@pytest.mark.parametrize("mean, std", [(0, 1), ([0, 0, 0], jnp.ones(3))])
 def test_mean_zero_and_std_one_change_no_bit(mean, std):
     assert_same_network(attacks.normalized(network, mean, std), network)
 
@@ -425,14 +425,15 @@ class VisionTransformer(nnx.Module):
     """ViT (Dosovitskiy et al. 2021) for 224 x 224 images, in patches of 16."""
 
     def __init__(self, width, layers, classes, rngs):
-        self.patches = nnx.Conv(3, width, (16, 16), strides=16, padding="VALID", rngs=rngs)
+        self.embedding = nnx.Linear(16 * 16 * 3, width, rngs=rngs)
         self.token = nnx.Param(jax.random.normal(rngs.params(), (1, 1, width)))
         self.position = nnx.Param(jax.random.normal(rngs.params(), (1, 14 * 14 + 1, width)))
         self.blocks = nnx.List([Block(width, rngs) for _ in range(layers)])
         self.norm, self.head = nnx.LayerNorm(width, rngs=rngs), nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, x):
-        x = self.patches(x).reshape(len(x), 14 * 14, -1)
+        x = x.reshape(-1, 14, 16, 14, 16, 3).transpose(0, 1, 3, 2, 4, 5)
+        x = self.embedding(x.reshape(-1, 14 * 14, 16 * 16 * 3))
         token = jnp.broadcast_to(self.token[...], (len(x), 1, x.shape[-1]))
         x = jnp.concatenate([token, x], axis=1) + self.position[...]
         for block in self.blocks:
@@ -540,7 +541,7 @@ def test_network_of_the_table(row):
     np.testing.assert_allclose(in_another_batch[0], logits[0], rtol=1e-5, atol=1e-5)  # in evaluation mode
     x_adv = attacks.fgsm(KEY, logits_fn, x, y, eps=EPS)
     assert (loss(x_adv) > loss(x)).all() and np.abs(x_adv - x).max() == pytest.approx(EPS, abs=1e-6)
-    if row in ("plain function", "equinox with state", "haiku", "exported"):
+    if row in ("equinox with state", "exported"):
         options = {"eps": 0.1, "version": ["apgd-ce"], "batch_size": 4, "devices": jax.devices()[:1]}
         result = attacks.autoattack(KEY, logits_fn, X, Y, **options)
         assert not result.notes
