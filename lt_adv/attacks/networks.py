@@ -108,8 +108,8 @@ def select_output(logits_fn: Callable[..., PyTree], index: int | str) -> Callabl
 def ensemble(logits_fns: Sequence[Network], average: str = "logits") -> Callable[..., Array]:
     """Returns the average of K networks: z(x) = 1/K sum_k z_k(x), or log(1/K sum_k softmax z_k(x)).
 
-    The mean of logits differs from the mean of log-probabilities by a constant per image, which no objective of
-    `attacks` sees. The weights are equal.
+    The mean of log-probabilities is not a third choice: it differs from the mean of logits by a number per image, on
+    which no objective of `attacks` depends.
 
     Args:
       logits_fns: K networks of the same classes. Either all take keys or none; network k gets fold_in(key, k) for
