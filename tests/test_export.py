@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.export
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
@@ -18,6 +19,7 @@ from safetensors.numpy import load_file
 from lt_adv import attacks, main
 from lt_adv.cli import export, flags, networks
 from lt_adv.cli.experiment import Experiment
+from lt_adv.training import stage_builder
 
 pytestmark = pytest.mark.slow
 
@@ -25,6 +27,8 @@ ROOT = Path(__file__).parents[1]
 CONFIG = [
     "--config=configs/robal.py:dataset=digits,epochs=2",
     "--config.attack.num_steps=0",
+    "--config.model.mean=(0.3,)",
+    "--config.model.std=(0.4,)",
     "--config.average.name=ema",
     "--config.cpu_devices=1",  # compiling for eight takes twice as long
     "--config.checkpoint.every_epochs=1",
@@ -119,6 +123,25 @@ def test_example_of_the_card_gives_the_same_logits_and_gradients(exported_run, n
     np.testing.assert_allclose(results["x"], of_images, rtol=1e-5, atol=1e-5)
     for name, expected in export.flatten(of_weights).items():
         np.testing.assert_allclose(results[name], expected, rtol=1e-5, atol=1e-5 * np.abs(expected).max(), err_msg=name)
+
+
+def test_mean_and_std_normalise_in_training_evaluation_and_export(exported_run, network):
+    """The network of the run takes pixels: it is that of a config without them on normalised images."""
+    apply, variables, x = network
+    split = Experiment.from_config(config_of()).split
+    config = config_of()
+    config.model.mean = config.model.std = ()
+    plain = jax.jit(stage_builder.evaluation_apply(config, split))
+    expected = np.asarray(plain(variables, (x - np.float32(0.3)) / np.float32(0.4)))
+    exported = jax.export.deserialize(bytearray((exported_run / "export" / "network.jax").read_bytes()))
+    logits = exported.call(load_file(exported_run / "export" / "weights.safetensors"), x)
+    for actual in (logits, jax.jit(apply)(variables, x)):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5 * np.abs(expected).max())
+    assert "images normalised by mean (0.3,) and std (0.4,)" in (exported_run / "export" / "README.md").read_text()
+    # Training has seen normalised images: the network is less accurate without the normalisation.
+    images, label = split.test.image / np.float32(255), split.test.label
+    accuracy = [(f(variables, images).argmax(-1) == label).mean() for f in (jax.jit(apply), plain)]
+    assert accuracy[0] > accuracy[1] + 0.1, accuracy
 
 
 def test_weights_equal_the_checkpoint_bit_for_bit(exported_run):

@@ -6,13 +6,15 @@ import re
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from lt_adv import data, main, models
+from lt_adv import attacks, data, main, models
 from lt_adv.cli import flags
 from lt_adv.cli.experiment import Experiment
 from lt_adv.evaluation import records
+from lt_adv.training import stage_builder
 from tests.bad_input.conftest import ROOT, answer, hooks  # noqa: F401 (fixtures)
 from tests.models.test_classifier import random_variables
 from tests.models.torch_files import golden_state, save_npz, save_torch, wide_resnet_state
@@ -97,9 +99,67 @@ def test_imported_weights_are_evaluated_with_their_statistics_and_the_adjustment
     assert "was started with another config (init_from: " in capsys.readouterr().err
 
 
+@pytest.mark.slow
+def test_mean_and_std_of_the_config_normalise_inside_the_evaluated_network(weights, tmp_path, capsys):
+    """Predictions on clean images and under FGSM, whose radius remains in pixels, are those of (x - mean) / std."""
+    path, variables = weights
+    mean, std, eps = 0.3, 0.4, 0.1
+    command = [
+        "main",
+        ROBAL,
+        *TINY,
+        "--mode=eval",
+        f"--config.init_from={path}",
+        f"--config.eval.attacks.fgsm.eps={eps}",
+    ]
+    command += [f"--config.model.mean=({mean},)", f"--config.model.std=({std},)", f"--workdir={tmp_path / 'run'}"]
+    assert main.main(command) == 0, capsys.readouterr().err
+    results, config = records.read_records(tmp_path / "run" / "eval"), flags.parse(command).config
+    split = data.long_tailed(data.load(config.data), config.data)
+    position = {index: i for i, index in enumerate(split.test.index)}
+    x = split.test.image[[position[index] for index in results.index]] / np.float32(255)
+    config.model.mean = config.model.std = ()
+    apply = stage_builder.evaluation_apply(config, split)
+
+    @jax.jit
+    def predictions(mean, std):
+        def network(x):
+            return apply(variables, (x - mean) / std)
+
+        x_adv = attacks.fgsm(jax.random.key(0), network, x, jnp.asarray(results.label), eps=eps)
+        return network(x).argmax(-1), network(x_adv).argmax(-1)
+
+    clean, attacked = predictions(np.float32(mean), np.float32(std))
+    np.testing.assert_array_equal(results.clean, clean)
+    np.testing.assert_array_equal(results.prediction("fgsm"), attacked)
+    assert (clean != attacked).any() and (clean != predictions(0.0, 1.0)[0]).any()
+    header = json.loads((tmp_path / "run" / "report.json").read_text())["header"]
+    assert header["model"].endswith("float32, images normalised by mean (0.3,) and std (0.4,)")
+
+
 @pytest.mark.parametrize(
     ("arguments", "line"),
     [
+        (
+            ["--config.init_from={path}", "--config.model.mean=(125.3,)", "--config.model.std=(63.0,)"],
+            "item of config.model.mean must be a number in [0, 1], not 125.3: pixels lie in [0, 1].",
+        ),
+        (
+            ["--config.init_from={path}", "--config.model.mean=(0.5,)", "--config.model.std=(0.0,)"],
+            "item of config.model.std must be a number in [0.001, 1], not 0.0: pixels lie in [0, 1].",
+        ),
+        (
+            ["--config.init_from={path}", "--config.model.mean=(0.5,)"],
+            "model.mean has 1 values and model.std has 0: give as many of each, or none.",
+        ),
+        (
+            ["--config.init_from={path}", "--config.model.mean=(0.5,0.5,0.5)", "--config.model.std=(0.2,0.2,0.2)"],
+            "model.mean and model.std have 3 values for images of 1 channels: give one for each",
+        ),
+        (
+            ["--mode=train", "--config.model.mean=(0.5,0.5,0.5)", "--config.model.std=(0.2,0.2,0.2)"],
+            "model.mean and model.std have 3 values for images of 1 channels: give one for each",
+        ),
         (
             ["--config.init_from={path}", "--config.model.depth=16"],
             "robal.npz: the weights are those of a WideResNet-10-1",

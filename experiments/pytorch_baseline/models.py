@@ -122,9 +122,13 @@ def create(config: Mapping[str, Any], num_classes: int, channels: int = 3) -> Cl
     Names, options, defaults, initial distributions and errors are those of `lt_adv.models.create`.
 
     Raises:
-        ValueError: the PyTorch baseline does not have the head.
+        ValueError: the PyTorch baseline does not have the head, or does not normalise images.
     """
     flax_model = models.create(config, num_classes)
+    if flax_model.mean:
+        raise ValueError(
+            "The PyTorch baseline takes pixels in [0, 1]: leave config.model.mean and config.model.std out."
+        )
     backbone = _backbone(flax_model.backbone, channels)
     return Classifier(backbone, _head(flax_model.head, backbone.features, num_classes))
 

@@ -19,6 +19,7 @@ from lt_adv.attacks._fab import fab, fab_targeted
 from lt_adv.attacks._jit import jit
 from lt_adv.attacks._square import square
 from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
+from lt_adv.attacks.networks import channels_first, ensemble, normalized, select_output
 from lt_adv.attacks.objectives import (
     cross_entropy,
     cw_margin,
@@ -52,4 +53,8 @@ __all__ = [
     "square",
     "targeted_logit_margin",
     "targeted_dlr",
+    "channels_first",
+    "ensemble",
+    "normalized",
+    "select_output",
 ]

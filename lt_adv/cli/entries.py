@@ -84,6 +84,7 @@ def _check_file_name(path: str, value: Any) -> None:
 
 
 PIXELS_HINT = "lengths are in units of the [0, 1] pixel range, where 8/255 is 0.03137"
+MEAN, STD = number("[0, 1]", "pixels lie in [0, 1]"), number("[0.001, 1]", "pixels lie in [0, 1]")
 RATIO_HINT = "it is max count / min count, so the literature's 0.02 is ratio 50"
 LENGTH, POSITIVE, NOT_NEGATIVE = number("(0, 1]", PIXELS_HINT), number("(0, inf)"), number("[0, inf)")
 MAX_COUNT = 1000000  # so that no sum of counts overflows 32 bits
@@ -220,6 +221,19 @@ _TABLE = (
         "float32",
         DTYPE,
         "dtype of the network in training; parameters, batch statistics and logits are at least float32",
+    ),
+    Entry(
+        "model.mean",
+        (),
+        tuple_of(MEAN),
+        "mean of the pixels, one value for each channel or one for all, of a network that takes (x - mean) / std; "
+        "empty for one that takes pixels in [0, 1]",
+    ),
+    Entry(
+        "model.std",
+        (),
+        tuple_of(STD),
+        "standard deviation of the pixels, as many values as `model.mean`",
     ),
     Entry(
         "model.head.name",

@@ -77,8 +77,9 @@ def describe_method(experiment: Experiment) -> str:
 
 
 def describe_model(config: ConfigDict) -> str:
-    """Returns "wide_resnet-34-10, head cosine, float32"."""
+    """Returns "wide_resnet-34-10, head cosine, float32", and how the network normalises its images."""
     model, evaluated = config.model, config.eval.dtype
     size = f"-{model.depth}-{model.width}" if model.name == "wide_resnet" else ""
     dtype = model.dtype if model.dtype == evaluated else f"trained in {model.dtype}, evaluated in {evaluated}"
-    return f"{model.name}{size}, head {model.head.name}, {dtype}"
+    normalisation = f", images normalised by mean {model.mean} and std {model.std}" if model.mean else ""
+    return f"{model.name}{size}, head {model.head.name}, {dtype}{normalisation}"

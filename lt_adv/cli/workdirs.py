@@ -73,6 +73,8 @@ def require_same_config(config: ConfigDict, workdir: epath.Path, *, training: bo
     if changes:
         raise ValueError(f"{path} has old names ({changes}): change them in the file, or use another --workdir.")
     current = immutable_entries(config.to_dict(), training=training)
+    # A run by a version without an entry has its default.
+    stored = {path: json.dumps(entries.ENTRIES[path].default) for path in current if path in entries.ENTRIES} | stored
     changed = [name for name in sorted({*stored, *current}) if stored.get(name) != current.get(name)]
     if changed:
         shown = "; ".join(f"{name}: {stored.get(name, 'absent')} -> {current.get(name, 'absent')}" for name in changed)

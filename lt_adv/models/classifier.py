@@ -1,7 +1,7 @@
 """Classifiers: a backbone and a head, images -> (logits, {"features"})."""
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
 import flax.linen as nn
@@ -23,6 +23,9 @@ HEADS: Mapping[str, Callable[..., nn.Module]] = {
     "cosine": heads.Cosine,
     "cosine_plus": partial(heads.Cosine, gamma=1 / 32),
 }
+# Mean and standard deviation of pixels in [0, 1]. A network of pixels in [0, 255] has the standard deviation 1 / 255.
+PIXELS = {"mean": "[0, 1]", "std": "[0.001, 1]"}
+PIXELS_HINT = "pixels lie in [0, 1]"
 # float64 needs jax.enable_x64; tests compare with reference numbers in it.
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float64": jnp.float64}
 
@@ -33,10 +36,15 @@ class Classifier(nn.Module):
     With `train=True` batch norm uses the statistics of the batch and updates the running ones (pass
     `mutable=["batch_stats"]` to get them); by default it uses the running ones. Logits and features are at least
     float32 for every compute dtype. Variables: `params` of `backbone` and `head`, `batch_stats` of `backbone`.
+
+    With `mean` and `std`, one value for each channel or one for all, the backbone takes (x - mean) / std, computed in
+    the dtype of x.
     """
 
     backbone: nn.Module
     head: nn.Module
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
 
     def __call__(self, x: Array, *, train: bool = False) -> tuple[Array, dict[str, Array]]:
         if x.ndim != 4 or not jnp.issubdtype(x.dtype, jnp.floating):
@@ -44,6 +52,14 @@ class Classifier(nn.Module):
                 f"A classifier takes floating-point images [batch, height, width, channels] in [0, 1], "
                 f"not {x.dtype}{list(x.shape)}."
             )
+        if self.mean:
+            if len(self.mean) not in (1, x.shape[-1]):
+                raise ValueError(
+                    f"model.mean and model.std have {len(self.mean)} values for images of {x.shape[-1]} channels: give "
+                    "one for each channel, or one for all."
+                )
+            mean, std = (jnp.asarray(values, x.dtype).reshape(1, 1, 1, -1) for values in (self.mean, self.std))
+            x = (x - mean) / std
         features = self.backbone(x, train=train)
         return self.head(features), {"features": features}
 
@@ -55,15 +71,16 @@ def create(model_config: registry.Config, num_classes: int, axis_name: str | Non
     its `name`.
 
     Args:
-      model_config: `name` and options of the backbone; `dtype`, the compute dtype ("float32" or "bfloat16"); and
-        `head`, a mapping of `name` and options.
+      model_config: `name` and options of the backbone; `dtype`, the compute dtype ("float32" or "bfloat16"); `head`, a
+        mapping of `name` and options; `mean` and `std`, of a network that normalises its images, or ().
       num_classes: number of logits, at least 2.
       axis_name: device axis over which batch statistics are averaged.
 
     Raises:
-      ValueError: for a name or an option that does not exist.
+      ValueError: for a name or an option that does not exist, and for a mean and std that cannot normalise.
     """
     options = dict(model_config)
+    mean, std = _normalisation(options.pop("mean", ()), options.pop("std", ()))
     head_config = options.pop("head", {"name": "linear"})
     dtype_name = options.pop("dtype", "float32")
     if not isinstance(dtype_name, str) or dtype_name not in DTYPES:
@@ -73,7 +90,21 @@ def create(model_config: registry.Config, num_classes: int, axis_name: str | Non
     dtype = DTYPES[dtype_name]
     backbone = _build("model", BACKBONES, options, dtype=dtype, axis_name=axis_name)
     head = _build("head", HEADS, head_config, dtype=dtype, num_classes=num_classes)
-    return Classifier(backbone=backbone, head=head)
+    return Classifier(backbone=backbone, head=head, mean=mean, std=std)
+
+
+def _normalisation(mean: Sequence[float], std: Sequence[float]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Returns mean and std; ValueError unless both are empty, or have as many values in the range of PIXELS."""
+    for name, values in (("mean", mean), ("std", std)):
+        if not isinstance(values, (tuple, list)):
+            raise ValueError(f"model.{name} must be a tuple of numbers, not {values!r}.")
+        for value in values:
+            registry.check_number(f"item of model.{name}", value, PIXELS[name], hint=PIXELS_HINT)
+    if len(mean) != len(std):
+        raise ValueError(
+            f"model.mean has {len(mean)} values and model.std has {len(std)}: give as many of each, or none."
+        )
+    return tuple(map(float, mean)), tuple(map(float, std))
 
 
 def _build(

@@ -2,10 +2,10 @@
 
 Supported are the tensor names of the RoBal, AT-BSL and REAT releases and of RobustBench's WideResNets (TRADES' names).
 
-The tensors do not determine, and an import cannot check: scale, gamma and eta of a cosine head (set them in the
-config), an activation other than ReLU, and a normalisation of images in code. Two variants of PreActResNet-18 have
-the same tensor names; supported is the one whose projection shortcut takes the activated input (RobustBench's
-PreActBlockV2).
+The tensors do not determine, and an import cannot check: scale, gamma and eta of a cosine head, mean and std of a
+normalisation of images in code (set them in the config), and an activation other than ReLU. RobustLT, CFA and FAAL
+normalise in code. Two variants of PreActResNet-18 have the same tensor names; supported is the one whose projection
+shortcut takes the activated input (CFA's, and RobustBench's PreActBlockV2).
 """
 
 import pathlib
@@ -46,7 +46,7 @@ LEAVES = {
 }
 # PyTorch module -> kind of head. RoBal's linear head contains a layer `fc`; its cosine head is the layer itself.
 HEADS = {"fc": "linear", "linear": "linear", "classifier.fc": "linear", "classifier": "cosine"}
-NORMALISATION = re.compile(r"(^|\.)(mean|std|mu|sigma)$")
+NORMALISATION = re.compile(r"(?:^|\.)(?:(?P<mean>mean|mu)|(?P<std>std|sigma))$")
 UNUSED: Mapping[str, str] = {
     r"(^|\.)num_batches_tracked$": "number of batches, not used by batch norm with momentum 0.1",
     r"(^|\.)sub_block1\.": "a copy of the first stage that TRADES' WideResNet defines and never calls",
@@ -54,6 +54,7 @@ UNUSED: Mapping[str, str] = {
     r"^n_averaged$": "number of averaged networks",
 }
 NO_BIAS = "a bias of zeros; the head has no bias"
+NORMALISED = "mean or std of the images, as in the config"
 
 
 class Tensor(NamedTuple):
@@ -91,15 +92,14 @@ def convert(
       ({"params", "batch_stats"} as numpy arrays, {name of an unused tensor: reason}).
 
     Raises:
-      ValueError: in one line, for weights of another network or head, a normalisation of images, and tensors that are
-        missing, unknown, of another shape or type, or not finite.
+      ValueError: in one line, for weights of another network or head, a normalisation of images by another mean or std
+        than the model's, and tensors that are missing, unknown, of another shape or type, or not finite.
     """
     unused = {name: reason for name in state for pattern, reason in UNUSED.items() if re.search(pattern, name)}
+    normalisation = {name: match for name in state if name not in unused and (match := NORMALISATION.search(name))}
+    _check_normalisation({name: (match.lastgroup or "", state[name]) for name, match in normalisation.items()}, model)
+    unused |= dict.fromkeys(normalisation, NORMALISED)
     original_names = {name: name for name in state if name not in unused}
-    if names := [name for name in original_names if NORMALISATION.search(name)]:
-        raise ValueError(
-            f"{format_names(names)} would normalise the images, but the networks of this project take pixels in [0, 1]."
-        )
     while (
         original_names
         and (wrapper := PREFIX.match(next(iter(original_names))))
@@ -182,6 +182,19 @@ def _check_head(names: Mapping[str, str], model: Classifier) -> None:
             raise ValueError(
                 f"{names[f'{module}.weight']} is the weight of a {kind} head, the config's is a {configured} one."
             )
+
+
+def _check_normalisation(tensors: Mapping[str, tuple[str, np.ndarray]], model: Classifier) -> None:
+    """Raises ValueError unless {name: ("mean" or "std", array)} are the mean and std of the model."""
+    configured, wrong = {"mean": model.mean, "std": model.std}, []
+    for name, (entry, array) in tensors.items():
+        if array.size != max(array.shape, default=1):
+            raise ValueError(f"{name} has the shape {list(array.shape)}: supported is one {entry} for each channel.")
+        own, values = np.array(configured[entry]), array.ravel()
+        if own.size not in (1, values.size) or not np.allclose(values, own, rtol=1e-6, atol=0):
+            wrong.append(f"config.model.{entry} to {tuple(float(f'{value:.7g}') for value in values)}")
+    if wrong:
+        raise ValueError(f"{format_names(list(tensors))} normalise the images: set {' and '.join(wrong)}.")
 
 
 def _check_tensors(

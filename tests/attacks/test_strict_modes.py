@@ -56,6 +56,11 @@ FUNCTIONS = {
     "attacks.targeted_dlr": partial(attacks.targeted_dlr, Z, Y, OTHER),
     "attacks.kl_divergence": partial(attacks.kl_divergence, Z, PROBS),
     "attacks.prediction": partial(attacks.prediction, Z),
+    "attacks.normalized": lambda: attacks.normalized(network, [0.5, 0.4, 0.3], 0.25)(X),
+    "attacks.channels_first": lambda: attacks.channels_first(network)(X),
+    "attacks.select_output": lambda: attacks.select_output(lambda x: (x, network(x)), 1)(X),
+    "attacks.ensemble": lambda: attacks.ensemble([network, network])(X),
+    "attacks.ensemble of probabilities": lambda: attacks.ensemble([network, network], "probabilities")(X),
     **{
         f"losses.{name}": partial(getattr(losses, name), Z, Y, class_counts=COUNTS)
         for name in ("cross_entropy", "balanced_softmax", "logit_adjustment", "ldam", "robal_margin", "focal")

@@ -87,6 +87,16 @@ def test_run_with_the_entries_of_an_earlier_version_is_refused(answer, run, mode
     assert "fidelity=paper): change them in the file, or use another --workdir." in printed
 
 
+def test_run_of_a_version_without_an_entry_has_its_default(answer, run, no_training):
+    config = json.loads((run / "config.json").read_text())
+    del config["model"]["mean"], config["model"]["std"]
+    (run / "config.json").write_text(json.dumps(config))
+    printed = answer(*TINY, "--config.model.mean=(0.5,)", "--config.model.std=(0.5,)")
+    assert "(model.mean: [] -> [0.5]; model.std: [] -> [0.5]): use another --workdir" in printed
+    assert main.main(["main", *TINY, f"--workdir={run}"], no_training) == 0
+    assert json.loads((run / "config.json").read_text())["model"]["mean"] == []
+
+
 def test_entries_without_effect_on_the_run_may_change(run, no_training, tmp_path):
     overrides = ["--config.eval.groups=reat", f"--config.data.data_dir={tmp_path}", "--config.data.download=True"]
     assert main.main(["main", *TINY, *overrides, f"--workdir={run}"], no_training) == 0

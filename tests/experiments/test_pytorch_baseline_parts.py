@@ -68,6 +68,11 @@ def test_weights_survive_a_round_trip(config):
     jax.tree.map(np.testing.assert_array_equal, weights.to_flax(network.state_dict()), variables)
 
 
+def test_normalisation_is_refused():
+    with pytest.raises(ValueError, match="The PyTorch baseline takes pixels"):
+        models.create({**NETWORKS[1], "mean": (0.5,), "std": (0.5,)}, 7)
+
+
 def test_initial_weights_have_the_distributions_of_lt_adv():
     torch.manual_seed(0)
     wide, residual = (models.create(config, 10).backbone for config in NETWORKS[:2])

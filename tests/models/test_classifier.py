@@ -149,3 +149,68 @@ def test_images_must_be_a_floating_point_batch(x):
 def test_at_least_two_classes():
     with pytest.raises(ValueError, match="at least 2 classes"):
         create(SMALL, 1)
+
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(MEAN, STD), ([0.5], [0.25])])
+@pytest.mark.parametrize("train", [False, True])
+def test_normalised_network_is_the_plain_one_on_normalised_images(images, train, mean, std):
+    plain, normalised = create(SMALL, 10), create({**SMALL, "mean": mean, "std": std}, 10)
+    variables = random_variables(plain, images)
+    assert jax.tree.structure(random_variables(normalised, images)) == jax.tree.structure(variables)
+
+    def forward(model):
+        mutable = ["batch_stats"] if train else False
+        return jax.jit(lambda x: model.apply(variables, x, train=train, mutable=mutable))
+
+    def check(actual, expected):
+        np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+
+    jax.tree.map(check, forward(normalised)(images), forward(plain)((images - np.float32(mean)) / np.float32(std)))
+
+
+def test_network_without_normalisation_is_the_same_program(images):
+    variables = random_variables(create(SMALL, 10), images)
+
+    def program(config):
+        return str(jax.make_jaxpr(create(config, 10).apply)(variables, images))
+
+    assert program({**SMALL, "mean": (), "std": ()}) == program(SMALL) != program({**SMALL, "mean": MEAN, "std": STD})
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float64"])
+def test_normalisation_is_computed_in_the_dtype_of_the_images(images, dtype):
+    """A network in bfloat16 rounds the normalised image."""
+    with jax.enable_x64(dtype == "float64"):
+        x = images.astype(jnp.promote_types(dtype, np.float32))
+        mean, std = (np.array(values, x.dtype).reshape(1, 1, 1, 3) for values in (MEAN, STD))
+        plain = create({**SMALL, "dtype": dtype}, 10)
+        normalised = create({**SMALL, "dtype": dtype, "mean": MEAN, "std": STD}, 10)
+        variables = random_variables(plain, x)
+        logits, _ = jax.jit(normalised.apply)(variables, x)
+        expected, _ = jax.jit(lambda variables, x: plain.apply(variables, (x - mean) / std))(variables, x)
+    assert logits.dtype == x.dtype
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-14 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize(
+    ("normalisation", "line"),
+    [
+        ({"mean": MEAN}, "model.mean has 3 values and model.std has 0: give as many of each, or none."),
+        ({"mean": MEAN, "std": (0.2,)}, "model.mean has 3 values and model.std has 1: give as many of each, or none."),
+        ({"mean": (125.3,), "std": (63.0,)}, "item of model.mean must be a number in [0, 1], not 125.3: pixels lie in"),
+        (
+            {"mean": (0.5,), "std": (0,)},
+            "item of model.std must be a number in [0.001, 1], not 0: pixels lie in [0, 1].",
+        ),
+        ({"mean": (0.5,), "std": (float("nan"),)}, "item of model.std must be a number in [0.001, 1], not nan"),
+        ({"mean": 0.5, "std": 0.5}, "model.mean must be a tuple of numbers, not 0.5."),
+        ({"mean": ("0.5",), "std": (0.5,)}, "item of model.mean must be a number in [0, 1], not '0.5'"),
+    ],
+)
+def test_normalisation_that_does_not_fit(normalisation, line):
+    with pytest.raises(ValueError) as error:
+        create({**SMALL, **normalisation}, 10)
+    assert line in str(error.value) and "\n" not in str(error.value)

@@ -25,6 +25,7 @@ from tests.models.torch_files import (
 )
 
 WRN = {"name": "wide_resnet", "depth": 10, "width": 1}
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.201)
 COSINE = {**WRN, "head": {"name": "cosine_plus"}}
 # release: (network, its tensor names, suffix, the dict around the state_dict)
 RELEASES = {
@@ -112,6 +113,33 @@ def test_bfloat16_becomes_float32(drawn, tmp_path, suffix):
     jax.tree.map(np.testing.assert_array_equal, imported, rounded)
 
 
+def test_normalisation_of_the_file_and_the_config_agree(drawn, tmp_path):
+    """The buffers of a layer before the network (RobustBench's) or in it, of any shape with one value a channel."""
+    _, variables = drawn()
+    model, state = create({**WRN, "mean": MEAN, "std": STD}, 10), wide_resnet_state(variables)
+    mean, std = np.float32(MEAN), np.float32(STD)
+    layouts = [
+        {
+            "normalize.mean": mean.reshape(1, 3, 1, 1),
+            "normalize.std": std.reshape(3, 1, 1),
+            **prefixed(state, "model."),
+        },
+        prefixed({**state, "mu": np.float64(MEAN), "sigma": std}, "module."),
+        state,  # normalised in code
+    ]
+    for layout in layouts:
+        path = save_npz(tmp_path / "weights.npz", layout)
+        imported, unused = torch_import.variables(path, model, (8, 8, 3))
+        jax.tree.map(np.testing.assert_array_equal, imported, variables)
+        known = [name for name in layout if name.endswith((".mean", "normalize.std", ".mu", ".sigma"))]
+        assert unused == dict.fromkeys(known, torch_import.NORMALISED)
+    x = np.random.default_rng(0).random((4, 8, 8, 3), np.float32)
+    logits, _ = jax.jit(model.apply)(imported, x)
+    expected, _ = jax.jit(create(WRN, 10).apply)(variables, (x - mean) / std)
+    np.testing.assert_allclose(logits, expected, rtol=0, atol=1e-6 * np.abs(expected).max())
+    assert np.abs(logits - jax.jit(create(WRN, 10).apply)(variables, x)[0]).max() > 0.01
+
+
 def without(state, *names):
     return {name: array for name, array in state.items() if name not in names}
 
@@ -182,7 +210,23 @@ FIRST = "block1.layer.0.conv1.weight"
         (
             WRN,
             lambda s: {"normalize.mean": np.zeros((1, 3, 1, 1)), "normalize.std": np.ones(3), **prefixed(s, "model.")},
-            "normalize.mean, normalize.std would normalise the images",
+            "normalize.mean, normalize.std normalise the images: set config.model.mean to (0.0, 0.0, 0.0) and "
+            "config.model.std to (1.0, 1.0, 1.0).",
+        ),
+        (
+            {**WRN, "mean": MEAN, "std": STD},
+            lambda s: {**s, "mu": np.float32(MEAN), "sigma": np.float32([0.2, 0.2, 0.3])},
+            "mu, sigma normalise the images: set config.model.std to (0.2, 0.2, 0.3).",
+        ),
+        (
+            {**WRN, "mean": (0.5,), "std": (0.5,)},
+            lambda s: {**s, "mean": np.full((3, 8, 8), 0.5)},
+            "mean has the shape [3, 8, 8]: supported is one mean for each channel.",
+        ),
+        (
+            {**WRN, "mean": (0.5, 0.5), "std": (0.5, 0.5)},
+            dict,
+            "model.mean and model.std have 2 values for images of 3 channels: give one for each channel, or one for",
         ),
         (WRN, lambda s: {**s, "linear.weight": s["fc.weight"]}, "fc.weight and linear.weight are the same tensor"),
         (WRN, lambda s: {"epoch": np.array(3)}, "and 34 more; not in the network: epoch."),
