@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -124,6 +124,13 @@ class _Runner:
         return prediction
 
 
+def check_names(attacks: Iterable[str]) -> None:
+    """Raises ValueError if an attack has a name that the report uses."""
+    if reserved := {CLEAN, WORST} & set(attacks):
+        names = " or ".join(sorted(reserved))
+        raise ValueError(f"An attack cannot be called {names}: the report uses this name; rename the attack.")
+
+
 def evaluate(
     key: jax.Array,
     apply: Apply,
@@ -163,9 +170,7 @@ def evaluate(
         the first batch is finite.
     """
     console = console or rich.console.Console(stderr=True, markup=False)
-    if reserved := {CLEAN, WORST} & set(attacks):
-        names = " or ".join(sorted(reserved))
-        raise ValueError(f"An attack cannot be called {names}: the report uses this name; rename the attack.")
+    check_names(attacks)
     if not len(split.label) or batch_size < 1:
         raise ValueError(f"Nothing to evaluate: {len(split.label)} images in batches of {batch_size}.")
     if len(split.label) < jax.process_count():

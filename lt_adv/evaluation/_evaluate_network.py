@@ -253,6 +253,7 @@ def _specs(attacks: Sequence[str] | Mapping[str, AttackSpec], eps: float, norm: 
         if unknown := [name for name in names if name not in known]:
             raise registry.unknown("attack", unknown[0], known)
         specs = {name: {**known[name], "norm": norm} for name in names}
+    _evaluate.check_names(specs)
     for name, spec in specs.items():
         if not re.fullmatch(r"\w[\w.+-]*", str(name)):
             raise ValueError(f"The name {name!r} of an attack must be of letters, digits, '.', '_', '+' and '-'.")

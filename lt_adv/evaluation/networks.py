@@ -33,6 +33,8 @@ def from_function(logits_fn: LogitsFn, x: jax.ShapeDtypeStruct) -> Network:
     if isinstance(logits_fn, jax.tree_util.Partial):
         variables = (logits_fn.args, logits_fn.keywords)
         if all(isinstance(leaf, (jax.Array, np.ndarray)) for leaf in jax.tree.leaves(variables)):
+            if len(logits_fn.args) == 1 and not logits_fn.keywords:
+                return Network(logits_fn.func, logits_fn.args[0], True)
             return Network(_partial(logits_fn.func), variables, True)
     _, closed_over = _trace(logits_fn, x)
     position = {id(array): i for i, array in enumerate(closed_over)}
