@@ -1,5 +1,8 @@
 """One call for any network: the numbers of `evaluate`, images as they are, complete files, and bad input."""
 
+import doctest
+import functools
+import inspect
 import io
 import json
 import shutil
@@ -153,7 +156,7 @@ def test_files_and_printed_table(run, tmp_path, monkeypatch):
     console = rich.console.Console(file=io.StringIO(), width=200)
     names = [f"digit {c}" for c in range(10)]
     options = {"class_names": names, "model": "a small network", "groups": "robustlt", "gradient_masking": True}
-    result = run(workdir=tmp_path / "new" / "run", console=console, **options)
+    result = run(logits_fn, workdir=tmp_path / "new" / "run", console=console, **options)
     folder = tmp_path / "new" / "run"
     assert {path.name for path in folder.iterdir()} == {"report.json", "report.md", "plots", "eval"}
     assert {path.name for path in (folder / "plots").iterdir()} == {
@@ -211,7 +214,8 @@ def test_attacks_by_name_have_the_radius_and_norm(run):
 @pytest.mark.usefixtures("short")
 def test_autoattack_is_one_of_the_attacks(run, tmp_path):
     spec = {"attack": "autoattack", "version": ("square",)}
-    result = run(attacks={"autoattack": spec}, images=X[::2], labels=Y[::2], workdir=tmp_path)
+    options = {"attacks": {"autoattack": spec}, "devices": jax.devices()[:1], "workdir": tmp_path}
+    result = run(logits_fn, X[::2], Y[::2], **options)
     correct = result.records.correct("autoattack")
     assert 0 < correct.sum() < result.records.correct("clean").sum() and "AutoAttack" in str(result)
     assert not (tmp_path / "plots" / "examples.png").exists()
@@ -349,6 +353,14 @@ def test_logits_that_are_not_finite_on_some_images_count_as_wrong(run):
     result = run(with_nan, np.where(np.arange(50)[:, None, None, None] == 3, 0.5, X))
     assert result.records.clean[3] == -1
     assert "clean: the logits of 1 images are not finite" in str(result)
+
+
+def test_the_docstring_is_complete_and_its_example_runs():
+    names = {"np": np, "jnp": jnp, "evaluate_network": functools.partial(evaluate_network, console=QUIET)}
+    (example,) = doctest.DocTestFinder(recurse=False).find(evaluate_network, "evaluate_network", globs=names)
+    assert len(example.examples) == 6 and not doctest.DocTestRunner().run(example).failed
+    arguments = evaluate_network.__doc__.split("Args:\n")[1].split("Returns:\n")[0]
+    assert all(f"      {name}: " in arguments for name in inspect.signature(evaluate_network).parameters)
 
 
 def test_the_diagnosis_takes_a_class_balanced_sample(run, monkeypatch):
