@@ -75,8 +75,8 @@ def _check_bounds(name: str, options: AttackSpec, distances: np.ndarray, excesse
     """Raises ValueError unless every image lies in the ball and in [0, 1]; a NaN raises too."""
     distance, excess = distances.max(), excesses.max()
     eps = options.get("eps", 0.0)
-    # A sum over pixels accumulates the float32 rounding of each.
-    tolerance = TOLERANCE if options.get("norm", "linf") == "linf" else 10 * TOLERANCE
+    # A sum over pixels accumulates the float32 rounding of each, in proportion to its size.
+    tolerance = TOLERANCE if options.get("norm", "linf") == "linf" else 10 * TOLERANCE * max(eps, 1)
     if not distance <= eps + tolerance:
         raise ValueError(f"{name}: an adversarial image is {distance:.9g} away from its clean image, eps is {eps!r}.")
     if not excess <= TOLERANCE:
