@@ -204,11 +204,20 @@ def test_without_class_counts_there_are_no_groups(run, tmp_path):
     assert [row["name"] for row in result.summary["classes"]] == [str(c) for c in range(10)]
 
 
-def test_attacks_by_name_have_the_radius_and_norm(run):
-    attacks = run(images=X[:4], labels=Y[:4], attacks=("fgsm", "pgd20"), eps=0.5, norm="l2").records.header["attacks"]
-    assert list(attacks) == ["fgsm", "pgd20"] and {spec["norm"] for spec in attacks.values()} == {"l2"}
+@pytest.mark.parametrize("norm", ["l2", "l1"])
+def test_attacks_by_name_have_the_radius_and_norm(run, norm):
+    attacks = run(images=X[:4], labels=Y[:4], attacks=("fgsm", "pgd20"), eps=0.5, norm=norm).records.header["attacks"]
+    assert list(attacks) == ["fgsm", "pgd20"] and {spec["norm"] for spec in attacks.values()} == {norm}
     assert attacks["pgd20"]["step_size"] == 0.125 and attacks["pgd20"]["num_steps"] == 20
     assert list(run(images=X[:4], labels=Y[:4], attacks="fgsm").records.attacks) == ["fgsm"]
+
+
+def test_large_radii_are_checked_relative_to_their_size():
+    """The sum of 150,528 float32 pixels, of a length of 60, is rounded by more than 1e-6."""
+    check = functools.partial(_evaluate._check_bounds, "pgd", {"norm": "l1", "eps": 60.0}, excesses=np.zeros(1))
+    check(np.array([60.0001]))
+    with pytest.raises(ValueError, match="is 60.01 away from its clean image, eps is 60.0"):
+        check(np.array([60.01]))
 
 
 @pytest.mark.usefixtures("short")
