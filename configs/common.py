@@ -3,6 +3,7 @@
 from ml_collections import ConfigDict
 
 from lt_adv.cli import entries
+from lt_adv.runtime.standard_attacks import standard_attacks
 
 # Data set -> title for reports, imbalance ratio and network.
 DATASETS = {
@@ -32,20 +33,6 @@ def parse(arg: str | None, **defaults) -> dict:
         if kind is int and values[key] < 1:  # only a default may be 0, which means "as published"
             raise ValueError(f"config argument {part!r}: {key} must be at least 1.")
     return {**defaults, **values}
-
-
-def attacks(eps: float, step_size: float) -> dict:
-    """Returns the evaluation attacks of the papers' tables at one radius. LSA is PGD on CE(10 z)."""
-    pgd = {"attack": "pgd", "eps": eps, "step_size": step_size, "start": "uniform"}
-    return {
-        "fgsm": {"attack": "fgsm", "eps": eps, "start": "zero"},
-        "pgd20": {**pgd, "num_steps": 20},
-        "pgd100": {**pgd, "num_steps": 100},
-        "mim20": {**pgd, "attack": "mim", "num_steps": 20},
-        "cw20": {**pgd, "attack": "cw", "num_steps": 20},
-        "lsa": {**pgd, "num_steps": 20, "logit_scale": 10.0},
-        "autoattack": {"attack": "autoattack", "eps": eps, "version": "standard"},
-    }
 
 
 def scaled(epoch: int, epochs: int, of: int, least: int = 2) -> int:
@@ -84,7 +71,7 @@ def get(
     if dataset in ("cifar100", "tiny_imagenet"):
         c.robustlt = {"alpha": 0.4, "warmup": 0.6}  # RobustLT's values; the default is its value for CIFAR-10
     c.attack.eps, c.attack.step_size = eps, step_size
-    c.eval.attacks = attacks(eps, step_size)
+    c.eval.attacks = standard_attacks(eps, step_size)
     return c
 
 

@@ -12,6 +12,7 @@ from experiments import front_figure
 from lt_adv.cli import flags
 from lt_adv.cli.experiment import Experiment
 from lt_adv.evaluation import attack_specs
+from lt_adv.evaluation.masking import diagnose
 
 ROOT = Path(__file__).parents[1]
 PAGES = ("README.md", "CONTRIBUTING.md", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("docs/**/*.md")))
@@ -44,7 +45,7 @@ def anchors(text):
 
 def test_every_page_with_code_is_run_by_a_test():
     here = {"README.md"} | {
-        f"docs/{p}.md" for p in ("attacks", "configuration", "quickstart", "records", "robustness_curve")
+        f"docs/{p}.md" for p in ("attacks", "configuration", "evaluation", "quickstart", "records", "robustness_curve")
     }
     assert {page for page in PAGES if code(page)} == here
 
@@ -52,6 +53,18 @@ def test_every_page_with_code_is_run_by_a_test():
 def test_quickstart_runs():
     scope = run("docs/quickstart.md")
     assert scope["x_adv"].shape == (4, 8, 8, 1)
+
+
+def test_any_network_is_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(diagnose, "QUERIES", 20)
+    result = run("docs/evaluation.md")["result"]
+    metrics = result.summary["metrics"]
+    assert metrics["eval/clean/accuracy"] > 0.65 > metrics["eval/worst/accuracy"] > 0.55
+    assert metrics["eval/worst/accuracy_head"] > metrics["eval/worst/accuracy_tail"]
+    assert {path.name for path in (tmp_path / "linear").iterdir()} == {"report.md", "report.json", "plots", "eval"}
+    printed = capsys.readouterr().out
+    assert "Worst case" in printed and str(metrics["eval/worst/accuracy_tail"]) in printed
 
 
 def test_config_of_the_configuration_page_is_valid():

@@ -21,7 +21,7 @@ INTERNAL: dict[str, set[str]] = {
     "data": {"runtime"},
     "methods": {"runtime", "attacks", "losses"},
     "training": {"runtime", "attacks", "models", "data", "methods"},
-    "evaluation": {"runtime", "attacks", "data"},
+    "evaluation": {"__init__", "runtime", "attacks", "data"},
     "cli": {"__init__", "runtime", "attacks", "models", "data", "methods", "training", "evaluation", "compilation"},
     "main": {"runtime", "training", "cli"},
 }
@@ -47,6 +47,7 @@ LIGHT = {
     "lt_adv.cli.flags": {"absl", "etils", "ml_collections"},
     "lt_adv.runtime.atomic_io": {"etils"},
     "lt_adv.runtime.registry": set(),
+    "lt_adv.runtime.standard_attacks": set(),
 }
 FILES = sorted((ROOT / "lt_adv").rglob("*.py"))
 

@@ -24,7 +24,8 @@ def examples(page):
 
 @pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("page", ["README.md", "docs/attacks.md"])
-def test_the_attack_examples_run(page):
+def test_the_attack_examples_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     scope: dict = {}
     for example in examples(page):
         exec(compile(example, page, "exec"), scope)
@@ -35,6 +36,9 @@ def test_the_attack_examples_run(page):
     assert list(scope["result"].accuracy) == ["clean", "apgd-ce", "apgd-t", "fab-t", "square"]
     label = scope.get("labels", scope["y"])
     np.testing.assert_array_equal(scope["result"].robust, scope["logits_fn"](scope["result"].x_adv).argmax(-1) == label)
+    if "report" in scope:
+        assert list(scope["report"].records.attacks) == ["pgd20", "cw20", "autoattack"]
+        assert (tmp_path / "report" / "report.md").exists() and "Worst case" in str(scope["report"])
     if "networks" in scope:
         assert set(scope["networks"]) == {"linen", "nnx", "equinox", "plain"}
 

@@ -71,8 +71,6 @@ def write_evaluation(experiment: Experiment, workdir: epath.Path, network: Loade
     )
     summary = {}
     if distributed.is_primary():
-        local_mesh = distributed.local(experiment.mesh)
-        shown = evaluation.main_attack([name for name, spec in specs.items() if not evaluation.needs_all_images(spec)])
         context = {
             "class_counts": counts,
             "class_counts_before": split.class_counts_before if split.class_counts_before != counts else None,
@@ -81,19 +79,17 @@ def write_evaluation(experiment: Experiment, workdir: epath.Path, network: Loade
             "commit": environment.commit(),
             "metrics": workdir / "metrics.jsonl",
             "reliability": baseline.compare(experiment, workdir, network, images, specs),
-        }
-        if shown:
-            context["examples"] = evaluation.examples(
+            "examples": evaluation.main_examples(
                 key,
                 network.apply,
                 network.variables,
                 images,
                 records,
-                attack=shown,
-                spec=specs[shown],
+                specs=specs,
                 class_counts=counts,
-                mesh=local_mesh,
-            )
+                mesh=distributed.local(experiment.mesh),
+            ),
+        }
         directory = report_directory(config, workdir)
         summary = evaluation.write_report(directory, records, {k: v for k, v in context.items() if v is not None})
         evaluation.print_summary(summary, metric_logging.console)

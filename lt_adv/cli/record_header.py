@@ -2,16 +2,14 @@
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping
 from typing import Any
 
 from ml_collections import ConfigDict
 
-import lt_adv
+from lt_adv import evaluation
 from lt_adv.cli import networks, workdirs
 from lt_adv.cli.experiment import Experiment
-from lt_adv.runtime import environment
 
 
 def header(experiment: Experiment, meta: Mapping[str, Any], subset: str) -> dict[str, Any]:
@@ -37,9 +35,7 @@ def header(experiment: Experiment, meta: Mapping[str, Any], subset: str) -> dict
         **(_training(experiment, meta) if "step" in meta else meta),  # external weights have no training
         "evaluation_seed": config.eval.seed,
         "config_digest": hashlib.sha256(entries.encode()).hexdigest()[:16],
-        "lt_adv_version": lt_adv.__version__,
-        "code_digest": environment.code_digest(),
-        "python_version": sys.version.partition(" ")[0],
+        **evaluation.software(),
     }
 
 

@@ -1,11 +1,13 @@
 """Evaluation of trained networks: attacks over a test set, records of all predictions, metrics, reports and plots.
 
-`evaluate` makes `Records`; `summarise` computes the metrics; `write_report` writes report.json, report.md and plots.
+`evaluate_network` evaluates any network in one call. Its parts: `evaluate` makes `Records`; `summarise` computes the
+metrics; `write_report` writes report.json, report.md and plots.
 `lt_adv.evaluation.masking` checks a network for gradient masking.
 """
 
-from lt_adv.evaluation._evaluate import balanced_subset, evaluate, examples
-from lt_adv.evaluation.attack_specs import needs_all_images, weights_digest
+from lt_adv.evaluation._evaluate import balanced_subset, evaluate, examples, main_examples
+from lt_adv.evaluation._evaluate_network import NetworkEvaluation, evaluate_network
+from lt_adv.evaluation.attack_specs import needs_all_images, software, weights_digest
 from lt_adv.evaluation.metrics import (
     accuracy,
     balanced_accuracy,
@@ -28,6 +30,7 @@ from lt_adv.evaluation.report import (
 )
 
 __all__ = [
+    "NetworkEvaluation",
     "Records",
     "accuracy",
     "accuracy_sections",
@@ -37,14 +40,17 @@ __all__ = [
     "error_decomposition",
     "escape_markdown",
     "evaluate",
+    "evaluate_network",
     "examples",
     "find_warnings",
     "header_fields",
     "main_attack",
+    "main_examples",
     "markdown_report",
     "needs_all_images",
     "print_summary",
     "read_records",
+    "software",
     "summarise",
     "table",
     "warning_lines",

@@ -2,7 +2,7 @@
 
 import functools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -12,8 +12,8 @@ from etils import epath
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from lt_adv import data
-from lt_adv.attacks import autoattack, checks, initialization, objectives
-from lt_adv.evaluation import attack_specs, progress, records
+from lt_adv.attacks import autoattack, checks, initialization, norms, objectives
+from lt_adv.evaluation import attack_specs, metrics, plots, progress, records
 from lt_adv.evaluation.attack_specs import Apply, AttackSpec, Variables
 from lt_adv.evaluation.records import CLEAN, WORST, Columns, Examples, Header, Records
 from lt_adv.runtime import distributed
@@ -52,8 +52,7 @@ def _predict_and_measure(apply: Apply, norm: str, mesh: Mesh) -> Callable[[Varia
 
     def predict_and_measure(variables: Variables, x: jax.Array, x_adv: jax.Array) -> Measured:
         logits = apply(variables, x_adv)
-        delta = (x_adv - x).reshape(len(x), -1)
-        distance = jnp.abs(delta).max(-1) if norm == "linf" else jnp.linalg.norm(delta, axis=-1)
+        distance = norms.get(norm).length(x_adv - x).reshape(len(x))
         excess = jnp.maximum(-x_adv, x_adv - 1.0).reshape(len(x), -1).max(-1)
         return objectives.prediction(checks.check_logits(logits, x)), (distance, excess)
 
@@ -67,15 +66,17 @@ def _example_keys(key: jax.Array, name: jax.Array, index: jax.Array) -> jax.Arra
 
 @jax.jit
 def _pixels(image: jax.Array) -> jax.Array:
-    return image.astype(jnp.float32) / 255.0
+    """Returns images in [0, 1] as float32: uint8 divided by 255, floating images as they are."""
+    pixels = image.astype(jnp.float32)
+    return pixels if jnp.issubdtype(image.dtype, jnp.floating) else pixels / 255.0
 
 
 def _check_bounds(name: str, options: AttackSpec, distances: np.ndarray, excesses: np.ndarray) -> None:
     """Raises ValueError unless every image lies in the ball and in [0, 1]; a NaN raises too."""
     distance, excess = distances.max(), excesses.max()
     eps = options.get("eps", 0.0)
-    # A sum over pixels accumulates the float32 rounding of each.
-    tolerance = TOLERANCE if options.get("norm", "linf") == "linf" else 10 * TOLERANCE
+    # A sum over pixels accumulates the float32 rounding of each, in proportion to its size.
+    tolerance = TOLERANCE if options.get("norm", "linf") == "linf" else 10 * TOLERANCE * max(eps, 1)
     if not distance <= eps + tolerance:
         raise ValueError(f"{name}: an adversarial image is {distance:.9g} away from its clean image, eps is {eps!r}.")
     if not excess <= TOLERANCE:
@@ -123,6 +124,13 @@ class _Runner:
         return prediction
 
 
+def check_names(attacks: Iterable[str]) -> None:
+    """Raises ValueError if an attack has a name that the report uses."""
+    if reserved := {CLEAN, WORST} & set(attacks):
+        names = " or ".join(sorted(reserved))
+        raise ValueError(f"An attack cannot be called {names}: the report uses this name; rename the attack.")
+
+
 def evaluate(
     key: jax.Array,
     apply: Apply,
@@ -148,7 +156,7 @@ def evaluate(
       key: one typed key.
       apply: (variables, x [b, h, w, c] in [0, 1]) -> logits [b, C], the network with its post-hoc adjustment.
       variables: the first argument of `apply`.
-      split: uint8 image [n, h, w, c], label [n], index [n].
+      split: image [n, h, w, c], uint8 or floating in [0, 1], label [n], index [n].
       attacks: column name -> `{"attack": "pgd", "eps": ..., ...}` (see `attack_specs.resolve`).
       batch_size: images per batch.
       directory: where records are written; None writes nothing.
@@ -162,9 +170,7 @@ def evaluate(
         the first batch is finite.
     """
     console = console or rich.console.Console(stderr=True, markup=False)
-    if reserved := {CLEAN, WORST} & set(attacks):
-        names = " or ".join(sorted(reserved))
-        raise ValueError(f"An attack cannot be called {names}: the report uses this name; rename the attack.")
+    check_names(attacks)
     if not len(split.label) or batch_size < 1:
         raise ValueError(f"Nothing to evaluate: {len(split.label)} images in batches of {batch_size}.")
     if len(split.label) < jax.process_count():
@@ -280,16 +286,16 @@ def examples(
     *,
     attack: str,
     spec: AttackSpec,
-    class_counts: Sequence[int],
+    class_counts: Sequence[int] | None,
     mesh: Mesh,
 ) -> Examples:
     """Returns clean and adversarial images for the report's grid, from the most to the least frequent class.
 
     Up to `EXAMPLES` classes, evenly spaced by rank. Each is shown by its first image that is correct without and wrong
     under the attack, or by its first image if there is none. Keys belong to images, so these are the adversarial images
-    of the records.
+    of the records. Without class counts the classes are in the order of their numbers.
     """
-    ranked = np.argsort(-np.asarray(class_counts), kind="stable")
+    ranked = metrics.by_frequency(class_counts, results.num_classes)
     ranked = ranked[np.isin(ranked, results.label)]
     ranked = ranked[np.unique(np.linspace(0, len(ranked) - 1, EXAMPLES).round().astype(int))]
     broken = results.correct(CLEAN) & ~results.correct(attack)
@@ -307,6 +313,26 @@ def examples(
         "clean_prediction": results.clean[rows],
         "prediction": results.attacks[attack][rows],
     }
+
+
+def main_examples(
+    key: jax.Array,
+    apply: Apply,
+    variables: Variables,
+    split: data.Split,
+    results: Records,
+    *,
+    specs: Mapping[str, AttackSpec],
+    class_counts: Sequence[int] | None,
+    mesh: Mesh,
+) -> Examples | None:
+    """Returns `examples` of the attack that the plots show; None if no attack runs batch by batch."""
+    shown = plots.main_attack([name for name, spec in specs.items() if not attack_specs.needs_all_images(spec)])
+    if shown is None:
+        return None
+    return examples(
+        key, apply, variables, split, results, attack=shown, spec=specs[shown], class_counts=class_counts, mesh=mesh
+    )
 
 
 def _read_batches(

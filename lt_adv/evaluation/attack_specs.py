@@ -4,18 +4,21 @@ import functools
 import hashlib
 import importlib.metadata
 import inspect
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+import lt_adv
 from lt_adv import attacks, data
 from lt_adv.attacks._autoattack import VERSIONS, attacks_of
 from lt_adv.data.dataset import check_labels
 from lt_adv.evaluation import records
 from lt_adv.evaluation.records import Header
-from lt_adv.runtime import registry
+from lt_adv.runtime import environment, registry
 
 Variables = Any  # pytree of arrays
 Apply = Callable[[Variables, jax.Array], jax.Array]  # (variables, x [b, h, w, c] in [0, 1]) -> logits [b, classes]
@@ -106,10 +109,20 @@ def weights_digest(variables: Variables) -> str:
     """Returns a digest of the names, types and bytes of all arrays."""
     sha256 = hashlib.sha256()
     for path, leaf in jax.tree_util.tree_leaves_with_path(variables):
-        leaf = np.asarray(leaf)
+        is_key = jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.prng_key)
+        leaf = np.asarray(jax.random.key_data(leaf) if is_key else leaf)
         sha256.update(f"{jax.tree_util.keystr(path)} {leaf.dtype} {leaf.shape}".encode())
         sha256.update(np.ascontiguousarray(leaf).view(np.uint8).data)
     return sha256.hexdigest()[:16]
+
+
+def software() -> dict[str, str]:
+    """Returns the entries of a header on the code that evaluates."""
+    return {
+        "lt_adv_version": lt_adv.__version__,
+        "code_digest": environment.code_digest(),
+        "python_version": sys.version.partition(" ")[0],
+    }
 
 
 def split_digest(split: data.Split) -> str:

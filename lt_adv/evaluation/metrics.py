@@ -123,7 +123,13 @@ def find_warnings(records: Records) -> list[str]:
     return lines
 
 
-def summarise(records: Records, class_counts: Sequence[int], definition: str = "thirds") -> Summary:
+def by_frequency(class_counts: Sequence[int] | None, num_classes: int) -> np.ndarray:
+    """Returns the classes, most frequent first, int [C]; in the order of their numbers if the counts are not known."""
+    counts = np.zeros(num_classes) if class_counts is None else np.asarray(class_counts)
+    return np.argsort(-counts, kind="stable")
+
+
+def summarise(records: Records, class_counts: Sequence[int] | None, definition: str = "thirds") -> Summary:
     """Returns the content of a report as JSON: header, groups, metrics, decomposition, classes, warnings.
 
     Accuracies and errors are in [0, 1]. The accuracy of a group is the share of its images; on a balanced test set that
@@ -131,28 +137,27 @@ def summarise(records: Records, class_counts: Sequence[int], definition: str = "
 
     Args:
       records: of an evaluation.
-      class_counts: training images of each class [C].
+      class_counts: training images of each class [C]; None for a balanced training set, which has no groups.
       definition: how classes are grouped by their counts, a name that `data.longtail.groups` knows.
 
     Raises:
       ValueError: when `class_counts` and the class names differ in number.
     """
-    if len(class_counts) != records.num_classes:
+    if class_counts is not None and len(class_counts) != records.num_classes:
         raise ValueError(
             f"class_counts has {len(class_counts)} entries, the records have {records.num_classes} classes."
         )
-    groups = {
-        name: [int(c) for c in ids] for name, ids in longtail.groups(class_counts, definition).items() if len(ids)
-    }
+    members = {} if class_counts is None else longtail.groups(class_counts, definition)
+    groups = {name: [int(c) for c in ids] for name, ids in members.items() if len(ids)}
     by_class = {condition: class_accuracy(records, condition) for condition in records.conditions}
     classes = []
-    for c in np.argsort(-np.asarray(class_counts), kind="stable"):
+    for c in by_frequency(class_counts, records.num_classes):
         accuracies = {name: None if np.isnan(values[c]) else float(values[c]) for name, values in by_class.items()}
         classes.append(
             {
                 "class": int(c),
                 "name": records.class_names[c],
-                "class_count": int(class_counts[c]),
+                "class_count": None if class_counts is None else int(class_counts[c]),
                 "accuracy": accuracies,
                 **error_decomposition(records, [c]),
             }
@@ -162,7 +167,7 @@ def summarise(records: Records, class_counts: Sequence[int], definition: str = "
             "header": records.header,
             "conditions": records.conditions,
             "groups": {
-                "definition": definition,
+                "definition": None if class_counts is None else definition,
                 **{name: [records.class_names[c] for c in ids] for name, ids in groups.items()},
             },
             "metrics": compute_metrics(records, groups),

@@ -79,7 +79,10 @@ def main_attack(conditions: Sequence[str]) -> str | None:
 
 
 def accuracy_by_class(summary: Summary) -> Figure:
-    """Draws clean, main-attack and worst-case accuracy of every class, above the number of its training images."""
+    """Draws clean, main-attack and worst-case accuracy of every class, above the number of its training images.
+
+    The lower part is left out if the numbers of training images are not known.
+    """
     rows, attack = summary["classes"], main_attack(summary["conditions"])
     layers = [("clean", "clean", LIGHT, 0.86)]
     if attack:
@@ -87,14 +90,16 @@ def accuracy_by_class(summary: Summary) -> Figure:
     lines = -(-len(rows) // PER_ROW)
     per_line = -(-len(rows) // lines)
     figure = blank(min(14.0, 3.5 + 0.55 * per_line), 4.6 if lines == 1 else 3.5 * lines)
-    grid = figure.subplots(2 * lines, 1, gridspec_kw={"height_ratios": [3, 1] * lines})
     counts = [row["class_count"] for row in rows]
+    ratios = [3, 1] if counts[0] is not None else [1]
+    grid = figure.subplots(len(ratios) * lines, 1, squeeze=False, gridspec_kw={"height_ratios": ratios * lines})[:, 0]
     # A list and not a dict by name: class names need not be unique.
     groups = [group for group, names in summary["groups"].items() if group != "definition" for _ in names]
     for line in range(lines):
         part = rows[line * per_line : (line + 1) * per_line]
         part_groups = groups[line * per_line : (line + 1) * per_line]
-        upper, lower, positions = grid[2 * line], grid[2 * line + 1], np.arange(len(part))
+        upper, *lower = grid[line * len(ratios) : (line + 1) * len(ratios)]
+        positions = np.arange(len(part))
         for name, _, colour, width in layers:
             values = [np.nan if row["accuracy"][name] is None else 100 * row["accuracy"][name] for row in part]
             upper.bar(positions, values, width, color=colour)
@@ -106,27 +111,33 @@ def accuracy_by_class(summary: Summary) -> Figure:
         upper.set_ylabel("accuracy in %", fontsize=8, color=SOFT)
         style(upper)
         _groups(upper, part_groups)
-        lower.plot(positions, [row["class_count"] for row in part], color=SOFT, linewidth=0.8, marker="o", markersize=3)
-        lower.set_yscale("log")
-        lower.set_ylim(min(counts) / 2.5, max(counts) * (5 if per_line <= 20 else 2))
-        lower.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
-        lower.yaxis.set_minor_formatter(NullFormatter())
-        lower.set_ylabel("training\nimages", fontsize=8, color=SOFT)
-        if per_line <= 20:
-            for i, row in enumerate(part):
-                lower.annotate(
-                    f"{row['class_count']:,}", (i, row["class_count"]), (0, 4), textcoords="offset points",
-                    ha="center", fontsize=7, color=SOFT,
-                )  # fmt: skip
-        style(lower)
+        for axes in lower:
+            _training_images(axes, [row["class_count"] for row in part], counts, per_line)
+        last = (upper, *lower)[-1]
         crowded = per_line > 12 or max(len(row["name"]) for row in part) > 12
-        lower.set_xticks(positions, [_shorten(row["name"]) for row in part], rotation=90 if crowded else 0)
-        lower.tick_params(axis="x", labelsize=8 if per_line <= 30 else 6.5)
-        for axes in (upper, lower):
+        last.set_xticks(positions, [_shorten(row["name"]) for row in part], rotation=90 if crowded else 0)
+        last.tick_params(axis="x", labelsize=8 if per_line <= 30 else 6.5)
+        for axes in (upper, *lower):
             axes.set_xlim(-0.7, per_line - 0.3)
     words = [(label, PALE if colour == LIGHT else colour) for _, label, colour, _ in layers]
     headline(grid[0], "Accuracy by class", words, pad=18.0)
     return figure
+
+
+def _training_images(axes: Axes, part: Sequence[int], counts: Sequence[int], per_line: int) -> None:
+    """Draws the numbers of training images of some classes, on one scale for all classes."""
+    axes.plot(np.arange(len(part)), part, color=SOFT, linewidth=0.8, marker="o", markersize=3)
+    axes.set_yscale("log")
+    axes.set_ylim(min(counts) / 2.5, max(counts) * (5 if per_line <= 20 else 2))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
+    axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.set_ylabel("training\nimages", fontsize=8, color=SOFT)
+    if per_line <= 20:
+        for i, count in enumerate(part):
+            axes.annotate(
+                f"{count:,}", (i, count), (0, 4), textcoords="offset points", ha="center", fontsize=7, color=SOFT
+            )
+    style(axes)
 
 
 def _values(axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[tuple[str, str]]) -> None:
@@ -140,7 +151,9 @@ def _values(axes: Axes, rows: Sequence[Mapping[str, Any]], layers: Sequence[tupl
 
 
 def _groups(axes: Axes, groups: list[str]) -> None:
-    """Draws lines between the groups, head, body and tail, with their names on top."""
+    """Draws lines between the groups, head, body and tail, with their names on top; nothing without groups."""
+    if not groups:
+        return
     starts = [i for i, group in enumerate(groups) if i == 0 or group != groups[i - 1]]
     for start, end in zip(starts, [*starts[1:], len(groups)], strict=True):
         if start:
@@ -273,7 +286,7 @@ def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
         )  # fmt: skip
 
 
-def example_images(examples: Examples, class_names: Sequence[str], class_counts: Sequence[int]) -> Figure:
+def example_images(examples: Examples, class_names: Sequence[str], class_counts: Sequence[int] | None) -> Figure:
     """Draws clean image, perturbation and adversarial image, one column per class from head to tail.
 
     `examples` is the result of `evaluation.examples`. Perturbations are drawn around grey, all magnified by the factor
@@ -296,7 +309,8 @@ def example_images(examples: Examples, class_names: Sequence[str], class_counts:
             axes.set_yticks([])
             axes.spines[:].set_visible(False)
         class_name = _shorten(class_names[label], 14)
-        grid[0, column].set_title(f"{class_name}\n{class_counts[label]:,} images", fontsize=8, color=INK)
+        count = "" if class_counts is None else f"\n{class_counts[label]:,} images"
+        grid[0, column].set_title(class_name + count, fontsize=8, color=INK)
         for row, prediction in ((0, before), (2, after)):
             colour = DARK if prediction == label else ACCENT
             name = class_names[prediction] if prediction >= 0 else "not finite"

@@ -121,14 +121,19 @@ def accuracy_sections(summary: Summary) -> list[str]:
     groups = {name: names for name, names in summary["groups"].items() if name != "definition"}
     members = "; ".join(f"{group}: {', '.join(map(escape_markdown, names))}" for group, names in groups.items())
     attacks = [[title(name), attack_line(attack)] for name, attack in summary["header"]["attacks"].items()]
+    description = (
+        "In per cent. Clean: clean accuracy; all other rows: robust accuracy. Worst case: correct on the clean image "
+        "and under every attack above. Balanced: mean over classes."
+    )
+    if groups:
+        definition = summary["groups"]["definition"]
+        description += f" Groups of classes by number of training images (definition: {definition}). {members}."
     return [
         "## Accuracy",
         "",
         table(*_accuracy_table(summary)),
         "",
-        "In per cent. Clean: clean accuracy; all other rows: robust accuracy. Worst case: correct on the clean image "
-        "and under every attack above. Balanced: mean over classes. Groups of classes by number of training images "
-        f"(definition: {summary['groups']['definition']}). {members}.",
+        description,
         "",
         "## Attacks",
         "",
@@ -141,12 +146,20 @@ def accuracy_sections(summary: Summary) -> list[str]:
 
 
 def masking_section(summary: Summary) -> list[str]:
-    """Returns the section on gradient masking as lines of markdown; empty without a baseline."""
+    """Returns the section on gradient masking as lines of markdown; empty without diagnostics."""
     comparison = summary.get("reliability")
     if comparison is None:
         return []
     verdict, protocol = comparison["verdict"], comparison["protocol"]
-    sides = [comparison[side] for side in ("network", "baseline")]
+    sides = [comparison[side] for side in ("network", "baseline") if side in comparison]
+    images = f"{protocol['images']} images with radius {format_length(protocol['eps'])}"
+    if "baseline" in comparison:
+        run = comparison.get("baseline_run")
+        baseline = f"the run in {run}" if run else "the network that was given as one"
+        where = f"of both networks on the same {images}. Baseline: {baseline}"
+        significant = "A difference is significant if the mean of the paired differences"
+    else:
+        where, significant = f"on {images}", "A share of the images is significant if it"
     rows = [
         [_attack_title(name), *(percent(side["accuracy"][name]) for side in sides)] for name in sides[0]["accuracy"]
     ]
@@ -162,13 +175,11 @@ def masking_section(summary: Summary) -> list[str]:
         "",
         *(f"- {line}" for line in (*verdict["reasons"], *verdict["notes"])),
         "",
-        table(["", "This network", "Baseline"], rows),
+        table(["", "This network", "Baseline"][: 1 + len(sides)], rows),
         "",
         "Gradient masking (obfuscated gradients; Athalye et al., ICML 2018) makes gradient attacks fail although "
-        f"adversarial examples exist. Accuracies in per cent, of both networks on the same {protocol['images']} images "
-        f"with radius {format_length(protocol['eps'])}. Baseline: the run in {comparison['baseline_run']}. Worst case: "
-        "here also over PGD on rescaled logits. A difference is significant if the mean of the paired differences is "
-        "more than three standard errors above zero.",
+        f"adversarial examples exist. Accuracies in per cent, {where}. Worst case: here also over PGD on rescaled "
+        f"logits. {significant} is more than three standard errors above zero.",
         "",
     ]
 
@@ -179,7 +190,9 @@ def _attack_title(name: str) -> str:
 
 def markdown_report(summary: Summary, plot_paths: Mapping[str, str] | None = None) -> str:
     """Returns the report as markdown, of `metrics.summarise` and its `context`; `plot_paths` has paths by caption."""
-    lines = ["# Robustness under long-tailed data", "", *warning_lines(summary)]
+    long_tailed = summary["context"]["class_counts"] is not None
+    lines = ["# Robustness under long-tailed data" if long_tailed else "# Adversarial robustness", ""]
+    lines += warning_lines(summary)
     lines += [f"- **{name}:** {printable(value)}" for name, value in header_fields(summary).items()]
     lines += ["", *accuracy_sections(summary), *masking_section(summary), "## Error decomposition", ""]
     errors = ("natural_error", "boundary_error", "robust_error")
@@ -196,10 +209,10 @@ def markdown_report(summary: Summary, plot_paths: Mapping[str, str] | None = Non
         "## Classes",
         "",
     ]
-    head = ["Class", "Training images", "Evaluated images", *map(title, summary["conditions"])]
+    head = ["Class", *["Training images"] * long_tailed, "Evaluated images", *map(title, summary["conditions"])]
     head += ["Natural error", "Boundary error", "Robust error"]
     rows = [
-        [escape_markdown(row["name"]), str(row["class_count"]), str(row["images"])]
+        [escape_markdown(row["name"]), *[str(row["class_count"])] * long_tailed, str(row["images"])]
         + [percent(value) for value in row["accuracy"].values()]
         + [percent(row[error]) for error in errors]
         for row in summary["classes"]
@@ -234,24 +247,34 @@ def print_summary(summary: Summary, console: rich.console.Console | None = None)
             console.print(line, highlight=False, markup=False, soft_wrap=True)
 
 
+FOR_PLOTS = ("metrics", "examples")  # entries of the context of a report that its summary does not have
+
+
+def summarise_with_context(results: Records, context: Mapping[str, Any]) -> Summary:
+    """Returns the content of report.json, from the `context` of `write_report`."""
+    context = {name: value for name, value in context.items() if name not in FOR_PLOTS}
+    summary = metrics.summarise(results, context["class_counts"], context.pop("groups", "thirds"))
+    if (comparison := context.pop("reliability", None)) is not None:
+        summary["reliability"] = records.as_json(comparison)
+    summary["context"] = records.as_json(context)
+    return summary
+
+
 def write_report(directory: epath.PathLike, results: Records, context: Mapping[str, Any]) -> Summary:
     """Writes `report.json`, `report.md` and `plots/*.png` into `directory`; returns the content of report.json.
 
-    `context` needs class_counts, the number of training images of each class [C]. Optional entries are
+    `context` needs class_counts, the number of training images of each class [C], or None for a balanced training set.
+    Optional entries are
       class_counts_before: the same before a validation split was taken
       groups: the name of a definition of groups ["thirds"]
       model, method, dataset, training_seconds
       metrics: path of a metrics.jsonl, for the training curves
       examples: the result of `examples`, for the grid of images
-      reliability: the result of `masking.compare_with_baseline`, with `baseline_run`
+      reliability: the result of `masking.compare_with_baseline`, with `baseline_run` if the baseline is a run
     Each further entry becomes a line of the header.
     """
-    context = dict(context)
-    metrics_path, examples = context.pop("metrics", None), context.pop("examples", None)
-    summary = metrics.summarise(results, context["class_counts"], context.pop("groups", "thirds"))
-    if (comparison := context.pop("reliability", None)) is not None:
-        summary["reliability"] = records.as_json(comparison)
-    summary["context"] = records.as_json(context)
+    metrics_path, examples, comparison = (context.get(name) for name in (*FOR_PLOTS, "reliability"))
+    summary = summarise_with_context(results, context)
     figures = {"Accuracy by class": plots.accuracy_by_class(summary), "Robust error": plots.robust_error(summary)}
     if metrics_path is not None and (history := plots.read_metrics(metrics_path)):
         figures["Training curves"] = plots.training_curves(history)

@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh
 
 from lt_adv.evaluation import masking
+from lt_adv.evaluation.masking import diagnose
 from tests.attacks.conftest import digits  # noqa: F401 (a fixture)
 
 pytestmark = pytest.mark.slow
@@ -124,6 +125,42 @@ def test_masked_gradients_are_detected(verdict, head, mask):
     assert result["trustworthy"] is False
     assert result["reasons"][0].startswith("Most of the gain over the baseline vanishes in the worst case: PGD-20 ")
     assert result["words"].startswith("Signs of gradient masking: robustness is overestimated (PGD-20 ")
+
+
+@pytest.mark.parametrize(
+    ("head", "mask", "signs"),
+    [
+        ("linear", {}, []),
+        ("cosine", {}, []),
+        ("linear", {"temperature": 1e4}, ["exactly zero", "radius of 1"]),
+        ("cosine", {"temperature": 1e4}, ["exactly zero", "radius of 1"]),
+        ("linear", {"quantised": True}, ["exactly zero", "Square breaks", "radius of 1"]),
+        ("cosine", {"quantised": True}, ["exactly zero", "Square breaks", "radius of 1"]),
+        ("linear", {"softmax": True}, ["probabilities"]),
+    ],
+)
+def test_signs_of_masking_without_a_baseline(diagnostics, head, mask, signs):
+    result = diagnostics(head, **mask)
+    alone = {**result, "correct": {name: text for name, text in result["correct"].items() if name != "transfer"}}
+    verdict = masking.masking_verdict(alone, None)
+    assert len(verdict["reasons"]) == len(signs)
+    assert all(sign in reason for sign, reason in zip(signs, verdict["reasons"], strict=True)), verdict["reasons"]
+    assert verdict["trustworthy"] is (False if signs else None) and not verdict["gains"]
+    assert "baseline" not in " ".join([*verdict["reasons"], *verdict["notes"]])
+
+
+def test_a_sign_on_a_few_images_is_noise(diagnostics):
+    """Square breaks eight of 150 images that withstand the gradient attacks, which is below three standard errors."""
+    result = diagnostics("linear")
+    robust = np.logical_and.reduce(
+        [column for name, column in masking.correct_by_attack(result).items() if not name.startswith("radius_")]
+    )
+    for broken, found in ((8, False), (20, True)):
+        square = robust.copy()
+        square[np.flatnonzero(robust)[:broken]] = False
+        changed = {**result["correct"], "square": diagnose.bits_to_text(square)}
+        reasons = masking.masking_verdict({**result, "correct": changed}, None)["reasons"]
+        assert any("Square breaks" in reason for reason in reasons) == found
 
 
 def test_a_rescaling_by_class_gains_under_pgd_alone(verdict, heads):
@@ -238,12 +275,12 @@ def test_a_random_forward_pass_is_reported(small, jitted):
     assert "The forward pass is random" in masking.masking_verdict(result, None)["reasons"][0]
 
 
-def test_without_a_baseline_there_is_no_verdict(small):
+def test_without_a_baseline_no_gain_is_tested(small):
     network, x, y, options = small
     result = masking.run_diagnostics(jax.random.key(0), network.apply, network.weights, x, y, **options)
     assert "transfer" not in result["correct"]
     verdict = masking.masking_verdict(result, None)
-    assert verdict["trustworthy"] is None and "needs a baseline" in verdict["words"] and not verdict["reasons"]
+    assert verdict["trustworthy"] is None and "Without a baseline" in verdict["words"] and not verdict["reasons"]
 
 
 def test_neither_batches_nor_devices_change_the_diagnostics(small):

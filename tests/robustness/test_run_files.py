@@ -60,12 +60,12 @@ def computed_once():
         return once("probe", original, key, linear, weights, images, labels, **options)
 
     original = diagnose.run_diagnostics
-    examples = functools.partial(once, "examples", evaluation.examples)
+    examples = functools.partial(once, "examples", evaluation.main_examples)
 
     @contextlib.contextmanager
     def context() -> Iterator[None]:
         with (
-            mock.patch.object(evaluation, "examples", examples),
+            mock.patch.object(evaluation, "main_examples", examples),
             mock.patch.object(diagnose, "run_diagnostics", probe),
             mock.patch.object(diagnose, "QUERIES", 10),
             mock.patch.object(plots, "png", lambda figure: b"a picture"),

@@ -1,4 +1,4 @@
-"""Comparison of a network with a baseline: diagnostics of both on the same images, and the verdict on gradient masking.
+"""Diagnostics of a network and, if there is one, of a baseline on the same images, and the verdict on gradient masking.
 
 Diagnostics take minutes, so they are stored and reused for the same code, images, weights and protocol.
 """
@@ -35,7 +35,7 @@ class ComparedNetwork(NamedTuple):
 
     apply: Apply
     variables: Variables
-    directory: epath.Path  # diagnostics are stored in its folder gradient_masking
+    directory: epath.Path | None  # diagnostics are stored in its folder gradient_masking; None stores nothing
     identity: object  # JSON: what `apply` depends on apart from code and variables; part of the name of the file
 
 
@@ -56,7 +56,7 @@ class Comparison(TypedDict):
     verdict: Verdict
     protocol: diagnose.Protocol
     network: DiagnosticsSummary
-    baseline: DiagnosticsSummary
+    baseline: NotRequired[DiagnosticsSummary]
     baseline_run: NotRequired[str]  # the baseline's working directory, for the report
 
 
@@ -78,7 +78,7 @@ def masking_protocol(attack: AttackSpec, specs: Mapping[str, AttackSpec]) -> Pro
 
 def compare_with_baseline(
     network: ComparedNetwork,
-    baseline: ComparedNetwork,
+    baseline: ComparedNetwork | None,
     images: data.Split,
     *,
     protocol: ProtocolOptions,
@@ -91,7 +91,8 @@ def compare_with_baseline(
     """Returns the diagnostics of both networks and the verdict on gradient masking.
 
     Args:
-      network, baseline: the two networks, of the same classes and image size.
+      network, baseline: the two networks, of the same classes and image size. Without a baseline (None) the verdict is
+        on the network alone, as that of `masking_verdict`.
       images: the images for both; `diagnose.balanced_sample` chooses them.
       protocol: the result of `masking_protocol`.
       groups: name -> classes; gains are also tested on the images of each group.
@@ -100,24 +101,28 @@ def compare_with_baseline(
       console: prints a warning where diagnostics cannot be stored.
     """
     diagnostics, baseline_diagnostics = (
-        stored_diagnostics(
+        side
+        and stored_diagnostics(
             side, baseline, images, protocol=protocol, seed=seed, batch_size=batch_size, mesh=mesh, console=console
         )
         for side in (network, baseline)
     )
-    return {
+    assert diagnostics is not None
+    comparison: Comparison = {
         "verdict": masking_verdict(
             diagnostics, baseline_diagnostics, {name: classes for name, classes in groups.items() if len(classes)}
         ),
         "protocol": diagnostics["protocol"],
         "network": summarise_diagnostics(diagnostics),
-        "baseline": summarise_diagnostics(baseline_diagnostics),
     }
+    if baseline_diagnostics is not None:
+        comparison["baseline"] = summarise_diagnostics(baseline_diagnostics)
+    return comparison
 
 
 def stored_diagnostics(
     network: ComparedNetwork,
-    baseline: ComparedNetwork,
+    baseline: ComparedNetwork | None,
     images: data.Split,
     *,
     protocol: ProtocolOptions,
@@ -128,8 +133,10 @@ def stored_diagnostics(
 ) -> diagnose.Diagnostics:
     """Returns the diagnostics of a network, read from its directory or computed and stored there.
 
-    A damaged file is computed again; a directory that cannot be written gets a warning.
+    The baseline provides the transfer attack. A damaged file is computed again; a directory that cannot be written gets
+    a warning.
     """
+    sides = [network] if baseline is None else [network, baseline]
     key = {
         "code": environment.code_digest(),
         "jax": jax.__version__,
@@ -137,30 +144,36 @@ def stored_diagnostics(
         "seed": seed,
         "options": protocol,
         "images": split_digest(images),
-        "weights": [weights_digest(side.variables) for side in (network, baseline)],
-        "network": network.identity,
+        "weights": [weights_digest(side.variables) for side in sides],
+        "networks": [side.identity for side in sides],
     }
-    path = network.directory / "gradient_masking" / f"{digest(key)}.json"
-    try:
-        stored = json.loads(path.read_text())
-        if digest(stored["diagnostics"]) == stored["digest"]:
-            return stored["diagnostics"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        pass
+    path = network.directory and network.directory / "gradient_masking" / f"{digest(key)}.json"
+    if path and (stored := _read(path)):
+        return stored
     diagnostics = diagnose.run_diagnostics(
         jax.random.key(seed, impl="threefry2x32"),
         network.apply,
         network.variables,
         np.asarray(images.image),
         images.label,
-        transfer=(baseline.apply, baseline.variables),
+        transfer=baseline and (baseline.apply, baseline.variables),
         mesh=mesh,
         batch_size=batch_size,
         **protocol,
     )
-    try:
-        content = {"digest": digest(diagnostics), "diagnostics": diagnostics}
-        atomic_io.write_atomically(path, json.dumps(content))
-    except OSError as error:  # such as a baseline of another user
-        console.print(f"warning: {path} cannot be written ({error.strerror}).", highlight=False, soft_wrap=True)
+    if path:
+        try:
+            content = {"digest": digest(diagnostics), "diagnostics": diagnostics}
+            atomic_io.write_atomically(path, json.dumps(content))
+        except OSError as error:  # such as a baseline of another user
+            console.print(f"warning: {path} cannot be written ({error.strerror}).", highlight=False, soft_wrap=True)
     return diagnostics
+
+
+def _read(path: epath.Path) -> diagnose.Diagnostics | None:
+    """Returns stored diagnostics; None if there are none, or if the file is damaged."""
+    try:
+        stored = json.loads(path.read_text())
+        return stored["diagnostics"] if digest(stored["diagnostics"]) == stored["digest"] else None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return None

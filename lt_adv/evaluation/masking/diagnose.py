@@ -9,7 +9,6 @@ al., "On evaluating adversarial robustness", 2019 (the checks of section 3).
 """
 
 import functools
-import math
 import zlib
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypedDict
@@ -30,6 +29,7 @@ from lt_adv.evaluation.attack_specs import Apply, Variables
 LEADS = (0.01, 0.1, 1.0, 10.0, 100.0)
 LSA_SCALE = 10.0
 QUERIES = 1000  # of Square; enough to reveal masking, more queries add little to the other attacks
+ORDERS = {"linf": np.inf, "l2": 2, "l1": 1}  # of the norms
 IMAGES = 500  # three standard errors of a difference in accuracy are then at most seven points
 
 Array = jax.Array
@@ -169,7 +169,7 @@ def run_diagnostics(
       eps: radius, in units of the [0, 1] pixel range.
       step_size: step size of PGD, in the same units.
       num_steps: steps of PGD and CW.
-      norm: "linf" or "l2".
+      norm: a norm of the attacks, such as "linf".
       queries: queries of Square.
       batch_size: images per batch, rounded up to a multiple of the devices.
       mesh: devices; batches are split over its first axis. One device by default.
@@ -184,7 +184,7 @@ def run_diagnostics(
     key, images, labels = threefry(key), np.asarray(images), np.asarray(labels, np.int32)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(f"images [n, h, w, c] and labels [n] are needed, got {images.shape} and {labels.shape}.")
-    check_images(_pixels(images), (0.0, 1.0))
+    check_images(pixels(images), (0.0, 1.0))
     version = list(attacks_of(autoattack)) if autoattack else []
     mesh = mesh or Mesh(np.array(jax.devices()[:1]), ("data",))
     shard = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
@@ -193,7 +193,7 @@ def run_diagnostics(
     programs = _programs(apply, norm, num_steps, queries)
     size = -(-min(batch_size, len(labels)) // mesh.size) * mesh.size
     batch_rows = [np.minimum(np.arange(i, i + size), len(labels) - 1) for i in range(0, len(labels), size)]
-    batches = [jax.device_put((_pixels(images[rows]), labels[rows]), shard) for rows in batch_rows]
+    batches = [jax.device_put((pixels(images[rows]), labels[rows]), shard) for rows in batch_rows]
     correct: dict[str, np.ndarray] = {}
 
     def concatenate(batch_values: Sequence[Array]) -> np.ndarray:
@@ -225,7 +225,7 @@ def run_diagnostics(
         _largest_difference(concatenate(second_pass), logits), _change_without_jit(apply, variables, batches[0][0][:2])
     )
     row = int(finite.argmax())
-    copies = jax.device_put(np.repeat(_pixels(images[row : row + 1]), size, axis=0), shard)
+    copies = jax.device_put(np.repeat(pixels(images[row : row + 1]), size, axis=0), shard)
     batch_change = _largest_difference(np.asarray(programs.logits(variables, copies)), logits[row : row + 1])
     largest = max(np.abs(logits[finite]).max(), np.finfo(np.float32).tiny)
     second, first = np.partition(logits[finite], -2)[:, -2:].T
@@ -254,7 +254,7 @@ def run_diagnostics(
         transfer_programs = _programs(transfer[0], norm, num_steps, queries)
         x_adv = run_attack(transfer_programs.pgd, "transfer", transfer_variables, eps, step_size, 1.0)
         correct["transfer"] = is_correct(x_adv)
-    radii = _radius_factors(eps, 1.0 if norm == "linf" else math.sqrt(images[0].size))
+    radii = _radius_factors(eps, float(np.linalg.norm(np.ones(images[0].size), ORDERS[norm])))
     for factor in radii:
         x_adv = run_attack(programs.pgd, "pgd", variables, eps * factor, step_size * factor, 1.0)
         correct[f"radius_{factor:g}"] = is_correct(x_adv)
@@ -321,7 +321,7 @@ def _keys(key: Array, name: Array, index: Array) -> Array:
     return jax.vmap(jax.random.fold_in, (None, 0))(jax.random.fold_in(key, name), index)
 
 
-def _pixels(images: np.ndarray) -> np.ndarray:
+def pixels(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float32) / 255 if images.dtype == np.uint8 else images.astype(np.float32)
 
 

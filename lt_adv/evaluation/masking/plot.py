@@ -8,7 +8,7 @@ from lt_adv.evaluation.plots import DARK, MIDDLE, SOFT, blank, headline, style
 
 
 def masking_curves(comparison: Comparison) -> Figure:
-    """Draws PGD accuracy of a network and its baseline, from the result of `compare_with_baseline`.
+    """Draws PGD accuracy of a network and its baseline, if there is one, from the result of `compare_with_baseline`.
 
     Left: PGD on rescaled logits, against their median gap between the two largest logits; a ring marks the unscaled
     network. Right: PGD at growing radii. A curve that does not reach zero at the last radius, which covers the full
@@ -17,7 +17,10 @@ def masking_curves(comparison: Comparison) -> Figure:
     figure = blank(8.4, 3.3)
     left, right = figure.subplots(1, 2, sharey=True)
     steps = comparison["protocol"]["num_steps"]
-    for summary, colour in ((comparison["baseline"], MIDDLE), (comparison["network"], DARK)):
+    sides = [("this network", comparison["network"], DARK)]
+    if "baseline" in comparison:
+        sides.insert(0, ("baseline", comparison["baseline"], MIDDLE))
+    for _, summary, colour in sides:
         for axes, points in ((left, summary["by_lead"]), (right, summary["by_radius"])):
             if points:
                 axes.plot(*_columns(points), color=colour, linewidth=1.6, marker="o", markersize=3.5)
@@ -34,7 +37,7 @@ def masking_curves(comparison: Comparison) -> Figure:
     radii = [radius for radius, _ in comparison["network"]["by_radius"]]
     right.set_xticks(radii, [f"{radius:.3g}" for radius in radii])
     headline(left, f"Gradient masking: PGD-{steps} accuracy in %", [])
-    headline(right, "", [("baseline", MIDDLE), ("this network", DARK)])
+    headline(right, "", [(name, colour) for name, _, colour in sides])
     return figure
 
 

@@ -23,6 +23,8 @@ from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import Columns
 
 STANDARD_ERRORS = 3.0
+MASKED = "Signs of gradient masking: robustness is overestimated"
+NOT_MASKED = "No sign of gradient masking"
 ROUNDING = float(np.sqrt(np.finfo(np.float32).eps))  # of logits between two passes, as a share of the largest
 # Attacks that do not follow the gradient of the attacked network, or not only.
 OTHER_ATTACKS = {"square": "Square", "autoattack": "AutoAttack", "transfer": "Transfer from the baseline"}
@@ -94,7 +96,7 @@ def masking_verdict(
     """Returns the verdict on a network, from its diagnostics and those of a baseline on the same images.
 
     The result holds
-      trustworthy: whether `reasons` is empty; None without a baseline
+      trustworthy: whether `reasons` is empty; without a baseline None instead of True
       words: the verdict in one line
       reasons: one sentence for each of
         - a random forward pass, probabilities instead of logits (both as AutoAttack's official checks), or logits that
@@ -103,13 +105,14 @@ def masking_verdict(
           most of which vanishes in the worst case, by more than the noise of what vanishes;
         - more input gradients that are exactly zero than the baseline has;
         - more images than on the baseline that withstand every gradient attack but not Square or the transfer attack;
-        - more images than on the baseline that are classified correctly at a radius that covers the full pixel range
+        - more images than on the baseline that are classified correctly at a radius that covers the full pixel range.
+        Without a baseline there is no gain to test, and the last three compare with zero images
       notes: further sentences
       gains: one row per group and attack, as `gain_over_baseline` returns it
 
     Args:
       diagnostics: the result of `run_diagnostics` for the network.
-      baseline: the same for the baseline; None gives no verdict.
+      baseline: the same for the baseline, or None.
       groups: name -> classes; gains are also tested on the images of each group.
 
     Raises:
@@ -117,8 +120,7 @@ def masking_verdict(
     """
     reasons, notes = _forward_pass_reasons(diagnostics), _notes(diagnostics)
     if baseline is None:
-        words = "No verdict on gradient masking: it needs a baseline to compare with (config.eval.baseline)."
-        return {"trustworthy": None, "words": words, "reasons": reasons, "notes": notes, "gains": []}
+        return _verdict_without_baseline(diagnostics, reasons, notes)
     for name in ("protocol", "label", "classes"):
         if diagnostics.get(name) != baseline.get(name):
             raise ValueError(
@@ -142,14 +144,36 @@ def masking_verdict(
     row = next(row for row in gains if not row["group"])
     accuracies = f"{title(row['attack'])} {_percent(row['accuracy'])}, worst case {_percent(row['worst'])}"
     accuracies += f"; baseline {_percent(row['baseline'])} and {_percent(row['baseline_worst'])}"
-    words = "Signs of gradient masking: robustness is overestimated" if reasons else "No sign of gradient masking"
     return {
         "trustworthy": not reasons,
-        "words": f"{words} ({accuracies}).",
+        "words": f"{MASKED if reasons else NOT_MASKED} ({accuracies}).",
         "reasons": reasons,
         "notes": notes,
         "gains": gains,
     }
+
+
+def _verdict_without_baseline(diagnostics: Diagnostics, reasons: list[str], notes: list[str]) -> Verdict:
+    """Returns the verdict on a network alone, from `reasons` and `notes` on its forward pass and its attacks."""
+    correct, steps = correct_by_attack(diagnostics), diagnostics["protocol"]["num_steps"]
+    pgd, cw, worst = f"pgd{steps}", f"cw{steps}", worst_case_correct(correct)
+    reasons = [*reasons, *_masking_signs(diagnostics, None, correct, {})]
+    gaps = {
+        name: correct[name].mean() - worst.mean() for name in (pgd, cw) if significantly_larger(correct[name], worst)
+    }
+    notes = [
+        *notes,
+        *(
+            f"The accuracy under {title(name)} is {100 * gap:.1f} points above the worst case: report the worst case."
+            for name, gap in gaps.items()
+        ),
+        f"Median gap between the largest and the second logit: {diagnostics['logit_lead']:.3g}.",
+    ]
+    accuracies = f"{title(pgd)} {_percent(correct[pgd].mean())}, worst case {_percent(worst.mean())}"
+    words = f"{MASKED if reasons else NOT_MASKED} ({accuracies})."
+    if not reasons:
+        words += " Without a baseline, a gain over another network is not tested."
+    return {"trustworthy": False if reasons else None, "words": words, "reasons": reasons, "notes": notes, "gains": []}
 
 
 def worst_case_correct(columns: Columns) -> np.ndarray:
@@ -269,36 +293,43 @@ def _rejected_gain(rejected: Sequence[Gain]) -> str:
 
 
 def _masking_signs(
-    diagnostics: Diagnostics, baseline: Diagnostics, correct: Columns, baseline_correct: Columns
+    diagnostics: Diagnostics, baseline: Diagnostics | None, correct: Columns, baseline_correct: Columns
 ) -> list[str]:
-    """Returns one sentence for each sign of gradient masking that is stronger than on the baseline."""
-    signs = []
-    zero, baseline_zero = (text_to_bits(side["zero_gradient"]) for side in (diagnostics, baseline))
+    """Returns one sentence for each sign of gradient masking that is stronger than on the baseline.
+
+    Without a baseline a sign counts if it is stronger than on a network that shows it on no image.
+    """
+    signs, none = [], np.zeros(len(diagnostics["label"]), bool)
+
+    def with_baseline(share: str, baseline_values: np.ndarray) -> str:
+        return share if baseline is None else f"{share} (baseline {_percent(baseline_values.mean())})"
+
+    zero = text_to_bits(diagnostics["zero_gradient"])
+    baseline_zero = none if baseline is None else text_to_bits(baseline["zero_gradient"])
     if significantly_larger(zero, baseline_zero):
-        signs.append(
-            f"The input gradient is exactly zero on {_percent(zero.mean())} of the images (baseline "
-            f"{_percent(baseline_zero.mean())}): gradient attacks cannot move these images."
-        )
+        share = with_baseline(f"{_percent(zero.mean())} of the images", baseline_zero)
+        signs.append(f"The input gradient is exactly zero on {share}: gradient attacks cannot move these images.")
     for name, subject in (("square", "Square"), ("transfer", "The transfer attack from the baseline")):
-        if name not in correct or name not in baseline_correct:
+        if name not in correct or (baseline is not None and name not in baseline_correct):
             continue
         broken, baseline_broken = (
-            gradient_attacks_correct(columns) & ~columns[name] for columns in (correct, baseline_correct)
+            gradient_attacks_correct(columns) & ~columns[name] if columns else none
+            for columns in (correct, baseline_correct)
         )
         if significantly_larger(broken, baseline_broken):
-            signs.append(
-                f"{subject} breaks {_percent(broken.mean())} of the images that withstand all attacks that follow the "
-                f"network's gradient (baseline {_percent(baseline_broken.mean())}): the gradient does not lead to "
-                "adversarial examples that exist."
-            )
+            subset = "of the images that withstand all attacks that follow the network's gradient"
+            share = with_baseline(f"{_percent(broken.mean())} {subset}", baseline_broken)
+            signs.append(f"{subject} breaks {share}: the gradient does not lead to adversarial examples that exist.")
     largest = max(
         (name for name in correct if name.startswith("radius_")), key=lambda name: float(name[7:]), default=None
     )
-    if largest and significantly_larger(correct[largest], baseline_correct[largest]):
+    baseline_largest = baseline_correct.get(largest, none) if largest else none
+    if largest and significantly_larger(correct[largest], baseline_largest):
+        radius = f"a radius of {diagnostics['protocol']['radii'][-1]:g}, which covers the full pixel range"
+        share = _percent(correct[largest].mean())
         signs.append(
-            f"{_percent(correct[largest].mean())} of the images withstand PGD at a radius of "
-            f"{diagnostics['protocol']['radii'][-1]:g}, which covers the full pixel range (baseline "
-            f"{_percent(baseline_correct[largest].mean())}): the attack fails where adversarial examples must exist."
+            f"{share} of the images withstand PGD at {with_baseline(radius, baseline_largest)}: the attack fails where "
+            "adversarial examples must exist."
         )
     return signs
 
