@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, continuous_batching, journal, norms
+from lt_adv.attacks import result as _result
 from lt_adv.attacks._apgd import build_apgd, build_apgd_targeted
 from lt_adv.attacks._base import IterativeAttack
 from lt_adv.attacks._fab import build_fab, build_fab_targeted
@@ -55,6 +56,13 @@ class Result(NamedTuple):
     accuracy: dict[str, float]
     evaluations: dict[str, tuple[int, int]]
     notes: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return _result.as_table(self)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the numbers without images, for JSON: see `result.to_dict`."""
+        return _result.to_dict(self)
 
 
 @jax.transfer_guard("allow")  # it moves images between host and devices by design

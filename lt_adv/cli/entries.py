@@ -332,13 +332,15 @@ ATTACK_OPTIONS: Mapping[str, Rule] = {
     "eps": LENGTH,
     "step_size": LENGTH,
     "num_steps": ZERO_OR_MORE,
+    "num_restarts": ONE_OR_MORE,
+    "return_best": BOOLEAN,
     "start": START,
-    "norm": one_of(("linf", "l2")),
+    "norm": one_of(("linf", "l2", "l1")),
     "logit_scale": POSITIVE,
     "confidence": NOT_NEGATIVE,
     "decay": NOT_NEGATIVE,
 }
-L2_OPTIONS = {"eps": POSITIVE, "step_size": POSITIVE}  # an L2 distance over many pixels may exceed 1
+L2_OPTIONS = {"eps": POSITIVE, "step_size": POSITIVE}  # an L2 or L1 distance over many pixels may exceed 1
 
 # Old name of an entry, or entry=value -> new name. Configs and working directories with an old name are refused.
 RENAMED = {

@@ -133,7 +133,7 @@ def _validate_attack(name: str, spec: Any, path: str) -> None:
     FILE_NAME("each key of config.eval.attacks", name)
     if name in (CLEAN, WORST):
         raise ValueError(f"{path}: the name {name!r} is reserved for the report, choose another.")
-    rules = {**ATTACK_OPTIONS, **(L2_OPTIONS if spec.get("norm") == "l2" else {})}
+    rules = {**ATTACK_OPTIONS, **(L2_OPTIONS if spec.get("norm") in ("l2", "l1") else {})}
     for option, value in spec.items():
         optional(rules.get(option, of_type(object)))(f"{path}.{option}", value)
     try:

@@ -109,7 +109,7 @@ def evaluate_network(
       class_counts: training images of each class [C], from which head, body and tail follow. None if the classes are
         balanced or their sizes are not known: the report then has no groups of classes.
       eps: radius, in units of the [0, 1] pixel range.
-      norm: "linf" or "l2".
+      norm: "linf", "l2" or "l1".
       attacks: names out of fgsm, pgd20, pgd100, mim20, cw20, lsa and autoattack, with steps of eps / 4; or name ->
         `{"attack": "pgd", "step_size": ..., ...}`, an entry of `config.eval.attacks`, in which `eps` and `norm` have
         the values above unless given. AutoAttack costs hundreds of PGD-20.

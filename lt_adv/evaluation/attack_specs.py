@@ -27,7 +27,8 @@ AttackSpec = Mapping[str, Any]  # {"attack": "pgd", "eps": ..., **options}, an e
 
 NAMES = ("fgsm", "pgd", "mim", "cw", "autoattack")
 # Arguments of attacks that the evaluation sets.
-NOT_OPTIONS = ("x_init", "bounds", "batch_size", "num_queries", "resume", "progress", "devices")
+NOT_OPTIONS = ("x_init", "targets", "bounds", "batch_size", "num_queries", "resume", "progress", "devices")
+SINGLE_RUN = {"num_restarts": 1, "return_best": False}
 
 
 def resolve(spec: AttackSpec) -> tuple[str, dict[str, Any]]:
@@ -58,6 +59,8 @@ def resolve(spec: AttackSpec) -> tuple[str, dict[str, Any]]:
     if missing:
         raise ValueError(f"The attack {name!r} needs {', '.join(missing)}, in units of the [0, 1] pixel range.")
     options = defaults | options
+    # Older records do not name these options, whose defaults are left out so that they stay valid.
+    options = {option: value for option, value in options.items() if SINGLE_RUN.get(option, ...) != value}
     if options.get("norm", "linf") == "linf" and not 0 <= options["eps"] <= 1:
         raise ValueError(
             f"eps {options['eps']!r} of {name!r} is not in the [0, 1] pixel range; is {options['eps']}/255 meant?"

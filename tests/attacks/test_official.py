@@ -19,8 +19,9 @@ from tests.attacks.official import VARIANTS
 from tests.attacks.test_golden_autoattack import FAST
 
 HEADS = ("linear", "cosine")
+L1_WORST_CASE = {"linear": 0.509, "cosine": 0.474}
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
-POINTS = {"plain": 1.0, "scaled_1e4": 1.5, "quantised_16": 1.5}
+POINTS = {"plain": 1.0, "l1": 1.0, "scaled_1e4": 1.5, "quantised_16": 1.5}
 AGREE = ("apgd-ce", "apgd-t", "fab-t")
 
 
@@ -30,7 +31,7 @@ def misses(net, variant, name, robust):
     points = 100 * abs(robust.mean() - official.mean())  # of robust accuracy, from the mean of the seeds
     missed = [("points", points)] if points > POINTS[variant] + 1e-9 else []
     # Which image breaks by accident, where the gradient is zero or nearly so, is up to the random start.
-    if name in {"plain": AGREE, "scaled_1e4": AGREE[1:], "quantised_16": ()}[variant]:
+    if name in {"plain": AGREE, "l1": ("fab-t",), "scaled_1e4": AGREE[1:], "quantised_16": ()}[variant]:
         agreement = (official == robust).mean(axis=-1)
         missed += [("agreement", agreement)] if agreement.min() < 0.98 else []
     return missed
@@ -39,14 +40,18 @@ def misses(net, variant, name, robust):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "variant"),
-    [("linear", "plain"), ("linear", "quantised_16"), ("cosine", "plain"), ("cosine", "scaled_1e4")],
+    [("linear", "plain"), ("linear", "quantised_16"), ("linear", "l1"), ("cosine", "plain"), ("cosine", "scaled_1e4")],
 )
-def test_official(head, variant, tmp_path):
+def test_official(head, variant, tmp_path, golden):
     names = ("apgd-dlr", *STANDARD) if variant == "plain" else STANDARD
     environment = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
     command = [sys.executable, "-m", "tests.attacks.official", head, variant, str(tmp_path / "out.npz"), *names]
     subprocess.run(command, check=True, env=environment, timeout=1200)
     net, results = load(head), np.load(tmp_path / "out.npz")
+    if variant == "l1":
+        arrays = golden(f"attacks_l1_{head}")
+        net.arrays = {name.replace(".plain.", ".l1."): arrays[name] for name in arrays.files}
+        net.info["official"]["l1"] = {"worst_case": L1_WORST_CASE[head]}
     official = lambda name: net.arrays[f"official.{variant}.{name}"]  # noqa: E731
     for name in names:
         assert not misses(net, variant, name, results[f"{name}.robust"]), name
@@ -56,12 +61,11 @@ def test_official(head, variant, tmp_path):
     for count in (100, 500, 1000, 5000):
         survivors = [100 * np.mean((q > count), axis=-1) for q in (results["square.queries"], queries)]
         assert abs(survivors[0] - survivors[1].mean()) <= 1.5, count
-    if variant != "plain":
+    if variant not in ("plain", "l1"):
         return
-    broken = (official("fab-t.linf") > 0) & (results["fab-t.linf"] > 0) & ~results["fab-t.robust"]
-    length, official_length = (
-        np.median(lengths[broken]) for lengths in (results["fab-t.linf"], official("fab-t.linf"))
-    )
+    distances = official("fab-t.linf" if variant == "plain" else "fab-t.l1")
+    broken = (distances > 0) & (results["fab-t.distance"] > 0) & ~results["fab-t.robust"]
+    length, official_length = (np.median(lengths[broken]) for lengths in (results["fab-t.distance"], distances))
     assert abs(length / official_length - 1) <= 0.02, (length, official_length)
 
 
@@ -72,6 +76,8 @@ def test_comparison_rejects_pgd_20_in_place_of_any_attack(objective):
     for head in HEADS:
         net = load(head)
         for variant, change in VARIANTS.items():
+            if variant == "l1":
+                continue
             logits_fn = change(net.logits_fn)
             attack = partial(attacks.pgd, logits_fn=logits_fn, objective=objective, num_steps=20)
             options = {"eps": net.info["eps"], "step_size": net.info["step_size"]}
