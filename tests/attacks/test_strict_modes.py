@@ -93,12 +93,26 @@ def test_every_public_function_is_tested():
     assert named == public
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+def test_goals_and_restarts(mode):
+    options = {"num_restarts": 2, "return_best": True, "targets": OTHER, "norm": "l1", **LENGTHS}
+    with MODES[mode]():
+        x_adv = jax.block_until_ready(attacks.pgd(KEY, network, X, Y, **options))
+        radius = attacks.fab(KEY, network, X, Y, eps=np.full((1, 5, 5, 1), 0.2, np.float32), num_steps=2, targets=OTHER)
+    assert np.isfinite(x_adv).all() and np.isfinite(radius).all()
+
+
 # Types and ranks in a program depend on the norm; values and transfers are tested with one norm.
 L2_MODES = ("rank promotion", "dtype promotion", "float64")
+L1_MODES = ("rank promotion", "dtype promotion")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("mode", "norm"), [*((mode, "linf") for mode in MODES), *((mode, "l2") for mode in L2_MODES)])
+@pytest.mark.parametrize(
+    ("mode", "norm"),
+    [*((mode, "linf") for mode in MODES), *((mode, "l2") for mode in L2_MODES), *((mode, "l1") for mode in L1_MODES)],
+)
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(name, mode, norm):
     attack, options = getattr(attacks, name), {**ATTACKS[name], "norm": norm}
