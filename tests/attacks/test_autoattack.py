@@ -86,15 +86,20 @@ def test_attacks_break_images_and_depend_on_the_key_of_the_example(name, norm):
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["square", *(pytest.param(name, marks=pytest.mark.slow) for name in ("apgd_targeted", "fab", "fab_targeted"))],
+    ("name", "norm"),
+    [
+        ("square", "linf"),
+        *(pytest.param(name, "linf", marks=pytest.mark.slow) for name in ("apgd_targeted", "fab", "fab_targeted")),
+        *(pytest.param(name, "l1", marks=pytest.mark.slow) for name in ("apgd", "fab", "square")),
+    ],
 )
-def test_same_under_every_transformation(name):
+def test_same_under_every_transformation(name, norm):
     x = images(16)
     y, keys, eps = labels(x), jax.random.split(KEY, 16), np.linspace(0.02, 0.1, 16, dtype=np.float32)
+    eps = 10 * eps if norm == "l1" else eps
 
     def attack(keys, x, y, eps):
-        return FEW[name](keys, network, x, y, eps=eps)
+        return FEW[name](keys, network, x, y, eps=eps, norm=norm)
 
     expected = jax.jit(attack)(keys, x, y, eps)
     compare = partial(np.testing.assert_allclose, desired=np.asarray(expected), atol=1e-5)
