@@ -14,10 +14,13 @@ an attack's backward pass and computes the first several times, which a barrier 
 import contextlib
 import contextvars
 import functools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ParamSpec, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.extend import core
 
@@ -79,6 +82,60 @@ def _in_standard_layout(equation: core.JaxprEqn, operands: Sequence[Any], jaxpr:
     return [_transpose(lax.conv_general_dilated_p.bind(x, kernel, **options), nhwc, result)]
 
 
+def _on_cpu(equation: core.JaxprEqn, operands: Sequence[Any], jaxpr: core.Jaxpr) -> list[Any]:
+    """Evaluates a convolution whose windows do not overlap as a product, any other one in the standard layout."""
+    x, kernel = operands
+    image, weight, result = equation.params["dimension_numbers"]
+    patches = _patches(equation.params, x.shape, kernel.shape) if image[0] == result[0] == 0 else None
+    if patches is None:
+        return _in_standard_layout(equation, operands, jaxpr)
+    x, kernel = lax.transpose(x, image), lax.transpose(kernel, weight)  # channels first
+    return [lax.transpose(_as_product(x, kernel, *patches, equation.params), np.argsort(result))]
+
+
+def _patches(
+    params: dict[str, Any], image: tuple[int, ...], kernel: tuple[int, ...]
+) -> tuple[tuple[int, ...], bool] | None:
+    """Returns (side of the patches, whether to patches) of a convolution whose windows do not overlap, or None.
+
+    It embeds patches, as the first layer of a vision transformer does, or is the gradient of such a convolution with
+    respect to the image, of which XLA's CPU compiler makes a convolution that is an order of magnitude slower than the
+    product of matrices.
+    """
+    numbers = params["dimension_numbers"]
+    spatial = [image[axis] for axis in numbers.lhs_spec[2:]]
+    side = tuple(kernel[axis] for axis in numbers.rhs_spec[2:])
+    ones = (1,) * len(side)
+    plain = params["rhs_dilation"] == ones and params["feature_group_count"] == params["batch_group_count"] == 1
+    if not plain or math.prod(side) == 1:
+        return None
+    strides, dilation, padding = params["window_strides"], params["lhs_dilation"], params["padding"]
+    divisible = all(size % length == 0 for size, length in zip(spatial, side, strict=True))
+    if strides == side and dilation == ones and divisible and all(pad == (0, 0) for pad in padding):
+        return side, True
+    full = all(pad == (length - 1, length - 1) for pad, length in zip(padding, side, strict=True))
+    return (side, False) if strides == ones and dilation == side and full else None
+
+
+def _as_product(x: Array, kernel: Array, side: tuple[int, ...], to_patches: bool, params: dict[str, Any]) -> Array:
+    """Evaluates a convolution without overlap, channels first, as a product of matrices."""
+    spatial, axes = x.shape[2:], range(len(side))
+    options = {name: params[name] for name in ("precision", "preferred_element_type")}
+    if to_patches:
+        counts = [size // length for size, length in zip(spatial, side, strict=True)]
+        x = x.reshape(*x.shape[:2], *(n for pair in zip(counts, side, strict=True) for n in pair))
+        inner = (1, *(3 + 2 * axis for axis in axes)), (1, *(2 + axis for axis in axes))
+        product = lax.dot_general(x, kernel, (inner, ((), ())), **options)
+        return jnp.moveaxis(product, -1, 1)
+    # An entry of x is multiplied by the reversed kernel.
+    product = lax.dot_general(x, lax.rev(kernel, tuple(2 + axis for axis in axes)), (((1,), (1,)), ((), ())), **options)
+    order = [0, 1 + len(side)]  # of (batch, *counts, channels, *side): batch, channels, then each count and side
+    for axis in axes:
+        order += [1 + axis, 2 + len(side) + axis]
+    sizes = [count * length for count, length in zip(spatial, side, strict=True)]
+    return lax.transpose(product, order).reshape(x.shape[0], kernel.shape[0], *sizes)
+
+
 def _on_tpu(equation: core.JaxprEqn, operands: Sequence[Any], jaxpr: core.Jaxpr, *, attack: bool) -> list[Any]:
     x, kernel = operands
     if mirrors_kernel_beforehand(kernel):
@@ -94,8 +151,8 @@ def _transpose(x: Array, old: Sequence[int], new: Sequence[int]) -> Array:
     return lax.optimization_barrier(lax.transpose(x, [source[axis] for axis in range(x.ndim)]))
 
 
-def rewrite_convolutions(gradient: Callable[P, T], convolve: Convolve = _in_standard_layout) -> Callable[P, T]:
-    """Returns `gradient` with every convolution evaluated by `convolve`: over images NHWC and kernels HWIO.
+def rewrite_convolutions(gradient: Callable[P, T], convolve: Convolve = _on_cpu) -> Callable[P, T]:
+    """Returns `gradient` with every convolution evaluated by `convolve`, by default as is fast on CPU.
 
     `gradient` is the result of jax.grad or jax.value_and_grad; the returned function cannot be differentiated again.
     It may be traced under jit, vmap, pmap and shard_map. Values change by rounding at most. Convolutions inside a loop

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lt_adv import attacks
-from lt_adv.attacks.convolutions import with_fast_convolutions
+from lt_adv.attacks.convolutions import rewrite_convolutions, with_fast_convolutions
 
 RNG = np.random.default_rng(0)
 FIRST, SECOND = RNG.normal(size=(3, 3, 2, 6)), RNG.normal(size=(3, 3, 6, 6))  # HWIO
@@ -121,3 +121,41 @@ def test_every_convolution_of_a_compiled_loop_has_the_fast_layout(name):
     compiled = jax.jit(lambda key, x, y: pgd(key, x=x, y=y)).lower(jax.random.key(0), X.astype(np.float32), y).compile()
     layouts = re.findall(r"convolution\(.*?dim_labels=([^,\s]+)", compiled.as_text())
     assert len(layouts) == 4 and set(layouts) == {"b01f_01io->b01f"}
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16])
+@pytest.mark.parametrize("layout", [("NHWC", "HWIO", "NHWC"), ("NCHW", "OIHW", "NHWC"), ("CHWN", "HWIO", "NCHW")])
+def test_convolutions_of_patches_are_products(layout, dtype):
+    """Of two layers whose windows do not overlap, with and without a square window."""
+    shape = {"N": 2, "H": 12, "W": 8, "C": 3}
+    x = jax.random.normal(jax.random.key(0), [shape[letter] for letter in layout[0]], dtype)
+    kernel = jax.random.normal(
+        jax.random.key(1), [{"H": 4, "W": 2, "I": 3, "O": 5}[letter] for letter in layout[1]], dtype
+    )
+
+    def network(x):
+        patches = jax.lax.conv_general_dilated(x, kernel, (4, 2), "VALID", dimension_numbers=layout)
+        return jnp.sum(jnp.tanh(patches).astype(np.float32) ** 2)
+
+    expected = jax.jit(jax.grad(network))(x)
+    rewritten = rewrite_convolutions(jax.grad(network))
+    names = {equation.primitive.name for equation in jax.make_jaxpr(rewritten)(x).eqns}
+    tolerance = 1e-5 if dtype == np.float32 else 3e-2
+    np.testing.assert_allclose(rewritten(x).astype(np.float32), expected.astype(np.float32), atol=tolerance * 10)
+    assert "conv_general_dilated" not in names
+
+
+@pytest.mark.parametrize(("strides", "padding"), [((2, 2), "SAME"), ((4, 2), [(1, 1), (0, 0)]), ((3, 2), "VALID")])
+def test_other_convolutions_stay(strides, padding):
+    x, kernel = jax.random.normal(jax.random.key(0), (2, 12, 9, 3)), jax.random.normal(jax.random.key(1), (4, 2, 3, 5))
+
+    def network(x):
+        return jnp.sum(
+            jnp.tanh(
+                jax.lax.conv_general_dilated(x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+            )
+        )
+
+    rewritten = rewrite_convolutions(jax.grad(network))
+    np.testing.assert_allclose(rewritten(x), jax.grad(network)(x), atol=1e-5)
+    assert "conv_general_dilated" in str(jax.make_jaxpr(rewritten)(x))
