@@ -21,6 +21,7 @@ from lt_adv.attacks._fab import fab, fab_targeted
 from lt_adv.attacks._fmn import fmn
 from lt_adv.attacks._jit import jit
 from lt_adv.attacks._minimum_norm import minimum_norm
+from lt_adv.attacks._robustness_curve import robustness_curve
 from lt_adv.attacks._square import square
 from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
 from lt_adv.attacks.networks import channels_first, ensemble, normalized, select_output
@@ -58,6 +59,7 @@ __all__ = [
     "minimum_norm",
     "pgd",
     "prediction",
+    "robustness_curve",
     "square",
     "targeted_logit_margin",
     "targeted_dlr",

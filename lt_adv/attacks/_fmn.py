@@ -28,9 +28,9 @@ def fmn(
 ) -> MinimumPerturbation:
     """Fast minimum-norm attack: x_{k+1} = P(x_k + a_k grad m(x_k) / |grad m|_2), m = max_{j != y} z_j - z_y.
 
-    P projects to the ball of radius e_{k+1} around x and to the bounds. From an adversarial point the radius shrinks,
-    e_{k+1} = min((1 - g_k) e_k, nearest distance so far); otherwise it grows to (1 + g_k) e_k, and, as long as no
-    adversarial point was found, to the linear estimate of the distance of the boundary,
+    P projects to the intersection of the ball of radius e_{k+1} around x and the bounds. From an adversarial point the
+    radius shrinks to e_{k+1} = min((1 - g_k) e_k, nearest distance so far); otherwise it grows to (1 + g_k) e_k. As
+    long as no adversarial point was found, the linear estimate of the distance of the boundary takes the place of e_k:
     |x_k - x|_p + |m(x_k)| / |grad m(x_k)|_q with the dual norm q. a_k and g_k fall on cosine schedules.
 
     Args:
@@ -66,8 +66,11 @@ def fmn(
     References:
       Pintor et al., "Fast minimum-norm adversarial attacks through adaptive norm constraints", NeurIPS 2021,
       algorithm 1.
-      Differs from the released code: a step whose gradient is zero goes in a random direction, which is the same at
-      each step, instead of staying; there is no start from an adversarial point.
+      Differs from the released code: P goes to the nearest point of the intersection, instead of the ball first and the
+      bounds after it, which stays well inside the ball where many pixels are at their bounds; the linear estimate is
+      lengthened by 1 + g_k, without which a search can end within rounding of the boundary, on the wrong side; a step
+      whose gradient is zero goes in a random direction, the same at each step. There is no start from an adversarial
+      point.
     """
     given = _minimum_norm.problem(logits_fn, x, y, targets, norm, ("linf", "l2", "l1"), bounds)
     num_steps = checks.count("num_steps", num_steps, minimum=1)
@@ -82,18 +85,23 @@ def fmn(
         otherwise, farthest = _minimum_norm.random_directions(key, x), given.farthest()
         evaluate = given.evaluate(logit_margin)
 
+        def project(point: Array, eps: Array) -> Array:
+            if norm == "l2":
+                return _minimum_norm.l2_project(point, x, eps, given.low, given.high)
+            return ball.project(point, x, expand_mask(eps, x), given.low, given.high)
+
         def step(k: Array, carry: tuple[Array, Array, MinimumPerturbation]) -> tuple[Array, Array, MinimumPerturbation]:
             point, eps, found = carry
             margin, adversarial, gradient = evaluate(point)
             found = given.nearest(found, point, adversarial)
             g = _minimum_norm.cosine(gamma, final_gamma, k, num_steps, x)
             to_boundary = _minimum_norm.distance_to_boundary(margin, gradient, ball)
-            grown = jnp.where(jnp.isfinite(found.distance), eps * (1 + g), given.distance(point) + to_boundary)
+            grown = (1 + g) * jnp.where(jnp.isfinite(found.distance), eps, given.distance(point) + to_boundary)
             eps = jnp.where(adversarial, jnp.minimum(eps * (1 - g), found.distance), grown)
             eps = jnp.minimum(eps, farthest)
             a = _minimum_norm.cosine(step_size, last_step_size, k, num_steps, x)
             point = point + a * _minimum_norm.unit_gradient(gradient, otherwise)
-            point = jnp.clip(ball.project(point, x, expand_mask(eps, x)), given.low, given.high)
+            point = project(point, eps)
             return lax.stop_gradient((point, eps, found))
 
         start = (x, farthest, given.nothing_found())

@@ -10,6 +10,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, norms, tracing
+from lt_adv.attacks._fab import _level as level
 from lt_adv.attacks.hoisting import hoist
 from lt_adv.attacks.initialization import example_keys
 from lt_adv.attacks.objectives import prediction
@@ -134,7 +135,7 @@ def unit_gradient(gradient: Array, otherwise: Array) -> Array:
 
 
 def distance_to_boundary(value: Array, gradient: Array, ball: norms.Norm) -> Array:
-    """Returns the distance of each point from its linearised boundary, |value| / |gradient|_q with the dual norm q, [b].
+    """Returns the distance of each point from its linearised boundary, |value| / |gradient|_q (q dual), [b].
 
     It is infinite where the gradient is zero.
     """
@@ -142,6 +143,19 @@ def distance_to_boundary(value: Array, gradient: Array, ball: norms.Norm) -> Arr
     slope = ball.dual(gradient / scale).reshape(-1)
     distance = jnp.abs(_base.finite_values(value, gradient)) / scale.reshape(-1) / jnp.where(slope > 0, slope, 1)
     return jnp.where(slope > 0, distance, jnp.inf)
+
+
+def l2_project(point: Array, x: Array, eps: Array, low: float, high: float) -> Array:
+    """Returns the nearest point to `point` in the L2 ball of radius eps [b] around x and inside the bounds.
+
+    It is x + clip(s d) with d = point - x and the largest s <= 1 for which its length is at most eps.
+    """
+    d = point - x
+    room = jnp.where(d > 0, high - x, x - low).reshape(len(x), -1)
+    size = jnp.abs(d).reshape(len(x), -1)
+    reach = room / jnp.where(size > 0, size, 1)  # s up to which an entry is not clipped
+    s = jnp.minimum(jnp.sqrt(level(size * size, reach * reach, eps * eps)), 1)
+    return jnp.clip(x + s.reshape(-1, *(1,) * (x.ndim - 1)) * d, low, high)
 
 
 def cosine(first: float, last: float, k: Array, num_steps: int, x: Array) -> Array:
@@ -168,7 +182,7 @@ def minimum_norm(attack: Attack) -> MinimumNormAttack:
       >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
       >>> fab = attacks.minimum_norm(attacks.fab)
       >>> fab(jax.random.key(0), logits_fn, x, y, norm="l2").distance
-      Array([0.088], dtype=float32)
+      Array([0.089], dtype=float32)
     """
     if missing := [name for name in ("eps", "norm") if name not in inspect.signature(attack).parameters]:
         raise ValueError(f"attack must have an argument {missing[0]}, such as attacks.fab_targeted has, got {attack}.")
