@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 from jax.typing import ArrayLike
 
 from lt_adv.attacks import _base, checks, norms, tracing
@@ -120,6 +120,7 @@ def problem(
             kind = f"{targets.dtype} {targets.shape}"
             raise ValueError(f"targets must be integer labels [batch] = {y.shape}, got {kind}.")
         targets = targets.astype(jnp.int32)
+    x = lax.stop_gradient(x)  # the loops of projections cannot be differentiated
     return Problem(logits_fn, x, y.astype(jnp.int32), targets, norms.get(norm), low, high)
 
 
