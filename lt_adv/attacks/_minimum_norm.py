@@ -161,7 +161,7 @@ def l2_project(point: Array, x: Array, eps: Array, low: float, high: float) -> A
 
 def cosine(first: float, last: float, k: Array, num_steps: int, x: Array) -> Array:
     """Returns the value at step k, in the type of x, of a cosine schedule from `first` (k = 0) to `last`."""
-    return last + (first - last) / 2 * (1 + jnp.cos(k.astype(x.dtype) * (jnp.pi / num_steps)))
+    return last + (first - last) / 2 * (1 + jnp.cos(jnp.asarray(k, x.dtype) * (jnp.pi / num_steps)))
 
 
 def minimum_norm(attack: Attack) -> MinimumNormAttack:

@@ -47,7 +47,7 @@ ATTACKS = {
 MINIMUM_NORM = {
     "ddn": {"num_steps": 3, "norm": "l2"},
     "fmn": {"num_steps": 3, "norm": "linf"},
-    "deepfool": {"num_steps": 3, "norm": "l2"},
+    "deepfool": {"num_steps": 10, "norm": "l2"},
 }
 PROBS = jax.nn.softmax(Z)
 FUNCTIONS = {
