@@ -13,7 +13,7 @@ import numpy as np
 from lt_adv import attacks
 from tests.attacks.conftest import GOLDEN, load
 
-IMAGES = 100  # of those in the golden file, which has foolbox's distances
+IMAGES = 200  # all of those in the golden file, which has foolbox's distances
 
 if __name__ == "__main__":
     with open(os.path.join(GOLDEN, "minimum_norm.json")) as file:
