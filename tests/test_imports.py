@@ -30,7 +30,7 @@ NUMERIC = {"jax", "numpy", "optax"}
 EXTERNAL: dict[str, set[str]] = {
     "__init__": set(),
     "runtime": {"etils", "jax", "numpy"},
-    "attacks": NUMERIC,
+    "attacks": NUMERIC | {"matplotlib"},  # for a plot only, see test_lean_import
     "losses": NUMERIC,
     "compilation": NUMERIC,
     "models": NUMERIC | {"flax", "torch"},

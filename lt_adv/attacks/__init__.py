@@ -15,8 +15,13 @@ Examples:
 
 from lt_adv.attacks._apgd import apgd, apgd_targeted
 from lt_adv.attacks._autoattack import autoattack
+from lt_adv.attacks._ddn import ddn
+from lt_adv.attacks._deepfool import deepfool
 from lt_adv.attacks._fab import fab, fab_targeted
+from lt_adv.attacks._fmn import fmn
 from lt_adv.attacks._jit import jit
+from lt_adv.attacks._minimum_norm import minimum_norm
+from lt_adv.attacks._robustness_curve import robustness_curve
 from lt_adv.attacks._square import square
 from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
 from lt_adv.attacks.networks import channels_first, ensemble, normalized, select_output
@@ -40,16 +45,21 @@ __all__ = [
     "cross_entropy",
     "stable_cross_entropy",
     "cw",
+    "ddn",
+    "deepfool",
     "logit_margin",
     "dlr",
     "fab",
     "fab_targeted",
     "fgsm",
+    "fmn",
     "kl_divergence",
     "cw_margin",
     "mim",
+    "minimum_norm",
     "pgd",
     "prediction",
+    "robustness_curve",
     "square",
     "targeted_logit_margin",
     "targeted_dlr",

@@ -44,6 +44,11 @@ ATTACKS = {
     "fab_targeted": {"eps": 0.1, "num_steps": 2, "num_targets": 2},
     "square": {"eps": 0.1, "num_queries": 5},
 }
+MINIMUM_NORM = {
+    "ddn": {"num_steps": 3, "norm": "l2"},
+    "fmn": {"num_steps": 3, "norm": "linf"},
+    "deepfool": {"num_steps": 10, "norm": "l2"},
+}
 PROBS = jax.nn.softmax(Z)
 FUNCTIONS = {
     **{
@@ -87,7 +92,9 @@ FUNCTIONS = {
 
 
 def test_every_public_function_is_tested():
-    named = {f"attacks.{name}" for name in (*ATTACKS, "autoattack", "jit")}
+    named = {
+        f"attacks.{name}" for name in (*ATTACKS, *MINIMUM_NORM, "autoattack", "jit", "minimum_norm", "robustness_curve")
+    }
     named |= {name.partition(" ")[0].rstrip(",") for name in FUNCTIONS}
     public = {f"attacks.{name}" for name in attacks.__all__} | {f"losses.{name}" for name in losses.__all__}
     assert named == public
@@ -120,6 +127,25 @@ def test_attacks(name, mode, norm):
     with MODES[mode]():
         x_adv = jax.block_until_ready(attack(KEY, network, X, Y, **options))
     assert np.isfinite(x_adv).all() and (np.asarray(x_adv) != np.asarray(X)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", MINIMUM_NORM)
+def test_minimum_norm_attacks(name, mode):
+    with MODES[mode]():
+        result = jax.block_until_ready(getattr(attacks, name)(KEY, network, X, Y, **MINIMUM_NORM[name]))
+    assert np.isfinite(result.distance).all() and (np.asarray(result.x_adv) != np.asarray(X)).any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "no jit"])  # it runs compiled programs
+def test_robustness_curve(mode):
+    with MODES[mode]():
+        curve = attacks.robustness_curve(
+            KEY, network, X, Y, [0.0, 0.01], attack=attacks.minimum_norm(attacks.fab_targeted), check_radii=[0.01]
+        )
+    assert curve.accuracy[0] == 1 and np.isfinite(curve.distances).all()
 
 
 @pytest.mark.slow
