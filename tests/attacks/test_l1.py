@@ -56,7 +56,7 @@ def test_projection_equals_a_convex_solver(float64):
 
 
 @hypothesis.given(seed=st.integers(0, 2**31), eps=st.floats(0, 10), scale=st.sampled_from([1e-3, 1.0, 30.0]))
-@hypothesis.settings(max_examples=30, deadline=None)
+@hypothesis.settings(max_examples=15, deadline=None)
 def test_projection_is_idempotent_and_batch_independent(seed, eps, scale):
     rng = np.random.default_rng(seed)
     x = rng.uniform(size=(8, 4, 3)).astype(np.float32)
@@ -180,24 +180,20 @@ def test_stages_of_apgd():
 
 
 @pytest.mark.parametrize("name", ["pgd", "mim", "apgd", "apgd_targeted", "fab", "fab_targeted", "square"])
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_results_lie_in_the_ball_and_the_box(name, dtype):
-    with jax.enable_x64(dtype == np.float64):
-        x = np.random.default_rng(1).uniform(size=(6, 6, 6, 3)).astype(dtype)
-        weights = np.random.default_rng(2).normal(size=(108, 5)).astype(dtype)
-        logits_fn = lambda x: x.reshape(len(x), -1) @ weights  # noqa: E731
-        y = np.asarray(logits_fn(x)).argmax(1)
-        y[0] = (y[0] + 1) % 5  # wrong: not attacked, except by PGD and MIM
-        eps = np.array([0, 0.1, 0.5, 1, 2, 100], dtype)
-        options = {"pgd": {"step_size": 0.3, "num_steps": 5}, "mim": {"step_size": 0.3, "num_steps": 5}}
-        options |= {"square": {"num_queries": 30}}
-        run = jax.jit(
-            partial(getattr(attacks, name), norm="l1", **options.get(name, {"num_steps": 8})), static_argnums=1
-        )
-        keys = jax.random.split(jax.random.key(0), 6)
-        x_adv = np.asarray(run(keys, logits_fn, x, y, eps=eps))
-        assert x_adv.dtype == dtype and x_adv.min() >= 0 and x_adv.max() <= 1
-        assert (np.abs(x_adv - x).sum((1, 2, 3)) <= eps * (1 + 1e-5) + 1e-6).all()
-        assert (np.abs(x_adv - x).sum((1, 2, 3))[2:5] > 0).all() or name.startswith("fab")
-        parts = [run(keys[i : i + 3], logits_fn, x[i : i + 3], y[i : i + 3], eps=eps[i : i + 3]) for i in (0, 3)]
-        np.testing.assert_allclose(np.concatenate(parts), x_adv, atol=1e-5)
+def test_results_lie_in_the_ball_and_the_box(name):
+    x = np.random.default_rng(1).uniform(size=(6, 6, 6, 3)).astype(np.float32)
+    weights = np.random.default_rng(2).normal(size=(108, 5)).astype(np.float32)
+    logits_fn = lambda x: x.reshape(len(x), -1) @ weights  # noqa: E731
+    y = np.asarray(logits_fn(x)).argmax(1)
+    y[0] = (y[0] + 1) % 5  # wrong: not attacked, except by PGD and MIM
+    eps = np.array([0, 0.1, 0.5, 1, 2, 100], np.float32)
+    options = {"pgd": {"step_size": 0.3, "num_steps": 5}, "mim": {"step_size": 0.3, "num_steps": 5}}
+    options |= {"square": {"num_queries": 30}}
+    run = jax.jit(partial(getattr(attacks, name), norm="l1", **options.get(name, {"num_steps": 8})), static_argnums=1)
+    keys = jax.random.split(jax.random.key(0), 6)
+    x_adv = np.asarray(run(keys, logits_fn, x, y, eps=eps))
+    assert x_adv.min() >= 0 and x_adv.max() <= 1
+    length = np.abs(x_adv - x).sum((1, 2, 3))
+    assert (length <= eps * (1 + 1e-5) + 1e-6).all() and ((length[2:5] > 0).all() or name.startswith("fab"))
+    parts = [run(keys[i : i + 3], logits_fn, x[i : i + 3], y[i : i + 3], eps=eps[i : i + 3]) for i in (0, 3)]
+    np.testing.assert_allclose(np.concatenate(parts), x_adv, atol=1e-5)
