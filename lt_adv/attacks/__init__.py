@@ -18,7 +18,7 @@ from lt_adv.attacks._autoattack import autoattack
 from lt_adv.attacks._fab import fab, fab_targeted
 from lt_adv.attacks._jit import jit
 from lt_adv.attacks._square import square
-from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
+from lt_adv.attacks.gradient import cw, fgsm, fgsm_rs, mim, n_fgsm, pgd
 from lt_adv.attacks.networks import channels_first, ensemble, normalized, select_output
 from lt_adv.attacks.objectives import (
     cross_entropy,
@@ -45,9 +45,11 @@ __all__ = [
     "fab",
     "fab_targeted",
     "fgsm",
+    "fgsm_rs",
     "kl_divergence",
     "cw_margin",
     "mim",
+    "n_fgsm",
     "pgd",
     "prediction",
     "square",
