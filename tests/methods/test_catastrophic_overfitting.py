@@ -55,9 +55,9 @@ def accuracies(key, train, test, *, name):
 def test_fgsm_overfits_catastrophically_and_n_fgsm_does_not():
     """Means over three seeds, on 500 test images of digits in ten classes.
 
-    Measured with eight seeds: trained on FGSM, an accuracy of 60 to 64 % under FGSM, but of 13 to 16 % under PGD-20;
-    trained on N-FGSM, 51 to 61 % and 27 to 43 % (median 40 %). FGSM-RS lies between, 25 % under PGD-20 (two seeds). The
-    networks here do not lose robustness suddenly, as larger ones do: trained on FGSM they are at 11 to 18 % under PGD-20
+    Measured with eight seeds: trained on FGSM, an accuracy of 60 to 63 % under FGSM, but of 12 to 16 % under PGD-20;
+    trained on N-FGSM, 51 to 61 % and 27 to 43 % (median 39 %). FGSM-RS lies between, 25 % under PGD-20 (two seeds).
+    Unlike larger networks, these do not lose robustness suddenly: trained on FGSM they are at 11 to 18 % under PGD-20
     after every hundredth step.
     """
     digits = load_digits()
