@@ -45,11 +45,9 @@ __all__ = [
     "fab",
     "fab_targeted",
     "fgsm",
-    "fgsm_rs",
     "kl_divergence",
     "cw_margin",
     "mim",
-    "n_fgsm",
     "pgd",
     "prediction",
     "square",
@@ -59,4 +57,6 @@ __all__ = [
     "ensemble",
     "normalized",
     "select_output",
+    "fgsm_rs",
+    "n_fgsm",
 ]

@@ -46,7 +46,6 @@ ATTACKS = {
     "fab_targeted": {"eps": 0.1, "num_steps": 2, "num_targets": 2},
     "square": {"eps": 0.1, "num_queries": 5},
 }
-LINF_ONLY = ("fgsm_rs", "n_fgsm")
 PROBS = jax.nn.softmax(Z)
 FUNCTIONS = {
     **{
@@ -97,6 +96,7 @@ def test_every_public_function_is_tested():
 
 
 # Types and ranks in a program depend on the norm; values and transfers are tested with one norm.
+LINF_ONLY = ("fgsm_rs", "n_fgsm")
 L2_MODES = ("rank promotion", "dtype promotion", "float64")
 
 
