@@ -32,6 +32,7 @@ CHOICES = {
     "model.name": classifier.BACKBONES,
     "model.dtype": classifier.DTYPES,
     "model.head.name": classifier.HEADS,
+    "attack.name": base.ATTACKS,
     "attack.start": initialization.STARTS,
     "attack.dtype": classifier.DTYPES,
     "optim.schedule": optimizer.SCHEDULES,

@@ -47,11 +47,11 @@ def describe(config: Any) -> dict[str, Any]:
         "network": NETWORKS.get(model.name, wide_resnet),
         "dtype": model.dtype,
         "attack_dtype": config.attack.dtype or model.dtype,
-        "method": config.method.name,
+        "method": config.method.name + ("" if config.attack.name == "pgd" else f", {config.attack.name}"),
         "fidelity": config.fidelity,
         "batch_size": config.optim.batch_size,
         "eval_batch_size": config.eval.batch_size,
-        "num_steps": config.attack.num_steps,
+        "num_steps": config.attack.num_steps if config.attack.name == "pgd" else 1,
         "parallel": config.parallel,
     }
 

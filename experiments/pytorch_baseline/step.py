@@ -24,6 +24,7 @@ SUPPORTED = {  # entry of the config -> supported values, of which the first is 
     "average.name": ("none",),
     "model.dropout": (0.0,),
     "addons": ((),),
+    "attack.name": ("pgd",),
 }
 
 

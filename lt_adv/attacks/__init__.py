@@ -23,7 +23,7 @@ from lt_adv.attacks._jit import jit
 from lt_adv.attacks._minimum_norm import minimum_norm
 from lt_adv.attacks._robustness_curve import robustness_curve
 from lt_adv.attacks._square import square
-from lt_adv.attacks.gradient import cw, fgsm, mim, pgd
+from lt_adv.attacks.gradient import cw, fgsm, fgsm_rs, mim, n_fgsm, pgd
 from lt_adv.attacks.networks import channels_first, ensemble, normalized, select_output
 from lt_adv.attacks.objectives import (
     cross_entropy,
@@ -67,4 +67,6 @@ __all__ = [
     "ensemble",
     "normalized",
     "select_output",
+    "fgsm_rs",
+    "n_fgsm",
 ]

@@ -1,9 +1,9 @@
-"""Gradient attacks in a ball: FGSM, PGD, MIM and CW.
+"""Gradient attacks: FGSM, PGD, MIM and CW in a ball, and FGSM-RS and N-FGSM for training.
 
 Rules that hold for all of them:
 
-- A random start and `x_init` are not clipped before the first step. After each step x_adv is projected to the ball and
-  clipped to `bounds`.
+- A random start and `x_init` are not clipped before the first step, except to `bounds` in FGSM-RS and N-FGSM. After
+  each step x_adv is projected to the ball, except in N-FGSM, and clipped to `bounds`.
 - A gradient entry that is not finite counts as zero, so x_adv is always finite. No gradient flows through the result.
 - The result for an example depends on its own key only, never on the batch size. Keys of other implementations than
   threefry2x32 are replaced by threefry keys derived from them.
@@ -293,6 +293,155 @@ def cw(
         key, logits_fn, x, y, eps=eps, step_size=step_size, num_steps=num_steps, objective=objective, norm=norm,
         start=start, x_init=x_init, targets=targets, num_restarts=num_restarts, return_best=return_best, bounds=bounds,
     )  # fmt: skip
+
+
+def fgsm_rs(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    *,
+    eps: ArrayLike,
+    step_size: ArrayLike | None = None,
+    objective: Objective = cross_entropy,
+    bounds: Bounds = (0.0, 1.0),
+) -> Array:
+    """FGSM with a random start, for training: x_adv = P(x_0 + a sign(grad_x L(x_0, y))), x_0 = clip(x + U(-eps, eps)).
+
+    P projects to the L-inf ball and clips to the bounds, a is the step size.
+
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
+        shard_map give one key per example: each device would count i from zero.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
+      eps: radius of the ball, scalar or [batch], in the units of x, or one radius for each entry, an array with the
+        dimensions of x that broadcasts to it.
+      step_size: length of the step, in the shapes of eps and the units of x; None is 1.25 eps.
+      objective: (logits, y) -> [batch], maximised for each example by itself.
+      bounds: (low, high), the range of valid pixels.
+
+    Returns:
+      x_adv, an array like x, in the ball and the bounds.
+
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Examples:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> attacks.fgsm_rs(jax.random.key(0), logits_fn, x, y, eps=0.125, step_size=0.25)
+      Array([[0.375, 0.5  ]], dtype=float32)
+
+    References:
+      Wong et al., "Fast is better than free: revisiting adversarial training", ICLR 2020, algorithm 3.
+      x_0 is clipped to the bounds as in the released code; the algorithm has no bounds.
+      Differs from the released code: the code normalises its images by channel, and draws the noise of every channel
+      from (-eps / std of the channel, eps / std of the first one). Its network is in training mode.
+    """
+    return _noisy_step(
+        key, logits_fn, x, y, eps=eps, noise=1.0, step_size=step_size, relative_step_size=1.25, in_ball=True,
+        objective=objective, bounds=bounds,
+    )  # fmt: skip
+
+
+def n_fgsm(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    *,
+    eps: ArrayLike,
+    noise: float = 2.0,
+    step_size: ArrayLike | None = None,
+    objective: Objective = cross_entropy,
+    bounds: Bounds = (0.0, 1.0),
+) -> Array:
+    """Noise-FGSM, for training: x_adv = clip(x_0 + a sign(grad_x L(x_0, y))), x_0 = clip(x + U(-k eps, k eps)).
+
+    x_adv is not projected to the ball: it lies up to k eps + a away from x. It is an example to train on at the radius
+    eps, which prevents the catastrophic overfitting of single-step training; an accuracy on it is not the robust
+    accuracy at eps.
+
+    Args:
+      key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
+        shard_map give one key per example: each device would count i from zero.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      x: images [batch, ...], float32 or float64, inside `bounds`.
+      y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
+      eps: radius, scalar or [batch], in the units of x, or one radius for each entry, an array with the dimensions of x
+        that broadcasts to it.
+      noise: k, the half-width of the noise in units of eps.
+      step_size: a, the length of the step, in the shapes of eps and the units of x; None is eps.
+      objective: (logits, y) -> [batch], maximised for each example by itself.
+      bounds: (low, high), the range of valid pixels.
+
+    Returns:
+      x_adv, an array like x, in the bounds; not in the ball of radius eps.
+
+    Raises:
+      ValueError: for images, labels, logits or options that do not fit.
+
+    Examples:
+      >>> logits_fn = lambda x: x @ jnp.array([[1.0, -1.0], [-1.0, 1.0]])
+      >>> x, y = jnp.array([[0.5, 0.375]]), jnp.array([0])
+      >>> attacks.n_fgsm(jax.random.key(0), logits_fn, x, y, eps=0.125, noise=0.0)  # FGSM
+      Array([[0.375, 0.5  ]], dtype=float32)
+
+    References:
+      De Jorge et al., "Make some noise: reliable and efficient single-step adversarial training", NeurIPS 2022,
+      section 4. Both x_0 and x_adv are clipped to the bounds, as in the released code.
+      Differs from the released code: its network is in training mode.
+    """
+    noise = checks.traceable_number("noise", noise, low=0.0)
+    return _noisy_step(
+        key, logits_fn, x, y, eps=eps, noise=noise, step_size=step_size, relative_step_size=1.0, in_ball=False,
+        objective=objective, bounds=bounds,
+    )  # fmt: skip
+
+
+def _noisy_step(
+    key: Array,
+    logits_fn: LogitsFn,
+    x: Array,
+    y: Array,
+    *,
+    eps: ArrayLike,
+    noise: float,
+    step_size: ArrayLike | None,
+    relative_step_size: float,
+    in_ball: bool,
+    objective: Objective,
+    bounds: Bounds,
+) -> Array:
+    """Adds uniform noise of half-width noise * eps, then a step of `step_size`, or else relative_step_size * eps."""
+    x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
+    low, high = checks.check_bounds(bounds)
+    checks.check_images(x, (low, high))
+    checks.check_batch(y, x.shape[0])
+    checks.check_objective(objective)
+    norms.check_length("eps", eps, x.shape[0], image=x.shape[1:])
+    if step_size is not None:
+        norms.check_length("step_size", step_size, x.shape[0], image=x.shape[1:])
+
+    def total(x_0: Array) -> Array:
+        logits = checks.check_logits(logits_fn(x_0), x)
+        return jnp.sum(checks.check_values(objective(logits, y), x))
+
+    def noisy_step() -> Array:
+        radius = norms.per_example(eps, x)
+        step_length = relative_step_size * radius if step_size is None else norms.per_example(step_size, x)
+        ball = norms.get("linf")
+        x_0 = starting_point(key, x, jnp.asarray(noise, x.dtype) * radius, "uniform", ball)
+        x_0 = lax.stop_gradient(jnp.clip(x_0, low, high))
+        gradient = hoist(with_fast_convolutions(jax.grad(total)), x_0)(x_0)
+        x_adv = x_0 + step_length * ball.direction(norms.finite(gradient))
+        x_adv = ball.project(x_adv, x, radius, low, high) if in_ball else jnp.clip(x_adv, low, high)
+        # Inside a trace the values of eps, step_size and noise are not checked: they may not be finite.
+        return lax.stop_gradient(jnp.where(jnp.isfinite(x_adv), x_adv, x))
+
+    return tracing.run_compiled(noisy_step, key, x, y, eps, step_size, noise)
 
 
 class _Worst(NamedTuple):

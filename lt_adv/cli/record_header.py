@@ -46,8 +46,7 @@ def _training(experiment: Experiment, meta: Mapping[str, Any]) -> dict[str, Any]
     return {
         "method": describe_method(experiment),
         "fidelity": config.fidelity,
-        "training_attack": f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps, start {start}"
-        + (f", in {attack.dtype}" if attack.dtype else ""),
+        "training_attack": training_attack(attack, start),
         "epochs": config.optim.epochs,
         "checkpoint": config.eval.checkpoint,
         "checkpoint_step": meta["step"],
@@ -56,6 +55,17 @@ def _training(experiment: Experiment, meta: Mapping[str, Any]) -> dict[str, Any]
         "weights": "averaged" if config.average.name != "none" else "last step",
         "seed": config.seed,
     }
+
+
+def training_attack(attack: ConfigDict, start: str) -> str:
+    """Returns the description of `config.attack`: "n_fgsm, eps 0.03, step 1 eps, noise 2 eps, in bfloat16"."""
+    if attack.name == "pgd":
+        text = f"eps {attack.eps!r}, step {attack.step_size!r}, {attack.num_steps} steps, start {start}"
+    else:
+        step = attack.relative_step_size or {"fgsm": 1.0, "fgsm_rs": 1.25, "n_fgsm": 1.0}[attack.name]
+        text = f"{attack.name}, eps {attack.eps!r}, step {step:g} eps"
+        text += f", noise {attack.noise:g} eps" if attack.name == "n_fgsm" else ""
+    return text + (f", in {attack.dtype}" if attack.dtype else "")
 
 
 def describe_method(experiment: Experiment) -> str:

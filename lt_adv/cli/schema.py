@@ -42,6 +42,7 @@ def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
     Raises:
       ValueError: an entry does not fit another one, or has no effect.
     """
+    _validate_training_attack(config.attack)
     start, used = config.attack.start, stages[-1].method.attack_start
     if start not in (None, used):
         raise ValueError(
@@ -77,6 +78,19 @@ def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
         raise ValueError("config.average.start_epoch applies to 'swa' only: leave it at 0 for 'ema'.")
     if config.average.name == "swa":
         integer(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
+
+
+def _validate_training_attack(attack: ConfigDict) -> None:
+    """Raises ValueError for an option that the attack `attack.name` does not have."""
+    if attack.name != "pgd" and attack.start is not None:
+        raise ValueError(f"config.attack.start applies to 'pgd' only, not to {attack.name!r}: leave it out.")
+    if attack.name != "n_fgsm" and attack.noise != (default := ENTRIES["attack.noise"].default):
+        raise ValueError(f"config.attack.noise applies to 'n_fgsm' only: leave it at {default:g} for {attack.name!r}.")
+    if attack.name not in ("fgsm_rs", "n_fgsm") and attack.relative_step_size is not None:
+        raise ValueError(
+            "config.attack.relative_step_size applies to 'fgsm_rs' and 'n_fgsm' only: leave it out for "
+            f"{attack.name!r}."
+        )
 
 
 def uses_external_weights(config: ConfigDict) -> bool:

@@ -41,6 +41,11 @@ def resolve(spec: AttackSpec) -> tuple[str, dict[str, Any]]:
     """
     options = {name: value for name, value in spec.items() if value is not None}
     name = options.pop("attack", None)
+    if name == "n_fgsm":
+        raise ValueError(
+            "n_fgsm is an attack for training: its result lies outside the ball of radius eps, so that the accuracy "
+            "under it is not the robust accuracy at eps. Evaluate with pgd or autoattack."
+        )
     if name not in NAMES:
         raise registry.unknown("attack", name, NAMES)
     parameters = {

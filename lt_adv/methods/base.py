@@ -18,6 +18,7 @@ Config = Any  # ml_collections.ConfigDict
 Objective = Callable[[Array, Array], Array]  # (logits, y) -> [b], which the attack maximizes
 T = TypeVar("T")
 FIDELITIES = ("paper", "released_code")
+ATTACKS = ("pgd", "fgsm", "fgsm_rs", "n_fgsm")  # `config.attack.name`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -195,6 +196,10 @@ def _check(path: str, value: object, rule: Mapping[str, Any]) -> None:
 class Method:
     """Base class of all methods: PGD as inner attack, one stage, no state. A subclass overrides `loss`, rarely more.
 
+    `attack` is the search of the inner maximization: "pgd", "fgsm" (one step of eps from the image), "fgsm_rs" or
+    "n_fgsm" of `lt_adv.attacks`. The objective is that of the method. `num_steps`, `start` and the step size of the
+    config are options of "pgd".
+
     `fidelity` is "paper" or "released_code", which also reproduces the peculiarities of the authors' code that the
     docstring of the method lists.
     """
@@ -206,11 +211,18 @@ class Method:
     num_steps: int = 10  # of the inner attack
     start: str = "uniform"  # of the inner attack
     fidelity: str = "paper"
+    attack: str = "pgd"
+    noise: float = 2.0  # of "n_fgsm", in units of eps
+    relative_step_size: float | None = None  # of "fgsm_rs" and "n_fgsm", in units of eps; None is that of their papers
 
     def __post_init__(self) -> None:
         if self.fidelity not in FIDELITIES:
             raise registry.unknown("config.fidelity", self.fidelity, FIDELITIES)
         registry.check_number("config.attack.num_steps", self.num_steps, "[0, inf)", int)
+        if self.attack not in ATTACKS:
+            raise registry.unknown("config.attack.name", self.attack, ATTACKS)
+        if self.no_attack and self.attack != "pgd":
+            raise ValueError(f"config.attack.name is {self.attack!r}, but config.method has no attack: leave it out.")
         for field in dataclasses.fields(self):
             if field.metadata:  # of `hyper_parameter`
                 if field.default is None and getattr(self, field.name) is None:
@@ -241,23 +253,32 @@ class Method:
         return params
 
     def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
-        """Returns adversarial examples [b, h, w, c]: by default PGD on the cross-entropy, with `train=False`.
+        """Returns adversarial examples [b, h, w, c]: by default those of `attack` on the cross-entropy, `train=False`.
 
         `key` is one key per example [b], so that the result does not depend on the number of devices.
         """
         del method_state, progress
-        return self.pgd(key, net, batch, batch.label)
+        return self.maximize(key, net, batch, batch.label)
 
-    def pgd(
+    def maximize(
         self, key: Array, net: Net, batch: Batch, y: Array, *, objective: Objective = attacks.cross_entropy
     ) -> Array:
-        """Returns the result of PGD on `objective(logits, y)`, the inner attack of most methods."""
+        """Returns the result of `attack` on `objective(logits, y)`, the inner maximization of most methods."""
+
+        def logits_fn(x: Array) -> Array:
+            return net(x, train=False)[0]
+
+        arguments, eps = (key, logits_fn, batch.image, y), batch.eps
+        step_size = None if self.relative_step_size is None else self.relative_step_size * eps
+        if self.attack == "fgsm":
+            return attacks.fgsm(*arguments, eps=eps, objective=objective)
+        if self.attack == "fgsm_rs":
+            return attacks.fgsm_rs(*arguments, eps=eps, step_size=step_size, objective=objective)
+        if self.attack == "n_fgsm":
+            return attacks.n_fgsm(*arguments, eps=eps, noise=self.noise, step_size=step_size, objective=objective)
         return attacks.pgd(
-            key,
-            lambda x: net(x, train=False)[0],
-            batch.image,
-            y,
-            eps=batch.eps,
+            *arguments,
+            eps=eps,
             step_size=batch.step_size,
             num_steps=self.num_steps,
             start=self.attack_start,

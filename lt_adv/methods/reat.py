@@ -41,7 +41,7 @@ class REAT(base.Method):
 
     def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
         weight = losses.rebalanced_weights(net.info.class_counts, method_state["predicted"])[batch.label]
-        return self.pgd(key, net, batch, batch.label, objective=lambda z, y: weight * attacks.cross_entropy(z, y))
+        return self.maximize(key, net, batch, batch.label, objective=lambda z, y: weight * attacks.cross_entropy(z, y))
 
     def loss(
         self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress

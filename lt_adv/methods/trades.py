@@ -28,9 +28,17 @@ class Trades(base.Method):
     start: str = "gaussian"
     beta: float = base.hyper_parameter(6.0, "[0, inf)")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.attack == "fgsm":
+            raise ValueError(
+                "config.attack.name is 'fgsm', but the KL divergence of method trades has no gradient at the clean "
+                "image: use 'fgsm_rs' or 'n_fgsm'."
+            )
+
     def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
         clean = jax.nn.softmax(net(batch.image, train=False)[0])
-        return self.pgd(key, net, batch, clean, objective=attacks.kl_divergence)
+        return self.maximize(key, net, batch, clean, objective=attacks.kl_divergence)
 
     def loss(
         self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress

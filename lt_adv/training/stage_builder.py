@@ -77,7 +77,8 @@ class StageProgram:
 
 def create_method(config: ConfigDict) -> Method:
     """Returns the configured method without add-ons, with a value for every option."""
-    inner = {name: config.attack[name] for name in ("num_steps", "start") if config.attack.get(name) is not None}
+    fields = {name: name for name in ("num_steps", "start", "noise", "relative_step_size")} | {"name": "attack"}
+    inner = {fields[name]: value for name, value in config.attack.items() if name in fields and value is not None}
     return methods.create(config.method.to_dict(), fidelity=config.fidelity, **inner)
 
 

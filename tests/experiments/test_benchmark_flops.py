@@ -156,6 +156,9 @@ def test_attack_step_is_a_forward_and_a_gradient(build):
 
     forward = 2 * wide_resnet_multiply_adds(10, 1)
     assert step(1) - step(0) == 2 * forward and step(3) - step(0) == 3 * 2 * forward
+    for name in ("fgsm", "fgsm_rs", "n_fgsm"):  # one step, whatever config.attack.num_steps is
+        config = ("robal.py:dataset=cifar10", *SMALL, f"--config.attack.name={name}")
+        assert flops.step(build(*config)) == step(1), name
 
 
 def test_repeated_forwards_of_the_released_code_count_once(build):

@@ -21,13 +21,16 @@ from lt_adv.methods.base import (
 class AddOn(Method):
     """A method around an inner method, to which it delegates by default.
 
-    The fields of `Method` (`num_steps`, `start`, `fidelity`) are copied from the inner method. An add-on overrides
-    `perturb` or `loss`, and wraps every stage of the inner method.
+    The fields of `Method` (`attack`, `num_steps`, `start`, `fidelity` ...) are copied from the inner method. An add-on
+    overrides `perturb` or `loss`, and wraps every stage of the inner method.
     """
 
     num_steps: int = dataclasses.field(init=False)
     start: str = dataclasses.field(init=False)
     fidelity: str = dataclasses.field(init=False)
+    attack: str = dataclasses.field(init=False)
+    noise: float = dataclasses.field(init=False)
+    relative_step_size: float | None = dataclasses.field(init=False)
     inner: Method
 
     def __post_init__(self) -> None:

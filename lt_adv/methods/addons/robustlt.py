@@ -32,7 +32,8 @@ class RobustLT(base.AddOn):
 
     As in the released code, the attack starts at x + U(-eps, eps) with the common radius, clipped to [0, 1], whatever
     the `start` of the inner method. Every forward of its `perturb` normalizes by the statistics of the batch and does
-    not update the running ones. The evaluation is unchanged: one radius for all classes.
+    not update the running ones. The evaluation is unchanged: one radius for all classes. The attacks `fgsm`, `fgsm_rs`
+    and `n_fgsm` of `config.attack.name` keep their own start, at the radius of the class.
 
     Differs from the released code, in either fidelity, in the running statistics. The code updates them three or four
     times per step: with the forwards of the loss (one or two, depending on the method), and then with x_adv and x for
@@ -53,10 +54,12 @@ class RobustLT(base.AddOn):
         object.__setattr__(self, "released_start", None)
 
     def perturb(self, key: Array, net: Net, batch: Batch, method_state: MethodState, progress: TrainProgress) -> Array:
-        eps = norms.per_example(batch.eps, batch.image)
-        start = initialization.starting_point(key, batch.image, eps, "uniform", norms.get("linf"))
-        batch = dataclasses.replace(self._scaled(batch, net.info, progress), x_init=jnp.clip(start, 0, 1))
-        return self.inner.perturb(key, net.with_batch_statistics(), batch, method_state, progress)
+        scaled = self._scaled(batch, net.info, progress)
+        if self.attack == "pgd":
+            eps = norms.per_example(batch.eps, batch.image)
+            start = initialization.starting_point(key, batch.image, eps, "uniform", norms.get("linf"))
+            scaled = dataclasses.replace(scaled, x_init=jnp.clip(start, 0, 1))
+        return self.inner.perturb(key, net.with_batch_statistics(), scaled, method_state, progress)
 
     def _scaled(self, batch: Batch, info: DataInfo, progress: TrainProgress) -> Batch:
         ramp = progress.epoch / (self.warmup * progress.epochs) if self.warmup else 1.0
