@@ -22,9 +22,12 @@ TARGETED = {
     "mim": STEPS,
     "cw": STEPS,
     "apgd": {"eps": EPS, "num_steps": 20},
-    "apgd_targeted": {"eps": EPS, "num_steps": 20},
+    "apgd_targeted": {"eps": EPS, "num_steps": 20, "num_targets": 2},
     "fab": {"eps": EPS, "num_steps": 20},
 }
+
+
+SLOW = {"apgd", "apgd_targeted", "fab"}
 
 
 def predicted(x):
@@ -35,17 +38,18 @@ def second(x):
     return np.argsort(-np.asarray(NET.logits_fn(x)), axis=-1)[:, 1].astype(np.int32)
 
 
-@pytest.mark.parametrize("name", TARGETED)
+@pytest.mark.parametrize(
+    "name", [*sorted(set(TARGETED) - SLOW), *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(SLOW))]
+)
 def test_targets_are_hit_more_often_than_by_accident(name):
     attack = partial(getattr(attacks, name), KEY, NET.logits_fn, X, Y, **TARGETED[name])
-    targets = second(X)
-    hits, accidents = predicted(attack(targets=targets)) == targets, predicted(attack()) == targets
-    clean = predicted(X) == targets
-    assert hits.sum() > clean.sum() and hits.sum() >= accidents.sum() - 1  # the nearest class is often the second
-    rare = (Y + 5) % 10  # not the nearest class
-    assert (predicted(attack(targets=rare)) == rare).sum() >= (predicted(attack()) == rare).sum()
-    distance = np.abs(np.asarray(attack(targets=targets)) - X).max((1, 2, 3))
-    assert (distance <= TARGETED[name]["eps"] + 1e-6).all()
+    towards = jax.jit(lambda targets: attack(targets=targets))  # compiled once
+    near, rare, clean, untargeted = second(X), (Y + 5) % 10, predicted(X), predicted(attack())
+    x_adv = towards(near)
+    hits, accidents = predicted(x_adv) == near, untargeted == near
+    assert hits.sum() > (clean == near).sum() and hits.sum() >= accidents.sum() - 1  # often the nearest class
+    assert (predicted(towards(rare)) == rare).sum() >= (untargeted == rare).sum()
+    assert (np.abs(np.asarray(x_adv) - X).max((1, 2, 3)) <= TARGETED[name]["eps"] + 1e-6).all()
 
 
 def test_targeted_pgd_descends_the_objective_of_the_target():
@@ -78,17 +82,16 @@ def losses(x):
     return np.asarray(attacks.cross_entropy(NET.logits_fn(x), Y))
 
 
-@pytest.mark.parametrize("name", ["pgd", "mim", "cw"])
+@pytest.mark.parametrize("name", ["pgd", "cw"])
 def test_restarts_keep_the_worst_point(name):
     attack = partial(getattr(attacks, name), KEY, NET.logits_fn, X, Y, **STEPS)
-    single, several, more = attack(), attack(num_restarts=3), attack(num_restarts=6)
+    single, several, more = attack(), attack(num_restarts=2), attack(num_restarts=5)
     broken = [predicted(x) != Y for x in (single, several, more)]
     assert (broken[1] >= broken[0]).all() and (broken[2] >= broken[1]).all()
     if name != "cw":
         assert (losses(several)[~broken[1]] >= losses(single)[~broken[1]] - 1e-5).all()
     np.testing.assert_array_equal(several[broken[1]], more[broken[1]])  # a broken image is not attacked again
     assert (np.abs(np.asarray(more) - X).max((1, 2, 3)) <= EPS + 1e-6).all()
-    np.testing.assert_array_equal(attack(num_restarts=1), single)
 
 
 def test_best_point_is_the_worst_of_those_visited():
