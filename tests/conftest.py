@@ -71,6 +71,14 @@ def pytest_addoption(parser):
     group.addoption("--faults-seed", type=int, default=0, metavar="SEED", help="seed of the faults [0]")
 
 
+def pytest_collection_modifyitems(config, items):
+    """Deselects the long comparisons that CI leaves out, unless -m names their marker."""
+    if "extended" not in config.option.markexpr:
+        extended = {item for item in items if item.get_closest_marker("extended")}
+        config.hook.pytest_deselected(items=list(extended))
+        items[:] = [item for item in items if item not in extended]
+
+
 def pytest_terminal_summary(terminalreporter):
     """Prints how long the slow tests and the others took."""
     seconds = {"not slow": 0.0, "slow": 0.0}

@@ -131,6 +131,7 @@ def test_fab_as_a_minimum_norm_attack(norm):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_distances_are_no_larger_than_those_of_foolbox(tmp_path):
     """On the same images with the same steps and options; every image that foolbox finds a wrong point for is found.
 

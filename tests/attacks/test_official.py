@@ -40,7 +40,16 @@ def misses(net, variant, name, robust):
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("head", "variant"),
-    [("linear", "plain"), ("linear", "quantised_16"), ("linear", "l1"), ("cosine", "plain"), ("cosine", "scaled_1e4")],
+    [
+        ("linear", "plain"),
+        ("linear", "l1"),
+        ("cosine", "scaled_1e4"),
+        *(
+            pytest.param(*case, marks=pytest.mark.extended)
+            for case in (("cosine", "plain"), ("cosine", "l1"), ("linear", "scaled_1e4"))
+        ),
+        *(pytest.param(head, "quantised_16", marks=pytest.mark.extended) for head in HEADS),
+    ],
 )
 def test_official(head, variant, tmp_path, golden):
     names = ("apgd-dlr", *STANDARD) if variant == "plain" else STANDARD

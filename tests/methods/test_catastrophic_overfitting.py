@@ -52,6 +52,7 @@ def accuracies(key, train, test, *, name):
 
 
 @pytest.mark.slow
+@pytest.mark.extended
 def test_fgsm_overfits_catastrophically_and_n_fgsm_does_not():
     """Means over three seeds, on 500 test images of digits in ten classes.
 
