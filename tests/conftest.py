@@ -5,9 +5,11 @@ End-to-end runs (tests/test_end_to_end.py) are processes without these flags.
 """
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
@@ -22,6 +24,18 @@ import numpy as np
 import pytest
 
 from lt_adv.attacks import _autoattack
+
+MEMORY_MAPS = Path("/proc/self/maps")  # of this process, on Linux
+MOST_MEMORY_MAPS = 20_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_memory_maps():
+    """Frees compiled programs before the process has 65,530 memory maps, the limit of Linux: XLA crashes there."""
+    yield
+    if MEMORY_MAPS.exists() and MEMORY_MAPS.read_bytes().count(b"\n") > MOST_MEMORY_MAPS:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
