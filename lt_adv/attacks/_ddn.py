@@ -71,17 +71,17 @@ def ddn(
         evaluate = given.evaluate(stable_cross_entropy)
 
         def step(k: Array, carry: tuple[Array, Array, MinimumPerturbation]) -> tuple[Array, Array, MinimumPerturbation]:
-            point, eps, found = carry
+            point, eps, best = carry
             _, adversarial, gradient = evaluate(point)
-            found = given.nearest(found, point, adversarial)
+            best = given.nearest(best, point, adversarial)
             eps = jnp.where(adversarial, 1 - gamma, 1 + gamma).astype(x.dtype) * eps
             step_size = _minimum_norm.cosine(1.0, 0.01, k, num_steps, x)
             d = point - x + step_size * _minimum_norm.unit_gradient(gradient, otherwise)
             point = jnp.clip(x + expand_mask(eps, x) * given.ball.direction(d), given.low, given.high)
-            return lax.stop_gradient((point, eps, found))
+            return lax.stop_gradient((point, eps, best))
 
         start = (x, given.per_example(init_eps), given.nothing_found())
-        point, _, found = lax.fori_loop(0, num_steps, step, lax.stop_gradient(start))
-        return given.nearest(found, point, given.is_adversarial(given.logits(point)))
+        point, _, best = lax.fori_loop(0, num_steps, step, lax.stop_gradient(start))
+        return given.nearest(best, point, given.is_adversarial(given.logits(point)))
 
     return lax.stop_gradient(tracing.run_compiled(search, key, x, y, targets))

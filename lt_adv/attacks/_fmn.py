@@ -91,21 +91,21 @@ def fmn(
             return ball.project(point, x, expand_mask(eps, x), given.low, given.high)
 
         def step(k: Array, carry: tuple[Array, Array, MinimumPerturbation]) -> tuple[Array, Array, MinimumPerturbation]:
-            point, eps, found = carry
+            point, eps, best = carry
             margin, adversarial, gradient = evaluate(point)
-            found = given.nearest(found, point, adversarial)
+            best = given.nearest(best, point, adversarial)
             g = _minimum_norm.cosine(gamma, final_gamma, k, num_steps, x)
             to_boundary = _minimum_norm.distance_to_boundary(margin, gradient, ball)
-            grown = (1 + g) * jnp.where(jnp.isfinite(found.distance), eps, given.distance(point) + to_boundary)
-            eps = jnp.where(adversarial, jnp.minimum(eps * (1 - g), found.distance), grown)
+            grown = (1 + g) * jnp.where(jnp.isfinite(best.distance), eps, given.distance(point) + to_boundary)
+            eps = jnp.where(adversarial, jnp.minimum(eps * (1 - g), best.distance), grown)
             eps = jnp.minimum(eps, farthest)
             a = _minimum_norm.cosine(step_size, last_step_size, k, num_steps, x)
             point = point + a * _minimum_norm.unit_gradient(gradient, otherwise)
             point = project(point, eps)
-            return lax.stop_gradient((point, eps, found))
+            return lax.stop_gradient((point, eps, best))
 
         start = (x, farthest, given.nothing_found())
-        point, _, found = lax.fori_loop(0, num_steps, step, lax.stop_gradient(start))
-        return given.nearest(found, point, given.is_adversarial(given.logits(point)))
+        point, _, best = lax.fori_loop(0, num_steps, step, lax.stop_gradient(start))
+        return given.nearest(best, point, given.is_adversarial(given.logits(point)))
 
     return lax.stop_gradient(tracing.run_compiled(search, key, x, y, targets))

@@ -94,10 +94,10 @@ class Problem(NamedTuple):
         """Returns the result before the first evaluation."""
         return MinimumPerturbation(self.x, self.per_example(jnp.inf))
 
-    def nearest(self, found: MinimumPerturbation, point: Array, adversarial: Array) -> MinimumPerturbation:
-        """Returns `found`, replaced by `point` where that is adversarial and nearer to x."""
+    def nearest(self, best: MinimumPerturbation, point: Array, adversarial: Array) -> MinimumPerturbation:
+        """Returns `best`, replaced by `point` where that is adversarial and nearer to x."""
         new = MinimumPerturbation(point, self.distance(point))
-        return _base.where_rows(adversarial & (new.distance < found.distance), new, found)
+        return _base.where_rows(adversarial & (new.distance < best.distance), new, best)
 
 
 def problem(
