@@ -17,6 +17,7 @@ from lt_adv.attacks._apgd import apgd, apgd_targeted
 from lt_adv.attacks._autoattack import autoattack
 from lt_adv.attacks._ddn import ddn
 from lt_adv.attacks._deepfool import deepfool
+from lt_adv.attacks._expectation import expectation
 from lt_adv.attacks._fab import fab, fab_targeted
 from lt_adv.attacks._fmn import fmn
 from lt_adv.attacks._jit import jit
@@ -65,6 +66,7 @@ __all__ = [
     "targeted_dlr",
     "channels_first",
     "ensemble",
+    "expectation",
     "normalized",
     "select_output",
     "fgsm_rs",

@@ -12,8 +12,9 @@ import numpy as np
 from jax import Array
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import _apgd_l1, _base, checks, norms
+from lt_adv.attacks import _apgd_l1, _base, _expectation, checks, norms
 from lt_adv.attacks._base import AscentState, IterativeAttack, expand_mask, where_rows
+from lt_adv.attacks._expectation import Expectation
 from lt_adv.attacks.objectives import cross_entropy, targeted_dlr
 from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn, Objective, TargetedObjective
 
@@ -47,7 +48,7 @@ class State(NamedTuple):
 
 def apgd(
     key: Array,
-    logits_fn: LogitsFn | KeyedLogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -57,7 +58,6 @@ def apgd(
     objective: Objective = cross_entropy,
     norm: str = "linf",
     rho: float = 0.75,
-    eot: int | None = None,
     targets: Array | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
@@ -74,7 +74,8 @@ def apgd(
 
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch].
-      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; (x, keys) -> logits if `eot` is set.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function. A randomised network is given as
+        `expectation(logits_fn, num_samples)`.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels, integers [batch].
       eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
@@ -85,8 +86,6 @@ def apgd(
       norm: "linf", "l2" or "l1".
       rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective;
         not used in L1.
-      eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
-        transformation). logits_fn is then called as logits_fn(x, keys) with one key per example.
       targets: None, or a class for each example, integers [batch]: the goal is the prediction of this class, and the
         objective of it is minimised.
       bounds: (low, high), the range of valid pixels.
@@ -109,26 +108,28 @@ def apgd(
       Croce and Hein, "Reliable evaluation of adversarial robustness", ICML 2020, algorithm 1; "Mind the box: l1-APGD
       for sparse adversarial attacks on image classifiers", ICML 2021, for L1.
       Differs from the released code: an image that was not broken is returned as its strongest point, not unchanged;
-      with `eot`, objectives are averaged over the draws, as gradients are; in L1 an entry that the projection sets
-      back to its clean value counts as unchanged, whatever the rounding.
+      objectives of a randomised network are averaged over the draws, as gradients are; in L1 an entry that the
+      projection sets back to its clean value counts as unchanged, whatever the rounding.
     """
     x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
     bounds = _base.check(x, y, bounds)
     num_steps, num_restarts = checks.count("num_steps", num_steps), checks.count("num_restarts", num_restarts)
-    rho, eot = _options(rho, eot)
+    rho, (function, num_samples) = checks.number("rho", rho, 0, 1), _expectation.split(logits_fn)
     checks.check_objective(objective)
 
     def build(_: int) -> IterativeAttack:
-        return build_apgd(objective, norm, num_steps, num_restarts, rho, eot, bounds, targeted=targets is not None)
+        return build_apgd(
+            objective, norm, num_steps, num_restarts, rho, num_samples, bounds, targeted=targets is not None
+        )
 
     return _base.attack_batch(
-        build, key, logits_fn, x, y, eps, random=eot is not None, targets=targets, eps_per_entry=norm == "linf"
+        build, key, function, x, y, eps, num_samples=num_samples, targets=targets, eps_per_entry=norm == "linf"
     )
 
 
 def apgd_targeted(
     key: Array,
-    logits_fn: LogitsFn | KeyedLogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -138,7 +139,6 @@ def apgd_targeted(
     objective: TargetedObjective = targeted_dlr,
     norm: str = "linf",
     rho: float = 0.75,
-    eot: int | None = None,
     targets: Array | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> Array:
@@ -146,7 +146,8 @@ def apgd_targeted(
 
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch].
-      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; (x, keys) -> logits if `eot` is set.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function. A randomised network is given as
+        `expectation(logits_fn, num_samples)`.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels, integers [batch].
       eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
@@ -158,8 +159,6 @@ def apgd_targeted(
       norm: "linf", "l2" or "l1".
       rho: the step size halves where fewer than this share of the steps since the last checkpoint raised the objective;
         not used in L1.
-      eot: None, or for a randomised network the number of draws over which gradients are averaged (expectation over
-        transformation). logits_fn is then called as logits_fn(x, keys) with one key per example.
       targets: None, or the one class for each example, integers [batch], whose prediction is then the goal.
       bounds: (low, high), the range of valid pixels.
 
@@ -185,22 +184,18 @@ def apgd_targeted(
     x, y = checks.as_array("x", x), checks.as_array("y, the labels,", y)
     bounds = _base.check(x, y, bounds)
     num_steps, num_targets = checks.count("num_steps", num_steps), checks.count("num_targets", num_targets)
-    rho, eot = _options(rho, eot)
+    rho, (function, num_samples) = checks.number("rho", rho, 0, 1), _expectation.split(logits_fn)
     checks.check_objective(objective)
 
     def build(classes: int) -> IterativeAttack:
         number, targeted = min(num_targets, classes - 1), targets is not None
         return build_apgd_targeted(
-            objective, norm, num_steps, min(number, 1) if targeted else number, rho, eot, bounds, targeted
+            objective, norm, num_steps, min(number, 1) if targeted else number, rho, num_samples, bounds, targeted
         )
 
     return _base.attack_batch(
-        build, key, logits_fn, x, y, eps, random=eot is not None, targets=targets, eps_per_entry=norm == "linf"
+        build, key, function, x, y, eps, num_samples=num_samples, targets=targets, eps_per_entry=norm == "linf"
     )
-
-
-def _options(rho: float, eot: int | None) -> tuple[float, int | None]:
-    return checks.number("rho", rho, 0, 1), None if eot is None else checks.count("eot", eot, minimum=1)
 
 
 def build_apgd(
@@ -209,7 +204,7 @@ def build_apgd(
     num_steps: int,
     num_restarts: int,
     rho: float,
-    eot: int | None,
+    num_samples: int | None,
     bounds: Bounds,
     targeted: bool = False,
 ) -> IterativeAttack:
@@ -218,7 +213,7 @@ def build_apgd(
     def goal(logits: Array, state: AscentState) -> Array:
         return -objective(logits, state.target) if targeted else objective(logits, state.y)
 
-    return _attack(goal, norm, num_steps, num_restarts, rho, eot, bounds, targeted)
+    return _attack(goal, norm, num_steps, num_restarts, rho, num_samples, bounds, targeted)
 
 
 def build_apgd_targeted(
@@ -227,7 +222,7 @@ def build_apgd_targeted(
     num_steps: int,
     num_targets: int,
     rho: float,
-    eot: int | None,
+    num_samples: int | None,
     bounds: Bounds,
     targeted: bool = False,
 ) -> IterativeAttack:
@@ -236,7 +231,7 @@ def build_apgd_targeted(
     def goal(logits: Array, state: AscentState) -> Array:
         return objective(logits, state.y, state.target)
 
-    return _attack(goal, norm, num_steps, num_targets, rho, eot, bounds, targeted)
+    return _attack(goal, norm, num_steps, num_targets, rho, num_samples, bounds, targeted)
 
 
 def checkpoints(num_steps: int) -> dict[int, int]:
@@ -259,13 +254,13 @@ def _attack(
     num_steps: int,
     num_rounds: int,
     rho: float,
-    eot: int | None,
+    num_samples: int | None,
     bounds: Bounds,
     targeted: bool,
 ) -> IterativeAttack:
     ball, (low, high) = norms.get(norm), bounds
     if norm == "l1":
-        return _apgd_l1.build(objective, num_steps, num_rounds, eot, bounds, targeted=targeted)
+        return _apgd_l1.build(objective, num_steps, num_rounds, num_samples, bounds, targeted=targeted)
     intervals = checkpoints(num_steps)
     steps_since_check = np.array([intervals.get(step, 0) for step in range(num_steps + 1)], np.int32)
 
@@ -277,7 +272,7 @@ def _attack(
         return starting_state(keys, x, y, target, eps, start)
 
     def step(logits_fn: KeyedLogitsFn, state: State) -> State:
-        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, eot, targeted)
+        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, num_samples, targeted)
         return advance(state, value, wrong, gradient)
 
     def advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
@@ -324,8 +319,8 @@ def _attack(
         )
         return where_rows(state.steps_taken <= num_steps, new, state)
 
-    evaluations = eot or 1
-    return IterativeAttack(init, step, num_steps + 1, num_rounds, eot is not None, evaluations, evaluations)
+    evaluations = num_samples or 1
+    return IterativeAttack(init, step, num_steps + 1, num_rounds, num_samples is not None, evaluations, evaluations)
 
 
 def starting_state(keys: Array, x: Array, y: Array, target: Array, eps: Array, start: Array) -> State:

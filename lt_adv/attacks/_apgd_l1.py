@@ -72,7 +72,7 @@ def build(
     objective: Callable[[Array, AscentState], Array],
     num_steps: int,
     num_rounds: int,
-    eot: int | None,
+    num_samples: int | None,
     bounds: Bounds,
     stages: tuple[tuple[float, float], ...] = STAGES,
     targeted: bool = False,
@@ -88,7 +88,7 @@ def build(
       objective: (logits, state) -> [batch].
       num_steps: points visited after the starts of the stages.
       num_rounds: restarts, or targets.
-      eot: draws of a randomised network, or None.
+      num_samples: draws of a randomised network, or None.
       bounds: (low, high), the range of valid pixels.
       stages: (radius in eps, share of the steps). Each stage begins at the best point of the one before.
       targeted: whether only the target of an example breaks it.
@@ -104,7 +104,7 @@ def build(
         return starting_state(keys, x, y, target, eps, project(x + noise, x, plan.radius[0] * eps), plan.radius[0])
 
     def step(logits_fn: KeyedLogitsFn, state: State) -> State:
-        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, eot, targeted)
+        value, wrong, gradient = _base.evaluate_objective(objective, logits_fn, state, num_samples, targeted)
         return advance(state, value, wrong, gradient)
 
     def advance(state: State, value: Array, wrong: Array, gradient: Array) -> State:
@@ -143,8 +143,8 @@ def build(
         )  # fmt: skip
         return where_rows(state.steps_taken < len(plan.radius), new, state)
 
-    evaluations = eot or 1
-    return IterativeAttack(init, step, len(plan.radius), num_rounds, eot is not None, evaluations, evaluations)
+    evaluations = num_samples or 1
+    return IterativeAttack(init, step, len(plan.radius), num_rounds, num_samples is not None, evaluations, evaluations)
 
 
 def starting_state(

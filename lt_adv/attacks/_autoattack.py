@@ -13,10 +13,11 @@ from jax import Array
 from jax.sharding import Mesh
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import _base, checks, continuous_batching, journal, norms
+from lt_adv.attacks import _base, _expectation, checks, continuous_batching, journal, norms
 from lt_adv.attacks import result as _result
 from lt_adv.attacks._apgd import build_apgd, build_apgd_targeted
 from lt_adv.attacks._base import IterativeAttack
+from lt_adv.attacks._expectation import Expectation
 from lt_adv.attacks._fab import build_fab, build_fab_targeted
 from lt_adv.attacks._square import build_square, unsupported
 from lt_adv.attacks.initialization import example_keys
@@ -29,7 +30,8 @@ VERSIONS = {
     "rand": ("apgd-ce", "apgd-dlr"),
 }
 ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
-EOT_DRAWS = 20  # draws of a randomised network for each gradient of the version "rand"
+NUM_SAMPLES = 20  # draws of a randomised network in the version "rand", unless it is an expectation
+APGD = frozenset({"apgd-ce", "apgd-dlr", "apgd-t"})
 DEPENDENCE = 0.01  # relative to the largest logit; the rounding of a bfloat16 network stays below it
 PROGRESS_SECONDS = 30.0  # between two lines of progress
 
@@ -68,7 +70,7 @@ class Result(NamedTuple):
 @jax.transfer_guard("allow")  # it moves images between host and devices by design
 def autoattack(
     key: Array,
-    logits_fn: LogitsFn | KeyedLogitsFn,
+    logits_fn: LogitsFn | KeyedLogitsFn | Expectation,
     x: ArrayLike,
     y: ArrayLike,
     *,
@@ -87,13 +89,14 @@ def autoattack(
     The version "standard" runs APGD on cross-entropy, APGD on the targeted DLR and targeted FAB (nine targets each, or
     all wrong classes if there are fewer), and Square. "plus" adds APGD on the DLR and untargeted FAB; APGD on
     cross-entropy, APGD on the DLR and FAB have five restarts. "rand" is for randomised networks: APGD on cross-entropy
-    and on the DLR, with gradients averaged over 20 draws. A sequence of names from `ATTACKS` runs these, without
-    restarts. In L1, APGD on cross-entropy has five restarts, and APGD on the targeted DLR has five targets except in
-    "plus".
+    and on the DLR, averaged over the draws of an `expectation`, by default 20. A sequence of names from `ATTACKS` runs
+    these, without restarts. In L1, APGD on cross-entropy has five restarts, and APGD on the targeted DLR has five
+    targets except in "plus".
 
     Args:
       key: one typed key, or one per image [n]. The result depends neither on `batch_size` nor on the devices.
-      logits_fn: x [batch, ...] -> logits [batch, classes]; for "rand" (x, keys) -> logits, with one key per image.
+      logits_fn: x [batch, ...] -> logits [batch, classes]; for "rand" an `expectation`, or (x, keys) -> logits with one
+        key per image.
         Arrays that it closes over become arguments of the compiled programs, which are freed after the call.
         `jax.tree_util.Partial(apply, variables)` keeps the programs of the last eight functions `apply`, so that
         another call, with any variables, does not compile.
@@ -136,7 +139,9 @@ def autoattack(
       Croce and Hein, "Reliable evaluation of adversarial robustness with an ensemble of diverse parameter-free
       attacks", ICML 2020; "Mind the box: l1-APGD for sparse adversarial attacks on image classifiers", ICML 2021.
       Differs from the released code: keys belong to images; an image is not attacked any further once it is broken, by
-      FAB too; with fewer than ten classes, all wrong classes are targets.
+      FAB too; with fewer than ten classes, all wrong classes are targets. The mean probabilities over all draws of a
+      randomised network decide whether a point is classified wrongly, instead of a single draw, and those over new
+      draws whether an attack has broken the image.
     """
     names = attacks_of(version)
     checks.check_real("x", x)
@@ -151,18 +156,27 @@ def autoattack(
     radius = np.asarray(eps, x.dtype)
     radius = np.broadcast_to(radius, x.shape if radius.ndim == x.ndim > 1 else len(x))
     names, notes = _supported(names, norm, x.shape[1:])
-    keys, random = example_keys(key, len(x)), version == "rand"
-    network = continuous_batching.network(logits_fn, x[0], min(batch_size, len(x)), random, devices)
+    keys = example_keys(key, len(x))
+    if version == "rand" and not isinstance(logits_fn, Expectation):
+        logits_fn = Expectation(logits_fn, NUM_SAMPLES)  # type: ignore[arg-type]
+    function, num_samples = _expectation.split(logits_fn)
+    random = num_samples is not None
+    if random and not set(names) <= APGD:
+        raise ValueError(
+            f"{', '.join(name for name in names if name not in APGD)} cannot attack a randomised network: use "
+            f'version="rand", or a sequence of {", ".join(sorted(APGD))}.'
+        )
+    network = continuous_batching.network(function, x[0], min(batch_size, len(x)), num_samples, devices)
 
     def logits_of(points: np.ndarray, rows: np.ndarray, draw: int) -> np.ndarray:
-        """Computes logits for the images `rows`; `draw` selects the noise of a randomised network."""
-        return continuous_batching.logits(
+        """Computes logits for the images `rows`, or mean probabilities over the draws number `draw`."""
+        return continuous_batching.scores(
             network, points, continuous_batching.fold_in_numbers(keys[rows], np.uint32(len(ATTACKS) + draw))
         )
 
     all_rows = np.arange(len(x))
     clean = logits_of(x, all_rows, 0)
-    iterative_attacks, replacements = _build_attacks(names, clean.shape[-1], norm, bounds, random, num_queries)
+    iterative_attacks, replacements = _build_attacks(names, clean.shape[-1], norm, bounds, num_samples, num_queries)
     notes.extend(replacements)
     checks.check_labels(y, len(x), clean.shape[-1])
     dependence = continuous_batching.batch_dependence(
@@ -181,7 +195,7 @@ def autoattack(
     correct = prediction == y
     broken_by = np.where(correct, -1, 0).astype(np.int32)
     accuracy, evaluations = {"clean": float(correct.mean())}, {}
-    call = journal.digest(x, y, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries))
+    call = journal.digest(x, y, radius, jax.random.key_data(keys), (names, norm, bounds, num_queries, num_samples))
     log = journal.open_journal(resume, call, clean)
     report = progress or (lambda _: None)
 
@@ -192,7 +206,7 @@ def autoattack(
         last_report, num_resumed = start, sum(len(done.rows) for done in resumed)
         new = continuous_batching.run(
             attack,
-            continuous_batching.network(logits_fn, x[0], _num_slots(len(rows), batch_size), random, devices),
+            continuous_batching.network(function, x[0], _num_slots(len(rows), batch_size), num_samples, devices),
             np.setdiff1d(rows, np.concatenate([done.rows for done in resumed])) if resumed else rows,
             keys=continuous_batching.fold_in_numbers(keys, np.uint32(ATTACKS.index(name))),
             x=x,
@@ -258,14 +272,14 @@ def attacks_of(version: str | Sequence[str]) -> tuple[str, ...]:
 
 @functools.lru_cache  # the programs of an attack are cached by its identity
 def _build_attacks(
-    names: tuple[str, ...], classes: int, norm: str, bounds: Bounds, random: bool, num_queries: int
+    names: tuple[str, ...], classes: int, norm: str, bounds: Bounds, num_samples: int | None, num_queries: int
 ) -> tuple[dict[str, IterativeAttack], tuple[str, ...]]:
     """Returns the attacks by name, and a note for each objective replaced because of few classes."""
     if classes < 2:
         raise ValueError(f"There is nothing to attack: logits_fn returns logits of {classes} class.")
     plus = names == VERSIONS["plus"]
     restarts, ce_restarts = 5 if plus else 1, 5 if plus or norm == "l1" else 1
-    eot, num_targets, notes = EOT_DRAWS if random else None, min(9, classes - 1), []
+    num_targets, notes = min(9, classes - 1), []
     apgd_targets = min(5, num_targets) if norm == "l1" and not plus else num_targets
     ratio: Objective = dlr
     targeted_ratio: TargetedObjective = targeted_dlr
@@ -276,9 +290,9 @@ def _build_attacks(
         targeted_ratio = targeted_logit_margin
         notes.append("apgd-t: the targeted DLR needs four classes; the targeted logit margin replaces it.")
     builders: dict[str, Callable[[], IterativeAttack]] = {
-        "apgd-ce": lambda: build_apgd(stable_cross_entropy, norm, 100, ce_restarts, 0.75, eot, bounds),
-        "apgd-dlr": lambda: build_apgd(ratio, norm, 100, restarts, 0.75, eot, bounds),
-        "apgd-t": lambda: build_apgd_targeted(targeted_ratio, norm, 100, apgd_targets, 0.75, eot, bounds),
+        "apgd-ce": lambda: build_apgd(stable_cross_entropy, norm, 100, ce_restarts, 0.75, num_samples, bounds),
+        "apgd-dlr": lambda: build_apgd(ratio, norm, 100, restarts, 0.75, num_samples, bounds),
+        "apgd-t": lambda: build_apgd_targeted(targeted_ratio, norm, 100, apgd_targets, 0.75, num_samples, bounds),
         "fab": lambda: build_fab(classes, norm, 100, restarts, 0.1, 1.05, 0.9, bounds),
         "fab-t": lambda: build_fab_targeted(norm, 100, num_targets, 0.1, 1.05, 0.9, bounds),
         "square": lambda: build_square(logit_margin, norm, num_queries, 0.8, bounds),
@@ -315,7 +329,7 @@ def abstract_programs(
       norm, version, num_queries: as of `autoattack`.
     """
     names, _ = _supported(attacks_of(version), norm, x.shape[1:])
-    iterative_attacks, _ = _build_attacks(names, num_classes, norm, (0.0, 1.0), False, num_queries)
+    iterative_attacks, _ = _build_attacks(names, num_classes, norm, (0.0, 1.0), None, num_queries)
     for name, attack in iterative_attacks.items():
         function, arguments = continuous_batching.abstract_advance(attack, logits_fn, x, mesh)
         calls = attack.num_rounds * -(-attack.num_steps // max(continuous_batching.steps_per_call(attack), 1))

@@ -14,12 +14,13 @@ import numpy as np
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import checks, norms, tracing
+from lt_adv.attacks import _expectation, checks, norms, tracing
+from lt_adv.attacks._expectation import FIRST_DRAW
 from lt_adv.attacks.convolutions import with_fast_convolutions
 from lt_adv.attacks.hoisting import hoist
-from lt_adv.attacks.initialization import example_keys
+from lt_adv.attacks.initialization import example_keys, fold_in
 from lt_adv.attacks.objectives import prediction
-from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn, LogitsFn
+from lt_adv.attacks.signatures import Bounds, KeyedLogitsFn
 
 
 class State(Protocol):
@@ -93,57 +94,47 @@ def logits_of(logits_fn: KeyedLogitsFn, x: Array, keys: Array) -> Array:
     return checks.check_logits(logits_fn(x, keys), x)
 
 
-def _with_keys(logits_fn: Callable[..., Array], random: bool) -> KeyedLogitsFn:
-    return logits_fn if random else lambda x, _: logits_fn(x)
-
-
 def value_and_gradient(value: Callable[[Array], tuple[Array, Array]], x: Array) -> tuple[Array, Array, Array]:
-    """Returns (values [b], logits, gradient of the sum of values [b, ...]) for value(x) -> (values, logits).
+    """Returns (values [b], scores, gradient of the sum of values [b, ...]) for value(x) -> (values, scores).
 
     A gradient entry that is not finite counts as zero.
     """
 
     def total(x: Array) -> tuple[Array, tuple[Array, Array]]:
-        values, logits = value(x)
+        values, scores = value(x)
         checks.check_values(values, x)
-        return jnp.sum(values), (values, logits)  # a sum, so that the gradients of examples are independent
+        return jnp.sum(values), (values, scores)  # a sum, so that the gradients of examples are independent
 
-    (_, (values, logits)), gradient = with_fast_convolutions(jax.value_and_grad(total, has_aux=True))(x)
-    return lax.stop_gradient((values, logits, norms.finite(gradient)))
+    (_, (values, scores)), gradient = with_fast_convolutions(jax.value_and_grad(total, has_aux=True))(x)
+    return lax.stop_gradient((values, scores, norms.finite(gradient)))
 
 
 def evaluate_objective(
     objective: Callable[[Array, AscentState], Array],
     logits_fn: KeyedLogitsFn,
     state: AscentState,
-    eot: int | None,
+    num_samples: int | None,
     targeted: bool = False,
 ) -> tuple[Array, Array, Array]:
     """Returns (objective [b], whether the goal is reached [b], gradient [b, ...]) at `state.point`.
 
-    The goal is a prediction other than y or, if `targeted`, the target. With `eot` draws of a randomised network,
-    objective and gradient are means, and the last draw makes the prediction.
+    The goal is a prediction other than y or, if `targeted`, the target. With `num_samples` draws of a randomised
+    network, objective and gradient are means, and the mean probabilities make the prediction.
     """
 
-    def draw(e: Array | int) -> tuple[Array, Array, Array]:
-        keys = jax.vmap(lambda key, k: jax.random.fold_in(key, k * (eot or 1) + e))(state.key, state.steps_taken)
-
+    def draw(keys: Array) -> tuple[Array, Array, Array]:
         def value(x: Array) -> tuple[Array, Array]:
             logits = logits_of(logits_fn, x, keys)
-            return objective(logits, state), logits
+            return objective(logits, state), logits if num_samples is None else jax.nn.softmax(logits)
 
         return value_and_gradient(value, state.point)
 
-    value, logits, gradient = draw(0)
-    if eot is not None and eot > 1:
-
-        def add(e: Array, sums: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-            value, logits, gradient = draw(e)
-            return sums[0] + value, logits, sums[2] + gradient
-
-        value, logits, gradient = lax.fori_loop(1, eot, add, (value, logits, gradient))
-        value, gradient = value / eot, norms.finite(gradient / eot)
-    return finite_values(value, state.x), reaches_goal(logits, state.y, state.target, targeted), gradient
+    if num_samples is None:
+        value, scores, gradient = draw(state.key)
+    else:
+        keys = fold_in(state.key, state.steps_taken)
+        value, scores, gradient = _expectation.mean_over_draws(draw, num_samples, state.point, keys)
+    return finite_values(value, state.x), reaches_goal(scores, state.y, state.target, targeted), gradient
 
 
 def finite_values(values: Array, x: Array) -> Array:
@@ -190,12 +181,12 @@ def random_directions(keys: Array, x: Array, norm: norms.Norm) -> Array:
 def attack_batch(
     build: Callable[[int], IterativeAttack[StateT]],
     key: Array,
-    logits_fn: LogitsFn | KeyedLogitsFn,
+    logits_fn: Callable[..., Array],
     x: Array,
     y: Array,
     eps: ArrayLike,
     *,
-    random: bool = False,
+    num_samples: int | None = None,
     allow_infinite: bool = False,
     targets: Array | None = None,
     eps_per_entry: bool = False,
@@ -208,11 +199,11 @@ def attack_batch(
     Args:
       build: number of classes -> the attack.
       key: one key, or one per example.
-      logits_fn: the network.
+      logits_fn: the network, x -> logits or, with `num_samples`, (x, keys) -> logits of one draw.
       x: images.
       y: labels.
       eps: radius, scalar or [batch].
-      random: see `IterativeAttack`.
+      num_samples: draws of a randomised network that the attack averages over.
       allow_infinite: whether eps may be infinite.
       targets: None, or the target of each example in every round; the goal of the attack is then this prediction.
       eps_per_entry: whether eps may be one radius for each entry, which the state then has in the shape of x.
@@ -220,7 +211,8 @@ def attack_batch(
     Returns:
       x_adv, for an image that is not broken its strongest point.
     """
-    keyed_logits_fn, y = _with_keys(logits_fn, random), y.astype(jnp.int32)
+    y = y.astype(jnp.int32)
+    keyed_logits_fn = (lambda x, _: logits_fn(x)) if num_samples is None else logits_fn
     norms.check_length("eps", eps, x.shape[0], allow_infinite, x.shape[1:] if eps_per_entry else None)
     if targets is not None:
         targets = checks.as_array("targets", targets)
@@ -232,7 +224,7 @@ def attack_batch(
         radius = norms.per_example(eps, x)
         per_entry = np.ndim(eps) == x.ndim > 1
         radius = radius + jnp.zeros_like(x) if per_entry else radius.reshape(-1) + varies
-        logits = logits_of(keyed_logits_fn, x, keys)
+        logits = _expectation.scores(keyed_logits_fn, num_samples, x, fold_in(keys, FIRST_DRAW))
         classes = logits.shape[-1]
         if classes < 2:
             raise ValueError(f"logits_fn must return logits of at least two classes, got {classes}.")

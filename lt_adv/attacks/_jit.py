@@ -3,20 +3,20 @@
 import functools
 import inspect
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from jax import Array
 
-from lt_adv.attacks import checks
+from lt_adv.attacks import _expectation, checks
 from lt_adv.attacks._autoattack import autoattack
+from lt_adv.attacks._expectation import Expectation
 from lt_adv.attacks.signatures import Attack, PyTree
 
 
 def jit(
-    attack: Attack, apply: Callable[[PyTree, Array], Array], **options: Any
+    attack: Attack, apply: Callable[[PyTree, Array], Array] | Expectation, **options: Any
 ) -> Callable[[Array, PyTree, Array, Array], Array]:
     """Returns a jitted attack that takes the variables of the network as an argument.
 
@@ -25,7 +25,8 @@ def jit(
 
     Args:
       attack: `fgsm`, `pgd`, `mim`, `cw`, or any function attack(key, logits_fn, x, y, **options) -> x_adv.
-      apply: (variables, x [batch, ...]) -> logits [batch, classes].
+      apply: (variables, x [batch, ...]) -> logits [batch, classes]; for a randomised network
+        `expectation(apply, num_samples)` of (variables, x, keys [batch]) -> logits.
       **options: keyword arguments of the attack.
 
     Returns:
@@ -52,7 +53,7 @@ def jit(
 
     @jax.jit
     def compiled(key: Array, variables: PyTree, x: Array, y: Array) -> Array:
-        return attack(key, partial(apply, variables), x, y, **options)
+        return attack(key, _expectation.with_variables(apply, variables), x, y, **options)
 
     bounds = options.get("bounds", parameters["bounds"].default) if "bounds" in parameters else None
 
@@ -60,7 +61,9 @@ def jit(
 
     def num_classes(variables: PyTree, x: Array) -> int | None:
         if np.shape(x) not in classes:
-            logits = jax.eval_shape(apply, variables, x)  # the attack checks that they are one array
+            function, num_samples = _expectation.split(apply)
+            keys = () if num_samples is None else (jax.random.split(jax.random.key(0), len(x)),)
+            logits = jax.eval_shape(function, variables, x, *keys)  # the attack checks that they are one array
             classes[np.shape(x)] = logits.shape[-1] if getattr(logits, "ndim", 0) == 2 else None
         return classes[np.shape(x)]
 

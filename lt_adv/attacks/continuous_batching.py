@@ -11,18 +11,18 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from lt_adv.attacks import tracing
-from lt_adv.attacks._base import IterativeAttack, State, logits_of, where_rows
+from lt_adv.attacks import _expectation, tracing
+from lt_adv.attacks._base import IterativeAttack, State, where_rows
 from lt_adv.attacks.hoisting import hoist
-from lt_adv.attacks.initialization import IMPL
+from lt_adv.attacks.initialization import IMPL, fold_in
 from lt_adv.attacks.signatures import KeyedLogitsFn, LogitsFn, PyTree
 
 CHUNK = {1: range(8, 26), 0: range(40, 91)}  # steps between two refills, with gradients and without
+fold_in_numbers = jax.jit(fold_in)
 IDLE = -1  # in place of an image, for a slot without one
 MAX_STEPS_IN_SLOT = 500  # steps after which an image is paused within a round if others wait
 
@@ -31,6 +31,7 @@ class Network(NamedTuple):
     """A network on a mesh. Its arrays are arguments of the compiled programs."""
 
     call: KeyedLogitsFn  # a `jax.tree_util.Partial`: (x [slots, ...], keys [slots]) -> logits
+    num_samples: int | None  # draws of a randomised network
     mesh: Mesh
     slots: int
     programs: "Programs"
@@ -53,7 +54,7 @@ def network(
     logits_fn: LogitsFn | KeyedLogitsFn,
     image: np.ndarray,
     slots: int,
-    random: bool,
+    num_samples: int | None,
     devices: Sequence[jax.Device] | None,
 ) -> Network:
     """Prepares `logits_fn` for batches of at least `slots` images shaped like `image`.
@@ -63,10 +64,10 @@ def network(
     it closes over become arguments, and its programs are freed with the result.
 
     Args:
-      logits_fn: the network; it takes (x, keys) if `random` is set.
+      logits_fn: the network; it takes (x, keys) if `num_samples` is given.
       image: an example, [...].
       slots: images per batch, rounded up to a multiple of the number of devices, and to two images on each of several.
-      random: whether the network is randomised.
+      num_samples: draws of a randomised network, or None.
       devices: None for all devices of this process.
     """
     mesh = Mesh(np.asarray(devices if devices is not None else jax.local_devices()), ("slots",))
@@ -77,10 +78,11 @@ def network(
     else:
         per_device = slots // mesh.size
         x = jax.ShapeDtypeStruct((per_device, *image.shape), image.dtype)
-        keys = (jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=IMPL), per_device)),) if random else ()
-        call, cached = jax.tree_util.Partial(*tracing.trace(logits_fn, x, *keys)), compile_for(mesh)
-    call = call if random else jax.tree_util.Partial(_without_keys, call)
-    return Network(jax.device_put(call, NamedSharding(mesh, PartitionSpec())), mesh, slots, cached)
+        keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0, impl=IMPL), per_device))
+        arguments = (x,) if num_samples is None else (x, keys)
+        call, cached = jax.tree_util.Partial(*tracing.trace(logits_fn, *arguments)), compile_for(mesh)
+    call = jax.tree_util.Partial(_without_keys, call) if num_samples is None else call
+    return Network(jax.device_put(call, NamedSharding(mesh, PartitionSpec())), num_samples, mesh, slots, cached)
 
 
 def _without_keys(call: Callable[[Array], Array], x: Array, _: Array) -> Array:
@@ -93,7 +95,7 @@ class Programs(NamedTuple):
     fill: Callable[..., State]  # (attack, keys, x, y, target, eps, round) -> state
     refill: Callable[..., State]  # (attack, replaced, state, resumed, fields, keys, ...) -> state
     advance: Callable[..., tuple[State, Array, Array]]  # (attack, steps, network, state) -> state, broken, steps taken
-    logits: Callable[[KeyedLogitsFn, Array, Array], Array]  # (network, x, keys) -> logits
+    scores: Callable[[int | None, KeyedLogitsFn, Array, Array], Array]  # (num_samples, network, x, keys) -> scores
 
 
 @functools.lru_cache(maxsize=8)
@@ -137,14 +139,17 @@ def compile_for(mesh: Mesh) -> Programs:
 
         return on_each_device(on_device, call, state)
 
-    def logits(call: KeyedLogitsFn, x: Array, keys: Array) -> Array:
-        return on_each_device(logits_of, call, x, keys)
+    def scores(num_samples: int | None, call: KeyedLogitsFn, x: Array, keys: Array) -> Array:
+        def on_device(call: KeyedLogitsFn, x: Array, keys: Array) -> Array:
+            return _expectation.scores(call, num_samples, x, keys)
+
+        return on_each_device(on_device, call, x, keys)
 
     return Programs(
         jax.jit(fill, static_argnums=0, out_shardings=over_slots),
         jax.jit(refill, static_argnums=0, donate_argnums=2, out_shardings=over_slots),
         jax.jit(advance, static_argnums=(0, 1), donate_argnums=3, out_shardings=over_slots),
-        jax.jit(logits, out_shardings=over_slots),
+        jax.jit(scores, static_argnums=0, out_shardings=over_slots),
     )
 
 
@@ -152,14 +157,6 @@ def steps_per_call(attack: IterativeAttack) -> int:
     """Returns the steps between two refills, of which few are left over in the last call of a round."""
     total = attack.num_steps
     return min(CHUNK[min(attack.gradients, 1)], key=lambda steps: (-total % steps, steps)) if total else 0
-
-
-@jax.jit
-def fold_in_numbers(keys: Array, *numbers: Array) -> Array:
-    """Folds numbers, each a scalar or one per key, into each key, one after the other."""
-    for number in numbers:
-        keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
-    return keys
 
 
 def abstract_advance(
@@ -186,9 +183,9 @@ def abstract_advance(
     return compile_for(mesh).advance, (attack, steps_per_call(attack), call, over(state, "slots"))
 
 
-def logits(network: Network, x: np.ndarray, keys: Array) -> np.ndarray:
-    """Computes the logits of all images batch by batch, [n, classes]."""
-    batches, program = [], network.programs.logits
+def scores(network: Network, x: np.ndarray, keys: Array) -> np.ndarray:
+    """Computes the logits of all images batch by batch, [n, classes]; mean probabilities of a randomised network."""
+    batches, program = [], functools.partial(network.programs.scores, network.num_samples)
     for start in range(0, len(x), network.slots):
         rows = np.minimum(np.arange(start, start + network.slots), len(x) - 1)
         batches.append(np.asarray(program(network.call, *network.put((x[rows], keys[rows])))))
@@ -204,7 +201,9 @@ def batch_dependence(network: Network, x: np.ndarray, keys: Array, logits: np.nd
     largest = 0.0
     for i in np.unique(np.linspace(0, len(x) - 1, images).astype(int)):
         rows = np.full(network.slots, i)
-        alone = np.asarray(network.programs.logits(network.call, *network.put((x[rows], keys[rows]))))
+        alone = np.asarray(
+            network.programs.scores(network.num_samples, network.call, *network.put((x[rows], keys[rows])))
+        )
         if np.isfinite(logits[i]).all():
             change = np.abs(alone - logits[i]).max() / max(np.abs(logits[i]).max(), np.finfo(np.float32).tiny)
             largest = max(largest, float(np.nan_to_num(change, nan=np.inf)))

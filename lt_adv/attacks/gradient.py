@@ -12,26 +12,30 @@ Rules that hold for all of them:
   concrete, outside a trace.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.typing import ArrayLike
 
-from lt_adv.attacks import _base, checks, norms, tracing
+from lt_adv.attacks import _base, _expectation, checks, norms, tracing
 from lt_adv.attacks._base import where_rows
+from lt_adv.attacks._expectation import FIRST_DRAW, Expectation
 from lt_adv.attacks.convolutions import with_fast_convolutions
 from lt_adv.attacks.hoisting import hoist
-from lt_adv.attacks.initialization import example_keys, starting_point
+from lt_adv.attacks.initialization import example_keys, fold_in, starting_point
 from lt_adv.attacks.objectives import cross_entropy, cw_margin, logit_margin, prediction
 from lt_adv.attacks.signatures import Bounds, LogitsFn, Objective
+
+T = TypeVar("T")
 
 
 def fgsm(
     key: Array,
-    logits_fn: LogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -48,7 +52,8 @@ def fgsm(
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
         shard_map give one key per example: each device would count i from zero.
-      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode. A
+        randomised network is given as `expectation(logits_fn, num_samples)`.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
       eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
@@ -86,7 +91,7 @@ def fgsm(
 
 def pgd(
     key: Array,
-    logits_fn: LogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -110,7 +115,8 @@ def pgd(
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
         shard_map give one key per example: each device would count i from zero.
-      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode. A
+        randomised network is given as `expectation(logits_fn, num_samples)`.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
       eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
@@ -155,7 +161,7 @@ def pgd(
 
 def mim(
     key: Array,
-    logits_fn: LogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -177,7 +183,8 @@ def mim(
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
         shard_map give one key per example: each device would count i from zero.
-      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode. A
+        randomised network is given as `expectation(logits_fn, num_samples)`.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
       eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
@@ -226,7 +233,7 @@ def mim(
 
 def cw(
     key: Array,
-    logits_fn: LogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -247,7 +254,8 @@ def cw(
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
         shard_map give one key per example: each device would count i from zero.
-      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode. A
+        randomised network is given as `expectation(logits_fn, num_samples)`.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels, integers [batch].
       eps: radius of the ball, scalar or [batch], in the units of x. In L-inf also one radius for each entry, an array
@@ -297,7 +305,7 @@ def cw(
 
 def fgsm_rs(
     key: Array,
-    logits_fn: LogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -313,7 +321,8 @@ def fgsm_rs(
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
         shard_map give one key per example: each device would count i from zero.
-      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode. A
+        randomised network is given as `expectation(logits_fn, num_samples)`.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
       eps: radius of the ball, scalar or [batch], in the units of x, or one radius for each entry, an array with the
@@ -348,7 +357,7 @@ def fgsm_rs(
 
 def n_fgsm(
     key: Array,
-    logits_fn: LogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -367,7 +376,8 @@ def n_fgsm(
     Args:
       key: one typed key, of which example i uses fold_in(key, i), or one key per example [batch]. Under pmap and
         shard_map give one key per example: each device would count i from zero.
-      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode.
+      logits_fn: x [batch, ...] -> logits [batch, classes], any traceable function; it sets its own batch-norm mode. A
+        randomised network is given as `expectation(logits_fn, num_samples)`.
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels [batch], or probabilities [batch, classes] for the objective `kl_divergence`.
       eps: radius, scalar or [batch], in the units of x, or one radius for each entry, an array with the dimensions of x
@@ -403,7 +413,7 @@ def n_fgsm(
 
 def _noisy_step(
     key: Array,
-    logits_fn: LogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -425,23 +435,57 @@ def _noisy_step(
     if step_size is not None:
         norms.check_length("step_size", step_size, x.shape[0], image=x.shape[1:])
 
-    def total(x_0: Array) -> Array:
-        logits = checks.check_logits(logits_fn(x_0), x)
-        return jnp.sum(checks.check_values(objective(logits, y), x))
+    one_draw, num_samples = _expectation.split(logits_fn)
+
+    def total(x_0: Array, *keys: Array) -> tuple[Array, tuple[()]]:
+        logits = checks.check_logits(one_draw(x_0, *keys), x)
+        return jnp.sum(checks.check_values(objective(logits, y), x)), ()
 
     def noisy_step() -> Array:
         radius = norms.per_example(eps, x)
         step_length = relative_step_size * radius if step_size is None else norms.per_example(step_size, x)
         ball = norms.get("linf")
-        x_0 = starting_point(key, x, jnp.asarray(noise, x.dtype) * radius, "uniform", ball)
+        keys = example_keys(key, len(x))
+        x_0 = starting_point(keys, x, jnp.asarray(noise, x.dtype) * radius, "uniform", ball)
         x_0 = lax.stop_gradient(jnp.clip(x_0, low, high))
-        gradient = hoist(with_fast_convolutions(jax.grad(total)), x_0)(x_0)
+        gradient, _ = _gradient(total, num_samples, x_0, keys)(x_0, fold_in(keys, FIRST_DRAW))
         x_adv = x_0 + step_length * ball.direction(norms.finite(gradient))
         x_adv = ball.project(x_adv, x, radius, low, high) if in_ball else jnp.clip(x_adv, low, high)
         # Inside a trace the values of eps, step_size and noise are not checked: they may not be finite.
         return lax.stop_gradient(jnp.where(jnp.isfinite(x_adv), x_adv, x))
 
     return tracing.run_compiled(noisy_step, key, x, y, eps, step_size, noise)
+
+
+def _gradient(
+    objective: Callable[..., tuple[Array, T]], num_samples: int | None, x: Array, keys: Array
+) -> Callable[[Array, Array], tuple[Array, T]]:
+    """Returns (x, keys) -> (gradient, auxiliary output) of objective(x) -> (scalar, auxiliary output) for a loop.
+
+    With `num_samples`, these are means over draws of objective(x, keys); see `_averaged`.
+    """
+    gradient_fn = with_fast_convolutions(jax.grad(objective, has_aux=True))
+
+    def finite_gradient(x: Array, keys: Array) -> tuple[Array, T]:
+        gradient, auxiliary = gradient_fn(x, keys)
+        return norms.finite(gradient), auxiliary
+
+    return _averaged(gradient_fn if num_samples is None else finite_gradient, num_samples, x, keys)
+
+
+def _averaged(
+    function: Callable[..., T], num_samples: int | None, x: Array, keys: Array
+) -> Callable[[Array, Array], T]:
+    """Returns (x, keys) -> function(x) for a loop or, with `num_samples`, the mean of function(x, keys) over draws.
+
+    Args:
+      function: of the types of `x` and `keys`, to a tree of arrays [batch, ...].
+    """
+    if num_samples is None:
+        hoisted = hoist(function, x)
+        return lambda x, _: hoisted(x)
+    hoisted_draw = hoist(function, x, keys)
+    return lambda x, keys: _expectation.mean_over_draws(partial(hoisted_draw, x), num_samples, x, keys)
 
 
 class _Worst(NamedTuple):
@@ -454,7 +498,7 @@ class _Worst(NamedTuple):
 
 def _ascend(
     key: Array,
-    logits_fn: LogitsFn,
+    logits_fn: LogitsFn | Expectation,
     x: Array,
     y: Array,
     *,
@@ -489,14 +533,18 @@ def _ascend(
     for name, length in (("eps", eps), ("step_size", step_size)):  # before the network is traced
         norms.check_length(name, length, x.shape[0], image=x.shape[1:] if norm == "linf" else None)
 
-    def evaluate(x_adv: Array) -> tuple[Array, tuple[Array, Array]]:
-        logits = checks.check_logits(logits_fn(x_adv), x)
+    one_draw, num_samples = _expectation.split(logits_fn)
+
+    def evaluate(x_adv: Array, *keys: Array) -> tuple[Array, tuple[Array, Array]]:
+        """Returns (sum of the objective, (objective [batch], logits or, of one draw of several, probabilities))."""
+        logits = checks.check_logits(one_draw(x_adv, *keys), x)
         values = objective(logits, y) if targets is None else -objective(logits, targets)
         checks.check_values(values, x)
-        return jnp.sum(values), (values, logits)  # a sum, so that the gradient of an example depends on no other
+        scores = logits if num_samples is None else jax.nn.softmax(logits)
+        return jnp.sum(values), (values, scores)  # a sum, so that the gradient of an example depends on no other
 
-    def worse(worst: _Worst, x_adv: Array, values: Array, logits: Array) -> _Worst:
-        predicted = prediction(logits)
+    def worse(worst: _Worst, x_adv: Array, values: Array, scores: Array) -> _Worst:
+        predicted = prediction(scores)
         if targets is not None:
             broken = predicted == targets
         else:
@@ -515,6 +563,9 @@ def _ascend(
         def project(x_adv: Array) -> Array:
             return ball.project(x_adv, x, radius, low, high)
 
+        def draw_keys(restart: ArrayLike, step: ArrayLike) -> Array:
+            return fold_in(keys, FIRST_DRAW, restart, step)
+
         def move(x_adv: Array, gradient: Array, momentum: Array | None) -> tuple[Array, Array | None]:
             gradient = norms.finite(gradient)
             if decay is not None and momentum is not None:
@@ -531,32 +582,32 @@ def _ascend(
 
         no_momentum = None if decay is None else jnp.zeros_like(x_adv)
         if num_restarts == 1 and not return_best:
-            gradient_fn = hoist(with_fast_convolutions(jax.grad(lambda x_adv: evaluate(x_adv)[0])), x_adv)
+            last_point_fn = _gradient(lambda *point: (evaluate(*point)[0], ()), num_samples, x_adv, keys)
 
-            def step(_: int, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
-                return move(carry[0], gradient_fn(carry[0]), carry[1])
+            def step(k: Array, carry: tuple[Array, Array | None]) -> tuple[Array, Array | None]:
+                return move(carry[0], last_point_fn(carry[0], draw_keys(0, k))[0], carry[1])
 
             x_adv = lax.stop_gradient(x_adv if num_steps else project(x_adv))
             return finite(lax.fori_loop(0, num_steps, step, (x_adv, no_momentum))[0])
 
-        evaluate_fn = hoist(lambda x_adv: evaluate(x_adv)[1], x_adv)
-        gradient_fn = hoist(with_fast_convolutions(jax.value_and_grad(evaluate, has_aux=True)), x_adv)
+        gradient_fn = _gradient(evaluate, num_samples, x_adv, keys)
+        evaluate_fn = _averaged(lambda *point: evaluate(*point)[1], num_samples, x_adv, keys)
 
         def restart(r: Array, worst: _Worst) -> _Worst:
             keys_r = jax.vmap(jax.random.fold_in, (0, None))(keys, r)
             x_start = jnp.where(r == 0, x_adv, starting_point(keys_r, x, radius, start, ball))
 
-            def step(_: int, carry: tuple[Array, Array | None, _Worst]) -> tuple[Array, Array | None, _Worst]:
+            def step(k: Array, carry: tuple[Array, Array | None, _Worst]) -> tuple[Array, Array | None, _Worst]:
                 x_adv, momentum, best = carry
-                (_, (values, logits)), gradient = gradient_fn(x_adv)
+                gradient, judged = gradient_fn(x_adv, draw_keys(r, k))
                 if return_best:  # of points inside the ball and the bounds, which the start need not be
                     inside = _base.rows_equal(project(x_adv), x_adv)
-                    best = where_rows(inside, worse(best, x_adv, values, logits), best)
+                    best = where_rows(inside, worse(best, x_adv, *judged), best)
                 return lax.stop_gradient((*move(x_adv, gradient, momentum), best))
 
             x_start = lax.stop_gradient(x_start if num_steps else project(x_start))
             x_last, _, best = lax.fori_loop(0, num_steps, step, (x_start, no_momentum, worst))
-            best = worse(best, finite(x_last), *evaluate_fn(finite(x_last)))
+            best = worse(best, finite(x_last), *evaluate_fn(finite(x_last), draw_keys(r, num_steps)))
             return lax.stop_gradient(where_rows(worst.broken, worst, best))
 
         none = jnp.zeros_like(x).reshape(len(x), -1).sum(axis=1)  # varies over the same mesh axes as x

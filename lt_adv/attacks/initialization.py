@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
 from lt_adv.attacks.norms import Norm
 
@@ -45,6 +46,13 @@ def example_keys(key: Array, batch: int) -> Array:
         raise ValueError(f"key must be one key or one per example, shape () or ({batch},); got {key.shape}.")
     key = threefry(key)
     return key if key.ndim else jax.vmap(jax.random.fold_in, (None, 0))(key, jnp.arange(batch))
+
+
+def fold_in(keys: Array, *numbers: ArrayLike) -> Array:
+    """Folds numbers, each a scalar or one per key, into each key [batch], one after the other."""
+    for number in numbers:
+        keys = jax.vmap(jax.random.fold_in)(keys, jnp.broadcast_to(number, keys.shape))
+    return keys
 
 
 def starting_point(key: Array, x: Array, eps: Array, start: str, norm: Norm) -> Array:

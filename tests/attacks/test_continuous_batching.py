@@ -126,15 +126,16 @@ def test_randomised_network_uses_new_draws_and_broken_images_stay_broken():
     assert (result.x_adv[result.robust] == x[result.robust]).all()
     assert (result.x_adv[~result.robust & result.correct] != x[~result.robust & result.correct]).any((1, 2, 3)).all()
 
-    def by_key(x, keys):  # right for the key that image i has in each judgement, wrong for those of all others
+    def by_key(x, keys):  # right for the keys that image 3 has in each judgement, wrong for all others
         is_allowed = (jax.random.key_data(keys)[:, None] == allowed).all(-1).any(-1)
         return jnp.stack([jnp.where(is_allowed, 1.0, -1.0), jnp.zeros(len(x))], -1) + 0 * x.sum((1, 2, 3))[:, None]
 
     keys = jax.random.split(jax.random.key(5), 6)
-    judgements = [
-        continuous_batching.fold_in_numbers(keys[3:4], np.uint32(len(ATTACKS) + number)) for number in range(3)
-    ]
-    allowed = jax.random.key_data(jnp.concatenate(judgements))
+    judgements = jnp.concatenate(
+        [continuous_batching.fold_in_numbers(keys[3:4], np.uint32(len(ATTACKS) + number)) for number in range(3)]
+    )
+    draws = [continuous_batching.fold_in_numbers(judgements, np.uint32(s)) for s in range(20)]
+    allowed = jax.random.key_data(jnp.concatenate(draws))
     result = attacks.autoattack(keys, by_key, x[:6], np.zeros(6, int), eps=0.02, version="rand", batch_size=6)
     np.testing.assert_array_equal(result.correct, np.arange(6) == 3)
     np.testing.assert_array_equal(result.robust, np.arange(6) == 3)

@@ -246,8 +246,8 @@ def _forward_pass_reasons(diagnostics: Diagnostics) -> list[str]:
     if not diagnostics["logits_change"] <= ROUNDING:
         reasons.append(
             f"The forward pass is random (stochastic gradients): between two passes the logits of an image change by "
-            f"{diagnostics['logits_change']:.2g} of the largest. Use attacks that average over passes (AutoAttack's "
-            "version 'rand')."
+            f"{diagnostics['logits_change']:.2g} of the largest. Use attacks that average over passes "
+            "(attacks.expectation, and AutoAttack's version 'rand')."
         )
     if diagnostics["batch_change"] > max(DEPENDENCE, diagnostics["logits_change"]):
         reasons.append(
