@@ -59,7 +59,7 @@ class Result(NamedTuple):
     evaluations: dict[str, tuple[int, int]]
     notes: tuple[str, ...]
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # also what a notebook shows
         return _result.as_table(self)
 
     def to_dict(self) -> dict[str, Any]:

@@ -8,16 +8,17 @@ from typing import Any
 import jax
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
-from lt_adv.attacks import _expectation, checks
+from lt_adv.attacks import _expectation, checks, norms
 from lt_adv.attacks._autoattack import autoattack
 from lt_adv.attacks._expectation import Expectation
 from lt_adv.attacks.signatures import Attack, PyTree
 
+ARRAY_OPTIONS = ("eps", "step_size", "x_init", "targets")  # of attacks, which a compiled one takes in each call
 
-def jit(
-    attack: Attack, apply: Callable[[PyTree, Array], Array] | Expectation, **options: Any
-) -> Callable[[Array, PyTree, Array, Array], Array]:
+
+def jit(attack: Attack, apply: Callable[[PyTree, Array], Array] | Expectation, **options: Any) -> Callable[..., Array]:
     """Returns a jitted attack that takes the variables of the network as an argument.
 
     It compiles once for all variables of the same shapes. An attack that is called outside jit on a new closure over
@@ -30,8 +31,10 @@ def jit(
       **options: keyword arguments of the attack.
 
     Returns:
-      f(key, variables, x, y) -> x_adv. Its inputs may be sharded over devices; XLA chooses the sharding of x_adv, in
-      general that of x. Outside a trace, every call checks the values of x and of the labels y, as the attack does.
+      f(key, variables, x, y, **arrays) -> x_adv, where `arrays` are options of the attack that change from call to call
+      without compiling again: eps, step_size, x_init, targets. The inputs may be sharded over devices; XLA chooses the
+      sharding of x_adv, in general that of x. Outside a trace, every call checks the values of x, of the labels y and
+      of targets, as the attack does.
 
     Raises:
       ValueError: for an option that the attack does not have. Values are checked when f is first called.
@@ -42,6 +45,8 @@ def jit(
       >>> weight = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> attack(jax.random.key(0), weight, jnp.array([[0.5, 0.375]]), jnp.array([0]))
       Array([[0.375, 0.5  ]], dtype=float32)
+      >>> attack(jax.random.key(0), weight, jnp.array([[0.5, 0.375]]), jnp.array([0]), eps=0.0625)
+      Array([[0.4375, 0.4375]], dtype=float32)
     """
     if attack is autoattack:
         raise ValueError("autoattack drives compiled attacks from the host and cannot be compiled: call it.")
@@ -52,8 +57,10 @@ def jit(
         raise ValueError(f"{getattr(attack, '__name__', attack)} cannot take these options: {error}.") from None
 
     @jax.jit
-    def compiled(key: Array, variables: PyTree, x: Array, y: Array) -> Array:
-        return attack(key, _expectation.with_variables(apply, variables), x, y, **options)
+    def compiled(key: Array, variables: PyTree, x: Array, y: Array, **arrays: ArrayLike) -> Array:
+        return attack(key, _expectation.with_variables(apply, variables), x, y, **(options | arrays))
+
+    array_options = [name for name in ARRAY_OPTIONS if name in parameters]
 
     bounds = options.get("bounds", parameters["bounds"].default) if "bounds" in parameters else None
 
@@ -68,12 +75,21 @@ def jit(
         return classes[np.shape(x)]
 
     @functools.wraps(compiled)
-    def call(key: Array, variables: PyTree, x: Array, y: Array) -> Array:
+    def call(key: Array, variables: PyTree, x: Array, y: Array, **arrays: ArrayLike) -> Array:
+        if unknown := sorted(set(arrays) - set(array_options)):
+            raise ValueError(
+                f"{', '.join(unknown)} cannot be given in a call; give it to attacks.jit. What can be is: "
+                f"{', '.join(array_options) or 'nothing'}."
+            )
+        for name in {"eps", "step_size"} & set(arrays):  # inside the compiled function their values are not known
+            norms.check_length(name, arrays[name], len(x), image=x.shape[1:])
         if bounds is not None:
-            checks.check_images(x, checks.check_bounds(bounds))
+            checks.check_images(x, checks.check_bounds(bounds), arrays.get("x_init"))
             if np.ndim(y) == 1 and checks.concrete_values(y) is not None:  # `kl_divergence` takes probabilities
                 checks.check_labels(y, len(x), num_classes(variables, x))
-        return compiled(key, variables, x, y)
+            if arrays.get("targets") is not None:
+                checks.check_labels(arrays["targets"], len(x), num_classes(variables, x), name="targets")
+        return compiled(key, variables, x, y, **arrays)
 
     call.lower, call.trace = compiled.lower, compiled.trace  # type: ignore[attr-defined]
     return call

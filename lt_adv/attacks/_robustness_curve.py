@@ -25,7 +25,7 @@ NORM_NAMES = {"linf": "L-inf", "l2": "L2", "l1": "L1"}
 CHECKED_SHARES = (0.75, 0.5, 0.25)  # of the clean accuracy, at which `check_radii` are chosen
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class RobustnessCurve:
     """Robust accuracy against the radius. Accuracies are in [0, 1]; `print` shows a table.
 
@@ -58,7 +58,7 @@ class RobustnessCurve:
         result["distances"] = [None if np.isinf(distance) else distance for distance in self.distances.tolist()]
         return result
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:  # also what a notebook shows
         alone = {
             radius: (f"{100 * attack:.2f}", f"{100 * apgd:.2f}")
             for radius, attack, apgd in zip(self.checked_radii, self.attack_accuracy, self.apgd_accuracy, strict=True)

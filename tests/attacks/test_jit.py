@@ -105,6 +105,46 @@ def test_fgsm_and_custom_attacks():
     np.testing.assert_allclose(attacks.jit(brighten, apply, eps=0.25)(KEY, weights(1), X, Y), X + 0.25)
 
 
+ARRAYS = {"eps": 0.05, "step_size": np.full(8, 0.03, np.float32), "x_init": X[::-1].copy(), "targets": (Y + 1) % 5}
+
+
+def test_arrays_of_a_call(compilations):
+    attack = attacks.jit(attacks.pgd, apply, num_steps=3, **OPTIONS)
+    for name, value in ARRAYS.items():
+        expected = attacks.pgd(KEY, partial(apply, weights(0)), X, Y, **{**OPTIONS, "num_steps": 3, name: value})
+        result = attack(KEY, weights(0), X, Y, **{name: value})
+        np.testing.assert_allclose(result, expected, atol=1e-6)
+        assert (result != attack(KEY, weights(0), X, Y)).any()
+    before = len(compilations)
+    attack(KEY, weights(0), X, Y, eps=0.08)
+    attack(KEY, weights(0), X, Y, targets=(Y + 2) % 5)
+    assert len(compilations) == before
+    required = attacks.jit(attacks.pgd, apply, num_steps=3)
+    np.testing.assert_array_equal(required(KEY, weights(0), X, Y, **OPTIONS), attack(KEY, weights(0), X, Y, **OPTIONS))
+
+
+@pytest.mark.parametrize(
+    "arrays, message",
+    [
+        (
+            {"num_steps": 4},
+            "num_steps cannot be given in a call; give it to attacks.jit. What can be is: eps, step_size",
+        ),
+        ({"eps": -0.1}, "eps must"),
+        ({"eps": np.nan}, "eps must"),
+        ({"step_size": np.ones(3)}, "step_size must"),
+        ({"targets": Y + 9}, "targets must be labels of 5 classes"),
+        ({"targets": Y[:3]}, "targets"),
+        ({"x_init": X[:3]}, "x_init"),
+        ({"x_init": X * np.nan}, "x_init"),
+    ],
+)
+def test_bad_arrays_of_a_call(arrays, message):
+    attack = attacks.jit(attacks.pgd, apply, num_steps=3, **OPTIONS)
+    with pytest.raises(ValueError, match=message):
+        attack(KEY, weights(0), X, Y, **arrays)
+
+
 def test_unknown_option_is_refused_before_the_first_call():
     with pytest.raises(ValueError, match="pgd cannot take these options.*stepsize"):
         attacks.jit(attacks.pgd, apply, eps=0.1, stepsize=0.1, num_steps=2)
