@@ -564,7 +564,7 @@ def _ascend(
             return ball.project(x_adv, x, radius, low, high)
 
         def draw_keys(restart: ArrayLike, step: ArrayLike) -> Array:
-            return fold_in(keys, FIRST_DRAW, restart, step)
+            return keys if num_samples is None else fold_in(keys, FIRST_DRAW, restart, step)
 
         def move(x_adv: Array, gradient: Array, momentum: Array | None) -> tuple[Array, Array | None]:
             gradient = norms.finite(gradient)
