@@ -33,6 +33,7 @@ ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 NUM_SAMPLES = 20  # draws of a randomised network in the version "rand", unless it is an expectation
 APGD = frozenset({"apgd-ce", "apgd-dlr", "apgd-t"})
 DEPENDENCE = 0.01  # relative to the largest logit; the rounding of a bfloat16 network stays below it
+SQUARE_SHARE = 0.002  # share of the images that Square alone breaks, from which gradients are in doubt
 PROGRESS_SECONDS = 30.0  # between two lines of progress
 
 
@@ -120,7 +121,9 @@ def autoattack(
       A `Result`. For fewer than four classes a targeted logit margin replaces the targeted DLR, and for two classes a
       logit margin replaces the DLR, with a line in `notes`. An image whose logits are not finite, clean or attacked,
       counts as wrong, and `notes` has their number: mask a class with a large negative logit instead of infinity.
-      `notes` also warns if the logits of an image depend on its batch, because the attacks assume independent images.
+      `notes` also warns if the logits of an image depend on its batch, because the attacks assume independent images,
+      if they are probabilities, and if Square, which needs no gradient, broke more than 0.2 % of the images that the
+      other attacks left.
       `evaluations` counts all steps in occupied slots: a broken image is counted until its slot is refilled.
 
     Raises:
@@ -192,6 +195,11 @@ def autoattack(
     x_adv, prediction = x.copy(), _predictions(clean)
     if (undefined := np.sum(prediction < 0)) > 0:
         notes.append(f"The logits of {undefined} clean images are not finite: they count as wrong.")
+    if not random and (clean >= 0).all() and (np.abs(clean.sum(-1) - 1) < 1e-5).all():
+        notes.append(
+            "logits_fn returns probabilities: the objectives apply a second softmax, and gradients vanish. Return the "
+            "logits."
+        )
     correct = prediction == y
     broken_by = np.where(correct, -1, 0).astype(np.int32)
     accuracy, evaluations = {"clean": float(correct.mean())}, {}
@@ -237,6 +245,13 @@ def autoattack(
         prediction = _predictions(logits_of(x_adv, all_rows, 0))
     if (undefined := np.sum(correct & (prediction < 0))) > 0:
         notes.append(f"The logits of {undefined} adversarial images are not finite: they count as wrong.")
+    if "square" in names and set(names) - {"square"}:
+        by_square = np.sum(broken_by == 1 + names.index("square"))
+        if by_square > SQUARE_SHARE * len(x):
+            notes.append(
+                f"Square broke {by_square} images that attacks with gradients did not: does the network mask its "
+                "gradients?"
+            )
     robust = prediction == y
     accuracy[names[-1]] = float(robust.mean())
     return Result(x_adv, robust, correct, prediction, broken_by, accuracy, evaluations, tuple(notes))

@@ -82,3 +82,30 @@ def test_a_result_of_autoattack():
 def test_example_runs():
     failures, tried = doctest.testmod(module, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert tried and not failures
+
+
+WEIGHTS = np.random.default_rng(0).normal(size=(16, 4)).astype(np.float32)
+
+
+def linear(x):
+    return (x - 0.5).reshape(len(x), -1) @ WEIGHTS
+
+
+NETWORKS = {
+    "plain": (linear, None),
+    "probabilities": (lambda x: jax.nn.softmax(linear(x)), "logits_fn returns probabilities"),
+    "rounded": (lambda x: linear(jnp.round(20 * x) / 20), "Square broke"),
+}
+
+
+@pytest.mark.usefixtures("short")
+@pytest.mark.parametrize("name", NETWORKS)
+def test_notes_on_gradients(name):
+    logits_fn, start = NETWORKS[name]
+    x = np.random.default_rng(1).uniform(0.2, 0.8, size=(40, 4, 4, 1)).astype(np.float32)
+    y = np.asarray(linear(x).argmax(-1))
+    result = attacks.autoattack(jax.random.key(0), logits_fn, x, y, eps=0.1, version=("apgd-ce", "square"))
+    starts = [note for note in result.notes if start and note.startswith(start)]
+    assert list(result.notes) == starts and len(starts) == (start is not None)
+    randomised = attacks.expectation(lambda x, keys: logits_fn(x), 2)
+    assert not attacks.autoattack(jax.random.key(0), randomised, x, y, eps=0.1, version=("apgd-ce",)).notes
