@@ -116,7 +116,8 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
         if options.workdir or any(re.match(r"--?config(=|$)", argument) for argument in rest):
             raise ValueError("--golden brings its network and images: leave out --config and --workdir.")
         options.alone, options.name = True, options.name or f"{options.kind}-golden-{options.golden}"
-        rest = [*GOLDEN, *rest]
+        official_batches = ["--config.eval.batch_size=250"] if options.kind == "libraries" else []
+        rest = [*GOLDEN, *official_batches, *rest]
     if options.kind == "libraries":
         options.radii = radii(options)
     return options, rest, flags.parse(["benchmark", *rest]).config

@@ -29,6 +29,7 @@ def measure(tmp_path, monkeypatch, capsys):
 
         def launch(task, config, environment=None, **options):
             tasks.append((task, options))
+            assert flags.parse(["", *config]).config.eval.batch_size == 250, "the default of the official code"
             if task in ("peak", "logits_difference"):
                 return PEAK if task == "peak" else {"difference": 1e-7}
             seconds = 1.0 if options["library"] == "lt_adv" else 4.0
