@@ -36,7 +36,7 @@ def run_pgd(build: Callable[[Apply, Case], PGDAttack], case: Case) -> Outcome:
     counter = Counter()
     jax.block_until_ready(build(counter.wrap(target.apply), case)(x[:COUNTED_IMAGES], y[:COUNTED_IMAGES]))
     jax.effects_barrier()
-    evaluations = [count * len(x) // COUNTED_IMAGES for count in (counter.forwards, counter.gradients)]
+    evaluations = [count * len(x) // len(x[:COUNTED_IMAGES]) for count in (counter.forwards, counter.gradients)]
     if build is passes_alone:
         return Outcome(times, evaluations, label, clean)
     x_adv = np.asarray(x_adv)
