@@ -5,6 +5,7 @@
     python -m experiments.benchmark data    --config=...    the input pipeline alone, and the time to load the images
     python -m experiments.benchmark attack  --config=...    PGD through attacks.jit and as an eager loop in PyTorch
     python -m experiments.benchmark autoattack --config=... | --golden=...    AutoAttack in JAX and eager in PyTorch
+    python -m experiments.benchmark libraries --config=... | --golden=...     attacks of lt_adv and of other libraries
     python -m experiments.benchmark start   --config=...    seconds from the command to the end of the first step
     python -m experiments.benchmark scaling --config=...    by batch size, depth, attack steps, devices, images
 
@@ -27,6 +28,15 @@ autoattack:
 --workdir=PATH     attacks the last weights of this run; without it, the initial weights, labelled by the network itself
 --golden=HEAD      attacks the digits network in tests/golden with this head, linear or cosine; implies --alone
 
+libraries:
+--libraries=...    any of lt_adv, loop (its forward and backward passes alone), foolbox-jax, foolbox-jax-jit (with the
+                   network under jit), foolbox-torch, torchattacks, pyautoattack (the official AutoAttack)
+--attacks=...      any of pgd, apgd-ce, apgd-t, fab-t, square; each runs alone on all images
+--norms=...        linf, l2, l1 [linf,l1 with --golden, else linf]
+--eps=...          a radius for each norm [those of the golden file or of the config]
+--num-steps=20     of PGD
+--images=..., --queries=..., --workdir=PATH, --golden=HEAD    as of autoattack
+
 scaling:
 --batch-size=..., --depth=..., --num-steps=..., --devices=..., --images=...    the values to measure, one changed at
                    a time; images are those of the training set
@@ -43,7 +53,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.benchmark import measurements, record, summary, tables, target
+from experiments.benchmark import libraries, measurements, record, summary, tables, target
 from experiments.options import Parser, name, one_of, positive, run_command, some
 from experiments.pytorch_baseline import ATTACKS, SETTINGS
 from lt_adv.cli import flags
@@ -80,14 +90,22 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
             sub.add_argument("--frameworks", type=some(one_of("framework", FRAMEWORKS)), default=list(FRAMEWORKS))
         if kind == "attack":
             sub.add_argument("--num-steps", type=positive_ints, default=[10, 20, 100])
+        if kind in ("autoattack", "libraries"):
+            sub.add_argument("--golden", type=one_of("head", target.HEADS))
+            sub.add_argument("--workdir", type=folder)
+            sub.add_argument("--images", type=positive(int))
+            sub.add_argument("--queries", type=positive(int), default=5000)
         if kind == "autoattack":
             sub.add_argument("--attacks", type=some(one_of("attack", ATTACKS)), default=tables.STANDARD.split("+"))
             sub.add_argument("--alone", action="store_true")
-            sub.add_argument("--golden", type=one_of("head", target.HEADS))
-            sub.add_argument("--workdir", type=folder)
             sub.add_argument("--eps", type=positive(float))
-            sub.add_argument("--images", type=positive(int))
-            sub.add_argument("--queries", type=positive(int), default=5000)
+        if kind == "libraries":
+            names, of = list(libraries.LIBRARIES), libraries.ATTACKS
+            sub.add_argument("--libraries", type=some(one_of("library", names)), default=names)
+            sub.add_argument("--attacks", type=some(one_of("attack", of)), default=list(of))
+            sub.add_argument("--norms", type=some(one_of("norm", libraries.NORMS)))
+            sub.add_argument("--eps", type=lambda text: [positive(float)(part) for part in text.split(",")])
+            sub.add_argument("--num-steps", type=positive(int), default=20)
         if kind == "scaling":
             for option in SCALED:
                 sub.add_argument(option, type=positive_ints, default=[])
@@ -97,9 +115,26 @@ def parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str], Any]:
     if getattr(options, "golden", None):
         if options.workdir or any(re.match(r"--?config(=|$)", argument) for argument in rest):
             raise ValueError("--golden brings its network and images: leave out --config and --workdir.")
-        options.alone, options.name = True, options.name or f"autoattack-golden-{options.golden}"
-        rest = [*GOLDEN, *rest]
+        options.alone, options.name = True, options.name or f"{options.kind}-golden-{options.golden}"
+        official_batches = ["--config.eval.batch_size=250"] if options.kind == "libraries" else []
+        rest = [*GOLDEN, *official_batches, *rest]
+    if options.kind == "libraries":
+        options.radii = radii(options)
     return options, rest, flags.parse(["benchmark", *rest]).config
+
+
+def radii(options: argparse.Namespace) -> dict[str, float | None]:
+    """Returns norm -> radius of the measurement `libraries`; None is the radius of the config, which is in L-inf."""
+    norms = options.norms or (["linf", "l1"] if options.golden else ["linf"])
+    if options.eps:
+        if len(options.eps) != len(norms):
+            raise ValueError(f"--eps needs a radius for each of {', '.join(norms)}, got {len(options.eps)}.")
+        return dict(zip(norms, options.eps, strict=True))
+    if options.golden:
+        return {norm: target.golden_radius(options.golden, norm) for norm in norms}
+    if norms != ["linf"]:
+        raise ValueError("The radius of a config is in L-inf: for other norms give --eps, a radius for each norm.")
+    return {"linf": None}
 
 
 def run(argv: Sequence[str]) -> int:

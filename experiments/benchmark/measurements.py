@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from experiments.benchmark import record as records
 from experiments.benchmark import summary, target
+from experiments.benchmark.libraries import LIBRARIES, missing
 from experiments.pytorch_baseline import SETTINGS
 
 Record = dict[str, Any]
@@ -36,7 +37,7 @@ class Task(NamedTuple):
 
 class Plan(NamedTuple):
     tasks: Callable[[str], Mapping[str, Task]]  # empty folder of a round -> series -> task
-    pairs: Mapping[str, tuple[str, str]] = {}  # label of a speed-up -> (slower series, faster series)
+    pairs: Mapping[str, tuple[str, str]] = {}  # label of a ratio -> (series in the numerator, in the denominator)
     flops: Mapping[str, float] = {}  # series -> model FLOPs per image
 
 
@@ -74,6 +75,33 @@ def autoattack(record: Record, config: Sequence[str], options: Namespace) -> Pla
     common = {name: getattr(options, name) for name in ("queries", "golden", "images", "workdir", "eps")}
     series = [[name] for name in options.attacks] if options.alone else [options.attacks]
     return _both("autoattack", {"+".join(names): {"attacks": names, **common} for names in series})
+
+
+def libraries(record: Record, config: Sequence[str], options: Namespace) -> Plan:
+    """Times attacks of lt_adv and of other libraries in turn on the same network and images, each alone on all images.
+
+    A library that is not installed is recorded with what to install, and left out.
+    """
+    record["queries"], record["trained"] = options.queries, bool(options.golden or options.workdir)
+    record["num_steps"] = options.num_steps
+    if options.golden:
+        record["config"] |= {"dataset": "digits", "network": f"golden digit network, {options.golden} head"}
+    problems = {name: missing(name) for name in options.libraries}
+    record["libraries"] = {name: {"error": line} for name, line in problems.items() if line}
+    common = {name: getattr(options, name) for name in ("golden", "images", "workdir")}
+    record["logits"] = records.launch("logits_difference", config, JAX_ON_CPU, **common, eps=None)
+    steps = {name: getattr(options, name) for name in ("num_steps", "queries", "seconds")}
+    tasks, pairs = {}, {}
+    for norm, eps in options.radii.items():
+        for attack in options.attacks:
+            for name in (name for name in options.libraries if not problems[name]):
+                library, series = LIBRARIES[name], f"{name} {attack} {norm}"
+                if attack in library.attacks.get(norm, ()):
+                    task = {"library": name, "attack": attack, "norm": norm, **steps, **common, "eps": eps}
+                    tasks[series] = Task("library_attack", task, JAX_ON_CPU if library.framework == "torch" else {})
+                    if name != "lt_adv":
+                        pairs[series] = (f"lt_adv {attack} {norm}", series)
+    return Plan(lambda _: tasks, pairs)
 
 
 def _both(task: str, settings: Mapping[str, Mapping[str, Any]]) -> Plan:
@@ -174,5 +202,5 @@ def _brief(result: Mapping[str, Any]) -> str:
 
 
 MEASUREMENTS: Mapping[str, Callable[[Record, Sequence[str], Namespace], Plan]] = {
-    function.__name__: function for function in (step, profile, data, attack, autoattack, start, scaling)
+    function.__name__: function for function in (step, profile, data, attack, autoattack, libraries, start, scaling)
 }

@@ -19,6 +19,7 @@ from lt_adv.runtime.environment import commit, cores
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "experiments" / "results" / "benchmark"
 PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "nvidia-cudnn-cu13", "flax", "torch", "triton", "numpy")
+PACKAGES += ("foolbox", "torchattacks", "pyautoattack")
 NETWORKS = {"resnet18": "ResNet-18", "preact_resnet18": "PreActResNet-18"}
 
 

@@ -14,7 +14,7 @@ def update(record: dict[str, Any], pairs: Mapping[str, tuple[str, str]], flops: 
 
     Args:
         record: gets "summary", "ratio", and "agreement" if its runs list the robust images.
-        pairs: label of a speed-up -> (slower series, faster series).
+        pairs: label of a ratio -> (series in the numerator, in the denominator), in general the slower one first.
         flops: series -> model FLOPs per image.
     """
     runs = record["runs"]
@@ -69,7 +69,7 @@ def by_round(runs: Runs, series: Sequence[str], entry: str) -> list[tuple[Any, .
 
 
 def ratio(runs: Runs, slower: str, faster: str) -> dict[str, float] | None:
-    """Returns the speed-up {"median": ratio of the medians over rounds, "min", "max": extremes of the ratios by round}.
+    """Returns slower / faster {"median": ratio of the medians over rounds, "min", "max": extremes of those by round}.
 
     None if no round has both series.
     """
@@ -84,24 +84,27 @@ def ratio(runs: Runs, slower: str, faster: str) -> dict[str, float] | None:
     return {"median": medians[0] / medians[1], "min": min(ratios), "max": max(ratios)}
 
 
-def agreement(runs: Runs, torch: str, jax: str) -> dict[str, Any]:
-    """Returns how many images are robust in "both", only in "jax" and only in "torch", in the first common round.
+def agreement(runs: Runs, *series: str) -> dict[str, Any]:
+    """Returns how many images are robust in "both" of two series and in one alone, in the first common round.
+
+    A series goes by its first word: "jax" and "torch" for "jax apgd-ce" and "torch apgd-ce".
 
     Equally strong attacks leave an image on which they disagree robust with equal probability. "error" is set where
     the two counts differ by more than three standard deviations of that coin.
     """
-    rounds = by_round(runs, (torch, jax), "robust")
+    rounds = by_round(runs, series, "robust")
     if not rounds:
         return {}
     images = next(run["images"] for run in runs if "robust" in run)
-    in_torch, in_jax = (
+    first, second = (
         np.unpackbits(np.frombuffer(bytes.fromhex(text), np.uint8), count=images).astype(bool) for text in rounds[0]
     )
-    masks = {"both": in_torch & in_jax, "jax": in_jax & ~in_torch, "torch": in_torch & ~in_jax}
+    names = [name.split()[0] for name in series]
+    masks = {"both": first & second, names[0]: first & ~second, names[1]: second & ~first}
     counts: dict[str, Any] = {name: int(mask.sum()) for name, mask in masks.items()}
-    if abs(counts["jax"] - counts["torch"]) > 3 * (counts["jax"] + counts["torch"]) ** 0.5:
-        shares = " and ".join(f"{100 * mask.mean():.2f} %" for mask in (in_jax, in_torch))
-        counts["error"] = f"robust accuracies of JAX and PyTorch, {shares}, differ by more than noise"
+    if abs(counts[names[0]] - counts[names[1]]) > 3 * (counts[names[0]] + counts[names[1]]) ** 0.5:
+        shares = " and ".join(f"{100 * mask.mean():.2f} %" for mask in (first, second))
+        counts["error"] = f"robust accuracies of {' and '.join(names)}, {shares}, differ by more than noise"
     return counts
 
 
@@ -117,7 +120,8 @@ def peak(record: Mapping[str, Any]) -> float | None:
 
 def errors(record: Mapping[str, Any]) -> list[str]:
     """Returns one line "measurement: reason" for everything that failed."""
-    parts = {"benchmark": record} | {name: record[name] for name in ("peak", "flops") if name in record}
+    parts = {"benchmark": record} | {name: record[name] for name in ("peak", "flops", "logits") if name in record}
+    parts |= record.get("libraries", {})
     parts |= {f"flops of {name}": entry for name, entry in record.get("flops_of", {}).items()}
     parts |= {f"agreement on {name}": entry for name, entry in record.get("agreement", {}).items()}
     parts |= record["summary"]

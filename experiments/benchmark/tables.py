@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.benchmark.libraries import LIBRARIES, NORMS
+
 Record = Mapping[str, Any]
 UNKNOWN = "–"
 MAX_OPERATIONS = 8
@@ -15,6 +17,7 @@ COMMANDS = {
     "data": "data --config=configs/at_bsl.py:dataset=cifar10",
     "attack": "attack --config=configs/at_bsl.py:dataset=cifar10 --num-steps=10,20,100",
     "autoattack": "autoattack --golden=linear",
+    "libraries": "libraries --golden=linear",
     "start": "start --config=configs/robal.py:dataset=digits",
     "scaling": "scaling --config=configs/at_bsl.py:dataset=cifar10 --batch-size=64,128,256 --num-steps=1,5,10",
 }
@@ -121,6 +124,27 @@ def autoattack(record: Record) -> Iterator[list[str]]:
         yield [*row, " / ".join(number(entry.get("compile_cold_seconds")) for entry in entries)]
 
 
+def libraries(record: Record) -> Iterator[list[str]]:
+    """Compares libraries, a row for each; the time of lt_adv is relative to that of the row."""
+    for series, entry in record["summary"].items():
+        name, attack, norm = series.split()
+        run = next((r for r in record["runs"] if r["series"] == series and "ms" in r), None)
+        library = LIBRARIES[name]
+        version = record["versions"].get(library.package)
+        title = library.title.replace(",", f" {version},", 1) if "," in library.title else f"{library.title} {version}"
+        network = record["config"]["network"] + ("" if record["trained"] else ", untrained")
+        shown = f"PGD-{record['num_steps']}" if attack == "pgd" else attack
+        row = [device(record), f"{NORMS[norm]} {shown}", title if version else library.title, network]
+        row += [f"{run['images']:,}" if run else UNKNOWN, number(entry.get("ms"), 1e3)]
+        row.append(times(record["ratio"].get(series)))
+        agree = "" if "error" not in record["agreement"].get(series, {}) else " (differs)"
+        robust = run["accuracy"].get(attack) if run else None
+        row.append(UNKNOWN if robust is None else f"{100 * robust:.2f}{agree}")
+        counts = run["evaluations"][attack] if run else (None, None)
+        row += [number(None if count is None else count / run["images"]) for count in counts]
+        yield [*row, number(entry.get("compile_cold_seconds"))]
+
+
 def data(record: Record) -> Iterator[list[str]]:
     entries = record["summary"]
     row = [device(record), record["config"]["dataset"], str(record["config"]["batch_size"])]
@@ -164,6 +188,11 @@ TABLES: Mapping[str, tuple[Callable[[Record], Iterator[list[str]]], list[str]]] 
         autoattack,
         ["Device", "Network", "Images", "Attacks", "JAX, s", "PyTorch eager, s", "Speed-up", "Robust accuracy, %"]
         + ["Official", "Forward passes per image", "Gradients per image", "Compile, s", "Rounds"],
+    ),
+    "libraries": (
+        libraries,
+        ["Device", "Attack", "Library", "Network", "Images", "Seconds", "Time of lt_adv / library"]
+        + ["Robust accuracy, %", "Forward passes per image", "Gradients per image", "Compile, s", "Rounds"],
     ),
     "start": (
         start,

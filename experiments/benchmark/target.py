@@ -28,6 +28,7 @@ def make_target(
     """Returns the golden digits network or the network of the config, with test images.
 
     Args:
+        config: a config; a golden network takes nothing from it.
         golden: head of a golden network; None takes the network of the config.
         images: number of test images, evenly spaced; None takes all.
         workdir: run whose last weights are used; None takes the initial weights.
@@ -96,6 +97,12 @@ def golden_digits(head: str, dtype: Any = np.float32) -> Target:
         weights |= {name: np.asarray(value, dtype) for name, value in info["head_parameters"].items()}
     image, label = arrays["images"].astype(dtype), arrays["labels"].astype(np.int32)
     return Target(image, label, info["eps"], digits_logits_jax, weights, functools.partial(digits_torch, weights))
+
+
+def golden_radius(head: str, norm: str) -> float:
+    """Returns the radius at which the official code was run on a golden network; `norm` is "linf", "l2" or "l1"."""
+    file, entry = {"linf": ("digits", "eps"), "l2": ("digits", "eps_l2"), "l1": ("l1", "radius")}[norm]
+    return json.loads((GOLDEN / f"attacks_{file}_{head}.json").read_text())[entry]
 
 
 def official_accuracies(head: str) -> dict[str, Any]:

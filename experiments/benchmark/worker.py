@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark.autoattack import jax_autoattack, torch_autoattack
+from experiments.benchmark.libraries import library_attack, logits_difference
 from experiments.benchmark.timing import measure, peak_memory, timed, torch_device
 from lt_adv.cli import flags
 
@@ -248,7 +249,7 @@ TASKS = {
     task.__name__: task
     for task in (
         *(jax_step, jax_profile, torch_step, peak, flops, pipeline, load),
-        *(jax_attack, torch_attack, jax_autoattack, torch_autoattack),
+        *(jax_attack, torch_attack, jax_autoattack, torch_autoattack, library_attack, logits_difference),
     )
 }
 

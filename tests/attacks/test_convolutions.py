@@ -145,6 +145,35 @@ def test_convolutions_of_patches_are_products(layout, dtype):
     assert "conv_general_dilated" not in names
 
 
+@pytest.mark.parametrize("layout", [NHWC, NCHW])
+@pytest.mark.parametrize(
+    ("side", "strides", "padding"),
+    [
+        ((3, 3), (2, 2), [(1, 1), (1, 1)]),
+        ((3, 3), (2, 2), "SAME"),
+        ((5, 3), (3, 2), "VALID"),
+        ((4, 3), (2, 1), [(0, 3), (2, 0)]),
+        ((7, 2), (3, 2), [(3, 3), (1, 2)]),
+    ],
+)
+def test_gradient_of_strides_computes_no_zeros(side, strides, padding, layout):
+    """Odd and even sizes, pixels that no window covers, and paddings on one side."""
+    rng = np.random.default_rng(1)
+    x, kernel = rng.normal(size=(2, 12, 9, 3)), rng.normal(size=(*side, 3, 5))
+    if layout == NCHW:
+        x, kernel = x.transpose(0, 3, 1, 2), kernel.transpose(3, 2, 0, 1)
+
+    def network(x):
+        y = jax.lax.conv_general_dilated(x, kernel.astype(x.dtype), strides, padding, dimension_numbers=layout)
+        return jnp.sum(jnp.tanh(y))
+
+    with jax.enable_x64(True):
+        rewritten = rewrite_convolutions(jax.grad(network))
+        np.testing.assert_allclose(rewritten(x), jax.grad(network)(x), rtol=1e-12, atol=1e-12)
+        text = str(jax.make_jaxpr(rewritten)(x))
+    assert set(re.findall(r"lhs_dilation=(\(.*?\))", text)) == {"(1, 1)"} and text.count("conv_general_dilated[") == 2
+
+
 @pytest.mark.parametrize(("strides", "padding"), [((2, 2), "SAME"), ((4, 2), [(1, 1), (0, 0)]), ((3, 2), "VALID")])
 def test_other_convolutions_stay(strides, padding):
     x, kernel = jax.random.normal(jax.random.key(0), (2, 12, 9, 3)), jax.random.normal(jax.random.key(1), (4, 2, 3, 5))

@@ -113,7 +113,7 @@ def test_disagreement_beyond_noise_is_an_error():
     near = summary.agreement(runs([1, 1, 0, 1] * 25 + [0], [1, 0, 1, 1] * 25 + [0]), "torch a", "jax a")
     assert near == {"both": 50, "jax": 25, "torch": 25}
     far = summary.agreement(runs([1] * 100, [1] * 90 + [0] * 10), "torch a", "jax a")
-    assert far["error"] == "robust accuracies of JAX and PyTorch, 100.00 % and 90.00 %, differ by more than noise"
+    assert far["error"] == "robust accuracies of torch and jax, 90.00 % and 100.00 %, differ by more than noise"
     about = {"peak": {}, "summary": {}, "agreement": {"a": far, "b": near}}
     assert summary.errors(about) == [f"agreement on a: {far['error']}"]
     assert summary.agreement(runs([1], [1])[1:], "torch a", "jax a") == {}
