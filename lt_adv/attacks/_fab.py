@@ -140,9 +140,10 @@ def fab_targeted(
       x: images [batch, ...], float32 or float64, inside `bounds`.
       y: labels, integers [batch].
       eps: radius, scalar or [batch], in the units of x. An image whose nearest wrong point lies farther away is
-        returned unchanged; infinity returns all nearest wrong points. Random starts lie within eps. In L-inf also one
-        radius for each entry, an array with the dimensions of x that broadcasts to it: 0 where a feature must not
-        change. The distance is then max_i |d_i| / eps_i.
+        returned unchanged. With infinity an image ends at the first target that has a wrong point, and a later target
+        may have a nearer one: for smallest perturbations use `minimum_norm(fab)`. In L-inf also one radius for each
+        entry, an array with the dimensions of x that broadcasts to it: 0 where a feature must not change. The distance
+        is then max_i |d_i| / eps_i.
       num_steps: iterations for each target; each costs one gradient and one more forward pass.
       num_targets: number of target classes, at most classes - 1.
       norm: "linf", "l2" or "l1".

@@ -52,9 +52,8 @@ class Problem(NamedTuple):
         if classes < 2:
             raise ValueError(f"logits_fn must return logits of at least two classes, got {classes}.")
         checks.check_labels(self.y, len(self.x), classes)
-        values = None if self.targets is None else checks.concrete_values(self.targets)
-        if values is not None and values.size and not 0 <= values.min() <= values.max() < classes:
-            raise ValueError(f"targets must be labels of {classes} classes, got {values.min()} to {values.max()}.")
+        if self.targets is not None:
+            checks.check_labels(self.targets, len(self.x), classes, name="targets")
         return logits
 
     def is_adversarial(self, logits: Array) -> Array:
@@ -116,9 +115,7 @@ def problem(
     low, high = _base.check(x, y, bounds)
     if targets is not None:
         targets = checks.as_array("targets", targets)
-        if targets.shape != y.shape or not jnp.issubdtype(targets.dtype, jnp.integer):
-            kind = f"{targets.dtype} {targets.shape}"
-            raise ValueError(f"targets must be integer labels [batch] = {y.shape}, got {kind}.")
+        checks.check_labels(targets, len(x), name="targets")
         targets = targets.astype(jnp.int32)
     x = lax.stop_gradient(x)  # the loops of projections cannot be differentiated
     return Problem(logits_fn, x, y.astype(jnp.int32), targets, norms.get(norm), low, high)
@@ -168,12 +165,13 @@ def minimum_norm(attack: Attack) -> MinimumNormAttack:
     """Returns FAB in the form of a minimum-norm attack: without a radius, and with the distance of each point.
 
     Args:
-      attack: `fab`, `fab_targeted`, or another attack that returns the nearest adversarial points for eps = inf and x
-        itself where it found none.
+      attack: `fab`, or another attack that returns the nearest adversarial points for eps = inf and x itself where it
+        found none. `fab_targeted` ends at the first target that has a point, which need not be the nearest one.
 
     Returns:
       f(key, logits_fn, x, y, **options) -> (x_adv, distance), with the options of `attack` except for eps. `distance`
-      [batch] is the norm of x_adv - x: 0 where x is classified wrongly, infinity where no wrong point was found.
+      [batch] is the norm of x_adv - x: 0 where x is classified wrongly (with `targets`, as its target), infinity where
+      no adversarial point was found.
 
     Raises:
       ValueError: if the attack has no argument `eps` or no argument `norm`.
@@ -200,13 +198,13 @@ def minimum_norm(attack: Attack) -> MinimumNormAttack:
         **options: Any,
     ) -> MinimumPerturbation:
         x_adv = attack(key, logits_fn, x, y, eps=jnp.inf, norm=norm, bounds=bounds, **options)
-        given = problem(logits_fn, x, y, None, norm, (norm,), bounds)
+        given = problem(logits_fn, x, y, options.get("targets"), norm, (norm,), bounds)
 
         def measure() -> MinimumPerturbation:
             distance = given.distance(x_adv)
             unchanged = jnp.where(given.is_adversarial(given.logits(given.x)), 0, given.per_example(jnp.inf))
             return MinimumPerturbation(x_adv, jnp.where(distance > 0, distance, unchanged))
 
-        return tracing.run_compiled(measure, x_adv, x, y)
+        return tracing.run_compiled(measure, x_adv, x, y, given.targets)
 
     return find

@@ -24,7 +24,6 @@ ATTACKS = {
     "fab_targeted": partial(attacks.fab_targeted, num_steps=5, num_targets=2),
     "square": partial(attacks.square, num_queries=20),
 }
-GRADIENT = [name for name in ATTACKS if name != "square"]
 
 
 def network(x):

@@ -1,4 +1,4 @@
-"""Properties of AutoAttack and its four attacks that hold for every network."""
+"""Properties of AutoAttack that hold for every network; test_properties.py has those of its attacks."""
 
 from functools import partial
 
@@ -6,32 +6,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from jax.sharding import Mesh
-from jax.sharding import PartitionSpec as P
 
 from lt_adv import attacks
 from lt_adv.attacks import continuous_batching
 from lt_adv.attacks._autoattack import ATTACKS
-from tests.attacks.test_gradient import distance
+from tests.attacks.test_properties import distance
 
 KEY = jax.random.key(3)
 SHAPE, CLASSES = (6, 5, 2), 5
 RNG = np.random.default_rng(0)
 HIDDEN, OUT = (RNG.normal(size=s).astype(np.float32) for s in ((np.prod(SHAPE), 12), (12, CLASSES)))
-FEW = {
-    "apgd": partial(attacks.apgd, num_steps=6),
-    "apgd_dlr": partial(attacks.apgd, num_steps=6, num_restarts=2, objective=attacks.dlr),
-    "apgd_targeted": partial(attacks.apgd_targeted, num_steps=5, num_targets=3),
-    "fab": partial(attacks.fab, num_steps=4, num_restarts=2),
-    "fab_targeted": partial(attacks.fab_targeted, num_steps=4, num_targets=2),
-    "square": partial(attacks.square, num_queries=20),
-}
 
 
-def network(x):
-    return jnp.tanh(x.reshape(len(x), -1) @ HIDDEN) @ OUT
+def apply(weights, x):
+    return jnp.tanh(x.reshape(len(x), -1) @ weights[0]) @ weights[1]
+
+
+network = jax.tree_util.Partial(apply, (HIDDEN, OUT))  # whose programs are compiled once for all tests
 
 
 def images(n, seed=0, dtype=np.float32):
@@ -45,72 +36,8 @@ def labels(x):
     return y
 
 
-@partial(jax.jit, static_argnames=("name", "norm"))
-def run(key, x, y, eps, *, name, norm="linf"):
-    return FEW[name](key, network, x, y, eps=eps, norm=norm)
-
-
 def wrong(x_adv, y, logits_fn=network):
     return np.asarray(logits_fn(jnp.asarray(x_adv)).argmax(-1) != y)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", FEW)
-@settings(max_examples=5, deadline=None)
-@given(seed=st.integers(0, 2**31 - 1), eps=st.floats(0, 1, width=32), border=st.booleans())
-def test_points_stay_in_ball_and_bounds_and_wrong_images_are_unchanged(name, norm, seed, eps, border):
-    x = images(10, seed)
-    x = np.round(x) if border else x  # pixels on the very border of the box
-    y = labels(x)
-    x_adv = np.asarray(run(jax.random.key(seed), x, y, eps, name=name, norm=norm))
-    assert x_adv.dtype == x.dtype and np.isfinite(x_adv).all()
-    assert ((x_adv >= 0) & (x_adv <= 1)).all()
-    assert (distance(x_adv, x, norm) <= eps * (1 + 1e-5) + 1e-6).all()
-    np.testing.assert_array_equal(x_adv[::5], x[::5])  # wrong clean
-
-
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-@pytest.mark.parametrize("name", FEW)
-def test_attacks_break_images_and_depend_on_the_key_of_the_example(name, norm):
-    x = images(20)
-    y = labels(x)
-    keys = jax.random.split(KEY, 20)
-    strong = run(keys, x, y, 0.3 if norm == "linf" else 1.5, name=name, norm=norm)
-    assert wrong(strong, y).sum() >= 10, "the first four of five are right"
-    weak = run(keys, x, y, 0.05, name=name, norm=norm)
-    parts = [slice(i, i + 4) for i in range(0, 20, 4)]
-    few = np.concatenate([run(keys[i], x[i], y[i], 0.05, name=name, norm=norm) for i in parts])
-    np.testing.assert_allclose(weak, few, atol=2e-5)
-    np.testing.assert_array_equal(wrong(weak, y), wrong(few, y))
-
-
-@pytest.mark.parametrize(
-    ("name", "norm"),
-    [
-        ("square", "linf"),
-        *(pytest.param(name, "linf", marks=pytest.mark.slow) for name in ("apgd_targeted", "fab", "fab_targeted")),
-        *(pytest.param(name, "l1", marks=pytest.mark.slow) for name in ("apgd", "fab", "square")),
-    ],
-)
-def test_same_under_every_transformation(name, norm):
-    x = images(16)
-    y, keys, eps = labels(x), jax.random.split(KEY, 16), np.linspace(0.02, 0.1, 16, dtype=np.float32)
-    eps = 10 * eps if norm == "l1" else eps
-
-    def attack(keys, x, y, eps):
-        return FEW[name](keys, network, x, y, eps=eps, norm=norm)
-
-    expected = jax.jit(attack)(keys, x, y, eps)
-    compare = partial(np.testing.assert_allclose, desired=np.asarray(expected), atol=1e-5)
-    by_two = jax.tree.map(lambda a: a.reshape(8, 2, *a.shape[1:]), (keys, x, y, eps))
-    compare(jax.vmap(attack)(*by_two).reshape(x.shape))
-    compare(jax.pmap(attack)(*by_two).reshape(x.shape))
-    mesh = Mesh(np.array(jax.devices()), ("data",))
-    sharded = jax.shard_map(attack, mesh=mesh, in_specs=P("data"), out_specs=P("data"))
-    compare(jax.jit(sharded)(keys, x, y, eps))
-    compiled = attacks.jit(FEW[name].func, lambda _, x: network(x), **FEW[name].keywords, eps=0.1)
-    assert compiled(KEY, None, x, y).shape == x.shape
 
 
 @pytest.mark.slow
@@ -123,8 +50,8 @@ def test_fab_finds_the_nearest_wrong_point_of_a_linear_network():
         x_adv = attacks.fab_targeted(KEY, linear, x, np.zeros(1, int), eps=np.inf, norm=norm, num_steps=30)
         assert wrong(x_adv, 0, linear).all()
         np.testing.assert_allclose(distance(x_adv, x, norm), length, rtol=1e-2)
-        near = attacks.fab(KEY, linear, x, np.zeros(1, int), eps=length * 1.02, norm=norm, num_steps=30)
-        far = attacks.fab(KEY, linear, x, np.zeros(1, int), eps=length * 0.99, norm=norm, num_steps=30)
+        fab = jax.jit(partial(attacks.fab, KEY, linear, x, np.zeros(1, int), norm=norm, num_steps=30))
+        near, far = fab(eps=length * 1.02), fab(eps=length * 0.99)
         assert wrong(near, 0, linear).all() and np.array_equal(far, x)
 
 
@@ -132,11 +59,13 @@ X = images(23, seed=1)
 Y = labels(X)
 
 
+EPS = {"linf": 0.08, "l2": 0.4, "l1": 1.5}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_result_agrees_with_its_points(short, norm):
-    eps = {"linf": 0.08, "l2": 0.4}[norm]
-    result = attacks.autoattack(KEY, network, X, Y, eps=eps, norm=norm, version=ATTACKS, batch_size=8)
+@pytest.mark.parametrize(("norm", "version"), [("linf", ATTACKS), ("l1", ("apgd-ce", "fab-t", "square"))])
+def test_result_agrees_with_its_points(short, norm, version):
+    result = attacks.autoattack(KEY, network, X, Y, eps=EPS[norm], norm=norm, version=version, batch_size=8)
     np.testing.assert_array_equal(result.robust, ~wrong(result.x_adv, Y))
     np.testing.assert_array_equal(result.correct, ~wrong(X, Y))
     np.testing.assert_array_equal(result.prediction, network(result.x_adv).argmax(-1))
@@ -144,21 +73,20 @@ def test_result_agrees_with_its_points(short, norm):
     np.testing.assert_array_equal(result.broken_by == -1, result.robust)
     np.testing.assert_array_equal(result.broken_by == 0, ~result.correct)
     assert 0 < result.robust.sum() < result.correct.sum()
-    assert (distance(result.x_adv, X, norm) <= eps * (1 + 1e-5) + 1e-6).all()
+    assert (distance(result.x_adv, X, norm) <= EPS[norm] * (1 + 1e-5) + 1e-6).all()
+    assert ((result.x_adv >= 0) & (result.x_adv <= 1)).all()
     values = list(result.accuracy.values())
     assert values == sorted(values, reverse=True) and values[-1] == result.robust.mean()
-    assert list(result.accuracy) == ["clean", *ATTACKS] and not result.notes
+    assert list(result.accuracy) == ["clean", *version] and not result.notes
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_result_is_independent_of_batch_size_and_devices(short, norm):
-    eps = {"linf": 0.08, "l2": 0.4}[norm]
-    run = partial(attacks.autoattack, KEY, network, X, Y, eps=eps, norm=norm, version=("apgd-ce", "fab-t", "square"))
-    one = run(batch_size=1, devices=jax.devices()[:1])
-    again = run(batch_size=1, devices=jax.devices()[:1])
+@pytest.mark.parametrize(("norm", "version"), [("linf", ("apgd-ce", "square")), ("l2", ("apgd-ce", "fab-t"))])
+def test_result_is_independent_of_batch_size_and_devices(short, norm, version):
+    run = partial(attacks.autoattack, KEY, network, X, Y, eps=EPS[norm], norm=norm, version=version)
+    one, again = (run(batch_size=1, devices=jax.devices()[:1]) for _ in range(2))
     np.testing.assert_array_equal(one.x_adv, again.x_adv)  # the same key, the same bits
-    for size, devices in ((7, 1), (64, 1), (16, 8)):
+    for size, devices in ((7, 1), (16, 8)):
         other = run(batch_size=size, devices=jax.devices()[:devices])
         np.testing.assert_array_equal(one.robust, other.robust)
         np.testing.assert_array_equal(one.broken_by, other.broken_by)
@@ -167,11 +95,12 @@ def test_result_is_independent_of_batch_size_and_devices(short, norm):
 
 @pytest.mark.slow
 def test_robustness_decreases_with_the_radius(short):
-    robust = [attacks.autoattack(KEY, network, X, Y, eps=eps, batch_size=32).robust for eps in (0, 0.05, 0.1, 0.5, 1)]
+    run = partial(attacks.autoattack, KEY, network, X, Y, version=("apgd-ce", "square"), batch_size=8)
+    robust = [run(eps=eps).robust for eps in (0, 0.05, 0.1, 1)]
     for small, large in zip(robust, robust[1:], strict=False):
         assert (large <= small).all()
     np.testing.assert_array_equal(robust[0], ~wrong(X, Y))
-    assert not robust[-1].any()
+    assert not robust[-1].any() and 0 < robust[2].sum() < robust[1].sum()
 
 
 def test_all_images_wrong_and_all_images_robust(short):
@@ -189,7 +118,7 @@ def test_all_images_wrong_and_all_images_robust(short):
 def test_few_classes(short, classes):
     few = lambda x: network(x)[:, :classes]  # noqa: E731
     y = np.asarray(few(X).argmax(-1))
-    result = attacks.autoattack(KEY, few, X, y, eps=0.1, version=ATTACKS)
+    result = attacks.autoattack(KEY, few, X, y, eps=0.1, version=("apgd-dlr", "apgd-t", "fab"))
     assert (~result.robust).any()
     assert len(result.notes) == (2 if classes == 2 else 1) and "apgd-t" in result.notes[-1]
     with pytest.raises(ValueError, match="compares 4 classes and there are"):
@@ -264,9 +193,6 @@ def test_no_more_evaluations_than_the_released_code():
 
 
 def test_compiles_once_with_weights_as_arguments(short, caplog):
-    def apply(weights, x):
-        return jnp.tanh(x.reshape(len(x), -1) @ weights[0]) @ weights[1]
-
     continuous_batching.programs.cache_clear()
     run = partial(attacks.autoattack, KEY, x=X, y=Y, eps=0.08, version=("apgd-ce",), batch_size=8)
     with jax.log_compiles():

@@ -1,5 +1,6 @@
 """Invalid labels, logits, images and options are refused in one line, before anything is computed."""
 
+import itertools
 from functools import partial
 
 import jax
@@ -94,7 +95,6 @@ def test_attacks_refuse_invalid_logits(name, output):
         attack(KEY, OUTPUTS[output], X, Y, eps=0.1)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("name", [*ATTACKS, "autoattack"])
 def test_images_and_bounds_are_checked(name):
     attack = ATTACKS.get(name, partial(attacks.autoattack, version=("square",), num_queries=5))
@@ -104,10 +104,11 @@ def test_images_and_bounds_are_checked(name):
         attack(KEY, network, X.at[0, 1, 1].set(1 + 1.2e-7), Y, eps=0.1)
     with pytest.raises(ValueError, match="x must be finite"):
         attack(KEY, network, X.at[0, 1, 1].set(jnp.nan), Y, eps=0.1)
-    x_adv = attack(KEY, network, 255 * X, Y, eps=8.0, bounds=(0, 255))
-    x_adv = x_adv.x_adv if name == "autoattack" else x_adv
-    assert np.abs(x_adv - 255 * X).max() <= 8.001 and (np.abs(x_adv - 255 * X) > 0.1).any()
-    attack(KEY, network, X, Y, eps=0.1, bounds=(X.min(), X.max()))
+    if name in ("pgd", "autoattack"):
+        x_adv = attack(KEY, network, 255 * X, Y, eps=8.0, bounds=(0, 255))
+        x_adv = x_adv.x_adv if name == "autoattack" else x_adv
+        assert np.abs(x_adv - 255 * X).max() <= 8.001 and (np.abs(x_adv - 255 * X) > 0.1).any()
+        attack(KEY, network, X, Y, eps=0.1, bounds=(X.min(), X.max()))
     for bounds in ((0, 0), (1, 0), (0, np.nan), 1.0, (0, 1, 2), (np.zeros(3), np.ones(3)), "01", ("a", "b")):
         with pytest.raises(ValueError, match="bounds"):
             attack(KEY, network, X, Y, eps=0.1, bounds=bounds)
@@ -135,12 +136,10 @@ NUMBERS = {
 def test_numeric_options_may_be_arrays(name):
     attack, plain = getattr(attacks, name), NUMBERS[name]
     expected = attack(KEY, network, X, Y, eps=0.1, **plain)
-    for kind in (jnp.asarray,) if name == "autoattack" else (np.asarray, jnp.asarray):
-        options = {k: v if isinstance(v, tuple) else kind(v) for k, v in plain.items()}
-        jax.tree.map(
-            partial(np.testing.assert_allclose, atol=1e-6),
-            *(getattr(x, "x_adv", x) for x in (attack(KEY, network, X, Y, eps=kind(0.1), **options), expected)),
-        )
+    kinds = itertools.cycle([np.asarray, jnp.asarray])
+    options = {k: v if isinstance(v, tuple) else next(kinds)(v) for k, v in plain.items()}
+    result = attack(KEY, network, X, Y, eps=next(kinds)(0.1), **options)
+    np.testing.assert_allclose(*(getattr(x, "x_adv", x) for x in (result, expected)), atol=1e-6)
     for option, value in plain.items():
         if option == "version":
             continue
@@ -166,17 +165,14 @@ def test_numeric_options_may_be_arrays(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("shape", [(64,), (8, 8), (8, 8, 1), (4, 4, 4), (1, 64, 1), (64, 1, 1)])
+@pytest.mark.parametrize("shape", [(64,), (4, 4, 4), (64, 1, 1)])
 def test_square_attacks_vectors_and_images(shape):
     x = X.reshape(-1, *shape)
     x_adv = attacks.square(KEY, network, x, Y, eps=0.1, num_queries=60)
     assert x_adv.shape == x.shape and np.abs(x_adv - x).max() <= 0.1 + 1e-6
     assert wrong(x_adv).sum() > 10
-    if shape in ((64,), (4, 4, 4), (1, 64, 1), (64, 1, 1)):
-        with pytest.raises(ValueError, match="square needs images of at least 5 x 5 pixels for L2"):
-            attacks.square(KEY, network, x, Y, eps=0.8, norm="l2", num_queries=60)
-    else:
-        assert wrong(attacks.square(KEY, network, x, Y, eps=0.8, norm="l2", num_queries=60)).sum() > 10
+    with pytest.raises(ValueError, match="square needs images of at least 5 x 5 pixels for L2"):
+        attacks.square(KEY, network, x, Y, eps=0.8, norm="l2", num_queries=60)
 
 
 def test_square_needs_no_channel_axis():
@@ -189,7 +185,7 @@ def test_square_needs_no_channel_axis():
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("shape", "norm", "attacked"),
-    [((64,), "linf", True), ((8, 8), "linf", True), ((64,), "l2", False), ((2, 2, 4, 4), "linf", False)],
+    [((64,), "linf", True), ((64,), "l2", False), ((2, 2, 4, 4), "linf", False)],
 )
 def test_autoattack_notes_an_unsupported_attack(shape, norm, attacked):
     x, lines = np.asarray(X).reshape(-1, *shape), []
@@ -233,10 +229,13 @@ def test_objectives_must_return_one_value_per_example(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["pgd", "apgd", "fab", "square"])
-def test_labels_of_any_integer_type_under_strict_promotion(name):
-    for dtype in (np.uint8, np.int8, np.uint32, np.int64):
-        with jax.numpy_dtype_promotion("strict"), jax.enable_x64(dtype == np.int64), jax.transfer_guard("disallow"):
+@pytest.mark.parametrize(
+    ("name", "dtypes"),
+    [("pgd", ("uint8", "int64")), ("apgd", ("int8",)), ("fab", ("uint32", "int64")), ("square", ("uint8",))],
+)
+def test_labels_of_any_integer_type_under_strict_promotion(name, dtypes):
+    for dtype in dtypes:
+        with jax.numpy_dtype_promotion("strict"), jax.enable_x64(dtype == "int64"), jax.transfer_guard("disallow"):
             attacked = ATTACKS[name](KEY, network, np.asarray(X), np.asarray(Y).astype(dtype), eps=0.1)
         assert np.isfinite(attacked).all()
 

@@ -142,15 +142,14 @@ def test_randomised_network_uses_new_draws_and_broken_images_stay_broken():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("norm", ["linf", "l2"])
-def test_nan_gradients_do_not_break_images(norm):
+def test_nan_gradients_do_not_break_images():
     def network_with_a_pole(x):
         return network(x) + jnp.sqrt(x[:, 0, 0, 0] * 0)[:, None]
 
     x = images(20)
     y = np.asarray(network(x).argmax(-1))
     names = ("apgd-ce", "apgd-t", "fab-t")
-    options = {"eps": 1e-6, "norm": norm, "version": names, "batch_size": 20}
+    options = {"eps": 1e-6, "norm": "l2", "version": names, "batch_size": 20}
     result = attacks.autoattack(jax.random.key(0), network_with_a_pole, x, y, **options)
     assert result.robust.all() and np.isfinite(result.x_adv).all()
 

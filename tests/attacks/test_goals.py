@@ -6,50 +6,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, PartitionSpec
 
 from lt_adv import attacks
-from tests.attacks.conftest import load
 
-NET = load("linear")
-X, Y = NET.x[::20], NET.y[::20].astype(np.int32)  # 50 images
-EPS = float(NET.info["eps"])
-STEPS = {"eps": EPS, "step_size": EPS / 4, "num_steps": 10}
 KEY = jax.random.key(3)
-TARGETED = {
-    "fgsm": {"eps": 2 * EPS},
-    "pgd": STEPS,
-    "mim": STEPS,
-    "cw": STEPS,
-    "apgd": {"eps": EPS, "num_steps": 20},
-    "apgd_targeted": {"eps": EPS, "num_steps": 20, "num_targets": 2},
-    "fab": {"eps": EPS, "num_steps": 20},
-}
+RNG = np.random.default_rng(0)
+HIDDEN, OUT = RNG.normal(size=(64, 12)).astype(np.float32), RNG.normal(size=(12, 4)).astype(np.float32)
+X = RNG.uniform(size=(32, 8, 8, 1)).astype(np.float32)
+EPS = 0.06
+STEPS = {"eps": EPS, "step_size": EPS / 4, "num_steps": 6}
 
 
-SLOW = {"apgd", "apgd_targeted", "fab"}
+def network(x):
+    return jnp.tanh((x.reshape(len(x), -1) - 0.5) @ HIDDEN) @ OUT
 
 
 def predicted(x):
-    return np.asarray(NET.logits_fn(x).argmax(-1))
+    return np.asarray(network(x).argmax(-1))
 
 
-def second(x):
-    return np.argsort(-np.asarray(NET.logits_fn(x)), axis=-1)[:, 1].astype(np.int32)
-
-
-@pytest.mark.parametrize(
-    "name", [*sorted(set(TARGETED) - SLOW), *(pytest.param(name, marks=pytest.mark.slow) for name in sorted(SLOW))]
-)
-def test_targets_are_hit_more_often_than_by_accident(name):
-    attack = partial(getattr(attacks, name), KEY, NET.logits_fn, X, Y, **TARGETED[name])
-    towards = jax.jit(lambda targets: attack(targets=targets))  # compiled once
-    near, rare, clean, untargeted = second(X), (Y + 5) % 10, predicted(X), predicted(attack())
-    x_adv = towards(near)
-    hits, accidents = predicted(x_adv) == near, untargeted == near
-    assert hits.sum() > (clean == near).sum() and hits.sum() >= accidents.sum() - 1  # often the nearest class
-    assert (predicted(towards(rare)) == rare).sum() >= (untargeted == rare).sum()
-    assert (np.abs(np.asarray(x_adv) - X).max((1, 2, 3)) <= TARGETED[name]["eps"] + 1e-6).all()
+Y = predicted(X).astype(np.int32)
 
 
 def test_targeted_pgd_descends_the_objective_of_the_target():
@@ -74,33 +50,33 @@ def test_targeted_cw_pulls_where_the_margin_exceeds_the_confidence():
 
 
 def test_target_images_are_not_attacked_by_apgd():
-    targets = predicted(X).astype(np.int32)
-    np.testing.assert_array_equal(attacks.apgd(KEY, NET.logits_fn, X, Y, eps=EPS, num_steps=3, targets=targets), X)
+    labels = (Y + 1) % 4
+    np.testing.assert_array_equal(attacks.apgd(KEY, network, X, labels, eps=EPS, num_steps=3, targets=Y), X)
 
 
 def losses(x):
-    return np.asarray(attacks.cross_entropy(NET.logits_fn(x), Y))
+    return np.asarray(attacks.cross_entropy(network(x), Y))
 
 
-@pytest.mark.parametrize("name", ["pgd", "cw"])
-def test_restarts_keep_the_worst_point(name):
-    attack = partial(getattr(attacks, name), KEY, NET.logits_fn, X, Y, **STEPS)
+def test_restarts_keep_the_worst_point():
+    attack = partial(attacks.pgd, KEY, network, X, Y, **{**STEPS, "num_steps": 2})
     single, several, more = attack(), attack(num_restarts=2), attack(num_restarts=5)
     broken = [predicted(x) != Y for x in (single, several, more)]
     assert (broken[1] >= broken[0]).all() and (broken[2] >= broken[1]).all()
-    if name != "cw":
-        assert (losses(several)[~broken[1]] >= losses(single)[~broken[1]] - 1e-5).all()
+    assert 0 < broken[0].sum() < broken[2].sum() < len(Y)
+    assert (losses(several)[~broken[1]] >= losses(single)[~broken[1]] - 1e-5).all()
     np.testing.assert_array_equal(several[broken[1]], more[broken[1]])  # a broken image is not attacked again
-    assert (np.abs(np.asarray(more) - X).max((1, 2, 3)) <= EPS + 1e-6).all()
 
 
 def test_best_point_is_the_worst_of_those_visited():
-    coarse = {"eps": EPS, "step_size": 1.9 * EPS, "num_steps": 7}  # jumps over the best point
-    attack = partial(attacks.pgd, KEY, NET.logits_fn, X, Y, start="zero")
-    steps = [attack(**{**coarse, "num_steps": n}) for n in range(8)]  # the points visited
+    coarse = {"eps": EPS, "step_size": 1.9 * EPS}  # jumps over the best point
+    step = jax.jit(lambda point: attacks.pgd(KEY, network, X, Y, **coarse, num_steps=1, x_init=point))
+    steps = [X]  # the points visited
+    for _ in range(7):
+        steps.append(step(steps[-1]))
     value = np.stack([losses(x) for x in steps])
     broken = np.stack([predicted(x) != Y for x in steps])
-    best = attack(**coarse, return_best=True)
+    best = attacks.pgd(KEY, network, X, Y, **coarse, num_steps=7, start="zero", return_best=True)
     np.testing.assert_array_equal(predicted(best) != Y, broken.any(0))
     expected = np.where(broken.any(0), np.where(broken, value, -np.inf).max(0), value.max(0))
     np.testing.assert_allclose(losses(best), expected, atol=1e-5)
@@ -109,29 +85,13 @@ def test_best_point_is_the_worst_of_those_visited():
 
 def test_a_start_outside_of_the_ball_is_not_returned():
     outside = np.clip(X + 5 * EPS, 0, 1)
-    x_adv = attacks.pgd(KEY, NET.logits_fn, X, Y, **STEPS, x_init=outside, return_best=True)
+    x_adv = attacks.pgd(KEY, network, X, Y, **STEPS, x_init=outside, return_best=True)
     assert (np.abs(np.asarray(x_adv) - X).max((1, 2, 3)) <= EPS + 1e-6).all()
-
-
-def test_restarts_are_the_same_under_transformations_and_in_parts():
-    options = {**STEPS, "num_steps": 4, "num_restarts": 3, "return_best": True}
-    attack = lambda keys, x, y: attacks.pgd(keys, NET.logits_fn, x, y, **options)  # noqa: E731
-    keys, x, y = jax.random.split(KEY, 48), X[:48], Y[:48]
-    expected = np.asarray(jax.jit(attack)(keys, x, y))
-    parts = np.concatenate([attack(keys[i : i + 16], x[i : i + 16], y[i : i + 16]) for i in (0, 16, 32)])
-    np.testing.assert_allclose(parts, expected, atol=1e-6)
-    mapped = jax.vmap(attack)(keys.reshape(3, 16), x.reshape(3, 16, 8, 8, 1), y.reshape(3, 16))
-    np.testing.assert_allclose(mapped.reshape(expected.shape), expected, atol=1e-6)
-    over = jax.pmap(attack)(keys.reshape(8, 6), x.reshape(8, 6, 8, 8, 1), y.reshape(8, 6))
-    np.testing.assert_allclose(over.reshape(expected.shape), expected, atol=1e-6)
-    mesh, spec = Mesh(jax.devices(), ("data",)), PartitionSpec("data")
-    sharded = jax.shard_map(attack, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec)
-    np.testing.assert_allclose(jax.jit(sharded)(keys, x, y), expected, atol=1e-6)
 
 
 def test_no_gradient_flows_through_restarts():
     def loss(scale):
-        x_adv = attacks.pgd(KEY, lambda x: scale * NET.logits_fn(x), X, Y, **STEPS, num_restarts=2, return_best=True)
+        x_adv = attacks.pgd(KEY, lambda x: scale * network(x), X[:4], Y[:4], **STEPS, num_restarts=2, return_best=True)
         return x_adv.sum()
 
     assert jax.grad(loss)(1.0) == 0
@@ -139,30 +99,30 @@ def test_no_gradient_flows_through_restarts():
 
 PER_ENTRY = {
     "fgsm": {},
-    "pgd": {"step_size": EPS / 4, "num_steps": 5},
-    "apgd": {"num_steps": 10},
-    "apgd_targeted": {"num_steps": 10, "num_targets": 2},
-    "fab": {"num_steps": 10, "num_restarts": 2},
-    "fab_targeted": {"num_steps": 10, "num_targets": 3},
+    "pgd": {"step_size": EPS / 2, "num_steps": 3},
+    "apgd": {"num_steps": 6},
+    "apgd_targeted": {"num_steps": 6, "num_targets": 2},
+    "fab": {"num_steps": 6, "num_restarts": 2},
+    "fab_targeted": {"num_steps": 6, "num_targets": 3},
     "square": {"num_queries": 50},
 }
 
 
 @pytest.mark.parametrize("name", PER_ENTRY)
 def test_a_radius_for_each_entry(name):
-    attack = partial(getattr(attacks, name), KEY, NET.logits_fn, X, Y, **PER_ENTRY[name])
+    attack = jax.jit(lambda eps: getattr(attacks, name)(KEY, network, X, Y, eps=eps, **PER_ENTRY[name]))
     radius = np.full((1, 8, 8, 1), 2 * EPS, np.float32)
     radius[:, :, :3] = 0  # three columns must not change
     radius[:, :2] *= 0.25
-    delta = np.abs(np.asarray(attack(eps=radius)) - X)
+    delta = np.abs(np.asarray(attack(radius)) - X)
     assert (delta[:, :, :3] == 0).all() and (delta <= radius + 1e-6).all()
     assert (delta.max(0) > 0.5 * radius[0]).mean() > 0.4 or name.startswith("fab")
-    per_example = np.broadcast_to(radius, X.shape).copy()
-    per_example[::2] = 0
-    delta = np.abs(np.asarray(attack(eps=per_example)) - X)
-    assert (delta[::2] == 0).all() and delta[1::2].max() > 0
-    same = np.full((1, 1, 1, 1), EPS, np.float32)
-    np.testing.assert_allclose(attack(eps=same), attack(eps=EPS), atol=2e-6)
+    np.testing.assert_allclose(attack(np.full_like(radius, EPS)), attack(EPS), atol=2e-6)
+    if name in ("pgd", "fab"):  # one radius for each entry of each image; it has its shape in the state of the others
+        radius = np.broadcast_to(radius, X.shape).copy()
+        radius[::2] = 0
+        delta = np.abs(np.asarray(attack(radius)) - X)
+        assert (delta[::2] == 0).all() and delta[1::2].max() > 0
 
 
 def test_fab_finds_the_nearest_point_with_a_radius_for_each_entry(float64):
@@ -184,22 +144,21 @@ def test_fab_finds_the_nearest_point_with_a_radius_for_each_entry(float64):
 
 def test_autoattack_with_a_radius_for_each_entry(short):
     radius = np.where(np.arange(8)[None, None, :, None] < 3, 0, np.float32(2 * EPS))
-    result = attacks.autoattack(KEY, NET.logits_fn, X, Y, eps=radius, num_queries=50)
+    logits_fn = jax.tree_util.Partial(lambda w, x: jnp.tanh((x.reshape(len(x), -1) - 0.5) @ w[0]) @ w[1], (HIDDEN, OUT))
+    run = partial(attacks.autoattack, KEY, logits_fn, X, Y, num_queries=50)
+    result, weaker = run(eps=radius), run(eps=radius / 4)
     delta = np.abs(result.x_adv - X)
-    assert (
-        (delta[:, :, :3] == 0).all() and delta.max() <= 2 * EPS + 1e-6 and result.robust.mean() < result.correct.mean()
-    )
-    weaker = attacks.autoattack(KEY, NET.logits_fn, X, Y, eps=radius / 4, num_queries=50)
-    assert weaker.robust.mean() > result.robust.mean()
+    assert (delta[:, :, :3] == 0).all() and delta.max() <= 2 * EPS + 1e-6
+    assert result.robust.mean() < weaker.robust.mean() < result.correct.mean()
 
 
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
         ("pgd", {"targets": np.zeros(3, int)}, "targets must have the same batch size"),
-        ("pgd", {"targets": np.zeros(50)}, "targets must be integer labels"),
-        ("apgd", {"targets": np.full(50, 10)}, "targets must be labels of 10 classes, got 10 to 10"),
-        ("fab", {"targets": np.full((50, 2), 1)}, "targets must be integer labels"),
+        ("pgd", {"targets": np.zeros(32)}, "targets must be integer labels"),
+        ("apgd", {"targets": np.full(32, 4)}, "targets must be labels of 4 classes, got 4 to 4"),
+        ("fab", {"targets": np.full((32, 2), 1)}, "targets must be integer labels"),
         ("pgd", {"num_restarts": 0}, "num_restarts must be a Python int, 1 or more"),
         ("pgd", {"num_restarts": 2, "start": "zero"}, "num_restarts needs a random start"),
         ("pgd", {"eps": np.ones((1, 8, 8, 2))}, r"eps of shape \(1, 8, 8, 2\) does not broadcast to images"),
@@ -213,5 +172,5 @@ def test_autoattack_with_a_radius_for_each_entry(short):
 def test_bad_arguments_give_one_line(name, change, message):
     options = {"eps": EPS} | ({"step_size": EPS, "num_steps": 2} if name == "pgd" else {})
     with pytest.raises(ValueError, match=message) as error:
-        getattr(attacks, name)(KEY, NET.logits_fn, X, Y, **{**options, **change})
+        getattr(attacks, name)(KEY, network, X, Y, **{**options, **change})
     assert "\n" not in str(error.value)

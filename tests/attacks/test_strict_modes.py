@@ -1,5 +1,6 @@
 """Every public attack, objective and loss outside a trace, under each of JAX's strict modes."""
 
+import contextlib
 import inspect
 from functools import partial
 
@@ -14,16 +15,25 @@ KEY = jax.random.key(0)
 WEIGHT = jax.random.normal(KEY, (75, 4))
 X = jax.random.uniform(jax.random.key(1), (6, 5, 5, 3)).at[:, 0, 0].set(0)
 COUNTS = [40, 20, 10, 5]
-MODES = {
-    "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
-    "dtype promotion": lambda: jax.numpy_dtype_promotion("strict"),
-    "transfer guard": lambda: jax.transfer_guard("disallow"),
-    "debug infs": lambda: jax.debug_infs(True),
-    "debug nans": lambda: jax.debug_nans(True),
-    "leaks": jax.checking_leaks,
-    "float64": lambda: jax.enable_x64(True),
-    "no jit": jax.disable_jit,
-}
+STRICT = (  # all at once: each of them only forbids something
+    lambda: jax.numpy_rank_promotion("raise"),
+    lambda: jax.numpy_dtype_promotion("strict"),
+    lambda: jax.transfer_guard("disallow"),
+    lambda: jax.debug_infs(True),
+    lambda: jax.debug_nans(True),
+    jax.checking_leaks,
+)
+
+
+@contextlib.contextmanager
+def strict():
+    with contextlib.ExitStack() as stack:
+        for mode in STRICT:
+            stack.enter_context(mode())
+        yield
+
+
+MODES = {"strict": strict, "float64": lambda: jax.enable_x64(True), "no jit": jax.disable_jit}
 
 
 def network(x):
@@ -112,17 +122,13 @@ def test_goals_and_restarts(mode):
     assert np.isfinite(x_adv).all() and np.isfinite(radius).all()
 
 
-# Types and ranks in a program depend on the norm; values and transfers are tested with one norm.
+# Types and ranks in a program depend on the norm; test_properties.py has float64 in other norms.
 LINF_ONLY = ("fgsm_rs", "n_fgsm")
-L2_MODES = ("rank promotion", "dtype promotion", "float64")
-L1_MODES = ("rank promotion", "dtype promotion")
+MODES_OF_NORM = {"linf": tuple(MODES), "l2": ("strict",), "l1": ("strict",)}
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("mode", "norm"),
-    [*((mode, "linf") for mode in MODES), *((mode, "l2") for mode in L2_MODES), *((mode, "l1") for mode in L1_MODES)],
-)
+@pytest.mark.parametrize(("norm", "mode"), [(norm, mode) for norm, modes in MODES_OF_NORM.items() for mode in modes])
 @pytest.mark.parametrize("name", ATTACKS)
 def test_attacks(name, mode, norm):
     attack, options = getattr(attacks, name), {**ATTACKS[name], "norm": norm}
@@ -158,7 +164,7 @@ def test_robustness_curve(mode):
 @pytest.mark.slow
 @pytest.mark.parametrize("mode", [mode for mode in MODES if mode != "no jit"])  # it runs compiled programs
 def test_autoattack(mode):
-    version = "plus" if mode in ("rank promotion", "dtype promotion", "debug infs") else ("apgd-ce", "fab-t", "square")
+    version = "plus" if mode == "strict" else ("apgd-ce", "fab-t", "square")
     with MODES[mode]():
         result = attacks.autoattack(
             KEY, network, X, Y, eps=0.01, version=version, num_queries=20, devices=jax.devices()[:1]
