@@ -231,7 +231,8 @@ def attack_batch(
         checks.check_labels(y, len(x), classes)
         if targets is not None:
             checks.check_labels(targets, len(x), classes, name="targets")
-        ranking, attack = jnp.argsort(-logits, axis=-1), build(classes)
+        goal = None if targets is None else targets.astype(jnp.int32)
+        ranking, attack = jnp.argsort(-logits, axis=-1).astype(jnp.int32), build(classes)
 
         step_logits_fn = hoist(keyed_logits_fn, x, keys)
 
@@ -239,14 +240,13 @@ def attack_batch(
             x_adv, broken = carry
             round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, r)
             target = jnp.take(ranking, (r + 1) % classes, axis=-1)  # ignored by untargeted attacks
-            target = target if targets is None else targets.astype(target.dtype)
-            target += varies.astype(target.dtype)
+            target = (target if goal is None else goal) + varies.astype(jnp.int32)
             state = attack.init(round_keys, x, y, target, radius, jnp.full_like(y, r))
             state = lax.fori_loop(0, attack.num_steps, lambda _, state: attack.step(step_logits_fn, state), state)
             return where_rows(broken, x_adv, state.x_adv), broken | state.broken
 
-        goal = y if targets is None else targets
-        carry = lax.stop_gradient((x, reaches_goal(logits, y, goal, targets is not None)))
+        broken = is_wrong(logits, y) if goal is None else reaches_goal(logits, y, goal, True)
+        carry = lax.stop_gradient((x, broken))
         return lax.fori_loop(0, attack.num_rounds, one_round, carry)[0]
 
     return tracing.run_compiled(attack_rounds, key, x, y, eps, targets)

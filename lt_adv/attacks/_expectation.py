@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
-from lt_adv.attacks import checks
+from lt_adv.attacks import checks, tracing
 from lt_adv.attacks.initialization import fold_in
 from lt_adv.attacks.signatures import KeyedLogitsFn, LogitsFn, PyTree
 
@@ -41,7 +41,7 @@ class Expectation:
                 "This function does not support randomised networks. fgsm, pgd, mim, cw, fgsm_rs, n_fgsm, apgd, "
                 'apgd_targeted, and autoattack with version="rand" do; expectation is the outermost wrapper.'
             )
-        return scores(self.logits_fn, self.num_samples, x, keys)
+        return tracing.run_compiled(lambda: scores(self.logits_fn, self.num_samples, x, keys), x, keys)
 
 
 def expectation(logits_fn: KeyedLogitsFn, num_samples: int) -> Expectation:

@@ -612,13 +612,12 @@ def _ascend(
 
         none = jnp.zeros_like(x).reshape(len(x), -1).sum(axis=1)  # varies over the same mesh axes as x
         first = _Worst(jnp.zeros_like(x) + x, none - jnp.finfo(x.dtype).max, none > 0)
-        return lax.stop_gradient(
-            lax.fori_loop(
-                0,
-                num_restarts,
-                lambda r, worst: lax.cond(jnp.all(worst.broken), lambda w: w, partial(restart, r), worst),
-                first,
-            ).point
-        )
+
+        def remains(carry: tuple[Array, _Worst]) -> Array:
+            return (carry[0] < num_restarts) & ~jnp.all(carry[1].broken)
+
+        # Not a `cond` in each round: it cannot be vmapped inside shard_map if a branch uses replicated arrays.
+        restarts = lax.while_loop(remains, lambda c: (c[0] + 1, restart(*c)), (jnp.zeros((), jnp.int32), first))
+        return lax.stop_gradient(restarts[1].point)
 
     return tracing.run_compiled(ascend, key, x, y, eps, step_size, decay, x_init, targets)

@@ -255,10 +255,6 @@ def test_the_key_decides(name, norm):
     assert (results[0] != results[1]).any() == ENTRIES[name].draws
 
 
-# JAX cannot vmap a `cond` inside shard_map whose branches use replicated arrays: each of the two is tested alone.
-WITH_COND = ("mim", "cw")
-
-
 @every_case
 def test_same_under_transformations(name, norm):
     """One image on each of eight devices is attacked as in a batch of eight, and two keys at once as one by one."""
@@ -279,14 +275,13 @@ def test_same_under_transformations(name, norm):
 
     over_keys = jax.vmap(f, (None, 0, None, None, None, None))
     both = [np.stack(pair) for pair in zip(*expected, strict=True)]
-    if (name, norm) not in ONE_NORM and name not in WITH_COND:  # two transformations at once
+    if (name, norm) not in ONE_NORM:  # two transformations at once
         compare(over_devices(over_keys, P(None, "data"), P(None, "data"))(weights(), two_keys, *rows), both)
         return
     compare(over_devices(f)(weights(), two_keys[0], *rows), expected[0])
-    if (name, norm) in ONE_NORM:
-        one_each = jax.tree.map(lambda a: a.reshape(BATCH, 1, *a.shape[1:]), rows)
-        results = jax.pmap(over_keys, in_axes=(None, *[0] * 5))(weights(), two_keys.T[..., None], *one_each)
-        compare([np.swapaxes(result, 0, 1) for result in results], both)
+    one_each = jax.tree.map(lambda a: a.reshape(BATCH, 1, *a.shape[1:]), rows)
+    results = jax.pmap(over_keys, in_axes=(None, *[0] * 5))(weights(), two_keys.T[..., None], *one_each)
+    compare([np.swapaxes(result, 0, 1) for result in results], both)
 
 
 @every_case

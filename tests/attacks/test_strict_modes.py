@@ -33,11 +33,21 @@ def strict():
         yield
 
 
-MODES = {"strict": strict, "float64": lambda: jax.enable_x64(True), "no jit": jax.disable_jit}
+@contextlib.contextmanager
+def float64():
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("strict"):
+        yield
+
+
+MODES = {"strict": strict, "float64": float64, "no jit": jax.disable_jit}
 
 
 def network(x):
     return x.reshape(len(x), -1) @ WEIGHT
+
+
+def noisy(x, keys):
+    return network(x + jax.vmap(lambda key: 0.1 * jax.random.normal(key, x.shape[1:], x.dtype))(keys))
 
 
 Z, Y = network(X), jnp.argmax(network(X), axis=-1)
@@ -77,6 +87,9 @@ FUNCTIONS = {
     "attacks.channels_first": lambda: attacks.channels_first(network)(X),
     "attacks.select_output": lambda: attacks.select_output(lambda x: (x, network(x)), 1)(X),
     "attacks.ensemble": lambda: attacks.ensemble([network, network])(X),
+    "attacks.expectation": lambda: attacks.expectation(noisy, 2)(X, jax.random.split(KEY, len(X))),
+    "attacks.expectation in pgd": lambda: attacks.pgd(KEY, attacks.expectation(noisy, 2), X, Y, **LENGTHS),
+    "attacks.expectation in apgd": lambda: attacks.apgd(KEY, attacks.expectation(noisy, 2), X, Y, eps=0.1, num_steps=2),
     "attacks.ensemble of probabilities": lambda: attacks.ensemble([network, network], "probabilities")(X),
     **{
         f"losses.{name}": partial(getattr(losses, name), Z, Y, class_counts=COUNTS)
