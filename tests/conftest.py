@@ -12,12 +12,12 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = " ".join((
-    "--xla_force_host_platform_device_count=8",
+QUICK = " ".join((  # also for processes that the tests start
     "--xla_backend_optimization_level=0",
     "--xla_cpu_use_fusion_emitters=false",
     "--xla_cpu_max_isa=AVX",  # no fused multiply-add, so that bits do not depend on which operations are fused
 ))  # fmt: skip
+FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK}"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all workers, and for what the tests start
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE = tempfile.mkdtemp(prefix="lt_adv-tests-")
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

@@ -28,7 +28,8 @@ SHORT = [
     "--config.model.name=wide_resnet", "--config.model.depth=10", "--config.model.width=1",
     "--config.model.dtype=float64", "--config.eval.dtype=float64",
     "--config.attack.num_steps=1", "--config.average.name=ema",
-    "--config.log.every_steps=3", "--config.checkpoint.every_epochs=1", "--config.eval.attacks.pgd20.num_steps=2",
+    "--config.log.every_steps=3", "--config.log.clean_per_class=2", "--config.checkpoint.every_epochs=1",
+    "--config.eval.attacks.pgd20.num_steps=2",
     "--config.eval.attacks.autoattack.eps=0.35", "--config.eval.subset_per_class=2", "--config.eval.batch_size=8",
 ]  # fmt: skip
 SHARDED = ["--config.parallel=shard_map", "--config.sharded=('opt_state','average','params')"]
@@ -191,11 +192,13 @@ def test_evaluation_with_two_processes_matches_one(launch, two_process_run, tmp_
     (batch,) = copy.glob("eval/records/*/batch-00001.npz")
     batch.unlink()
     (copy / "report.json").unlink()
-    succeeded(launch(copy, "--mode=eval"))
-    assert metrics(copy) == metrics(two_process_run) and batch.exists()
     attacks = ("pgd20", "autoattack")
     succeeded(launch(copy, "--mode=eval", only=attacks))
     two_process_metrics = metrics(copy)
+    same = {
+        name: value for name, value in metrics(two_process_run).items() if name.startswith(("eval/clean", "eval/pgd"))
+    }
+    assert len(same) > 4 and same.items() <= two_process_metrics.items() and batch.exists()
     assert two_process_metrics["eval/autoattack/accuracy"] < two_process_metrics["eval/pgd20/accuracy"]
     succeeded(launch(copy, "--mode=eval", count=1, devices=1, only=attacks))
     assert metrics(copy) == two_process_metrics
