@@ -19,7 +19,6 @@ import orbax.checkpoint as ocp
 import pytest
 
 from experiments import tables
-from tests.conftest import QUICK
 from tests.robustness.faults import campaign, compare, disk, points
 from tests.robustness.faults.points import POINTS, Fault
 from tests.robustness.faults.run import (
@@ -168,7 +167,7 @@ def real(tmp_path_factory):
     folder = tmp_path_factory.mktemp("faults")
     patch = pytest.MonkeyPatch()
     patch.chdir(tables.ROOT)
-    patch.setenv("XLA_FLAGS", QUICK)
+    patch.setenv("XLA_FLAGS", "")
     patch.setattr("tests.robustness.faults.run.CONFIG", tuple(text.replace("epochs=14", "epochs=5") for text in CONFIG))
     data = folder / "digits.npz"
     campaign.write_digits(data)
