@@ -1,7 +1,7 @@
 """Sets eight virtual CPU devices for every test before jax starts, and defines shared fixtures.
 
-LLVM's optimisation is off: the tests spend most of their time compiling, which takes half as long without it.
-End-to-end runs (tests/test_end_to_end.py) are processes without these flags.
+The tests spend most of their time compiling, so LLVM's optimisation is off and fusions are compiled by XLA's older
+emitters: each halves that time. End-to-end runs (tests/test_end_to_end.py) are processes without these flags.
 """
 
 import atexit
@@ -12,7 +12,12 @@ import tempfile
 from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
-FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+QUICK = " ".join((  # also for processes that the tests start
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_use_fusion_emitters=false",
+    "--xla_cpu_max_isa=AVX",  # no fused multiply-add, so that bits do not depend on which operations are fused
+))  # fmt: skip
+FLAGS = f"--xla_force_host_platform_device_count=8 {QUICK}"
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:  # one for all workers, and for what the tests start
     os.environ["JAX_COMPILATION_CACHE_DIR"] = CACHE = tempfile.mkdtemp(prefix="lt_adv-tests-")
     atexit.register(shutil.rmtree, CACHE, ignore_errors=True)

@@ -28,7 +28,8 @@ SHORT = [
     "--config.model.name=wide_resnet", "--config.model.depth=10", "--config.model.width=1",
     "--config.model.dtype=float64", "--config.eval.dtype=float64",
     "--config.attack.num_steps=1", "--config.average.name=ema",
-    "--config.log.every_steps=3", "--config.checkpoint.every_epochs=1", "--config.eval.attacks.pgd20.num_steps=2",
+    "--config.log.every_steps=3", "--config.log.clean_per_class=2", "--config.checkpoint.every_epochs=1",
+    "--config.eval.attacks.pgd20.num_steps=2",
     "--config.eval.attacks.autoattack.eps=0.35", "--config.eval.subset_per_class=2", "--config.eval.batch_size=8",
 ]  # fmt: skip
 SHARDED = ["--config.parallel=shard_map", "--config.sharded=('opt_state','average','params')"]

@@ -20,6 +20,7 @@ from lt_adv import attacks, main
 from lt_adv.cli import export, flags, networks
 from lt_adv.cli.experiment import Experiment
 from lt_adv.training import stage_builder
+from tests.conftest import QUICK
 
 pytestmark = pytest.mark.slow
 
@@ -102,7 +103,7 @@ def test_example_of_the_card_gives_the_same_logits_and_gradients(exported_run, n
     example, gradient = blocks((exported_run / "export" / "README.md").read_text())
     script = "\n".join([BEFORE, example, gradient, AFTER])
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("XLA_", "JAX_", "PYTHON"))}
-    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": "--xla_backend_optimization_level=0"}  # as conftest.py does
+    environment |= {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": QUICK}
     command = [sys.executable, "-c", script, str(tmp_path / "inputs.npz"), str(tmp_path / "results.npz")]
     result = subprocess.run(command, cwd=exported_run / "export", env=environment, capture_output=True, text=True)
     assert result.returncode == 0 and not result.stderr, result.stderr

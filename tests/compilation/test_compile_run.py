@@ -183,16 +183,15 @@ def test_messages_of_the_tpu_compiler(message, needs):
 
 @pytest.mark.slow
 def test_fit_searches_the_largest_batch(tmp_path, small_memory, capsys):
-    small_memory(3 * 2**19)
-    args = ["--config=configs/at.py:dataset=digits", *SMALL, "--topology=cpu:2", "--config.attack.num_steps=1"]
-    args += ["--config.optim.batch_size=4"]
-    code, report = compile_main(tmp_path, *args, "--fit")
+    small_memory(5 * 2**18)
+    args = ["--config=configs/natural.py:dataset=digits", *SMALL, "--topology=cpu:2", "--fit"]
+    code, report = compile_main(tmp_path, *args, "--config.optim.batch_size=4")
     largest = report["batch_size_per_device"]
     memory = report["programs"]["train_step"]["memory"]
     assert code == 0 and 1 <= largest < 8 and sum(memory.values()) <= 2 * memory["capacity"]
     assert f"{largest} images a device fit" in capsys.readouterr().out
     small_memory(2**10)
-    assert compile_main(tmp_path / "none", *args, "--fit")[0] == 2
+    assert compile_main(tmp_path / "none", *args, "--config.optim.batch_size=2")[0] == 2
     assert "with 1 images a device" in capsys.readouterr().err
 
 

@@ -13,6 +13,7 @@ from experiments.benchmark import measurements, record, summary, tables, timing,
 from experiments.benchmark.__main__ import main
 from lt_adv import data
 from lt_adv.cli import flags
+from tests.conftest import QUICK
 from tests.experiments.conftest import ROOT
 
 DIGITS = "--config=configs/robal.py:dataset=digits"
@@ -28,7 +29,7 @@ def measured(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("PYTHONPATH", str(folder))
-        patch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_force_host_platform_device_count=1")
+        patch.setenv("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_count=1")
         arguments = ["--runs=2", "--seconds=0.05", "--frameworks=jax,released", f"--out={folder}", "--name=tiny"]
         code = main(["step", *TINY, *arguments])
     return code, json.loads((folder / "tiny.json").read_text())

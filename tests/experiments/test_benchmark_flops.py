@@ -1,5 +1,7 @@
 """FLOP counts of small functions, computed by hand, and of networks with known cost."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,6 +153,7 @@ SMALL = ["--config.model.depth=10", "--config.model.width=1"]
 
 @pytest.mark.slow
 def test_attack_step_is_a_forward_and_a_gradient(build):
+    @functools.cache
     def step(number):
         return flops.step(build("robal.py:dataset=cifar10", *SMALL, f"--config.attack.num_steps={number}"))
 

@@ -14,6 +14,7 @@ from experiments.study.__main__ import main, parse
 from experiments.study.rows import PRESETS, ROWS, Row, with_bases
 from lt_adv.cli import flags
 from lt_adv.cli.experiment import Experiment
+from tests.conftest import QUICK
 from tests.experiments.conftest import ROOT
 from tests.experiments.fake_runs import option
 
@@ -298,7 +299,7 @@ def test_the_sweep_follows_the_radius():
 
 @pytest.mark.slow
 def test_study_of_a_network_and_its_adjustment(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")
+    monkeypatch.setenv("XLA_FLAGS", QUICK)
     arguments = ["--dataset=digits", "--epochs=2", "--name=small"]
     arguments += [f"--workdirs={tmp_path}/runs", f"--out={tmp_path}", "--config.eval.only=('pgd20',)"]
     arguments += ["--config.eval.subset_per_class=20", "--config.attack.num_steps=1"]

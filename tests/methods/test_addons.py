@@ -41,7 +41,7 @@ def test_eight_devices_equal_one(name):
     method = addons.wrap(inner, chosen, SETTINGS)
     one = run(method, 1)
     assert all(np.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in one[1])
-    for parallel in ("pmap", "shard_map"):
+    for parallel in ("pmap", "shard_map") if name == "all" else ("shard_map",):
         assert_same(run(method, 8, parallel), one, 1e-9)
 
 

@@ -1,6 +1,6 @@
 """`config.attack.name`: the search of the inner maximization, in every method."""
 
-import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -162,7 +162,11 @@ def test_header_of_a_report():
 def test_training_on_two_devices_equals_one(attack):
     method = methods.create({"name": "at"}, attack=attack)
     expected = run(method, 1, steps=2)
-    for parallel in ("pmap", "shard_map"):
+    for parallel in ("pmap", "shard_map") if attack == "n_fgsm" else ("shard_map",):
         assert_same(run(method, 2, parallel, steps=2), expected, 1e-9)
-    other = run(dataclasses.replace(method, attack="pgd"), 1, steps=2)
-    assert abs(other[1][-1]["loss"] - expected[1][-1]["loss"]) > 1e-6, "the attack is used"
+    assert abs(trained_on_pgd()[1][-1]["loss"] - expected[1][-1]["loss"]) > 1e-6, "the attack is used"
+
+
+@functools.cache
+def trained_on_pgd():
+    return run(methods.create({"name": "at"}), 1, steps=2)

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from lt_adv import methods
+from tests.conftest import QUICK
 from tests.training.helpers import make
 
 ROOT = Path(__file__).parents[2]
@@ -134,6 +135,7 @@ def test_each_of_two_processes_writes_half_of_a_checkpoint(tmp_path):
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
     common |= {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "1", "JAX_COORDINATOR_ADDRESS": address}
+    common |= {"XLA_FLAGS": QUICK}
     command = [sys.executable, "-m", "tests.training.save_state", str(tmp_path), *flags]
     pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True, "cwd": ROOT}
     processes = [
