@@ -33,7 +33,7 @@ ATTACKS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab", "fab-t", "square")
 NUM_SAMPLES = 20  # draws of a randomised network in the version "rand", unless it is an expectation
 APGD = frozenset({"apgd-ce", "apgd-dlr", "apgd-t"})
 DEPENDENCE = 0.01  # relative to the largest logit; the rounding of a bfloat16 network stays below it
-SQUARE_SHARE = 0.002  # share of the images that Square alone breaks, from which gradients are in doubt
+SQUARE_SHARE = 0.002  # of the images: if Square alone breaks more, and more than two, gradients are in doubt
 PROGRESS_SECONDS = 30.0  # between two lines of progress
 
 
@@ -122,8 +122,8 @@ def autoattack(
       logit margin replaces the DLR, with a line in `notes`. An image whose logits are not finite, clean or attacked,
       counts as wrong, and `notes` has their number: mask a class with a large negative logit instead of infinity.
       `notes` also warns if the logits of an image depend on its batch, because the attacks assume independent images,
-      if they are probabilities, and if Square, which needs no gradient, broke more than 0.2 % of the images that the
-      other attacks left.
+      if they are probabilities, and if Square, which needs no gradient, broke more than 0.2 % of the images, and more
+      than two, that the other attacks left.
       `evaluations` counts all steps in occupied slots: a broken image is counted until its slot is refilled.
 
     Raises:
@@ -247,7 +247,7 @@ def autoattack(
         notes.append(f"The logits of {undefined} adversarial images are not finite: they count as wrong.")
     if "square" in names and set(names) - {"square"}:
         by_square = np.sum(broken_by == 1 + names.index("square"))
-        if by_square > SQUARE_SHARE * len(x):
+        if by_square > max(SQUARE_SHARE * len(x), 2):
             notes.append(
                 f"Square broke {by_square} images that attacks with gradients did not: does the network mask its "
                 "gradients?"

@@ -199,7 +199,7 @@ def test_compiles_once_with_weights_as_arguments(short, caplog):
         first, other = (run(logits_fn=jax.tree_util.Partial(apply, (HIDDEN * c, OUT))) for c in (1, 0.99))
     assert sum("Finished XLA compilation of jit(advance)" in line for line in caplog.messages) == 1
     assert not np.array_equal(first.x_adv, other.x_adv)
-    closed = continuous_batching.network(lambda x: apply((HIDDEN, OUT), x), X[0], 8, False, None)
+    closed = continuous_batching.network(lambda x: apply((HIDDEN, OUT), x), X[0], 8, None, None)
     shapes = {leaf.shape for leaf in jax.tree.leaves(closed.call)}
     assert {HIDDEN.shape, OUT.shape} <= shapes
 

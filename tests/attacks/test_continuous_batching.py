@@ -22,7 +22,7 @@ SQUARE = build_square(logit_margin, "linf", 180, 0.8, (0.0, 1.0))
 def run(attack, x, y, eps, batch_size):
     """{image: (broken, point, steps)}, and the slot-steps that were computed; on one device."""
     devices, n = jax.local_devices()[:1], len(x)
-    net = continuous_batching.network(network, x[0], batch_size, False, devices)
+    net = continuous_batching.network(network, x[0], batch_size, None, devices)
     keys = jax.random.split(jax.random.key(0), n)
     radius = np.broadcast_to(np.asarray(eps, np.float32), n)
     targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
@@ -90,7 +90,7 @@ def test_images_finish_before_others_start_while_many_wait(monkeypatch):
         return keys_of(keys, rounds)
 
     monkeypatch.setattr(continuous_batching, "fold_in_numbers", record)
-    net = continuous_batching.network(network, x[0], 4, False, jax.local_devices()[:1])
+    net = continuous_batching.network(network, x[0], 4, None, jax.local_devices()[:1])
     keys = jax.random.split(jax.random.key(0), 24)
     targets = np.argsort(-np.asarray(network(x)), axis=-1)[:, 1:]
     eps = np.zeros(24, np.float32)
