@@ -16,7 +16,20 @@ import pytest
 from lt_adv.cli import requirements
 
 ROOT = Path(__file__).parents[1]
-EXTRAS = {"train", "cuda12", "cuda13", "tpu", "torch", "tfds-tf", "tensorboard", "gcs", "export", "docs", "test"}
+EXTRAS = {
+    "train",
+    "cuda12",
+    "cuda13",
+    "tpu",
+    "torch",
+    "tfds-tf",
+    "tensorboard",
+    "gcs",
+    "export",
+    "docs",
+    "test",
+    "benchmark",
+}
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 # Hides the modules of the comma-separated list in sys.argv[1].
 BLOCK = """

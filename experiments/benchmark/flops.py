@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from lt_adv import models
+from lt_adv.attacks.convolutions import tracing_for
 from lt_adv.compilation.flops import count
 from lt_adv.training.stage_builder import StageProgram
 
@@ -19,7 +20,11 @@ def forward(model_config: Mapping[str, Any], image_shape: Sequence[int], num_cla
 
 
 def step(program: StageProgram) -> float:
-    """Returns the FLOPs per image of one training step, attack and update, counted in the training program itself."""
+    """Returns the FLOPs per image of one training step, attack and update, counted in the training program itself.
+
+    It is traced for a GPU, for which no convolution is rewritten: FLOPs do not depend on the platform.
+    """
     state = jax.eval_shape(program.first_state)
-    jaxpr = jax.make_jaxpr(program.step)(state, program.pipeline.example, program.teacher)
+    with tracing_for("cuda"):
+        jaxpr = jax.make_jaxpr(program.step)(state, program.pipeline.example, program.teacher)
     return count(jaxpr) / program.config.optim.batch_size

@@ -45,8 +45,8 @@ def jit(attack: Attack, apply: Callable[[PyTree, Array], Array] | Expectation, *
       >>> weight = jnp.array([[1.0, -1.0], [-1.0, 1.0]])
       >>> attack(jax.random.key(0), weight, jnp.array([[0.5, 0.375]]), jnp.array([0]))
       Array([[0.375, 0.5  ]], dtype=float32)
-      >>> attack(jax.random.key(0), weight, jnp.array([[0.5, 0.375]]), jnp.array([0]), eps=0.0625)
-      Array([[0.4375, 0.4375]], dtype=float32)
+      >>> attack(jax.random.key(0), weight, jnp.array([[0.5, 0.375]]), jnp.array([0]), eps=0.25, step_size=0.125)
+      Array([[0.25 , 0.625]], dtype=float32)
     """
     if attack is autoattack:
         raise ValueError("autoattack drives compiled attacks from the host and cannot be compiled: call it.")

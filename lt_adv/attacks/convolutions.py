@@ -128,10 +128,10 @@ def _by_phase(x: Array, kernel: Array, **params: Any) -> Array:
     offsets, phases, inputs = [2 * axis for axis in axes], [2 * axis + 1 for axis in axes], 2 * len(side)
     kernel = kernel.transpose(*offsets, inputs, *phases, inputs + 1).reshape(*windows, channels[0], -1)
     result = lax.conv_general_dilated(x, kernel, ones, new_padding, dimension_numbers=numbers, **options)
-    result = result.reshape(len(x), *counts, *dilation, channels[1])
+    result = result.reshape(x.shape[0], *counts, *dilation, channels[1])
     order = [1 + axis + part for axis in axes for part in (0, len(side))]
     result = result.transpose(0, *order, 1 + 2 * len(side))
-    result = result.reshape(len(x), *(n * step for n, step in zip(counts, dilation, strict=True)), channels[1])
+    result = result.reshape(x.shape[0], *(n * step for n, step in zip(counts, dilation, strict=True)), channels[1])
     return result[(slice(None), *map(slice, sizes))]
 
 

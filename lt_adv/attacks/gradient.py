@@ -445,7 +445,7 @@ def _noisy_step(
         radius = norms.per_example(eps, x)
         step_length = relative_step_size * radius if step_size is None else norms.per_example(step_size, x)
         ball = norms.get("linf")
-        keys = example_keys(key, len(x))
+        keys = example_keys(key, x.shape[0])
         x_0 = starting_point(keys, x, jnp.asarray(noise, x.dtype) * radius, "uniform", ball)
         x_0 = lax.stop_gradient(jnp.clip(x_0, low, high))
         gradient, _ = _gradient(total, num_samples, x_0, keys)(x_0, fold_in(keys, FIRST_DRAW))
