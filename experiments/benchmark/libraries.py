@@ -101,8 +101,9 @@ def library_attack(
 def summarise(case: Case, outcome: Outcome) -> dict[str, Any]:
     """Returns the result of an attack as plain data.
 
-    An image is robust if it was classified as its label and its attacked point still is. A point outside the ball or
-    the box counts as not found; "outside" is their number. "robust" is hexadecimal, one bit per image in their order.
+    An image is robust if it and its adversarial example are classified as its label. An adversarial example outside the
+    ball or the range of pixels does not count; "outside" is their number. "robust" is hexadecimal, one bit per image in
+    their order.
     """
     correct = outcome.clean == outcome.label
     forwards, gradients = outcome.evaluations
@@ -142,9 +143,10 @@ def logits_difference(config: Any, **options: Any) -> dict[str, float]:
     target = targets.make_target(config, **options)
     apply, net, difference, largest = jax.jit(target.apply), target.torch(device), 0.0, 0.0
     for x in np.split(target.image, range(config.eval.batch_size, len(target.image), config.eval.batch_size)):
-        ours = np.asarray(apply(target.variables, x))
-        theirs = net(torch.tensor(x, device=device).permute(0, 3, 1, 2).contiguous()).detach().cpu().numpy()
-        difference, largest = max(difference, float(abs(ours - theirs).max())), max(largest, float(abs(ours).max()))
+        jax_logits = np.asarray(apply(target.variables, x))
+        torch_logits = net(torch.tensor(x, device=device).permute(0, 3, 1, 2).contiguous()).detach().cpu().numpy()
+        difference = max(difference, float(abs(jax_logits - torch_logits).max()))
+        largest = max(largest, float(abs(jax_logits).max()))
     if not difference <= LOGITS_TOLERANCE * largest:
         raise ValueError(f"The logits of the JAX and the PyTorch network differ by {difference:.3g} of {largest:.3g}.")
     return {"difference": difference / largest}

@@ -5,6 +5,7 @@ class probabilities over these draws.
 """
 
 import dataclasses
+import inspect
 from collections.abc import Callable
 from functools import partial
 from typing import TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 from jax import Array, lax
 
 from lt_adv.attacks import checks, tracing
-from lt_adv.attacks.initialization import fold_in
+from lt_adv.attacks.initialization import example_keys, fold_in
 from lt_adv.attacks.signatures import KeyedLogitsFn, LogitsFn, PyTree
 
 T = TypeVar("T")
@@ -35,13 +36,18 @@ class Expectation:
     num_samples: int
 
     def __call__(self, x: Array, keys: Array | None = None) -> Array:
-        """Returns the mean class probabilities [batch, classes] over the draws with the keys fold_in(key, s)."""
+        """Returns the mean class probabilities [batch, classes] over the draws with the keys fold_in(key, s).
+
+        `keys` are one per example [batch], or one of which example i uses fold_in(key, i).
+        """
         if keys is None:
             raise ValueError(
                 "This function does not support randomised networks. fgsm, pgd, mim, cw, fgsm_rs, n_fgsm, apgd, "
                 'apgd_targeted, and autoattack with version="rand" do; expectation is the outermost wrapper.'
             )
-        return tracing.run_compiled(lambda: scores(self.logits_fn, self.num_samples, x, keys), x, keys)
+        function, num_samples = split(self)
+        each = example_keys(keys, len(x))
+        return tracing.run_compiled(lambda: scores(function, num_samples, x, each), x, each)
 
 
 def expectation(logits_fn: KeyedLogitsFn, num_samples: int) -> Expectation:
@@ -84,9 +90,33 @@ def expectation(logits_fn: KeyedLogitsFn, num_samples: int) -> Expectation:
     return Expectation(logits_fn, checks.count("num_samples", num_samples, minimum=1))
 
 
-def split(logits_fn: Callable[..., Array] | Expectation) -> tuple[Callable[..., Array], int | None]:
-    """Returns the function of one draw, and the number of draws; None for a network that is not randomised."""
-    return (logits_fn.logits_fn, logits_fn.num_samples) if isinstance(logits_fn, Expectation) else (logits_fn, None)
+def split(logits_fn: Callable[..., Array] | Expectation, *variables: str) -> tuple[Callable[..., Array], int | None]:
+    """Returns the function of one draw, and the number of draws; None for a network that is not randomised.
+
+    Raises a ValueError unless the function takes `variables`, x and, if it is randomised, keys.
+    """
+    function: Callable[..., Array] = logits_fn
+    num_samples, names, advice = None, (*variables, "x"), ""
+    if isinstance(logits_fn, Expectation):
+        function, num_samples, names = logits_fn.logits_fn, logits_fn.num_samples, (*names, "keys")
+    else:
+        advice = ": a randomised network is given as attacks.expectation(logits_fn, num_samples)"
+    if not _takes(function, len(names)):
+        raise ValueError(f"The network must be a function of ({', '.join(names)}){advice}.")
+    return function, num_samples
+
+
+def _takes(function: Callable[..., Array], number: int) -> bool:
+    """Whether a function can be called with this number of arguments; true for one without a signature."""
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return True
+    try:
+        signature.bind(*[None] * number)
+    except TypeError:
+        return False
+    return True
 
 
 def with_variables(apply: Callable[..., Array], variables: PyTree) -> LogitsFn | Expectation:

@@ -68,7 +68,7 @@ def jit(attack: Attack, apply: Callable[[PyTree, Array], Array] | Expectation, *
 
     def num_classes(variables: PyTree, x: Array) -> int | None:
         if np.shape(x) not in classes:
-            function, num_samples = _expectation.split(apply)
+            function, num_samples = _expectation.split(apply, "variables")
             keys = () if num_samples is None else (jax.random.split(jax.random.key(0), len(x)),)
             logits = jax.eval_shape(function, variables, x, *keys)  # the attack checks that they are one array
             classes[np.shape(x)] = logits.shape[-1] if getattr(logits, "ndim", 0) == 2 else None

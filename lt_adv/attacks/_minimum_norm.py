@@ -165,13 +165,13 @@ def minimum_norm(attack: Attack) -> MinimumNormAttack:
     """Returns FAB in the form of a minimum-norm attack: without a radius, and with the distance of each point.
 
     Args:
-      attack: `fab`, or another attack that returns the nearest adversarial points for eps = inf and x itself where it
-        found none. `fab_targeted` ends at the first target that has a point, which need not be the nearest one.
+      attack: `fab`, or another attack that returns the nearest adversarial points for eps = inf, and x itself without
+        success. `fab_targeted` stops at the first target class that it reaches, which need not be the nearest one.
 
     Returns:
       f(key, logits_fn, x, y, **options) -> (x_adv, distance), with the options of `attack` except for eps. `distance`
       [batch] is the norm of x_adv - x: 0 where x is classified wrongly (with `targets`, as its target), infinity where
-      no adversarial point was found.
+      the attack has no success.
 
     Raises:
       ValueError: if the attack has no argument `eps` or no argument `norm`.
