@@ -4,7 +4,8 @@ Paper      Kang et al., ICLR 2020; protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/finetune_resampling.py:dataset=cifar10
 Arguments  dataset, baseline (the working directory of a finished run; by default that of configs/at.py), epochs;
            --config.fidelity=released_code draws as the authors' code, in cycles through the classes and their images
-Expected   no published number under this protocol that we could read
+Expected   CIFAR-10-LT ratio 50, WRN-34-10, read off RoBal's figure, attack not named:
+           clean 70.88, robust 28.59
 """
 
 from configs import common

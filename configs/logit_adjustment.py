@@ -3,7 +3,8 @@
 Paper      Menon et al., ICLR 2021; protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/logit_adjustment.py:dataset=cifar10
 Arguments  dataset, epochs
-Expected   no published number under this protocol that we could read
+Expected   CIFAR-10-LT ratio 50, WRN-34-10, read off RoBal's figure, attack not named:
+           clean 74.5, robust 30.6
 """
 
 from configs import common

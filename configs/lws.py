@@ -4,7 +4,8 @@ Paper      Kang et al., ICLR 2020; protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/lws.py:dataset=cifar10
 Arguments  dataset, baseline (the working directory of a finished run; by default that of configs/at.py), epochs;
            --config.fidelity=released_code draws as the authors' code, in cycles through the classes and their images
-Expected   no published number under this protocol that we could read
+Expected   CIFAR-10-LT ratio 50, WRN-34-10, read off RoBal's figure, attack not named:
+           clean 69.63, robust 27.99
 """
 
 from configs import common

@@ -6,7 +6,9 @@ Command    python -m lt_adv.main --config=configs/posthoc.py:dataset=cifar10,adj
            --mode=eval --workdir=workdirs/at-dataset=cifar10
 Arguments  dataset and epochs, equal to those of the baseline; adjustment (cdt, tau_norm, logit_adjustment), which
            also names the report: reports/<adjustment>/ in its working directory
-Expected   no published number under this protocol that we could read
+Expected   CIFAR-10-LT ratio 50, WRN-34-10, read off RoBal's figure, attack not named:
+           cdt clean 73.84, robust 28.23; tau_norm clean 72.7, robust 29.77;
+           logit_adjustment clean 74.25, robust 30.45
 """
 
 from configs import common

@@ -4,7 +4,8 @@ Paper      Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/resampling.py:dataset=cifar10
 Arguments  dataset, epochs (one draws C n_max images: on CIFAR-10-LT ratio 50, 25 cost as much as 89 of other configs);
            --config.fidelity=released_code draws as the authors' code, in cycles through the classes and their images
-Expected   no published number under this protocol that we could read
+Expected   CIFAR-10-LT ratio 50, WRN-34-10, read off RoBal's figure, attack not named:
+           clean 58.62, robust 24.25
 """
 
 from configs import common

@@ -4,7 +4,9 @@ Paper      Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/robal.py:dataset=cifar10,variant=N
 Arguments  dataset, variant (N: natural accuracy first, R: robustness first), epochs
 Expected   CIFAR-10-LT ratio 50, WRN-28-10, RobustLT's re-run on its own splits: clean 72.73, PGD-20 32.29,
-           CW 31.29, AutoAttack 28.92
+           CW 31.29, AutoAttack 28.92;
+           CIFAR-10-LT ratio 50, WRN-34-10, read off RoBal's figure, attack not named:
+           clean 74.58, robust 32.04 and clean 75.52, robust 31.72 (presumably R and N)
 """
 
 from configs import common

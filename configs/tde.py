@@ -3,7 +3,8 @@
 Paper      Tang et al., NeurIPS 2020; protocol of Wu et al., CVPR 2021
 Command    python -m lt_adv.main --config=configs/tde.py:dataset=cifar10
 Arguments  dataset, epochs
-Expected   no published number under this protocol that we could read
+Expected   CIFAR-10-LT ratio 50, WRN-34-10, read off RoBal's figure, attack not named:
+           clean 71.16, robust 30.48
 """
 
 from configs import common

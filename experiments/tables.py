@@ -214,7 +214,8 @@ def study(results: Path = RESULTS) -> str:
         summary = json.loads(path.read_text())
         pictures = [f"experiments/results/{p.relative_to(results)}" for p in sorted(path.parent.glob("plots/*.png"))]
         tables = [study_tables.all_images(summary, published=False), study_tables.groups(summary)]
-        tables += [*study_tables.masking_reasons(summary), *findings.tables(summary)]
+        tables += [*study_tables.masking_reasons(summary), *study_tables.published(summary)]
+        tables += findings.tables(summary)
         blocks.append(f"**{summary['study']}.** {study_tables.page(summary, tables, pictures)}")
     return "\n\n".join(blocks) or _unmeasured("Study", "cpu")
 

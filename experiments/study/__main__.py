@@ -9,6 +9,7 @@
 --dataset=NAME     as in dataset= of the configs [cifar10, or the preset's]
 --epochs=10        epochs of every row but the fine-tuned ones [those of each config, or of the preset]
 --preset=cpu       a budget: WRN-10-1, images of 16 x 16, 10 epochs, 1,000 test images
+--preset=comparison  the most telling rows: WRN-16-2, images of 16 x 16, 30 epochs, two seeds, the whole test set
 --preset=ablation  the same budget for the choices of our recipe, on 1,000 validation images instead of the test set
 --preset=precision RoBal on digits in float32 and in bfloat16
 --config.x.y=z     overrides an entry in all configs
@@ -16,19 +17,22 @@
 --autoattack=30    images per class for AutoAttack, for the first seed, or none [none]
 --baseline=at      checks each gain over this row for gradient masking, for the first seed [none]
 --name=NAME        name of the study [that of the preset or data set]
+--list             prints which runs are done, running, failed or to do, and runs nothing
 --workdirs=PATH    folder of the working directories [workdirs/<name>]
 --out=PATH         folder of the results [experiments/results]
 
 Each run is a process of lt_adv.main that logs to <workdirs>/<row>-seed<n>-<part>.log. The same command resumes a
-stopped study without repeating finished runs. <out>/<name> gets one result per run, table.md, table.json and plots. A
-failure is recorded with its reason, the remaining runs continue, and the exit code is 1. Invalid arguments give one
-line and exit code 2.
+stopped study without repeating finished runs. The same command in several processes, or on several machines that share
+the folders, divides the runs among them; the run of a process that was killed is taken over by another one.
+<out>/<name> gets one result per run, table.md, table.json and plots. A failure is recorded with its reason, the
+remaining runs continue, and the exit code is 1. Invalid arguments give one line and exit code 2.
 """
 
 import argparse
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -75,6 +79,7 @@ def parse(argv: Sequence[str]) -> jobs.Study:
     parser.add_argument("--name", type=name)
     parser.add_argument("--workdirs", type=Path)
     parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--list", action="store_true")
     options, overrides = parser.parse_with_config(argv, flags.OVERRIDE)
     preset = PRESETS.get(options.preset, Preset())
     dataset = options.dataset or preset.dataset
@@ -115,13 +120,14 @@ def check(study: jobs.Study) -> None:
 
 def tabulate(study: jobs.Study) -> dict[str, Any]:
     """Writes table.json and table.md from all results; returns the summary."""
-    published = {path.stem: fields(path).get("Expected", "") for path in CONFIGS.glob("*.py")}
+    expected = {path.stem: fields(path).get("Expected", "") for path in CONFIGS.glob("*.py")}
     results = {part: jobs.results(study, part) for part in (study.part, *jobs.ADDITIONAL)}
     main_results, failed = results.pop(study.part), jobs.failures(study)
-    data = {"study": study.name, **summary.summarise(main_results, published, failed, **results)}
+    data = {"study": study.name, **summary.summarise(main_results, expected, failed, **results)}
     record.write(study.folder / "table.json", data)
     plot_links = [f"plots/{path.name}" for path in sorted((study.folder / "plots").glob("*.png"))]
-    blocks = [tables.all_images(data), *tables.slices(data), *tables.masking_reasons(data), *findings.tables(data)]
+    blocks = [tables.all_images(data), *tables.slices(data), *tables.masking_reasons(data)]
+    blocks += [*tables.published(data), *findings.tables(data)]
     text = tables.page(data, blocks, plot_links)
     atomic_io.write_atomically(study.folder / "table.md", f"# Study {study.name}\n\n{text}\n")
     return data
@@ -138,9 +144,21 @@ def draw(study: jobs.Study, data: dict[str, Any]) -> None:
         (folder / f"{file}.png").write_bytes(png(figure))
 
 
+def show(study: jobs.Study) -> None:
+    """Prints the state of every run."""
+    states = jobs.states(study)
+    for job, (state, details) in states.items():
+        print(f"{state:8} {job}{f' ({details})' if details else ''}")
+    counts = Counter(state for state, _ in states.values())
+    print(", ".join(f"{counts[state]} {state}" for state in jobs.STATES) + ".")
+
+
 def run(argv: Sequence[str]) -> int:
     """Runs the remaining jobs and writes tables and plots; returns the exit code."""
     study = parse(argv)
+    if "--list" in argv:
+        show(study)
+        return 0
     check(study)
     for folder in (study.workdirs, study.folder):  # fails before the first run
         folder.mkdir(parents=True, exist_ok=True)

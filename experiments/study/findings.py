@@ -1,13 +1,17 @@
-"""Checks claims of the papers and our own against the summary of a study: held, not held or undecided."""
+"""Claims of the papers and our own, tested on the outcomes of a study."""
 
-import math
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-Rows = Mapping[str, Mapping[str, Any]]
-Finding = tuple[str, str, str]  # (claim, measurement in words, verdict)
+from experiments.study import significance
+from experiments.study.outcomes import BOUNDARY
+from experiments.study.rows import ROWS
+from experiments.study.significance import Runs, Term, difference
+from lt_adv.evaluation.records import CLEAN, WORST
 
-BASELINE, OURS, WORST, WORST_TAIL = "at", "lt_adv", "eval/worst/accuracy", "eval/worst/accuracy_tail"
+BASELINE, OURS = "at", "lt_adv"
+HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told at this scale"
 RESCALING = ("cdt", "posthoc_cdt", "tau_norm")
 LONG_TAIL = (  # methods of long-tailed recognition combined with AT, as in the study of RoBal
     *("cosine", "margin", "ldam", "cdt", "logit_adjustment", "focal", "class_balanced_focal", "resampling"),
@@ -16,115 +20,136 @@ LONG_TAIL = (  # methods of long-tailed recognition combined with AT, as in the 
 )
 
 
-def findings(summary: Mapping[str, Any]) -> list[Finding]:
-    """Returns the findings of a summary; a claim about missing rows is left out, a family counts its measured rows."""
-    rows: Rows = summary["rows"]
-    if BASELINE not in rows:
-        return []
-    images, classes = summary["about"]["images"], len(rows[BASELINE]["classes"])
-    overall, tail = Noise(images), Noise(images * (classes // 3) / classes)  # the tail is the last third of the classes
-    long_tail = [name for name in LONG_TAIL if name in rows]
-    studied, others = [BASELINE, *long_tail] if long_tail else [], [name for name in rows if name != OURS]
-    candidates: list[Finding | None] = [
-        natural_gains_exceed_robust(rows),
-        rescaling_gains_only_under_pgd(rows),
-        natural_error_becomes_boundary_error(rows),
-        exceeds(rows, overall, "RoBal-N is the most robust of the study's methods", "robal", studied, WORST),
-        exceeds(rows, tail, "RoBal-N has the most robust tail of the study's methods", "robal", studied, WORST_TAIL),
-        exceeds(rows, tail, "REAT lifts the tail above AT-BSL", "reat", ["at_bsl"], WORST_TAIL),
-        exceeds(
-            rows, tail, "The self-teacher lifts the tail above AT-BSL", "self_distillation", ["at_bsl"], WORST_TAIL
+@dataclasses.dataclass(frozen=True)
+class Claim:
+    """A claim: it holds if all its contrasts are above 0, and does not hold if one is below."""
+
+    text: str
+    contrasts: Mapping[str, Mapping[Term, float]]  # what is measured, in words -> contrast
+
+
+def claims(runs: Runs) -> list[Claim]:
+    """Returns the claims about the rows of a study; those about missing rows are left out."""
+    rows = [row for row in runs if not ROWS[row].varies]
+    long_tail = [row for row in LONG_TAIL if row in rows]
+    studied, others = [BASELINE, *long_tail], [row for row in rows if row != OURS]
+    candidates = [
+        Claim(
+            "Long-tail methods gain more natural than robust accuracy",
+            {
+                "mean gain over AT, clean": mean_gain(long_tail, CLEAN),
+                "mean gain over AT, clean less worst case": minus(
+                    mean_gain(long_tail, CLEAN), mean_gain(long_tail, WORST)
+                ),
+            },
         ),
-        exceeds(rows, overall, "Our recipe is the most robust of all rows", OURS, others, WORST),
-        exceeds(rows, tail, "Our recipe has the most robust tail of all rows", OURS, others, WORST_TAIL),
+        Claim(
+            "What long-tail methods gain in natural error they lose in boundary error",
+            {
+                "mean gain over AT, clean": mean_gain(long_tail, CLEAN),
+                "mean boundary error over AT": mean_gain(long_tail, BOUNDARY),
+            },
+        ),
+        Claim(
+            "Temperatures and rescaled classifiers gain more under PGD than in the worst case",
+            {
+                f"{ROWS[row].title}, gain over AT, PGD-20 less worst case": minus(
+                    mean_gain([row], "pgd20"), mean_gain([row], WORST)
+                )
+                for row in RESCALING
+                if row in rows
+            },
+        ),
+        exceeds("RoBal-N is the most robust of the study's methods", "robal", studied),
+        exceeds("RoBal-N has the most robust tail of the study's methods", "robal", studied, "tail"),
+        exceeds("REAT lifts the tail above AT-BSL", "reat", ["at_bsl"], "tail"),
+        exceeds("The self-teacher lifts the tail above AT-BSL", "self_distillation", ["at_bsl"], "tail"),
+        exceeds("DAFA lifts the tail of self-distillation", "self_distillation_dafa", ["self_distillation"], "tail"),
+        exceeds("Our recipe is the most robust of all rows", OURS, others),
+        exceeds("Our recipe has the most robust tail of all rows", OURS, others, "tail"),
     ]
-    return [finding for finding in candidates if finding]
+
+    def measured(claim: Claim) -> bool:
+        terms = [term for contrast in claim.contrasts.values() for term in contrast]
+        return bool(terms) and all(row in rows for row, _, _ in terms)
+
+    return [claim for claim in candidates if measured(claim)]
 
 
-class Noise:
-    """Compares accuracies over `images` images; differences below two standard errors are undecided."""
-
-    def __init__(self, images: float):
-        self.images = images
-
-    def verdict(self, accuracy: float, other: float, seeds: int) -> str:
-        """Returns whether `accuracy` exceeds `other`; both are taken as independent."""
-        variance = (accuracy * (1 - accuracy) + other * (1 - other)) / max(self.images * seeds, 1)
-        if abs(accuracy - other) <= 2 * math.sqrt(variance):
-            return "undecided"
-        return "held" if accuracy > other else "not held"
+def mean_gain(rows: Sequence[str], condition: str) -> dict[Term, float]:
+    """Returns the contrast "mean over `rows` minus the baseline"; {} without rows."""
+    gains = {(row, condition, "all"): 1 / len(rows) for row in rows}
+    return gains | {(BASELINE, condition, "all"): -1.0} if rows else {}
 
 
-def mean(rows: Rows, name: str, metric: str) -> float:
-    return rows[name]["figures"][metric]["mean"]
+def minus(first: Mapping[Term, float], second: Mapping[Term, float]) -> dict[Term, float]:
+    """Returns the difference of two contrasts."""
+    return {term: first.get(term, 0.0) - second.get(term, 0.0) for term in {**first, **second}}
 
 
-def gain(rows: Rows, name: str, metric: str) -> float:
-    """Returns the gain over the baseline in percentage points."""
-    return 100 * (mean(rows, name, metric) - mean(rows, BASELINE, metric))
+def exceeds(text: str, row: str, others: Sequence[str], group: str = "all") -> Claim:
+    """Returns the claim that a row is above each of `others` in the worst case."""
+    where = "" if group == "all" else f" {group}"
+    return Claim(
+        text,
+        {
+            f"worst case{where}, difference to {ROWS[other].title}": difference(row, other, WORST, group)
+            for other in others
+            if other in ROWS
+        },
+    )
 
 
-def measured(rows: Rows, names: Sequence[str], *metrics: str) -> list[str]:
-    """Returns those of `names` that have these metrics, or none if the baseline lacks one."""
-    complete = [name for name, row in rows.items() if all(metric in row["figures"] for metric in metrics)]
-    return [name for name in names if name in complete] if BASELINE in complete else []
+def test(runs: Runs, groups: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+    """Returns the findings of a study as JSON: claim, its comparisons and verdict.
+
+    The p-values are adjusted for the number of comparisons of all claims (Holm); a difference is significant below 5 %.
+    """
+    tested = [
+        (claim, {text: significance.estimate(contrast, runs, groups) for text, contrast in claim.contrasts.items()})
+        for claim in claims(runs)
+    ]
+    estimates = [estimate for _, by_text in tested for estimate in by_text.values() if estimate]
+    adjusted = iter(significance.holm([estimate.p_value for estimate in estimates]))
+    findings = []
+    for claim, by_text in tested:
+        comparisons = [
+            {"text": text, **dataclasses.asdict(estimate), "adjusted_p_value": next(adjusted)}
+            for text, estimate in by_text.items()
+            if estimate
+        ]
+        complete = len(comparisons) == len(by_text)
+        findings.append(
+            {"claim": claim.text, "comparisons": comparisons, "verdict": verdict(comparisons) if complete else UNKNOWN}
+        )
+    return findings
 
 
-def natural_gains_exceed_robust(rows: Rows) -> Finding | None:
-    metrics = ("eval/clean/accuracy", WORST)
-    if not (names := measured(rows, LONG_TAIL, *metrics)):
-        return None
-    gains = {metric: [gain(rows, name, metric) for name in names] for metric in metrics}
-    up = {metric: sum(value > 0 for value in values) for metric, values in gains.items()}
-    average = {metric: sum(values) / len(values) for metric, values in gains.items()}
-    clean, worst = metrics
-    text = f"of {len(names)} long-tail methods on AT {up[clean]} gain clean accuracy (mean {average[clean]:+.1f}), "
-    text += f"{up[worst]} worst-case robust accuracy (mean {average[worst]:+.1f})"
-    held = 2 * up[clean] > len(names) and average[clean] > average[worst]
-    return "Natural accuracy is easy to gain, robust accuracy is not", text, "held" if held else "not held"
-
-
-def rescaling_gains_only_under_pgd(rows: Rows) -> Finding | None:
-    """Undecided unless some row gains under PGD."""
-    names = measured(rows, RESCALING, "eval/pgd20/accuracy", "eval/cw20/accuracy", WORST)
-    if not names:
-        return None
-    parts, real = [], []
-    for name in names:
-        pgd, cw, worst = (gain(rows, name, m) for m in ("eval/pgd20/accuracy", "eval/cw20/accuracy", WORST))
-        parts.append(f"{rows[name]['title']}: PGD-20 {pgd:+.1f}, CW-20 {cw:+.1f}, worst case {worst:+.1f}")
-        if pgd > 0:
-            real.append(worst > 0)
-    verdict = "undecided" if not real else "held" if not any(real) else "not held" if all(real) else "partly held"
-    return "Temperatures and rescaled classifiers gain under PGD only", "; ".join(parts), verdict
-
-
-def natural_error_becomes_boundary_error(rows: Rows) -> Finding | None:
-    metrics = ("eval/natural_error", "eval/boundary_error")
-    names = [name for name in measured(rows, LONG_TAIL, *metrics) if gain(rows, name, metrics[0]) < 0]
-    if not names:
-        return None
-    up = sum(gain(rows, name, metrics[1]) > 0 for name in names)
-    natural, edge = (sum(gain(rows, name, m) for name in names) / len(names) for m in metrics)
-    text = f"of {len(names)} methods with less natural error than AT {up} have more boundary error "
-    text += f"(mean {natural:+.1f} and {edge:+.1f})"
-    claim = "What is gained in natural error is lost in boundary error"
-    return claim, text, "held" if 2 * up > len(names) and edge > 0 else "not held"
-
-
-def exceeds(rows: Rows, noise: Noise, claim: str, name: str, others: Sequence[str], metric: str) -> Finding | None:
-    """Compares a row with the best of `others`."""
-    others = measured(rows, others, metric)
-    if not others or not measured(rows, [name], metric):
-        return None
-    best = max(others, key=lambda other: mean(rows, other, metric))
-    accuracy, other_accuracy = mean(rows, name, metric), mean(rows, best, metric)
-    text = f"worst case {100 * accuracy:.1f}, {rows[best]['title']} {100 * other_accuracy:.1f}"
-    seeds = min(len(rows[name]["seeds"]), len(rows[best]["seeds"]))
-    return claim, text, noise.verdict(accuracy, other_accuracy, seeds)
+def verdict(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    significant = [c["adjusted_p_value"] < significance.LEVEL for c in comparisons]
+    if any(s and c["value"] < 0 for s, c in zip(significant, comparisons, strict=True)):
+        return FAILS
+    return HOLDS if all(significant) else UNKNOWN
 
 
 def tables(summary: Mapping[str, Any]) -> list[tuple[list[str], list[list[str]], int]]:
-    """Returns the table of all findings with its number of left-aligned columns, or nothing without a finding."""
-    rows = [list(finding) for finding in findings(summary)]
-    return [(["Claim", "Measured here, in points", "Verdict"], rows, 3)] if rows else []
+    """Returns the table of all findings with its number of left-aligned columns, or nothing without a finding.
+
+    Of the comparisons of a claim it shows the smallest difference, which decides.
+    """
+    rows = []
+    for finding in summary.get("findings", []):
+        number = len(finding["comparisons"])
+        if not number:
+            rows.append([finding["claim"], "one seed, or different images", "", "", finding["verdict"]])
+            continue
+        smallest = min(finding["comparisons"], key=lambda c: c["value"])
+        text = smallest["text"] + (f" (smallest of {number})" if number > 1 else "")
+        value = f"{smallest['value']:+.1f} ± {smallest['standard_error']:.1f}"
+        rows.append([finding["claim"], text, value, p_value(smallest["adjusted_p_value"]), finding["verdict"]])
+    head = ["Claim", "Measured", "Difference, points", "Adjusted p", "Verdict"]
+    return [(head, rows, 2)] if rows else []
+
+
+def p_value(p: float) -> str:
+    return "< 0.001" if p < 0.001 else f"{p:.3f}"

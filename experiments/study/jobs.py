@@ -7,14 +7,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import record
-from experiments.study import sweep
+from experiments.study import claims, sweep
+from experiments.study.outcomes import Outcomes
 from experiments.study.rows import ROWS, with_bases
+from lt_adv.evaluation import records
 
+STATES = ("done", "running", "failed", "to do")
 # Additional parts, of the first seed: each evaluates a network again, after the main evaluation.
 ADDITIONAL = SWEEP, AUTOATTACK, VERDICT = "scales", "autoattack", "verdict"
 
@@ -82,9 +85,15 @@ class Job:
         return str(row.base) if row.evaluates else self.row
 
     @property
-    def required_row(self) -> str | None:
-        """The row whose network must exist before."""
-        return ROWS[self.row].base if self.trains else self.network_row
+    def workdir(self) -> str:
+        """The name of the working directory."""
+        return f"{self.network_row}-seed{self.seed}"
+
+    def required_networks(self, study: Study) -> set[tuple[str, int]]:
+        """Returns (row, seed) of the networks that must exist before."""
+        rows = [ROWS[self.row].base if self.trains else self.network_row]
+        rows += [study.baseline] * (self.part == VERDICT)
+        return {(row, self.seed) for row in rows if row}
 
     @property
     def report(self) -> str:
@@ -149,40 +158,72 @@ def finished(study: Study, job: Job) -> bool:
 def remaining_jobs(study: Study) -> list[Job]:
     """Returns the jobs to run: unfinished ones, and finished ones whose missing network another job requires."""
     jobs: list[Job] = []
-    required: set[tuple[str | None, int]] = set()
+    required: set[tuple[str, int]] = set()
     for job in reversed(study.jobs()):
         has_network = (_workdir(study.workdirs, job.row, job.seed) / "checkpoints").exists()
         if not finished(study, job) or job.trains and (job.row, job.seed) in required and not has_network:
             jobs.append(job)
-            required |= {(job.required_row, job.seed), (study.baseline if job.part == VERDICT else None, job.seed)}
+            required |= job.required_networks(study)
     return jobs[::-1]
 
 
 def run(study: Study) -> Iterator[tuple[Job, str | None]]:
-    """Runs the remaining jobs one after another; yields (job, None) or (job, reason of the failure in one line)."""
-    failed: set[tuple[str | None, int]] = set()
-    for job in remaining_jobs(study):
-        blocked = (job.required_row, job.seed) in failed
-        if blocked and job.is_additional:
-            continue  # reported once, for the main part
-        reason = f"needs {job.required_row}, which failed" if blocked else run_job(study, job)
-        failure = failure_path(study, job)
-        if reason is None:
-            failure.unlink(missing_ok=True)
-        else:
-            failure.parent.mkdir(parents=True, exist_ok=True)
-            failure.write_text(reason + "\n")
-            if job.trains:
-                failed.add((job.row, job.seed))
-        yield job, reason
+    """Runs the remaining jobs one after another; yields (job, None) or (job, reason of the failure in one line).
+
+    Other processes may run the same study in the same folders: a job is run by the process that holds the claim of its
+    working directory. A failure from before the call is tried again, one since then is not, whichever process had it.
+    """
+    earlier = {path: _modification_time(path) for path in failure_path(study, study.jobs()[0]).parent.glob("*.txt")}
+
+    def has_failed(job: Job) -> bool:
+        path = failure_path(study, job)
+        return path.exists() and _modification_time(path) != earlier.get(path)
+
+    while True:
+        jobs = [job for job in remaining_jobs(study) if not has_failed(job)]
+        failed = {(job.row, job.seed) for job in study.jobs() if job.trains and has_failed(job)}
+        untrained = {(job.row, job.seed) for job in jobs if job.trains}
+        blocked = [job for job in jobs if job.required_networks(study) & failed]
+        if reported := [job for job in blocked if not job.is_additional]:  # once, for the main part
+            row = min(reported[0].required_networks(study) & failed)[0]
+            yield reported[0], _record(study, reported[0], f"needs {row}, which failed")
+            continue
+        jobs = [job for job in jobs if job not in blocked]
+        if not jobs:
+            return
+        ready = [job for job in jobs if not job.required_networks(study) & untrained]
+        for job in ready:
+            with claims.claim(study.workdirs, job.workdir, str(job)) as claimed:
+                if claimed is None:
+                    continue
+                if job in remaining_jobs(study) and not has_failed(job):  # another process may have run it meanwhile
+                    yield job, _record(study, job, run_job(study, job, claimed))
+                break
+        else:  # all of them are claimed
+            claims.wait(study.workdirs, ready[0].workdir)
 
 
-def run_job(study: Study, job: Job) -> str | None:
-    """Runs a job and writes its result; returns None, or the reason of the failure in one line."""
+def _record(study: Study, job: Job, reason: str | None) -> str | None:
+    """Writes the reason of a failure, or removes that of an earlier one; returns it."""
+    path = failure_path(study, job)
+    if reason is None:
+        path.unlink(missing_ok=True)
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(reason + "\n")
+    return reason
+
+
+def run_job(study: Study, job: Job, claimed: int) -> str | None:
+    """Runs a job and writes its result; returns None, or the reason of the failure in one line.
+
+    `claimed` is the file descriptor of the claim, which the process inherits: if this process is killed, the claim
+    lasts until that one has ended too.
+    """
     workdir = _workdir(study.workdirs, job.network_row, job.seed)
     report = workdir / "reports" / job.report / "report.json" if job.report else workdir / "report.json"
     before, start = _modification_time(report), time.monotonic()
-    code, last = execute(command(study, job), study.workdirs / f"{job}.log")
+    code, last = execute(command(study, job), study.workdirs / f"{job}.log", claimed)
     if code:
         return record.failure(code, last)
     if _modification_time(report) == before:
@@ -201,16 +242,27 @@ def run_job(study: Study, job: Job) -> str | None:
             "seconds": time.monotonic() - start,
             "training_seconds": training_seconds(study, job.network_row, job.seed),
             "report": summary,
+            "outcomes": Outcomes.of(evaluated(workdir, summary)).to_json(),
         },
     )
     return None
 
 
-def execute(command: list[str], log: Path) -> tuple[int, str]:
-    """Runs a process that logs to `log`; returns (exit code, last line). Ctrl-C sends it SIGTERM, so that it saves."""
+def evaluated(workdir: Path, report: Mapping[str, Any]) -> records.Records:
+    """Returns the records from which a report of a working directory was made."""
+    return records.read_records(records.record_directory(workdir / "eval", report["header"]))
+
+
+def execute(command: list[str], log: Path, *descriptors: int) -> tuple[int, str]:
+    """Runs a process that logs to `log`; returns (exit code, last line). Ctrl-C sends it SIGTERM, so that it saves.
+
+    The process inherits the file `descriptors`.
+    """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as out:
-        process = subprocess.Popen([sys.executable, *command], stdout=out, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, *command], stdout=out, stderr=subprocess.PIPE, text=True, pass_fds=descriptors
+        )
         try:
             errors = process.communicate()[1]
         except KeyboardInterrupt:
@@ -253,3 +305,19 @@ def results(study: Study, part: str) -> dict[str, list[dict[str, Any]]]:
 def failures(study: Study) -> dict[str, str]:
     """Returns job -> reason of every failure that no later success replaced."""
     return {path.stem: path.read_text().strip() for path in sorted((study.folder / "failed").glob("*.txt"))}
+
+
+def states(study: Study) -> dict[Job, tuple[str, str]]:
+    """Returns job -> (one of `STATES`, details), for all jobs."""
+    result = {}
+    for job in study.jobs():
+        holder, failure = claims.holder(study.workdirs, job.workdir), failure_path(study, job)
+        if finished(study, job):
+            result[job] = ("done", "")
+        elif holder and holder["job"] == str(job):
+            result[job] = ("running", f"{holder['host']}, process {holder['process']}")
+        elif failure.exists():
+            result[job] = ("failed", failure.read_text().strip())
+        else:
+            result[job] = ("to do", "")
+    return result

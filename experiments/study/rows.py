@@ -148,28 +148,42 @@ class Preset:
 
 
 ATTACKS = ("fgsm", "pgd20", "pgd100", "mim20", "cw20", "lsa")
-# One network, optimiser and radius for all rows, with images of half the size. Methods keep the start of their attack,
-# the epochs in which the learning rate drops, and the additional epochs of a teacher.
-CPU = (
-    "--config.data.name=image_folder",
-    "--config.data.title=CIFAR-10-LT (JPEG copy, 16 x 16)",
-    "--config.data.image_size=16",
-    "--config.data.pad=2",
-    "--config.model.name=wide_resnet",
-    "--config.model.depth=10",
-    "--config.model.width=1",
-    "--config.optim.batch_size=64",
-    "--config.optim.weight_decay=2e-4",
-    "--config.attack.num_steps=5",
-    "--config.attack.eps=0.031",
-    "--config.attack.step_size=0.0078",
-    *(f"--config.eval.attacks.{name}.eps=0.031" for name in ATTACKS),
-    *(f"--config.eval.attacks.{name}.step_size=0.0078" for name in ATTACKS if name != "fgsm"),
-    "--config.eval.attacks.fgsm.start=zero",
-    "--config.eval.only=('fgsm','pgd20','cw20','lsa')",
-    "--config.eval.subset_per_class=100",
-    "--config.eval.batch_size=500",
-)
+
+
+def small_images(depth: int, width: int, attacks: tuple[str, ...], images_per_class: int) -> tuple[str, ...]:
+    """Returns the overrides of a budget: one WideResNet, optimizer and radius for all rows, images of half the size.
+
+    Methods keep the start of their attack, the epochs in which the learning rate drops, and the additional epochs of a
+    teacher.
+
+    Args:
+        depth, width: of the WideResNet.
+        attacks: of the evaluation.
+        images_per_class: test images of each class; 0 is the whole test set.
+    """
+    return (
+        "--config.data.name=image_folder",
+        "--config.data.title=CIFAR-10-LT (JPEG copy, 16 x 16)",
+        "--config.data.image_size=16",
+        "--config.data.pad=2",
+        "--config.model.name=wide_resnet",
+        f"--config.model.depth={depth}",
+        f"--config.model.width={width}",
+        "--config.optim.batch_size=64",
+        "--config.optim.weight_decay=2e-4",
+        "--config.attack.num_steps=5",
+        "--config.attack.eps=0.031",
+        "--config.attack.step_size=0.0078",
+        *(f"--config.eval.attacks.{name}.eps=0.031" for name in ATTACKS),
+        *(f"--config.eval.attacks.{name}.step_size=0.0078" for name in ATTACKS if name != "fgsm"),
+        "--config.eval.attacks.fgsm.start=zero",
+        f"--config.eval.only={attacks}".replace(" ", ""),
+        f"--config.eval.subset_per_class={images_per_class}",
+        "--config.eval.batch_size=500",
+    )
+
+
+CPU = small_images(10, 1, ("fgsm", "pgd20", "cw20", "lsa"), 100)
 VALIDATION = (
     "--config.data.validation_per_class=100",
     "--config.data.validation_from=unused",
@@ -177,8 +191,20 @@ VALIDATION = (
     "--config.eval.split=validation",
     "--config.eval.subset_per_class=0",
 )
+COMPARISON = (  # the most telling rows first
+    "at",
+    "at_bsl",
+    "robal",
+    "self_distillation",
+    "reat",
+    "resampling",
+    "logit_adjustment",
+    "robal_r",
+    "lt_adv",
+)
 PRESETS = {
     "cpu": Preset("cifar10", 10, (0, 1), CPU),
+    "comparison": Preset("cifar10", 30, (0, 1), small_images(16, 2, ("pgd20", "cw20", "lsa"), 0), COMPARISON),
     "ablation": Preset(
         "cifar10", 10, (0,), CPU + VALIDATION, ("at_bsl", "self_distillation", "lt_adv", "reat", *ABLATIONS)
     ),

@@ -5,7 +5,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.study import sweep
+from experiments.study import findings, published, sweep
+from experiments.study.outcomes import Outcomes
 from experiments.study.rows import ROWS
 
 Results = Mapping[str, Sequence[Mapping[str, Any]]]  # row -> a result per seed
@@ -13,7 +14,7 @@ Results = Mapping[str, Sequence[Mapping[str, Any]]]  # row -> a result per seed
 
 def summarise(
     results: Results,
-    published: Mapping[str, str],
+    expected: Mapping[str, str],
     failed: Mapping[str, str],
     *,
     scales: Results | None = None,
@@ -24,15 +25,15 @@ def summarise(
 
     Args:
         results: of the main evaluation.
-        published: config -> its published numbers in words.
+        expected: config -> its published numbers in words.
         failed: job -> reason.
         scales: results of PGD-20 on rescaled logits.
         autoattack: results of AutoAttack, on fewer images.
         verdict: results of the comparison with a baseline.
 
     Returns:
-        {"about": common facts, "rows": row -> its figures, "failed"}. Accuracies and errors are in [0, 1]; accuracies
-        by class are means over the seeds.
+        {"about": common facts, "rows": row -> its figures, "findings", "rank_correlations", "failed"}. Accuracies and
+        errors are in [0, 1]; accuracies by class are means over the seeds.
     """
     scales, autoattack, verdict = scales or {}, autoattack or {}, verdict or {}
     about = common_facts(results)
@@ -58,14 +59,34 @@ def summarise(
             "seeds": [run["seed"] for run in runs],
             "figures": figures([report["metrics"] for report in reports]) | figures(of_autoattack),
             "training_seconds": spread([run["training_seconds"] for run in runs]),
-            "published": published.get(row.config, "") if row.published else "",
+            "published": expected.get(row.config, "") if row.published else "",
             "commits": sorted({run["commit"] for run in runs if run["commit"]}),
             "warnings": sorted({line for report in reports for line in report["warnings"]}),
             "classes": classes(reports),
             "verdict": verdict[name][0]["report"]["reliability"]["verdict"] if name in verdict else None,
             "scales": accuracy_by_scale(scales[name][0]["report"]) if name in scales else [],
         }
-    return {"about": about, "rows": rows, "failed": dict(failed)}
+    outcomes = {name: stored for name, runs in results.items() if (stored := stored_outcomes(runs))}
+    return {
+        "about": about,
+        "rows": rows,
+        "findings": findings.test(outcomes, class_groups(results)),
+        "rank_correlations": published.rank_correlations(rows),
+        "failed": dict(failed),
+    }
+
+
+def stored_outcomes(runs: Sequence[Mapping[str, Any]]) -> list[Outcomes]:
+    """Returns the outcomes of each run; [] if one has none, as results of earlier versions."""
+    return [Outcomes.from_json(run["outcomes"]) for run in runs] if all("outcomes" in run for run in runs) else []
+
+
+def class_groups(results: Results) -> dict[str, list[int]]:
+    """Returns group -> its classes, of the first report: they are those of the data set."""
+    for report in _reports(results):
+        number = {entry["name"]: entry["class"] for entry in report["classes"]}
+        return {name: [number[c] for c in names] for name, names in report["groups"].items() if name != "definition"}
+    return {}
 
 
 def _reports(results: Results) -> Iterator[Mapping[str, Any]]:

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from experiments.study import published as robal_study
 from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import CLEAN, WORST
 from lt_adv.evaluation.report import table
@@ -76,6 +77,33 @@ def masking_reasons(summary: Summary) -> list[Table]:
     rows = [(row["title"], row["verdict"]["reasons"]) for row in summary["rows"].values() if row.get("verdict")]
     signs = [[title, " ".join(reasons)] for title, reasons in rows if reasons]
     return [(["Gradient masking", "Signs"], signs)] if signs else []
+
+
+def published(summary: Summary) -> list[Table]:
+    """Returns the rows beside the published results of RoBal's study, and the rank correlations; [] without a row."""
+    rows = {name: row for name, row in summary["rows"].items() if name in robal_study.ROBAL_FIGURE}
+    if not summary.get("rank_correlations"):
+        return []
+    shown = [c for c in (CLEAN, "pgd20", "cw20", "autoattack", WORST) if c in conditions(summary)]
+    body = [
+        [
+            row["title"],
+            *(f"{value:g}" for value in robal_study.ROBAL_FIGURE[name]),
+            *(percent(row["figures"].get(f"eval/{c}/accuracy")) for c in shown),
+        ]
+        for name, row in rows.items()
+    ]
+    head = ["Beside RoBal's figure", "Published, clean", "Published, robust", *(f"Here, {title(c)}" for c in shown)]
+    correlations = [
+        [
+            f"{title(c['condition'])} here, {c['published']} published",
+            str(c["rows"]),
+            f"{c['correlation']:+.2f}",
+            f"{c['p_value']:.3f}",
+        ]
+        for c in summary["rank_correlations"]
+    ]
+    return [(head, body), (["Order of the rows", "Rows", "Spearman's correlation", "p"], correlations)]
 
 
 def slices(summary: Summary) -> list[Table]:

@@ -6,13 +6,13 @@ from pathlib import Path
 import numpy as np
 
 from experiments.study import sweep
-from lt_adv.evaluation import Records, summarise
+from lt_adv.evaluation import Records, records, summarise
 
 COUNTS = (50, 30, 20, 10)
 
 
-def report(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
-    """Returns a report of 25 images per class; `right` and `robust` are the accuracies of the most frequent class."""
+def make_records(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
+    """Returns records of 25 images per class; `right` and `robust` are the accuracies of the most frequent class."""
     rng = np.random.default_rng(seed)
     label = np.repeat(np.arange(classes, dtype=np.int32), 25)
     wrong = (label + 1) % classes
@@ -31,6 +31,7 @@ def report(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
         "model": "wide_resnet-10-1, head linear, float32",
         "epochs": 3,
         "images": len(label),
+        "batch_size": len(label),
         "subset": "the whole test split",
         "device": "1 x cpu",
         "jax_version": "0.10.2",
@@ -38,9 +39,14 @@ def report(seed=0, right=0.8, robust=0.4, swept=False, classes=4):
     for scale in sweep.SCALES * swept:
         header["attacks"][sweep.attack_name(scale)]["logit_scale"] = scale
     clean = np.where(draws < right * class_factor, label, wrong).astype(np.int32)
-    records = Records(header, np.arange(len(label)), label, clean, columns)
+    return Records(header, np.arange(len(label)), label, clean, columns)
+
+
+def report(*arguments, classes=4, **options):
+    """Returns the report of `make_records`."""
+    made = make_records(*arguments, classes=classes, **options)
     counts = COUNTS if classes == len(COUNTS) else [classes - c for c in range(classes)]
-    return {**summarise(records, counts), "context": {"commit": "0123456789ab", "class_counts": list(counts)}}
+    return {**summarise(made, counts), "context": {"commit": "0123456789ab", "class_counts": list(counts)}}
 
 
 def reliability(baseline, trustworthy):
@@ -49,6 +55,14 @@ def reliability(baseline, trustworthy):
     gains = [{"group": group, "real": trustworthy or group == "head"} for group in ("", "", "head", "tail")]
     verdict = {"trustworthy": trustworthy, "words": "", "reasons": reasons, "notes": [], "gains": gains}
     return {"verdict": verdict, "protocol": {"images": 25}, "baseline_run": str(baseline)}
+
+
+def write_records(workdir, made):
+    """Writes records as an evaluation in this working directory does."""
+    folder = records.record_directory(workdir / "eval", made.header)
+    records.write_header(folder, made.header)
+    attacks = {f"attack/{name}": column for name, column in made.attacks.items()}
+    records.write_batch(folder, 0, {"index": made.index, "label": made.label, "clean": made.clean, **attacks})
 
 
 def option(command, name):
@@ -71,7 +85,7 @@ class FakeRuns:
     def __init__(self):
         self.commands, self.fails, self.silent = [], {}, set()
 
-    def __call__(self, command, log):
+    def __call__(self, command, log, *descriptors):
         self.commands.append(command)
         workdir = Path(option(command, "workdir"))
         row = log.name.partition("-seed")[0]
@@ -88,7 +102,9 @@ class FakeRuns:
             assert (workdir / "checkpoints").exists(), "the network is evaluated before it is trained"
         path = report_path(command)
         path.parent.mkdir(parents=True, exist_ok=True)
-        summary = report(int(option(command, "config.seed")), swept="sweep.py" in option(command, "config"))
+        options = {"seed": int(option(command, "config.seed")), "swept": "sweep.py" in option(command, "config")}
+        write_records(workdir, make_records(**options))
+        summary = report(**options)
         if baseline := option(command, "config.eval.baseline"):
             assert (Path(baseline) / "checkpoints").exists(), "the baseline is not trained yet"
             summary["reliability"] = reliability(baseline, trustworthy=row == "robal")

@@ -1,117 +1,159 @@
-"""Findings follow the figures: each test changes the figures that a verdict depends on."""
+"""Findings follow the outcomes: a claim holds or fails only if a test says so."""
 
-import copy
-
+import numpy as np
 import pytest
 
-from experiments.study import findings
+from experiments.study import findings, published
+from experiments.study.findings import FAILS, HOLDS, UNKNOWN
+from experiments.study.outcomes import Outcomes
 from experiments.study.rows import ROWS
+from experiments.study.summary import spread
 from lt_adv.evaluation.report import table
 
-AT = {"clean": 0.30, "pgd20": 0.20, "cw20": 0.20, "worst": 0.19, "tail": 0.01}
-PUBLISHED_PATTERN = {  # figures with which all claims of the papers hold
-    "at": AT,
-    "cosine": {"clean": 0.35, "pgd20": 0.20, "cw20": 0.20, "worst": 0.19, "tail": 0.02},
-    "cdt": {"clean": 0.36, "pgd20": 0.24, "cw20": 0.19, "worst": 0.18, "tail": 0.02},
-    "tau_norm": {"clean": 0.37, "pgd20": 0.23, "cw20": 0.18, "worst": 0.17, "tail": 0.03},
-    "robal": {"clean": 0.40, "pgd20": 0.26, "cw20": 0.25, "worst": 0.24, "tail": 0.15},
-    "at_bsl": {"clean": 0.40, "pgd20": 0.25, "cw20": 0.22, "worst": 0.21, "tail": 0.05},
-    "reat": {"clean": 0.40, "pgd20": 0.25, "cw20": 0.22, "worst": 0.21, "tail": 0.06},
-    "self_distillation": {"clean": 0.40, "pgd20": 0.25, "cw20": 0.22, "worst": 0.21, "tail": 0.20},
+GROUPS = {"head": [0, 1, 2], "tail": [7, 8, 9]}
+# Accuracy clean, under PGD-20, and in the worst case, of all classes; and in the worst case of the tail.
+PUBLISHED_PATTERN = {  # figures with which the claims of the papers hold
+    "at": (0.30, 0.20, 0.19, 0.01),
+    "cosine": (0.35, 0.20, 0.19, 0.02),
+    "cdt": (0.36, 0.24, 0.17, 0.02),
+    "tau_norm": (0.37, 0.25, 0.18, 0.03),
+    "robal": (0.40, 0.28, 0.25, 0.15),
+    "at_bsl": (0.40, 0.25, 0.22, 0.05),
+    "reat": (0.40, 0.25, 0.22, 0.055),
+    "self_distillation": (0.40, 0.25, 0.22, 0.20),
 }
 
 
-OURS = {"clean": 0.40, "pgd20": 0.30, "cw20": 0.28, "worst": 0.27, "tail": 0.25}
+def outcomes(clean, pgd, worst, tail, images=10_000, shift=0.0):
+    """Returns outcomes with these accuracies, plus `shift`. All rows are wrong on the same hard images of a class."""
+    label = np.repeat(np.arange(10), images // 10)
+    position = np.tile(np.arange(images // 10), 10) / (images // 10)  # difficulty within the class
+    in_worst_case = np.where(np.isin(label, GROUPS["tail"]), tail, (worst - 0.3 * tail) / 0.7) + shift
+    accuracies = {"clean": clean, "pgd20": pgd, "worst": worst}
+    correct = {name: position < in_worst_case + accuracy - worst for name, accuracy in accuracies.items()}
+    return Outcomes("a", label, correct)
 
 
-def summary(accuracies, images=10000, seeds=1):
-    rows = {}
-    for name, values in accuracies.items():
-        metrics = {f"eval/{c}/accuracy": values[c] for c in ("clean", "pgd20", "cw20", "worst")}
-        metrics |= {"eval/worst/accuracy_tail": values["tail"], "eval/natural_error": 1 - values["clean"]}
-        metrics["eval/boundary_error"] = values["clean"] - values["worst"]
-        figures = {metric: {"mean": value} for metric, value in metrics.items()}
-        rows[name] = {"title": ROWS[name].title, "figures": figures, "seeds": [*range(seeds)], "classes": [{}] * 10}
-    return {"rows": rows, "about": {"images": images}}
+def runs(accuracies, seeds=2, **options):
+    """Returns the outcomes of rows whose accuracies differ by half a point from seed to seed."""
+    return {
+        row: [outcomes(*values, shift=0.005 * seed, **options) for seed in range(seeds)]
+        for row, values in accuracies.items()
+    }
 
 
 def verdicts(accuracies, **options):
-    return [verdict for _, _, verdict in findings.findings(summary(accuracies, **options))]
-
-
-def changed(**rows):
-    accuracies = copy.deepcopy(PUBLISHED_PATTERN)
-    for name, values in rows.items():
-        accuracies[name] |= values
-    return accuracies
+    return {finding["claim"]: finding["verdict"] for finding in findings.test(runs(accuracies, **options), GROUPS)}
 
 
 def test_claims_of_the_papers_hold():
-    results = findings.findings(summary(PUBLISHED_PATTERN))
-    assert [verdict for *_, verdict in results] == [*["held"] * 5, "undecided", "held"]
-    text = {claim: measured for claim, measured, _ in results}
-    assert text["Natural accuracy is easy to gain, robust accuracy is not"] == (
-        "of 3 long-tail methods on AT 3 gain clean accuracy (mean +6.0), 0 worst-case robust accuracy (mean -1.0)"
-    )
-    assert "CDT: PGD-20 +4.0, CW-20 -1.0, worst case -1.0; Tau-normalisation" in "".join(text.values())
-    assert "(mean -6.0 and +7.0)" in text["What is gained in natural error is lost in boundary error"]
-    assert text["RoBal-N is the most robust of the study's methods"] == "worst case 24.0, AT 19.0"
-    assert text["The self-teacher lifts the tail above AT-BSL"] == "worst case 20.0, AT-BSL 5.0"
+    result = verdicts(PUBLISHED_PATTERN)
+    assert result == {
+        "Long-tail methods gain more natural than robust accuracy": HOLDS,
+        "What long-tail methods gain in natural error they lose in boundary error": HOLDS,
+        "Temperatures and rescaled classifiers gain more under PGD than in the worst case": HOLDS,
+        "RoBal-N is the most robust of the study's methods": HOLDS,
+        "RoBal-N has the most robust tail of the study's methods": HOLDS,
+        "REAT lifts the tail above AT-BSL": UNKNOWN,
+        "The self-teacher lifts the tail above AT-BSL": HOLDS,
+    }
 
 
 @pytest.mark.parametrize(
-    ("position", "rows", "verdict"),
+    ("claim", "rows", "verdict"),
     [
-        (0, {name: {"clean": 0.2} for name in ("cosine", "cdt", "tau_norm")}, "not held"),
-        (0, {name: {"worst": 0.28} for name in ("cosine", "cdt", "tau_norm")}, "not held"),
-        (1, {"cdt": {"worst": 0.2}, "tau_norm": {"worst": 0.2}}, "not held"),
-        (1, {"cdt": {"worst": 0.2}}, "partly held"),
-        (1, {"cdt": {"pgd20": 0.1}, "tau_norm": {"pgd20": 0.1}}, "undecided"),
-        (2, {name: {"worst": 0.32} for name in ("cosine", "cdt", "tau_norm")}, "not held"),
-        (3, {"robal": {"worst": 0.1}}, "not held"),
-        (3, {"robal": {"worst": 0.195}}, "undecided"),
-        (4, {"cosine": {"tail": 0.3}}, "not held"),
-        (5, {"reat": {"tail": 0.12}}, "held"),
-        (6, {"self_distillation": {"tail": 0.01}}, "not held"),
+        ("Long-tail methods gain more", {row: (0.2, 0.2, 0.19, 0.01) for row in ("cosine", "cdt", "tau_norm")}, FAILS),
+        ("What long-tail methods gain", {row: (0.36, 0.3, 0.28, 0.01) for row in ("cosine", "cdt", "tau_norm")}, FAILS),
+        ("Temperatures", {"cdt": (0.36, 0.24, 0.24, 0.02)}, FAILS),
+        ("Temperatures", {"cdt": (0.36, 0.20, 0.19, 0.02)}, UNKNOWN),
+        ("RoBal-N is", {"robal": (0.40, 0.28, 0.10, 0.1)}, FAILS),
+        ("RoBal-N is", {"robal": (0.40, 0.28, 0.192, 0.01)}, UNKNOWN),
+        ("RoBal-N has", {"cosine": (0.35, 0.20, 0.19, 0.3)}, FAILS),
+        ("REAT", {"reat": (0.40, 0.25, 0.22, 0.12)}, HOLDS),
+        ("The self-teacher", {"self_distillation": (0.40, 0.25, 0.22, 0.01)}, FAILS),
     ],
 )
-def test_verdict_follows_its_figures(position, rows, verdict):
-    assert verdicts(changed(**rows))[position] == verdict
+def test_verdict_follows_the_outcomes(claim, rows, verdict):
+    result = verdicts({**PUBLISHED_PATTERN, **rows})
+    assert [value for text, value in result.items() if text.startswith(claim)] == [verdict]
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        ({}, ["held", "held"]),
-        ({"worst": 0.25}, ["undecided", "held"]),
-        ({"worst": 0.20}, ["not held", "held"]),
-        ({"tail": 0.15}, ["held", "not held"]),
-    ],
-)
-def test_our_recipe_is_compared_with_the_best_other_row(change, expected):
-    made = findings.findings(summary({**PUBLISHED_PATTERN, "lt_adv": {**OURS, **change}}))
-    assert [verdict for *_, verdict in made[-2:]] == expected
-    assert [text.partition(", ")[2] for _, text, _ in made[-2:]] == ["RoBal-N 24.0", "Self-distillation 20.0"]
+def test_one_seed_or_few_images_tell_nothing():
+    assert set(verdicts(PUBLISHED_PATTERN, seeds=1).values()) == {UNKNOWN}
+    few = verdicts({"at": (0.30, 0.20, 0.19, 0.10), "robal": (0.4, 0.3, 0.24, 0.2)}, images=100)
+    assert set(few.values()) == {UNKNOWN}
 
 
-def test_more_images_and_seeds_decide_a_verdict():
-    small = changed(reat={"tail": 0.08})
-    assert [verdicts(small, images=n, seeds=s)[5] for n, s in ((1000, 1), (1000, 8), (8000, 1))] == [
-        *("undecided", "held", "held")
-    ]
+def test_our_recipe_is_compared_with_every_row():
+    ours = {**PUBLISHED_PATTERN, "lt_adv": (0.40, 0.30, 0.28, 0.30)}
+    made = findings.test(runs(ours), GROUPS)[-2:]
+    assert [(len(finding["comparisons"]), finding["verdict"]) for finding in made] == [(8, HOLDS)] * 2
+    smallest = min(made[0]["comparisons"], key=lambda c: c["value"])
+    assert smallest["text"] == "worst case, difference to RoBal-N" and smallest["value"] == pytest.approx(3, abs=0.1)
+    ours["lt_adv"] = (0.40, 0.30, 0.28, 0.19)
+    assert [finding["verdict"] for finding in findings.test(runs(ours), GROUPS)[-2:]] == [HOLDS, FAILS]
+
+
+def test_more_comparisons_need_a_larger_difference():
+    """The same two rows, alone and beside two rows that do not differ."""
+    accuracies = {"at_bsl": (0.4, 0.25, 0.22, 0.05), "reat": (0.4, 0.25, 0.22, 0.0585)}
+    (alone,) = findings.test(runs(accuracies), GROUPS)
+    rows = {**accuracies, "at": PUBLISHED_PATTERN["at"], "robal": PUBLISHED_PATTERN["at"]}
+    among = {finding["claim"]: finding for finding in findings.test(runs(rows), GROUPS)}
+    (one,), (other,) = alone["comparisons"], among[alone["claim"]]["comparisons"]
+    assert len(among) == 3 and one["value"] == pytest.approx(other["value"]) == pytest.approx(0.85, abs=0.05)
+    assert one["adjusted_p_value"] == one["p_value"] and 0.001 < one["p_value"] < 0.2
+    assert other["adjusted_p_value"] == pytest.approx(3 * other["p_value"])
 
 
 def test_what_was_not_measured_is_left_out():
     assert len(verdicts({name: PUBLISHED_PATTERN[name] for name in ("at", "cosine")})) == 2
-    assert verdicts({"robal": PUBLISHED_PATTERN["robal"]}) == []
-    partly = summary(PUBLISHED_PATTERN)
-    del partly["rows"]["reat"]["figures"]["eval/worst/accuracy_tail"]
-    assert len(findings.findings(partly)) == 6
+    assert verdicts({"robal": PUBLISHED_PATTERN["robal"]}) == {} and findings.test({}, GROUPS) == []
+    without_attack = {
+        row: [Outcomes(run.images, run.label, {"clean": run.correct["clean"]}) for run in row_runs]
+        for row, row_runs in runs({name: PUBLISHED_PATTERN[name] for name in ("at_bsl", "reat")}).items()
+    }
+    (finding,) = findings.test(without_attack, GROUPS)
+    assert finding == {"claim": "REAT lifts the tail above AT-BSL", "comparisons": [], "verdict": UNKNOWN}
 
 
 def test_findings_are_a_table_of_a_study():
-    (made,) = findings.tables(summary(PUBLISHED_PATTERN))
-    text = table(*made)
-    assert text.splitlines()[1] == "| :-- | :-- | :-- |" and len(text.splitlines()) == 9
-    assert text.endswith("| worst case 20.0, AT-BSL 5.0 | held |")
-    assert findings.tables(summary({"robal": PUBLISHED_PATTERN["robal"]})) == []
+    (made,) = findings.tables({"findings": findings.test(runs(PUBLISHED_PATTERN), GROUPS)})
+    lines = table(*made).splitlines()
+    assert lines[0] == "| Claim | Measured | Difference, points | Adjusted p | Verdict |" and len(lines) == 9
+    assert lines[1] == "| :-- | :-- | --: | --: | --: |"
+    assert lines[-1].startswith(
+        "| The self-teacher lifts the tail above AT-BSL | worst case tail, difference to AT-BSL | +15.0 ± "
+    )
+    assert lines[-1].endswith("| < 0.001 | holds |")
+    assert (
+        "RoBal-N is the most robust of the study's methods | worst case, difference to AT (smallest of 4) |"
+        in "".join(lines)
+    )
+    (made,) = findings.tables({"findings": findings.test(runs(PUBLISHED_PATTERN, seeds=1), GROUPS)})
+    assert made[1][0][1:] == ["one seed, or different images", "", "", UNKNOWN]
+    assert findings.tables({"findings": []}) == findings.tables({}) == []
+
+
+def test_published_rows_exist_and_their_configs_have_the_numbers():
+    import ast
+    from pathlib import Path
+
+    for row in published.ROBAL_FIGURE:
+        text = ast.get_docstring(ast.parse(Path(f"configs/{ROWS[row].config}.py").read_text()))
+        expected = " ".join(text.partition("Expected")[2].split())
+        assert f"{published.SETTING}: " in expected and published.in_words(row) in expected, row
+
+
+def test_rank_correlation_with_the_published_order():
+    rows = {
+        name: {"figures": {"eval/clean/accuracy": spread([clean / 100]), "eval/worst/accuracy": spread([1 - robust])}}
+        for name, (clean, robust) in published.ROBAL_FIGURE.items()
+    }
+    clean, worst = published.rank_correlations({**rows, "natural": rows["at"]})
+    assert (clean["condition"], clean["published"], clean["rows"]) == ("clean", "clean", 19)
+    assert clean["correlation"] == pytest.approx(1) and clean["p_value"] < 1e-10
+    assert (worst["condition"], worst["published"]) == ("worst", "robust")
+    assert worst["correlation"] == pytest.approx(-1)
+    few = {name: rows[name] for name in list(rows)[: published.FEWEST_ROWS - 1]}
+    assert published.rank_correlations(few) == []

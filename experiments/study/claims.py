@@ -1,0 +1,59 @@
+"""Claims on working directories, by which several processes or machines run one study in shared folders."""
+
+import contextlib
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+
+def _path(workdirs: Path, name: str) -> Path:
+    return workdirs / f"{name}.claim"
+
+
+@contextlib.contextmanager
+def claim(workdirs: Path, name: str, job: str) -> Iterator[int | None]:
+    """Claims a working directory for a job; yields a file descriptor, or None if another process has claimed it.
+
+    A claim is `flock` on `<workdirs>/<name>.claim`. It lasts until every process that has inherited the descriptor has
+    ended, also by a kill, and no clock decides that a process is dead. The file holds host, process and job. Network
+    file systems need support for `flock`.
+    """
+    workdirs.mkdir(parents=True, exist_ok=True)
+    with _path(workdirs, name).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield None
+            return
+        file.truncate(0)
+        json.dump({"host": socket.gethostname(), "process": os.getpid(), "job": job}, file)
+        file.flush()
+        yield file.fileno()
+        file.truncate(0)
+
+
+def wait(workdirs: Path, name: str) -> None:
+    """Waits until no process claims a working directory."""
+    with _path(workdirs, name).open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+
+
+def holder(workdirs: Path, name: str) -> dict[str, str] | None:
+    """Returns host, process and job of the claim on a working directory; None if there is none."""
+    path = _path(workdirs, name)
+    if not path.exists():
+        return None
+    with path.open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return None
+        except BlockingIOError:
+            file.seek(0)
+            content = file.read()
+    try:
+        return json.loads(content)
+    except ValueError:  # it is being written
+        return {"host": "?", "process": "?", "job": "?"}
