@@ -9,7 +9,7 @@ Expected   no published number. Chosen on a validation split of a JPEG copy of C
 
 from configs import self_distillation
 
-SHORT = 30  # runs of fewer epochs have no crops, which cost accuracy in runs of ten
+SHORT = 30  # runs of fewer epochs have no crops: chosen in runs of ten
 
 
 def get_config(arg=None):
