@@ -228,7 +228,12 @@ def does_not_fit(program: Program, topology: Topology, needs: str) -> str:
 
 
 def used_memory(error: Exception) -> str:
-    """Returns the part of the compiler's message that says how much memory the program needs."""
+    """Returns the part of the compiler's message that says how much memory the program needs.
+
+    On a TPU that may be the on-chip memory (VMEM) of one instruction, of which the compiler has a limit.
+    """
+    if match := re.search(r"memory space vmem .* for %\S+ = (\w+\[[\d,]*\])", str(error)):
+        return f"one instruction, of {match[1]}, exceeds XLA's limit of on-chip memory (VMEM)"
     match = re.search(
         r"Used [\d.]+\w of [\d.]+\w \w+|total memory required.*exceeds available \w+ \([\d.]+\w\)", str(error)
     )
@@ -259,7 +264,8 @@ def largest_batch(config: ConfigDict, topology: Topology, workdir: epath.Path) -
             for program in programs(experiment, ("train",)):
                 compile_program(program, topology, workdir)
         except DoesNotFit as error:
-            metric_logging.console.print(f"{per_device} images a device do not fit", soft_wrap=True)
+            reason = str(error).partition(": ")[2].partition(". Take")[0]
+            metric_logging.console.print(f"{per_device} images a device do not fit: {reason}", soft_wrap=True)
             if per_device == 1:
                 raise DoesNotFit(str(error).partition(". Take")[0] + ".") from error
             return False

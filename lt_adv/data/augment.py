@@ -35,20 +35,21 @@ def pad_crop_flip(keys: jax.Array, image: jax.Array, *, pad: int = 4) -> jax.Arr
         offset_key, flip_key = jax.random.split(key)
         return jax.random.randint(offset_key, (2,), 0, 2 * pad + 1), jax.random.bernoulli(flip_key)
 
-    _, height, width, _ = image.shape
+    _, height, width, channels = image.shape
     offset, flip = jax.vmap(draw)(keys)
     row = offset[:, :1] - pad + jnp.arange(height)
     column = offset[:, 1:] - pad + jnp.where(flip[:, None], jnp.arange(width)[::-1], jnp.arange(width))
-    return _select(_select(image, row, axis=1), column, axis=2)
+    # Rows are selected with pixels and channels in one axis: a TPU pads an axis of 3 channels to a whole register.
+    flat = _select("bnh,bhx->bnx", row, image.reshape(-1, height, width * channels), axis=1)
+    return _select("bnw,bhwc->bhnc", column, flat.reshape(image.shape), axis=2)
 
 
-def _select(image: jax.Array, index: jax.Array, axis: int) -> jax.Array:
-    """Returns rows (axis 1) or columns (axis 2) of images [b, h, w, c] by index [b, n]; zero where there is none.
+def _select(equation: str, index: jax.Array, image: jax.Array, axis: int) -> jax.Array:
+    """Returns the entries of an axis of images at index [b, n]; zero where there is none.
 
     A product with a matrix of zeros and ones is exact, and fast on accelerators: a TPU gathers pixels one by one.
     """
     one_hot = jax.nn.one_hot(index, image.shape[axis], dtype=jnp.float32)
     # Matrix units round to 8 bits or more by default, which hold a uint8.
     precision = None if image.dtype == jnp.uint8 else jax.lax.Precision.HIGHEST
-    equation = "bnh,bhwc->bnwc" if axis == 1 else "bnw,bhwc->bhnc"
     return jnp.einsum(equation, one_hot, image, precision=precision).astype(image.dtype)

@@ -174,6 +174,11 @@ def test_a_batch_that_does_not_fit(tmp_path, capsys, small_memory):
             "total memory required for HLO temporaries (37.97G) exceeds available HBM (15.75G)",
         ),
         ("RESOURCE_EXHAUSTED: ... Used 18.34G of 15.75G hbm. Exceeded by 2.59G.\nmore", "Used 18.34G of 15.75G hbm"),
+        (
+            "RESOURCE_EXHAUSTED: E1001: CompileTimeScopedVmemOom:\nRan out of memory in memory space vmem while "
+            "allocating on stack for %copy.191 = u8[88,224,224,3]{2,1,3,0:T(32,128)(4,1)S(1)} copy(%reshape.349)",
+            "one instruction, of u8[88,224,224,3], exceeds XLA's limit of on-chip memory (VMEM)",
+        ),
         ("RESOURCE_EXHAUSTED: No room.\nmore", "No room"),
     ],
 )
