@@ -55,6 +55,8 @@ FAULT_COLUMNS = (
 )
 HEADLINE = ("at", "at_bsl", "reat", "robal", "self_distillation", "lt_adv")  # rows of the study in README.md
 
+HEADLINE_STUDIES = ("comparison", "cpu")
+
 Runs = Sequence[Mapping[str, Any]]  # a result per seed
 Results = Mapping[tuple[str, str], Runs]  # by (row or config, part)
 
@@ -221,19 +223,26 @@ def study(results: Path = RESULTS) -> str:
 
 
 def headline(results: Path = RESULTS) -> str:
-    """The rows `HEADLINE` of the study `cpu`: all images, and the tail in the worst case."""
-    path = results / "cpu" / "table.json"
-    if not path.exists():
-        return _unmeasured("Study", "cpu")
-    rows = {name: row for name, row in json.loads(path.read_text())["rows"].items() if name in HEADLINE}
+    """The rows `HEADLINE` of the first study that has them all: all images, and the tail in the worst case."""
+    paths = [path for path in (results / study / "table.json" for study in HEADLINE_STUDIES) if path.exists()]
+    summaries = [json.loads(path.read_text()) for path in paths]
+    summary = next((s for s in summaries if set(HEADLINE) <= s["rows"].keys()), None)
+    if summary is None:
+        return _unmeasured("Study", HEADLINE_STUDIES[0])
+    rows = summary["rows"]
     columns = {title(c): f"eval/{c}/accuracy" for c in ("clean", "pgd20", "autoattack", WORST)}
     columns |= {f"{title(WORST)}, {group}": f"eval/{WORST}/accuracy_{group}" for group in ("head", "tail")}
     body = [
         [rows[name]["title"], *(study_tables.percent(rows[name]["figures"].get(m)) for m in columns.values())]
         for name in HEADLINE
-        if name in rows
     ]
-    return table(["", *columns], body)
+    attacks = [title(c) for c in study_tables.conditions(summary) if c not in ("clean", "autoattack", WORST)]
+    about = {
+        name: fact for name, fact in summary["about"].items() if name != "baseline"
+    }  # of a column that is left out
+    text = study_tables.sentence({"about": {**about, "different": []}})  # which are of other rows
+    text += f" The worst case is over {', '.join(attacks[:-1])} and {attacks[-1]}."
+    return f"{text}\n\n{table(['', *columns], body)}"
 
 
 def configuration() -> str:

@@ -225,6 +225,21 @@ def test_documentation_has_the_studies(made, tmp_path):
     assert "Published" not in text and PUBLISHED["robal"] not in text
 
 
+def test_front_page_has_the_first_study_with_all_its_rows(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(experiments.tables, "HEADLINE", ("at", "robal"))
+    assert "not measured yet" in experiments.tables.headline(tmp_path)
+    write(tmp_path / "cpu", made)
+    text, table = experiments.tables.headline(tmp_path).split("\n\n")
+    assert text.startswith("Digits-LT") and text.endswith("The worst case is over FGSM, PGD-20, CW-20 and LSA.")
+    head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines())
+    assert head == ["", "Clean", "PGD-20", "Worst case", "Worst case, head", "Worst case, tail"]
+    assert [row[0] for row in body] == ["AT", "RoBal-N"]
+    write(tmp_path / "comparison", {**made, "rows": {"at": made["rows"]["at"]}})
+    assert experiments.tables.headline(tmp_path).startswith("Digits-LT"), "a row is missing in the other"
+    write(tmp_path / "comparison", {**made, "about": {**made["about"], "dataset": "Other"}})
+    assert experiments.tables.headline(tmp_path).startswith("Other")
+
+
 def test_documentation_has_the_ablations(made, tmp_path):
     assert "--preset=ablation --config.data.path=<folder of images>` measures it" in experiments.tables.ablation(
         tmp_path
