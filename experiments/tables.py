@@ -232,17 +232,13 @@ def headline(results: Path = RESULTS) -> str:
     rows = summary["rows"]
     columns = {title(c): f"eval/{c}/accuracy" for c in ("clean", "pgd20", "autoattack", WORST)}
     columns |= {f"{title(WORST)}, {group}": f"eval/{WORST}/accuracy_{group}" for group in ("head", "tail")}
-    body = [
-        [rows[name]["title"], *(study_tables.percent(rows[name]["figures"].get(m)) for m in columns.values())]
-        for name in HEADLINE
-    ]
+    head, body = study_tables.accuracies({"rows": {name: rows[name] for name in HEADLINE}}, "", columns)
     attacks = [title(c) for c in study_tables.conditions(summary) if c not in ("clean", "autoattack", WORST)]
-    about = {
-        name: fact for name, fact in summary["about"].items() if name != "baseline"
-    }  # of a column that is left out
-    text = study_tables.sentence({"about": {**about, "different": []}})  # which are of other rows
+    # Without the facts of other columns and rows.
+    about = {name: fact for name, fact in summary["about"].items() if name != "baseline"} | {"different": []}
+    text = study_tables.sentence({"about": about})
     text += f" The worst case is over {', '.join(attacks[:-1])} and {attacks[-1]}."
-    return f"{text}\n\n{table(['', *columns], body)}"
+    return f"{text}\n\n{table(head, body)}"
 
 
 def configuration() -> str:
