@@ -28,7 +28,12 @@ from tests.training.helpers import COUNTS, Small, assert_same, run
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-SETTINGS = {"robustlt": {"alpha": 0.3, "warmup": 0.3}, "awp": {"gamma": 0.05}}  # warm after one of the three epochs
+SETTINGS = {  # each acts after one of the three epochs
+    "robustlt": {"alpha": 0.3, "warmup": 0.3},
+    "dafa": {"scale": 1.0, "epoch": 0.3, "min_weight": 0.5},
+    "cfa": {"lambda_1": 0.5, "lambda_2": 0.5, "begin": 0.3},
+    "awp": {"gamma": 0.05},
+}
 EVERY = addons.names()
 # Each alone, and all together around a loss that is no mean over examples.
 CASES = {name: (AT(num_steps=1), (name,)) for name in EVERY} | {"all": (ALP(num_steps=1), EVERY)}
@@ -68,7 +73,7 @@ def test_contract(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_values_out_of_range_are_refused(name):
     for option in SETTINGS[name]:
-        with pytest.raises(ValueError, match=rf"config\.{name}\.{option} must be a number in \[0, .*, not -1\.0"):
+        with pytest.raises(ValueError, match=rf"config\.{name}\.{option} must be a number in [\[(]0, .*, not -1\.0"):
             addons.wrap(AT(), (name,), {name: {**SETTINGS[name], option: -1.0}})
 
 

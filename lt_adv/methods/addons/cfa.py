@@ -40,8 +40,7 @@ class CFA(base.AddOn):
     begin: float = hyper_parameter(0.05, "[0, 1]")
 
     def init_state(self, info: DataInfo) -> MethodState:
-        zeros = jnp.zeros(info.num_classes, float)
-        own = {"correct": zeros, "count": zeros, "accuracy": zeros}
+        own = {name: jnp.zeros(info.num_classes, float) for name in ("correct", "count", "accuracy")}
         return self.join_state(own, self.inner.init_state(info))
 
     def _factor(self, offset: float, own: MethodState, batch: Batch, progress: TrainProgress) -> Array:
