@@ -12,12 +12,10 @@ from configs import common
 
 def get_config(arg=None):
     a = common.parse(arg, dataset="cifar10", baseline="", epochs=2)
-    c = common.get(a["dataset"], epochs=a["epochs"], drop_epochs=(), of=2)
+    c = common.get(a["dataset"], epochs=a["epochs"], drop_epochs=(2,), of=2)
     c.method = {"name": "faal", "radius": 0.5}
     c.init_from = a["baseline"] or f"workdirs/at-dataset={a['dataset']}"
     c.optim.learning_rate = 0.01
-    c.optim.first_epoch = 0
-    c.optim.drop_epochs = (max(1, a["epochs"] // 2),)
     if a["dataset"] == "digits":
         common.use_digits_settings(c)
     return c

@@ -43,7 +43,7 @@ def worst_distribution(values: ArrayLike, *, radius: float) -> Array:
 
     Examples:
       >>> losses.worst_distribution(jnp.array([0.0, 0.0, 1.0]), radius=0.1)
-      Array([0.199, 0.199, 0.603], dtype=float32)
+      Array([0.222, 0.222, 0.556], dtype=float32)
 
     References:
       Zhang et al., "Towards fairness-aware adversarial learning", CVPR 2024, for the problem, which its released code

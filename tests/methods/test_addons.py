@@ -22,6 +22,7 @@ from lt_adv.methods.addons.robustlt import RobustLT, class_radii
 from lt_adv.methods.alp import ALP
 from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
+from lt_adv.methods.trades import Trades
 from lt_adv.training.net import AXIS, Net
 from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, Small, assert_same, run
@@ -36,7 +37,11 @@ SETTINGS = {  # each acts after one of the three epochs
 }
 EVERY = addons.names()
 # Each alone, and all together around a loss that is no mean over examples.
-CASES = {name: (AT(num_steps=1), (name,)) for name in EVERY} | {"all": (ALP(num_steps=1), EVERY)}
+CASES = {name: (AT(num_steps=1), (name,)) for name in EVERY} | {
+    "all": (ALP(num_steps=1), EVERY),
+    "trades": (Trades(num_steps=1), ("cfa",)),
+    "released_code": (AT(num_steps=1, fidelity="released_code"), ("dafa",)),
+}
 
 
 @pytest.mark.slow

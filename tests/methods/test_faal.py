@@ -89,7 +89,7 @@ def test_protocol():
     assert (stage.method.radius, stage.method.num_steps, stage.method.attack_start) == (0.5, 10, "uniform")
     assert dataclasses.replace(stage.method, fidelity="released_code").attack_start == "uniform"
     config = faal.get_config("dataset=digits,baseline=elsewhere,epochs=1")
-    assert config.init_from == "elsewhere" and config.optim.drop_epochs == (1,)
+    assert config.init_from == "elsewhere" and config.optim.drop_epochs == (2,)
     config.init_from = ""
     with pytest.raises(ValueError, match="config.init_from is missing: method faal"):
         Experiment.from_config(config)
