@@ -70,6 +70,8 @@ def get(
         c.data.augment = "none"
     if dataset in ("cifar100", "tiny_imagenet"):
         c.robustlt = {"alpha": 0.4, "warmup": 0.6}  # RobustLT's values; the default is its value for CIFAR-10
+    if dataset == "cifar100":
+        c.dafa.scale = 1.5
     c.attack.eps, c.attack.step_size = eps, step_size
     c.eval.attacks = standard_attacks(eps, step_size)
     return c

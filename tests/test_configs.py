@@ -207,6 +207,7 @@ DROPS = {
     **dict.fromkeys(NAMES, (60, 75)),
     **dict.fromkeys(("finetune_resampling", "finetune_reweighting", "lws"), ()),
     "resampling": (15, 20),
+    "faal": (2,),
     "at_bsl": (75, 90, 100),
     **dict.fromkeys(("self_distillation", "lt_adv", "taet"), (75, 90)),  # TAET counts from 0, so it never reaches 100
 }
@@ -216,7 +217,7 @@ DROPS = {
 def test_learning_rate_drops_at_the_published_epochs(name):
     optim = get(name, dataset="cifar10").optim
     assert optim.drop_epochs == DROPS[name] and optim.first_epoch == (0 if name in ("reat", "taet") else 1)
-    assert optim.epochs == {15: 25, 60: 80, 75: 100}[DROPS[name][0]] if DROPS[name] else optim.epochs == 1
+    assert optim.epochs == {2: 2, 15: 25, 60: 80, 75: 100}[DROPS[name][0]] if DROPS[name] else optim.epochs == 1
 
 
 def test_drops_and_warmup_compound_in_the_released_code():
@@ -231,7 +232,7 @@ def test_drops_and_warmup_compound_in_the_released_code():
 
 @pytest.mark.parametrize("name", NAMES)
 def test_drops_compound_in_the_released_code_of_robals_study_only(name):
-    not_compounding = {"at_bsl", "reat", "self_distillation", "taet", "mart", "lt_adv"}
+    not_compounding = {"at_bsl", "reat", "self_distillation", "taet", "mart", "lt_adv", "faal"}
     config = get(name, dataset="cifar10", epochs=8)
     config.optim.drop_epochs = (2,)
     rates = {}

@@ -44,6 +44,7 @@ def fine_tuned(title: str, config: str) -> Row:
 
 
 ROBUSTLT, AWP = ("--config.addons=('robustlt',)",), ("--config.addons=('awp',)",)
+DAFA, CFA = ("--config.addons=('dafa',)",), ("--config.addons=('cfa',)",)
 ROWS = {
     "natural": Row("Plain training", "natural", overrides=("--config.attack.num_steps=0",)),
     # frameworks of adversarial training
@@ -53,6 +54,10 @@ ROWS = {
     "alp": Row("ALP", "alp"),
     "avmixup": Row("AVmixup", "avmixup"),
     "at_awp": Row("AT + AWP", "at", overrides=AWP),
+    # fairness between classes
+    "at_dafa": Row("AT + DAFA", "at", overrides=DAFA),
+    "at_cfa": Row("AT + CFA", "at", overrides=CFA),
+    "faal": fine_tuned("FAAL, fine-tuned", "faal"),
     # long-tailed recognition, at training time
     "cosine": Row("Cosine", "cosine"),
     "margin": Row("Cosine + margin (HE)", "margin"),
@@ -83,6 +88,7 @@ ROWS = {
     "at_bsl_autoaugment": Row("AT-BSL + AutoAugment", "at_bsl", "augment=autoaugment"),
     "at_bsl_robustlt": Row("AT-BSL + RobustLT", "at_bsl", overrides=ROBUSTLT),
     "self_distillation": Row("Self-distillation", "self_distillation"),
+    "self_distillation_dafa": Row("Self-distillation + DAFA", "self_distillation", overrides=DAFA),
     "lt_adv": Row("Ours", "lt_adv"),
 }
 

@@ -136,8 +136,9 @@ _TABLE = (
     Entry(
         "addons",
         (),
-        tuple_of(one_of(("robustlt", "awp"))),
-        "extensions of the method, the outermost last: `robustlt` sets a radius per class, `awp` perturbs the weights",
+        tuple_of(one_of(("robustlt", "dafa", "cfa", "awp"))),
+        "extensions of the method, the outermost last: `robustlt`, `dafa` and `cfa` set a radius per class, `awp` "
+        "perturbs the weights",
     ),
     Entry(
         "data.name",
@@ -248,6 +249,22 @@ _TABLE = (
         0.8,
         number("[0, 1]", "it is a fraction of the epochs"),
         "fraction of the epochs with the usual radius",
+    ),
+    Entry("dafa.scale", 1.0, NOT_NEGATIVE, "lambda of DAFA; 0 is the inner method"),
+    Entry(
+        "dafa.epoch",
+        70 / 110,
+        number("[0, 1]", "it is a fraction of the epochs"),
+        "fraction of the epochs after which the class weights are computed and used",
+    ),
+    Entry("dafa.min_weight", 0.5, number("(0, 1)"), "smallest class weight, to which a larger `dafa.scale` is reduced"),
+    Entry("cfa.lambda_1", 0.5, NOT_NEGATIVE, "offset of the class-dependent radius in units of `attack.eps`"),
+    Entry("cfa.lambda_2", 0.5, NOT_NEGATIVE, "offset of the class-dependent weight of the divergence, for `trades`"),
+    Entry(
+        "cfa.begin",
+        0.05,
+        number("[0, 1]", "it is a fraction of the epochs"),
+        "fraction of the epochs with the usual radius and weight, at least one epoch",
     ),
     Entry("awp.gamma", 0.005, NOT_NEGATIVE, "size of the weight perturbation relative to the norm of each tensor"),
     Entry(

@@ -30,6 +30,7 @@ from lt_adv.losses.consistency import (
     soft_cross_entropy,
     squared_probability_distance,
 )
+from lt_adv.losses.distributional import worst_distribution
 
 __all__ = [
     "balanced_softmax",
@@ -51,4 +52,5 @@ __all__ = [
     "squared_probability_distance",
     "tail_alignment",
     "tail_alignment_released",
+    "worst_distribution",
 ]

@@ -36,7 +36,7 @@ class ALP(at.AT):
         if self.fidelity == "released_code":  # the same forwards again: they only update the running statistics
             net(batch.image, train=True)
             net(x_adv, train=True)
-        adversarial = jnp.mean(losses.cross_entropy(logits, batch.label))
+        adversarial = jnp.mean(batch.weighted(losses.cross_entropy(logits, batch.label)))
         squares = net.gather(losses.squared_probability_distance(clean, logits))
         total = jnp.sum(squares)
         positive = total > 0  # at x_adv = x the square root has no derivative

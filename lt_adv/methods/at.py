@@ -33,5 +33,5 @@ class AT(base.Method):
         self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
     ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
-        value = jnp.mean(self.per_example_loss(logits, batch.label, net.info, progress))
+        value = jnp.mean(batch.weighted(self.per_example_loss(logits, batch.label, net.info, progress)))
         return base.LossOutput(value, logits)

@@ -37,5 +37,5 @@ class AVMixup(at.AT):
         classes = jnp.arange(net.info.num_classes)
         target = jnp.where(batch.label[:, None] == classes, confidence, (1 - confidence) / (len(classes) - 1))
         logits, _ = net(mixture, train=True)
-        value = jnp.mean(losses.soft_cross_entropy(logits, target))
+        value = jnp.mean(batch.weighted(losses.soft_cross_entropy(logits, target)))
         return base.LossOutput(value, logits)

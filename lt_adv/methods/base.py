@@ -48,7 +48,8 @@ class DataInfo:
 class Batch:
     """One device's share of a batch.
 
-    `eps` and `step_size` are those of the config. An add-on may rescale them for `perturb`, not for `loss`.
+    `eps` and `step_size` are those of the config. An add-on may rescale them for `perturb`, not for `loss`. The weights
+    are for `loss`, and None unless an add-on sets them.
 
     Attributes:
       image: float [b, h, w, c] in [0, 1].
@@ -57,6 +58,8 @@ class Batch:
       eps: float [b].
       step_size: float [b].
       x_init: starting point of the attack; an add-on may set it in place of `start`.
+      weight: float [b]; every method multiplies the cross-entropy of each example by it, see `weighted`.
+      divergence_weight: float [b]; method trades multiplies its KL divergence by it.
     """
 
     image: Array
@@ -65,6 +68,12 @@ class Batch:
     eps: Array
     step_size: Array
     x_init: Array | None = None
+    weight: Array | None = None
+    divergence_weight: Array | None = None
+
+    def weighted(self, values: Array) -> Array:
+        """Returns `values`, the cross-entropy of each example [b] or what takes its place, times `weight`."""
+        return values if self.weight is None else self.weight * values
 
 
 @struct.dataclass

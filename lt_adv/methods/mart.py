@@ -31,5 +31,7 @@ class Mart(base.Method):
     ) -> base.LossOutput:
         clean, _ = net(batch.image, train=True)
         logits, _ = net(x_adv, train=True)
-        value = jnp.mean(losses.mart(clean, logits, batch.label, beta=self.beta))
-        return base.LossOutput(value, logits)
+        values = losses.mart(clean, logits, batch.label, beta=self.beta)
+        if batch.weight is not None:  # of the boosted cross-entropy alone, which is the loss of beta = 0
+            values += (batch.weight - 1) * losses.mart(clean, logits, batch.label, beta=0.0)
+        return base.LossOutput(jnp.mean(values), logits)

@@ -26,5 +26,5 @@ class Natural(base.Method):
         self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
     ) -> base.LossOutput:
         logits, _ = net(batch.image, train=True)
-        value = jnp.mean(losses.cross_entropy(logits, batch.label))
+        value = jnp.mean(batch.weighted(losses.cross_entropy(logits, batch.label)))
         return base.LossOutput(value, logits)

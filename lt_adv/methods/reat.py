@@ -48,7 +48,7 @@ class REAT(base.Method):
     ) -> base.LossOutput:
         n, num_classes = net.info.class_counts, net.info.num_classes
         logits, out = net(x_adv, train=True)
-        balanced = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=n))
+        balanced = jnp.mean(batch.weighted(losses.balanced_softmax(logits, batch.label, class_counts=n)))
 
         features, label, predicted = net.gather((out["features"], batch.label, jnp.argmax(logits, -1)))
         tail = np.isin(np.arange(num_classes), np.argsort(-n, kind="stable")[2 * (num_classes // 3) + 1 :])

@@ -27,6 +27,6 @@ class Reweighting(at.AT):
         weights = losses.class_balanced_weights(net.info.class_counts, self.beta)
         weights = jnp.where(progress.epoch + 1 >= self.from_epoch, weights, 1.0)[batch.label]
         # The sum of weights that normalizes the mean is that of the batch of all devices.
-        values, weights = net.gather((losses.cross_entropy(logits, batch.label), weights))
+        values, weights = net.gather((batch.weighted(losses.cross_entropy(logits, batch.label)), weights))
         value = jnp.sum(weights * values) / jnp.sum(weights)
         return base.LossOutput(value, logits)

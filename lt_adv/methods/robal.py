@@ -42,17 +42,16 @@ class RoBal(base.Method):
         if released:  # the same forwards again: they only update the running statistics
             net(batch.image, train=True)
             net(x_adv, train=True)
-        margin = jnp.mean(
-            losses.robal_margin(
-                logits,
-                batch.label,
-                class_counts=net.info.class_counts,
-                margin=self.margin,
-                scale=self.scale,
-                tau_b=self.tau_b,
-                tau_m=self.tau_m,
-            )
+        values = losses.robal_margin(
+            logits,
+            batch.label,
+            class_counts=net.info.class_counts,
+            margin=self.margin,
+            scale=self.scale,
+            tau_b=self.tau_b,
+            tau_m=self.tau_m,
         )
+        margin = jnp.mean(batch.weighted(values))
         divergence = jnp.mean(losses.kl_divergence(clean, logits, epsilon=1e-12 if released else 0.0))
         metrics = {"loss_margin": margin, "loss_divergence": divergence}
         return base.LossOutput(margin + self.beta * divergence, logits, metrics)

@@ -44,7 +44,8 @@ class SelfDistillation(base.Method):
         self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
     ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
-        value = jnp.mean(losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts))
+        values = losses.balanced_softmax(logits, batch.label, class_counts=net.info.class_counts)
+        value = jnp.mean(batch.weighted(values))
         if net.teacher is None:
             return base.LossOutput(value, logits)
         metrics = {"loss_balanced": value}

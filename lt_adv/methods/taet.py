@@ -33,7 +33,7 @@ class TAET(base.Method):
         self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
     ) -> base.LossOutput:
         logits, _ = net(x_adv, train=True)
-        values, label = net.gather((losses.cross_entropy(logits, batch.label), batch.label))
+        values, label = net.gather((batch.weighted(losses.cross_entropy(logits, batch.label)), batch.label))
         num_classes = net.info.num_classes
         value = losses.hierarchical_equalisation(values, label, num_classes=num_classes, a=self.a, b=self.b, g=self.g)
         return base.LossOutput(value, logits)

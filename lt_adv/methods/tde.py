@@ -35,5 +35,5 @@ class TDE(at.AT):
         lengths = jnp.linalg.norm(out["features"], axis=-1, keepdims=True)
         directions = out["features"] / jnp.where(lengths > 0, lengths, 1)
         mean = self.mu * method_state["feature_mean"] + net.mean(jnp.mean(directions, axis=0))
-        value = jnp.mean(losses.cross_entropy(logits, batch.label))
+        value = jnp.mean(batch.weighted(losses.cross_entropy(logits, batch.label)))
         return base.LossOutput(value, logits, method_state={"feature_mean": mean})

@@ -47,7 +47,8 @@ class Trades(base.Method):
         logits, _ = net(x_adv, train=True)
         if self.fidelity == "released_code":  # the first forward again: it only updates the running statistics
             net(batch.image, train=True)
-        natural = jnp.mean(losses.cross_entropy(clean, batch.label))
-        divergence = jnp.mean(losses.kl_divergence(clean, logits))
+        natural = jnp.mean(batch.weighted(losses.cross_entropy(clean, batch.label)))
+        values = losses.kl_divergence(clean, logits)
+        divergence = jnp.mean(values if batch.divergence_weight is None else batch.divergence_weight * values)
         metrics = {"loss_natural": natural, "loss_divergence": divergence}
         return base.LossOutput(natural + self.beta * divergence, logits, metrics)

@@ -22,16 +22,26 @@ from lt_adv.methods.addons.robustlt import RobustLT, class_radii
 from lt_adv.methods.alp import ALP
 from lt_adv.methods.at import AT
 from lt_adv.methods.robal import RoBal
+from lt_adv.methods.trades import Trades
 from lt_adv.training.net import AXIS, Net
 from tests.methods.fake_net import FakeNet
 from tests.training.helpers import COUNTS, Small, assert_same, run
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-SETTINGS = {"robustlt": {"alpha": 0.3, "warmup": 0.3}, "awp": {"gamma": 0.05}}  # warm after one of the three epochs
+SETTINGS = {  # each acts after one of the three epochs
+    "robustlt": {"alpha": 0.3, "warmup": 0.3},
+    "dafa": {"scale": 1.0, "epoch": 0.3, "min_weight": 0.5},
+    "cfa": {"lambda_1": 0.5, "lambda_2": 0.5, "begin": 0.3},
+    "awp": {"gamma": 0.05},
+}
 EVERY = addons.names()
 # Each alone, and all together around a loss that is no mean over examples.
-CASES = {name: (AT(num_steps=1), (name,)) for name in EVERY} | {"all": (ALP(num_steps=1), EVERY)}
+CASES = {name: (AT(num_steps=1), (name,)) for name in EVERY} | {
+    "all": (ALP(num_steps=1), EVERY),
+    "trades": (Trades(num_steps=1), ("cfa",)),
+    "released_code": (AT(num_steps=1, fidelity="released_code"), ("dafa",)),
+}
 
 
 @pytest.mark.slow
@@ -68,7 +78,7 @@ def test_contract(name):
 @pytest.mark.parametrize("name", EVERY)
 def test_values_out_of_range_are_refused(name):
     for option in SETTINGS[name]:
-        with pytest.raises(ValueError, match=rf"config\.{name}\.{option} must be a number in \[0, .*, not -1\.0"):
+        with pytest.raises(ValueError, match=rf"config\.{name}\.{option} must be a number in [\[(]0, .*, not -1\.0"):
             addons.wrap(AT(), (name,), {name: {**SETTINGS[name], option: -1.0}})
 
 

@@ -27,6 +27,7 @@ OPTIONS = {
     "at_bsl": {},
     "avmixup": {"gamma": 2.0, "lambda1": 1.0, "lambda2": 0.1},
     "cdt": {"tau": 0.3},
+    "faal": {"radius": 0.5},
     "finetune": {"freeze": "backbone/"},
     "focal": {"gamma": 2.0, "beta": 0.0, "prior_bias": True},
     "ldam": {"max_margin": 0.5, "scale": 1.0, "from_epoch": 1},
@@ -52,7 +53,7 @@ OPTIONS = {
 STARTS = {  # of the attack, (ours, the code's)
     **dict.fromkeys(OPTIONS, ("uniform", "one_sided")),  # RoBal's study
     **dict.fromkeys(("at_bsl", "mart", "taet", "trades"), ("gaussian", "gaussian")),
-    **dict.fromkeys(("natural", "reat", "self_distillation"), ("uniform", "uniform")),
+    **dict.fromkeys(("faal", "natural", "reat", "self_distillation"), ("uniform", "uniform")),
 }
 # Values of the configs for CIFAR-10 that differ from the default of the method.
 CONFIGS = {

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from lt_adv import losses
+from lt_adv.methods import Batch
 from lt_adv.methods.tde import TDE
 from tests.methods.fake_net import FakeNet
 
@@ -15,7 +16,7 @@ from tests.methods.fake_net import FakeNet
 def step(features, mean, **options):
     logits, label = jnp.eye(3)[: len(features)], jnp.arange(len(features))
     net = FakeNet(lambda x: (logits, {"features": features}))
-    batch = SimpleNamespace(label=label)
+    batch = Batch(None, label, None, None, None)
     out = TDE(**options).loss(None, net, batch, None, {"feature_mean": mean}, None)
     assert float(out.loss) == pytest.approx(float(losses.cross_entropy(logits, label).mean()))
     np.testing.assert_array_equal(out.logits, logits)

@@ -1,6 +1,7 @@
 """Base class of add-ons: it delegates everything to the inner method."""
 
 import dataclasses
+from typing import ClassVar
 
 from lt_adv.methods.base import (
     Array,
@@ -22,8 +23,15 @@ class AddOn(Method):
     """A method around an inner method, to which it delegates by default.
 
     The fields of `Method` (`attack`, `num_steps`, `start`, `fidelity` ...) are copied from the inner method. An add-on
-    overrides `perturb` or `loss`, and wraps every stage of the inner method.
+    overrides `perturb` or `loss`, and wraps every stage of the inner method, except those without an attack if
+    `needs_attack`.
+
+    The `method_state` is that of the inner method, and the entries of the add-on, whose names begin with its name. An
+    add-on that has entries of its own takes them out with `split_state` before it calls the inner method, whose new
+    state has no others.
     """
+
+    needs_attack: ClassVar[bool] = False
 
     num_steps: int = dataclasses.field(init=False)
     start: str = dataclasses.field(init=False)
@@ -37,10 +45,29 @@ class AddOn(Method):
         for name in Method.__annotations__:
             object.__setattr__(self, name, getattr(self.inner, name))
         super().__post_init__()
+        if self.needs_attack and self.no_attack:
+            raise ValueError(
+                f"config.addons: {self._section!r} changes the training attack, and config.method has none."
+            )
 
     @property
     def _section(self) -> str:
         return type(self).__module__.rsplit(".", 1)[-1]
+
+    @property
+    def innermost(self) -> Method:
+        """Returns the method inside all add-ons."""
+        return self.inner.innermost if isinstance(self.inner, AddOn) else self.inner
+
+    def split_state(self, method_state: MethodState) -> tuple[dict[str, Array], dict[str, Array]]:
+        """Returns the entries of this add-on, by name without its own, and those of the inner method."""
+        prefix = f"{self._section}_"
+        own = {name.removeprefix(prefix): value for name, value in method_state.items() if name.startswith(prefix)}
+        return own, {name: value for name, value in method_state.items() if not name.startswith(prefix)}
+
+    def join_state(self, own: MethodState, inner: MethodState) -> MethodState:
+        """Returns the `method_state` with the entries of this add-on and those of the inner method."""
+        return {**inner, **{f"{self._section}_{name}": value for name, value in own.items()}}
 
     def init_state(self, info: DataInfo) -> MethodState:
         return self.inner.init_state(info)
@@ -61,6 +88,8 @@ class AddOn(Method):
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         return tuple(
-            dataclasses.replace(stage, method=dataclasses.replace(self, inner=stage.method))
+            stage
+            if self.needs_attack and stage.method.no_attack
+            else dataclasses.replace(stage, method=dataclasses.replace(self, inner=stage.method))
             for stage in self.inner.stages(config)
         )

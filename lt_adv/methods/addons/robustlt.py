@@ -43,13 +43,13 @@ class RobustLT(base.AddOn):
     normalize their input by mean and deviation, which ours do not.
     """
 
+    needs_attack = True
+
     alpha: float = hyper_parameter(0.3, "[0, 1]")
     warmup: float = hyper_parameter(0.8, "[0, 1]")
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.no_attack:
-            raise ValueError("config.addons: 'robustlt' scales the training attack, and config.method has none.")
         object.__setattr__(self, "start", "uniform")
         object.__setattr__(self, "released_start", None)
 
