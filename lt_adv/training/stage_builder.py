@@ -20,6 +20,7 @@ from lt_adv.models import posthoc
 from lt_adv.runtime import distributed
 from lt_adv.runtime.distributed import PyTree
 from lt_adv.training import checkpoint, input_pipeline, optimizer, sharding, train_state, train_step
+from lt_adv.training.epoch_update import EpochUpdate
 from lt_adv.training.input_pipeline import InputPipeline
 from lt_adv.training.net import AXIS
 from lt_adv.training.train_state import TrainState
@@ -56,6 +57,7 @@ class StageProgram:
     pipeline: InputPipeline  # the `data` of the steps
     teacher: PyTree
     first_state: Callable[[], TrainState]
+    end_epoch: Callable[[TrainState, int], TrainState]  # after the last step of an epoch, counted from 1
     mesh: Mesh  # all devices; the state is on `sharding.state_mesh` of it
 
     @property
@@ -179,8 +181,7 @@ def _make_step(resolved: ResolvedStage, mesh: Mesh) -> _Step:
         return {**variables, "params": stage.method.init_params(variables["params"], info)}
 
     def create_state(variables: PyTree) -> TrainState:
-        averaged = options.average["name"] != "none"
-        return train_state.create(key, variables, tx, stage.method.init_state(info), averaged=averaged)
+        return train_state.create(key, variables, tx, stage.method.init_state(info), average=config.average.name)
 
     return _Step(step, init_metric_sums, init_variables, create_state, key, options.streamed)
 
@@ -217,6 +218,7 @@ def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | Non
         pipeline=pipeline,
         teacher=teacher,
         first_state=first_state,
+        end_epoch=EpochUpdate(stage.method, config, split, info, made.key, mesh),
         mesh=mesh,
     )
 

@@ -14,6 +14,7 @@ from lt_adv.methods.base import (
     Params,
     Stage,
     TrainProgress,
+    ValidationResult,
 )
 
 
@@ -58,6 +59,13 @@ class AddOn(Method):
 
     def epoch_end(self, method_state: MethodState, progress: TrainProgress) -> MethodState:
         return self.inner.epoch_end(method_state, progress)
+
+    @property
+    def feedback_every(self) -> int:
+        return self.inner.feedback_every
+
+    def feedback(self, method_state: MethodState, result: ValidationResult, info: DataInfo) -> MethodState:
+        return self.inner.feedback(method_state, result, info)
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         return tuple(
