@@ -95,7 +95,7 @@ class CGRm(Method):
         self, key: Array, net: Net, batch: Batch, x_adv: Array, method_state: MethodState, progress: TrainProgress
     ) -> LossOutput:
         y, n, released = batch.label, net.info.class_counts, self.fidelity == "released_code"
-        weight = self.class_weights(method_state["score"])[y]
+        weight = self.class_weights(method_state["score"])[y] if self.weight_gain else 1.0
         metrics = {}
         if self.base == "at":
             if released:  # updates the running statistics only
@@ -107,7 +107,7 @@ class CGRm(Method):
             logits, _ = net(x_adv, train=True)
             natural = jnp.mean(losses.balanced_softmax(clean, y, class_counts=n))
             target = jax.lax.stop_gradient(clean) if released else clean
-            scale = self.beta_scales(method_state["score"])[y]
+            scale = self.beta_scales(method_state["score"])[y] if self.beta_gain else 1.0
             divergence = jnp.mean(weight * scale * losses.kl_divergence(target, logits))
             value = natural + self.beta * divergence
             metrics |= {"loss_natural": natural, "loss_divergence": divergence}

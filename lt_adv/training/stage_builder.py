@@ -1,6 +1,7 @@
 """Builds a training stage from its config: network, input, optimizer, compiled step, initial state."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from lt_adv.models import posthoc
 from lt_adv.runtime import distributed
 from lt_adv.runtime.distributed import PyTree
 from lt_adv.training import checkpoint, input_pipeline, optimizer, sharding, train_state, train_step
-from lt_adv.training.epoch_update import EpochUpdate
+from lt_adv.training.epoch_update import EpochUpdate, Validation, needs_validation
 from lt_adv.training.input_pipeline import InputPipeline
 from lt_adv.training.net import AXIS
 from lt_adv.training.train_state import TrainState
@@ -218,9 +219,29 @@ def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | Non
         pipeline=pipeline,
         teacher=teacher,
         first_state=first_state,
-        end_epoch=EpochUpdate(stage.method, config, split, info, made.key, mesh),
+        end_epoch=_epoch_update(resolved, made.key, mesh),
         mesh=mesh,
     )
+
+
+def _epoch_update(resolved: ResolvedStage, key: jax.Array, mesh: Mesh) -> EpochUpdate:
+    config, split, method = resolved.config, resolved.split, resolved.stage.method
+    validate = None
+    if needs_validation(method, config.average):
+        if split.validation is None:
+            raise ValueError("The split has no validation images: set config.data.validation_per_class above 0.")
+        model = models.create({**config.model, "dtype": config.eval.dtype}, resolved.info.num_classes)
+        validate = Validation(
+            functools.partial(model.apply, train=False),
+            split.validation,
+            resolved.info.num_classes,
+            attack={"eps": config.attack.eps, "step_size": config.attack.step_size, "num_steps": 20},
+            key=jax.random.fold_in(key, 3),
+            mesh=mesh,
+            batch_size=config.eval.batch_size,
+        )
+    average = config.average.to_dict()
+    return EpochUpdate(method, resolved.info, average, validate, mesh, config.parallel, config.sharded)
 
 
 def abstract_step(resolved: ResolvedStage, mesh: Mesh) -> tuple[Callable[..., Any], tuple[PyTree, PyTree, PyTree]]:
