@@ -83,6 +83,7 @@ ROWS = {
     "at_bsl_autoaugment": Row("AT-BSL + AutoAugment", "at_bsl", "augment=autoaugment"),
     "at_bsl_robustlt": Row("AT-BSL + RobustLT", "at_bsl", overrides=ROBUSTLT),
     "self_distillation": Row("Self-distillation", "self_distillation"),
+    "cgrm": Row("CGRm", "cgrm"),
     "lt_adv": Row("Ours", "lt_adv"),
 }
 

@@ -419,6 +419,8 @@ def help_text(width: int = 120) -> str:
     def row(entry: Entry) -> str:
         start = f"{entry.path:{path_width}}  {format_default(entry.default):{default_width}}  "
         meaning = f"{entry.meaning} ({entry.rule.text})".replace("`", "")
-        return textwrap.fill(meaning, width, initial_indent=start, subsequent_indent=" " * len(start))
+        return textwrap.fill(
+            meaning, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+        )
 
     return "\n\n".join("\n".join(map(row, entries)) for _, entries in by_section())

@@ -164,15 +164,13 @@ def test_without_gains_it_is_trades_with_balanced_cross_entropy():
             return {"score": jnp.asarray(SCORE), "graph": jnp.asarray(GRAPH)}
 
     gains = {"weight_gain": 0.0, "beta_gain": 0.0, "margin_weight": 0.0}
-    (state, rows), (expected, others), (other, _) = (
-        run(method, 1, steps=2)
-        for method in (AnyState(num_steps=2, **gains), BalancedTrades(num_steps=2), AnyState(num_steps=2))
+    (state, rows), (expected, others) = (
+        run(method, 1, steps=2) for method in (AnyState(num_steps=2, **gains), BalancedTrades(num_steps=2))
     )
     assert [row["loss"].tobytes() for row in rows] == [row["loss"].tobytes() for row in others]
     for name in ("params", "batch_stats"):
         for a, b in zip(*(jax.tree.leaves(getattr(s, name)) for s in (state, expected)), strict=True):
             assert a.tobytes() == b.tobytes()
-    assert np.abs(other.params["kernel"] - state.params["kernel"]).max() > 1e-4
 
 
 def test_the_attack_of_each_base(monkeypatch):

@@ -7,6 +7,7 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from etils import epath
 
@@ -19,7 +20,7 @@ from lt_adv.data import Split
 from lt_adv.methods.at import AT
 from lt_adv.methods.base import DataInfo, ValidationResult
 from lt_adv.methods.cgrm import CGRm
-from lt_adv.training import checkpoint, loop, sharding
+from lt_adv.training import checkpoint, loop, sharding, train_state
 from lt_adv.training.epoch_update import EpochUpdate, Validation, average_epoch, latest
 from tests.training.helpers import COUNTS, Small, assert_same, make, split
 
@@ -103,6 +104,18 @@ def train(devices, parallel, sharded=(), restart=None):
                 state = update(state, n // 2 + 1)
                 states.append(jax.device_get(state))
     return states
+
+
+def updated(mesh, parallel):
+    """Returns score, graph and averaged kernel after the update of a fresh state; for tests/test_distributed.py too."""
+    method, average = CGRm(feedback_every=1), EPOCH_EMA | {"min_class_accuracy": 0.01}
+    variables = Small(axis_name=None).init(jax.random.key(3), jnp.zeros((1, 6, 6, 1), float), train=False)
+    variables = jax.tree.map(lambda a: np.asarray(a, float), variables)
+    key = jax.random.key(3)
+    state = train_state.create(key, variables, optax.identity(), method.init_state(INFO), average="epoch_ema")
+    state = sharding.replicate(state, sharding.state_mesh(mesh, parallel))
+    state = EpochUpdate(method, INFO, average, validation_of(mesh), mesh, parallel)(state, 1)
+    return {**state.method_state, "kernel": state.average["params"]["kernel"]}
 
 
 def without_key(state):
