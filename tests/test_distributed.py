@@ -5,6 +5,7 @@ In float64, so that rounding errors stay far below the tolerance over all steps.
 
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -17,8 +18,9 @@ import pytest
 
 from lt_adv.cli import workdirs
 from lt_adv.runtime import distributed
-from lt_adv.training import checkpoint
+from lt_adv.training import checkpoint, sharding
 from tests.test_end_to_end import SIGNAL_PROGRAM, last_checkpoint
+from tests.training import test_epoch_update
 
 pytestmark = pytest.mark.slow
 
@@ -139,6 +141,31 @@ for _ in range(20):
 def test_many_shards_are_replicated_without_deadlock(launch, tmp_path):
     """With one program per array, two processes could start different ones and wait for each other for ever."""
     succeeded(launch(tmp_path, program=COPIES))
+
+
+FEEDBACK = """
+import jax
+import numpy as np
+from lt_adv.runtime import distributed
+from lt_adv.training import sharding
+from tests.training import test_epoch_update
+
+distributed.initialize()
+for parallel in ("pmap", "shard_map"):
+    for name, array in test_epoch_update.updated(sharding.make_mesh(), parallel).items():
+        print(parallel, name, np.asarray(array).tolist(), sep="=")
+"""
+
+
+def test_feedback_of_two_processes_equals_that_of_one(launch, tmp_path):
+    with jax.enable_x64(True):
+        expected = test_epoch_update.updated(sharding.make_mesh(jax.devices()[:1]), "pmap")
+    first, second = succeeded(launch(tmp_path, program=FEEDBACK))
+    for result in (first, second):
+        values = dict(re.findall(r"^(\w+=\w+)=(.*)$", result.stdout, re.MULTILINE))
+        for parallel in ("pmap", "shard_map"):
+            for name, array in expected.items():
+                np.testing.assert_allclose(json.loads(values[f"{parallel}={name}"]), array, rtol=1e-9, atol=1e-12)
 
 
 def test_two_processes_match_one_device(single_device_run, two_process_run):

@@ -104,7 +104,7 @@ def test_the_attack_journal_is_synced(calls, tmp_path):
 def test_checkpoints_are_synced_before_old_ones_are_removed(calls, tmp_path):
     """Old checkpoints are removed only after a new one is on the disk."""
     variables = {"params": {"w": np.arange(4.0)}}
-    state = train_state.create(jax.random.key(0), variables, optax.sgd(0.1), {}, averaged=False)
+    state = train_state.create(jax.random.key(0), variables, optax.sgd(0.1), {})
     state = sharding.replicate(state, Mesh(np.array(jax.devices()[:1]), ("data",)))
     stage = tmp_path / "checkpoints" / "0_train"
     checkpoints = Checkpoints(stage, keep=1)
@@ -119,7 +119,7 @@ def test_checkpoints_are_synced_before_old_ones_are_removed(calls, tmp_path):
 
 def test_checkpoint_whose_sync_failed_is_ignored(tmp_path, monkeypatch):
     """The next save removes it."""
-    state = train_state.create(jax.random.key(0), {"params": {"w": np.arange(4.0)}}, optax.sgd(0.1), {}, averaged=False)
+    state = train_state.create(jax.random.key(0), {"params": {"w": np.arange(4.0)}}, optax.sgd(0.1), {})
     mesh = Mesh(np.array(jax.devices()[:1]), ("data",))
     state = sharding.replicate(state, mesh)
     checkpoints = Checkpoints(tmp_path)

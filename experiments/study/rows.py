@@ -89,6 +89,7 @@ ROWS = {
     "at_bsl_robustlt": Row("AT-BSL + RobustLT", "at_bsl", overrides=ROBUSTLT),
     "self_distillation": Row("Self-distillation", "self_distillation"),
     "self_distillation_dafa": Row("Self-distillation + DAFA", "self_distillation", overrides=DAFA),
+    "cgrm": Row("CGRm", "cgrm"),
     "lt_adv": Row("Ours", "lt_adv"),
 }
 

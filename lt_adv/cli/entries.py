@@ -306,9 +306,26 @@ _TABLE = (
         "number of the first epoch: with 1, a drop at 60 leaves 59 epochs at the old rate",
     ),
     Entry("optim.warmup_epochs", 0, ZERO_OR_MORE, "epochs of linear warm-up"),
-    Entry("average.name", "none", one_of(("none", "ema", "swa")), "average of the weights, evaluated in their place"),
-    Entry("average.decay", 0.999, number("[0, 1)"), "decay of `ema` per step"),
+    Entry(
+        "average.name",
+        "none",
+        one_of(("none", "ema", "swa", "epoch_ema")),
+        "average of the weights, evaluated in their place",
+    ),
+    Entry(
+        "average.decay",
+        0.999,
+        number("[0, 1)"),
+        "decay of `ema` per step, and of `epoch_ema` per epoch, where CFA has 0.88",
+    ),
     Entry("average.start_epoch", 0, ZERO_OR_MORE, "first epoch of `swa`"),
+    Entry(
+        "average.min_class_accuracy",
+        0.0,
+        number("[0, 1]"),
+        "`epoch_ema` leaves out an epoch after which the accuracy of a class under PGD-20 on the validation split is "
+        "lower; CFA has 0.2",
+    ),
     Entry("log.every_steps", 50, ONE_OR_MORE, "steps between two lines of `metrics.jsonl`"),
     Entry("log.clean_per_class", 50, ZERO_OR_MORE, "training images per class in the sample for `train/clean/*`"),
     Entry("log.validate_every_epochs", 1, ONE_OR_MORE, "epochs between two evaluations on the validation split"),
@@ -419,6 +436,8 @@ def help_text(width: int = 120) -> str:
     def row(entry: Entry) -> str:
         start = f"{entry.path:{path_width}}  {format_default(entry.default):{default_width}}  "
         meaning = f"{entry.meaning} ({entry.rule.text})".replace("`", "")
-        return textwrap.fill(meaning, width, initial_indent=start, subsequent_indent=" " * len(start))
+        return textwrap.fill(
+            meaning, width, initial_indent=start, subsequent_indent=" " * len(start), break_on_hyphens=False
+        )
 
     return "\n\n".join("\n".join(map(row, entries)) for _, entries in by_section())

@@ -74,10 +74,31 @@ def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
     optional(integer(f"[1, {config.optim.batch_size}]"))("config.cpu_devices", config.cpu_devices)
     if config.sharded and config.parallel == "pmap":
         raise ValueError("config.sharded: pmap replicates the state on every device, use config.parallel=shard_map.")
-    if config.average.name == "ema" and config.average.start_epoch:
-        raise ValueError("config.average.start_epoch applies to 'swa' only: leave it at 0 for 'ema'.")
-    if config.average.name == "swa":
-        integer(f"[0, {config.optim.epochs})")("config.average.start_epoch", config.average.start_epoch)
+    _validate_average(config)
+    if any(stage.method.feedback_every for stage in stages) and not config.data.validation_per_class:
+        raise ValueError(
+            f"config.method {config.method.name!r} adapts to its accuracy on a validation split: set "
+            "config.data.validation_per_class above 0, and config.data.validation_from='unused'."
+        )
+
+
+def _validate_average(config: ConfigDict) -> None:
+    """Raises ValueError for an option that the average `average.name` does not have."""
+    average = config.average
+    if average.name in ("ema", "epoch_ema") and average.start_epoch:
+        raise ValueError(f"config.average.start_epoch applies to 'swa' only: leave it at 0 for {average.name!r}.")
+    if average.name != "epoch_ema" and average.min_class_accuracy:
+        raise ValueError(
+            "config.average.min_class_accuracy applies to 'epoch_ema' only, not to "
+            f"config.average.name={average.name!r}: leave it at 0."
+        )
+    if average.min_class_accuracy and not config.data.validation_per_class:
+        raise ValueError(
+            "config.average.min_class_accuracy needs a validation split: set config.data.validation_per_class above 0, "
+            "and config.data.validation_from='unused'."
+        )
+    if average.name == "swa":
+        integer(f"[0, {config.optim.epochs})")("config.average.start_epoch", average.start_epoch)
 
 
 def _validate_training_attack(attack: ConfigDict) -> None:

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from lt_adv.methods.base import Batch, DataInfo, LossOutput, Method, Net, Stage, TrainProgress
+from lt_adv.methods.base import Batch, DataInfo, LossOutput, Method, Net, Stage, TrainProgress, ValidationResult
 from lt_adv.runtime import registry
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "Net",
     "Stage",
     "TrainProgress",
+    "ValidationResult",
     "create",
     "method_class",
     "names",

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, NamedTuple, Protocol, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
@@ -145,6 +146,23 @@ class LossOutput(NamedTuple):
     logits: Array
     metrics: Mapping[str, Array] = {}
     method_state: MethodState | None = None
+
+
+class ValidationResult(NamedTuple):
+    """The network on the validation split under PGD-20, in evaluation mode; see `training.epoch_update.Validation`.
+
+    Attributes:
+      confusion: float [classes, classes], the share of the images of class i that are predicted as class j.
+      features: float [classes, features], the mean features of the adversarial images of each class.
+    """
+
+    confusion: Array
+    features: Array
+
+    @property
+    def accuracy(self) -> Array:
+        """The accuracy of each class, [classes]."""
+        return jnp.diagonal(self.confusion)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -305,6 +323,18 @@ class Method:
         """Returns `method_state` after the last step of an epoch."""
         del progress
         return method_state
+
+    @property
+    def feedback_every(self) -> int:
+        """Returns the number of epochs between two calls of `feedback`; 0 if there are none."""
+        return 0
+
+    def feedback(self, method_state: MethodState, result: ValidationResult, info: DataInfo) -> MethodState:
+        """Returns `method_state` after an epoch, from the accuracy on the validation split; pure, and jitted.
+
+        The config needs a validation split, `config.data.validation_per_class`.
+        """
+        raise NotImplementedError
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         """Returns the stages, in order: by default one, which starts from the run `config.init_from` if that is set."""

@@ -269,7 +269,8 @@ def _array_metadata(stage: epath.Path, step: int) -> dict[str, Any]:
 
 def _variables(item: dict[str, Any]) -> dict[str, Any]:
     method_state = item.pop("method_state", {})
-    return {**item.get("average", item), "method_state": method_state}
+    averages = item.get("average", item)
+    return {**{name: averages[name] for name in VARIABLES if name in averages}, "method_state": method_state}
 
 
 def _read_metadata(stage: epath.Path, step: int) -> dict[str, Any]:

@@ -127,14 +127,17 @@ def train_stage(
                 continue
             values = {f"train/{k}": float(v) for k, v in jax.device_get(metrics).items()}
             check_finite(values, step + 1, checkpoints)
+            epoch, epoch_ended = step // per_epoch + 1, (step + 1) % per_epoch == 0
+            if epoch_ended:
+                state = stage.end_epoch(state, epoch)
             elapsed = time.perf_counter() - started
             seconds += elapsed
             event = LogEvent(
                 stage=stage,
                 state=state,
                 step=step + 1,
-                epoch=step // per_epoch + 1,
-                epoch_ended=(step + 1) % per_epoch == 0,
+                epoch=epoch,
+                epoch_ended=epoch_ended,
                 is_log_step=log_step,
                 stopping=stopping,
                 metrics=values,

@@ -1,6 +1,7 @@
 """Builds a training stage from its config: network, input, optimizer, compiled step, initial state."""
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -20,6 +21,7 @@ from lt_adv.models import posthoc
 from lt_adv.runtime import distributed
 from lt_adv.runtime.distributed import PyTree
 from lt_adv.training import checkpoint, input_pipeline, optimizer, sharding, train_state, train_step
+from lt_adv.training.epoch_update import EpochUpdate, Validation, needs_validation
 from lt_adv.training.input_pipeline import InputPipeline
 from lt_adv.training.net import AXIS
 from lt_adv.training.train_state import TrainState
@@ -56,6 +58,7 @@ class StageProgram:
     pipeline: InputPipeline  # the `data` of the steps
     teacher: PyTree
     first_state: Callable[[], TrainState]
+    end_epoch: Callable[[TrainState, int], TrainState]  # after the last step of an epoch, counted from 1
     mesh: Mesh  # all devices; the state is on `sharding.state_mesh` of it
 
     @property
@@ -179,8 +182,7 @@ def _make_step(resolved: ResolvedStage, mesh: Mesh) -> _Step:
         return {**variables, "params": stage.method.init_params(variables["params"], info)}
 
     def create_state(variables: PyTree) -> TrainState:
-        averaged = options.average["name"] != "none"
-        return train_state.create(key, variables, tx, stage.method.init_state(info), averaged=averaged)
+        return train_state.create(key, variables, tx, stage.method.init_state(info), average=config.average.name)
 
     return _Step(step, init_metric_sums, init_variables, create_state, key, options.streamed)
 
@@ -217,8 +219,29 @@ def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | Non
         pipeline=pipeline,
         teacher=teacher,
         first_state=first_state,
+        end_epoch=_epoch_update(resolved, made.key, mesh),
         mesh=mesh,
     )
+
+
+def _epoch_update(resolved: ResolvedStage, key: jax.Array, mesh: Mesh) -> EpochUpdate:
+    config, split, method = resolved.config, resolved.split, resolved.stage.method
+    validate = None
+    if needs_validation(method, config.average):
+        if split.validation is None:
+            raise ValueError("The split has no validation images: set config.data.validation_per_class above 0.")
+        model = models.create({**config.model, "dtype": config.eval.dtype}, resolved.info.num_classes)
+        validate = Validation(
+            functools.partial(model.apply, train=False),
+            split.validation,
+            resolved.info.num_classes,
+            attack={"eps": config.attack.eps, "step_size": config.attack.step_size, "num_steps": 20},
+            key=jax.random.fold_in(key, 3),
+            mesh=mesh,
+            batch_size=config.eval.batch_size,
+        )
+    average = config.average.to_dict()
+    return EpochUpdate(method, resolved.info, average, validate, mesh, config.parallel, config.sharded)
 
 
 def abstract_step(resolved: ResolvedStage, mesh: Mesh) -> tuple[Callable[..., Any], tuple[PyTree, PyTree, PyTree]]:

@@ -16,8 +16,9 @@ from lt_adv.runtime.distributed import PyTree
 class TrainState:
     """The state of one stage.
 
-    `step` counts within the stage. `average` is {} or {"params", "batch_stats"}. `metric_sums` are the sums of the
-    metrics since the last log step: a run that is stopped between two log steps and resumed logs the same numbers.
+    `step` counts within the stage. `average` is {} or {"params", "batch_stats"}; "epoch_ema" also has "num_epochs", see
+    `epoch_update.average_epoch`. `metric_sums` are the sums of the metrics since the last log step: a run that is
+    stopped between two log steps and resumed logs the same numbers.
     """
 
     step: jax.Array
@@ -32,7 +33,8 @@ class TrainState:
     @property
     def variables(self) -> dict[str, Any]:
         """Returns the variables to evaluate: the averaged weights if the run averages them, otherwise the latest."""
-        return dict(self.average) if self.average else {"params": self.params, "batch_stats": self.batch_stats}
+        latest = {"params": self.params, "batch_stats": self.batch_stats}
+        return {name: self.average[name] for name in latest} if self.average else latest
 
     @property
     def evaluated(self) -> dict[str, Any]:
@@ -46,20 +48,24 @@ def create(
     tx: optax.GradientTransformation,
     method_state: PyTree,
     *,
-    averaged: bool,
+    average: str = "none",
 ) -> TrainState:
     """Returns the state before the first step of a stage, but for `metric_sums`: see `make_train_step`.
 
+    `average` is `config.average.name`.
     A key of another implementation is replaced by a threefry key: see `attacks.initialization.threefry`.
     """
     params, batch_stats = variables["params"], variables.get("batch_stats", {})
+    # Copies: an array that stood in the state twice would be donated twice.
+    averages = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if average != "none" else {}
+    if average == "epoch_ema":
+        averages["num_epochs"] = jnp.zeros((), jnp.int32)
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
         opt_state=tx.init(params),
-        # Copies: an array that stood in the state twice would be donated twice.
-        average=jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if averaged else {},
+        average=averages,
         method_state=method_state,
         metric_sums={},
         key=threefry(key),

@@ -195,8 +195,8 @@ def make_train_step(
         """Returns the state after the step, and the metrics."""
         updates, opt_state = tx.update(output.grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        average = {}
-        if state.average:
+        average = state.average
+        if options.average["name"] in ("ema", "swa"):
             w = average_weight(options.average, state.step, info.steps_per_epoch)
             latest = {"params": params, "batch_stats": output.batch_stats}
             average = jax.tree.map(lambda a, p: a + w * (p - a), state.average, latest)

@@ -4,18 +4,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from lt_adv import attacks
-from lt_adv.attacks.initialization import threefry
 from lt_adv.data import longtail
 from lt_adv.data.dataset import Images
 from lt_adv.runtime import distributed
 from lt_adv.runtime.distributed import PyTree
 from lt_adv.training.hooks import Hook, LogEvent
-from lt_adv.training.net import AXIS
+from lt_adv.training.image_batches import ImageBatches
 from lt_adv.training.stage_builder import StageProgram
 
 
@@ -90,39 +88,24 @@ class Monitor:
         batch_size: int,
         attack: Mapping[str, Any] | None = None,
     ):
-        size = -(-min(batch_size, len(label)) // mesh.size) * mesh.size
-        padding = -len(label) % size
-        self._label, self._groups = np.asarray(label), groups
-        batch_sharding = NamedSharding(mesh, PartitionSpec(None, AXIS))
-        rows = np.concatenate([np.arange(len(label)), np.zeros(padding, np.int64)]).reshape(-1, size)
-        image = np.asarray(image)
-        shape, image = image.shape[1:], image[rows].reshape(*rows.shape, -1)  # flat images, as in `device_dataset.put`
-        label = self._label[rows]
-        keys = jax.vmap(jax.random.fold_in, (None, 0))(threefry(key), jnp.asarray(rows.reshape(-1))).reshape(rows.shape)
-        self._batches = distributed.device_put((image, label, keys), batch_sharding)
-
+        self._key, self._label, self._groups = key, np.asarray(label), groups
+        self._images = ImageBatches(image, self._label, mesh=mesh, batch_size=batch_size)
         self._replicated = distributed.replicated(mesh)
         # Predictions are gathered after all batches: programs with collectives must not run concurrently.
-        shard = NamedSharding(mesh, PartitionSpec(AXIS))
-        self._predict = jax.jit(lambda variables, x: attacks.prediction(apply(variables, x)), out_shardings=shard)
+        self._predict = jax.jit(
+            lambda variables, x: attacks.prediction(apply(variables, x)), out_shardings=self._images.over_devices
+        )
         self._attacks: dict[str, Any] = {"clean": None}
         if attack is not None:
             self._attacks[f"pgd{attack['num_steps']}"] = attacks.jit(attacks.pgd, apply, **attack)
 
-        @jax.jit
-        def take(batches: PyTree, i: int) -> PyTree:
-            image, label, keys = (column[i] for column in batches)
-            return image.reshape(-1, *shape).astype(float) / 255, label, keys
-
-        self._take = take
-
     def __call__(self, variables: PyTree) -> dict[str, float]:
         result = {}
         for name, attack in self._attacks.items():
-            predictions = []
-            for i in range(self._batches[1].shape[0]):
-                x, y, keys = self._take(self._batches, i)
-                predictions.append(self._predict(variables, x if attack is None else attack(keys, variables, x, y)))
+            predictions = [
+                self._predict(variables, x if attack is None else attack(keys, variables, x, y))
+                for x, y, keys in self._images.batches(self._key)
+            ]
             predicted = np.concatenate([np.asarray(distributed.replicate(p, self._replicated)) for p in predictions])
             correct = predicted[: len(self._label)] == self._label
             result[f"{name}/accuracy"] = float(correct.mean())

@@ -118,7 +118,7 @@ def lt_adv_step(config: ml_collections.ConfigDict) -> Step:
     tx = optimizer.create(config.optim, rate, before["params"])
     options = StepOptions(BATCH, config.attack.eps, config.attack.step_size, augment="none")
     take_step, _ = make_train_step(stage.method, model.apply, tx, rate, info, options, mesh)
-    state = sharding.replicate(train_state.create(key, before, tx, stage.method.init_state(info), averaged=False), mesh)
+    state = sharding.replicate(train_state.create(key, before, tx, stage.method.init_state(info)), mesh)
     data = input_pipeline.resident(train, None, key, info, BATCH, mesh).example
     state, metrics = take_step(state, data, {})
     after, loss = jax.device_get((state.variables, metrics["loss"]))

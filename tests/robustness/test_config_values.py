@@ -70,7 +70,7 @@ VALID: Mapping[str, Sequence[Any]] = {
     "optim.drop_factor": (1.0, 1e-30),
     "optim.first_epoch": (0, 1),
     "optim.warmup_epochs": (0, 3, 1000000),
-    "average.name": ("ema", "swa"),
+    "average.name": ("ema", "swa", "epoch_ema"),
     "average.decay": (0.0, 0.999),
     "log.every_steps": (1, 1000000),
     "checkpoint.keep": (1, 1000000),

@@ -83,13 +83,14 @@ def make(
         method, model.apply, tx, rate, info, options, mesh, parallel, attack_apply=attack_apply, sharded=sharded
     )
     teacher = sharding.replicate(teacher or {}, mesh)
-    averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
     if options.streamed:
         pipeline = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
     else:
         pipeline = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
-    state = sharding.replicate(train_state.create(key, variables, tx, method.init_state(info), averaged=averaged), mesh)
+    state = sharding.replicate(
+        train_state.create(key, variables, tx, method.init_state(info), average=options.average["name"]), mesh
+    )
     state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, pipeline.example, teacher)), mesh)
     return step, sharding.shard_state(state, mesh, sharded), pipeline, teacher
 

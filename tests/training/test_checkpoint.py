@@ -21,9 +21,7 @@ def state():
     import optax
 
     variables = Small().init(jax.random.key(0), jnp.zeros((1, 6, 6, 1)), train=False)
-    initial = train_state.create(
-        jax.random.key(5), variables, optax.sgd(0.1, momentum=0.9), {"counts": jnp.arange(4)}, averaged=False
-    )
+    initial = train_state.create(jax.random.key(5), variables, optax.sgd(0.1, momentum=0.9), {"counts": jnp.arange(4)})
     return sharding.replicate(
         initial.replace(metric_sums={"loss": (jnp.float32(1.5), jnp.float32(2))}), sharding.make_mesh()
     )

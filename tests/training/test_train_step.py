@@ -222,6 +222,6 @@ def test_the_state_holds_a_threefry_key(impl):
     """Others would draw the same augmentation and the same start for every image of a device."""
     tx = optax.sgd(0.1)
     key = jax.random.key(3, impl=impl)
-    state = train_state.create(key, {"params": {"w": jnp.ones(2)}}, tx, {}, averaged=False)
+    state = train_state.create(key, {"params": {"w": jnp.ones(2)}}, tx, {})
     assert jax.random.key_impl(state.key) == "threefry2x32"
     np.testing.assert_array_equal(jax.random.key_data(state.key), jax.random.key_data(initialization.threefry(key)))

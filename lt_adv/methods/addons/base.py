@@ -15,6 +15,7 @@ from lt_adv.methods.base import (
     Params,
     Stage,
     TrainProgress,
+    ValidationResult,
 )
 
 
@@ -85,6 +86,14 @@ class AddOn(Method):
 
     def epoch_end(self, method_state: MethodState, progress: TrainProgress) -> MethodState:
         return self.inner.epoch_end(method_state, progress)
+
+    @property
+    def feedback_every(self) -> int:
+        return self.inner.feedback_every
+
+    def feedback(self, method_state: MethodState, result: ValidationResult, info: DataInfo) -> MethodState:
+        own, inner = self.split_state(method_state)
+        return self.join_state(own, self.inner.feedback(inner, result, info))
 
     def stages(self, config: Config) -> tuple[Stage, ...]:
         return tuple(
