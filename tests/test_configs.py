@@ -219,7 +219,9 @@ DROPS = {
 def test_learning_rate_drops_at_the_published_epochs(name):
     optim = get(name, dataset="cifar10").optim
     assert optim.drop_epochs == DROPS[name] and optim.first_epoch == (0 if name in ("reat", "taet") else 1)
-    assert optim.epochs == {2: 2, 15: 25, 60: 80, 75: 100, 100: 110}[DROPS[name][0]] if DROPS[name] else optim.epochs == 1
+    assert (
+        optim.epochs == {2: 2, 15: 25, 60: 80, 75: 100, 100: 110}[DROPS[name][0]] if DROPS[name] else optim.epochs == 1
+    )
 
 
 def test_drops_and_warmup_compound_in_the_released_code():

@@ -1,5 +1,7 @@
 """A network for unit tests of a method's loss: one device, and logits from a plain function."""
 
+from lt_adv.methods import Batch
+
 
 class FakeNet:
     """Calls `forward(x) -> (logits, outputs)` in either mode and counts nothing; `attributes` such as `info`."""
@@ -19,3 +21,8 @@ class FakeNet:
 
     def with_batch_statistics(self):
         return self
+
+
+def make_batch(**fields):
+    """Returns a batch in which other fields are None."""
+    return Batch(**{"image": None, "label": None, "index": None, "eps": None, "step_size": None, **fields})

@@ -15,7 +15,7 @@ from lt_adv.methods.addons.robustlt import RobustLT
 from lt_adv.methods.base import LossOutput, ValidationResult
 from lt_adv.methods.cgrm import CGRm
 from lt_adv.methods.trades import Trades
-from tests.methods.fake_net import FakeNet
+from tests.methods.fake_net import FakeNet, make_batch
 from tests.training.helpers import run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -67,7 +67,7 @@ def test_loss_and_gradient(base, fidelity):
     state = {"score": jnp.asarray(SCORE), "graph": jnp.asarray(GRAPH)}
 
     def loss(clean, adv):
-        batch = types.SimpleNamespace(image=clean, label=jnp.asarray(LABEL))
+        batch = make_batch(image=clean, label=jnp.asarray(LABEL))
         return method.loss(None, net, batch, adv, state, None).loss
 
     value, gradients = jax.value_and_grad(loss, argnums=(0, 1))(jnp.asarray(clean), jnp.asarray(adv))
@@ -86,7 +86,7 @@ def test_the_forwards_of_the_released_code():
     """With AT a forward of the clean images comes first, in training mode."""
     calls = []
     net = FakeNet(lambda x: (calls.append(float(x[0, 0])) or x, {}), info=INFO)
-    batch = types.SimpleNamespace(image=jnp.zeros((6, 4)), label=jnp.asarray(LABEL))
+    batch = make_batch(image=jnp.zeros((6, 4)), label=jnp.asarray(LABEL))
     state = CGRm().init_state(INFO)
     for base, fidelity in (("at", "paper"), ("at", "released_code"), ("trades", "released_code")):
         calls.clear()
@@ -180,7 +180,7 @@ def test_the_attack_of_each_base(monkeypatch):
     monkeypatch.setattr(CGRm, "maximize", record)
     z = jnp.asarray(np.random.default_rng(0).normal(size=(6, 4)))
     net = FakeNet(lambda x: (x, {}), info=INFO)
-    batch = types.SimpleNamespace(image=z, label=jnp.asarray(LABEL))
+    batch = make_batch(image=z, label=jnp.asarray(LABEL))
     CGRm(base="at").perturb(None, net, batch, None, None)
     np.testing.assert_allclose(
         seen["objective"](z, seen["y"]), -log_softmax(z + np.log(N))[np.arange(6), LABEL], rtol=1e-12

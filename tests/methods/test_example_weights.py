@@ -88,6 +88,7 @@ EFFECTIVE = ((1 - 0.9999) / (1 - 0.9999**N))[LABEL]
 WEIGHTED = {
     "natural": clean,
     "trades": clean,
+    "cgrm": lambda params, weight: jnp.mean(weight * ce(features(X) @ params + jnp.log(N))),
     "mart": adversarial(boosted),
     "avmixup": of_mixture,
     "taet": equalised,

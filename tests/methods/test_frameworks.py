@@ -16,7 +16,7 @@ from lt_adv.methods.mart import Mart
 from lt_adv.methods.natural import Natural
 from lt_adv.methods.robal import RoBal
 from lt_adv.methods.trades import Trades
-from tests.methods.fake_net import FakeNet
+from tests.methods.fake_net import FakeNet, make_batch
 from tests.training.helpers import assert_same, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -38,7 +38,7 @@ def loss(method, x_adv=X_ADV):
         lambda x: (inputs.append(x), (logits(x), {}))[1],
         info=types.SimpleNamespace(num_classes=4, class_counts=np.array([8, 4, 2, 1])),
     )
-    batch = types.SimpleNamespace(image=jnp.asarray(IMAGE), label=jnp.asarray(LABEL))
+    batch = make_batch(image=jnp.asarray(IMAGE), label=jnp.asarray(LABEL))
     out = method.loss(KEYS, net, batch, jnp.asarray(x_adv), {}, None)
     return float(out.loss), out, inputs
 
@@ -51,7 +51,7 @@ def test_natural_trains_on_clean_images():
     value, _, (inputs,) = loss(Natural(num_steps=7))
     np.testing.assert_array_equal(inputs, IMAGE)
     assert value == pytest.approx(ce(IMAGE), rel=1e-12)
-    batch = types.SimpleNamespace(image=IMAGE)
+    batch = make_batch(image=IMAGE)
     assert Natural().perturb(KEYS, None, batch, {}, None) is IMAGE
 
 
@@ -96,7 +96,7 @@ def of_logits(method, clean, adversarial):
             lambda x: (clean if x == "clean" else adversarial, {}),
             info=types.SimpleNamespace(class_counts=np.array([8, 4, 2, 1])),
         )
-        batch = types.SimpleNamespace(image="clean", label=jnp.asarray(LABEL))
+        batch = make_batch(image="clean", label=jnp.asarray(LABEL))
         return method.loss(KEYS, net, batch, "adversarial", {}, None).loss
 
     return jax.value_and_grad(value, argnums=(0, 1))(clean, adversarial)

@@ -13,7 +13,7 @@ from lt_adv import losses
 from lt_adv.cli.experiment import Experiment
 from lt_adv.methods.at_bsl import ATBSL
 from lt_adv.methods.reat import REAT
-from tests.methods.fake_net import FakeNet
+from tests.methods.fake_net import FakeNet, make_batch
 from tests.training.helpers import COUNTS, assert_same, make, run
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -77,7 +77,7 @@ def test_the_tail_is_the_rarest_classes(counts, tail):
     label = jnp.arange(2 * len(counts)) % len(counts)
     info = types.SimpleNamespace(class_counts=np.array(counts), num_classes=len(counts))
     net = FakeNet(lambda x: (jnp.eye(len(counts))[label], {"features": x}), info=info)
-    method, batch = REAT(tail_weight=1.0), types.SimpleNamespace(label=label)
+    method, batch = REAT(tail_weight=1.0), make_batch(label=label)
 
     def alignment(x):
         return method.loss(None, net, batch, x, method.init_state(info), None).metrics["loss_tail"]

@@ -18,7 +18,7 @@ from lt_adv.methods.at import AT
 from lt_adv.methods.focal import Focal
 from lt_adv.methods.ldam import LDAM
 from lt_adv.training import optimizer, sharding, stage_builder
-from tests.methods.fake_net import FakeNet
+from tests.methods.fake_net import FakeNet, make_batch
 from tests.training.helpers import COUNTS, run
 
 # Config -> the golden logits it acts on, and the golden loss it has.
@@ -50,7 +50,7 @@ def method_of(name, fidelity="paper"):
 def value_and_gradient(method, arrays, source="logits", epoch=1):
     """Of the method's loss with respect to the logits, in `epoch` (from 1)."""
     net = FakeNet(lambda x: (x, {}), info=SimpleNamespace(class_counts=arrays["class_counts"]))
-    batch = SimpleNamespace(label=jnp.asarray(arrays["labels"]))
+    batch = make_batch(label=jnp.asarray(arrays["labels"]))
     progress = methods.TrainProgress(step=epoch - 1, epoch=jnp.asarray(epoch - 1), steps_per_epoch=1, epochs=80)
     return jax.value_and_grad(lambda z: method.loss(None, net, batch, z, {}, progress).loss)(
         jnp.asarray(arrays[source])
