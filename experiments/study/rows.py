@@ -137,7 +137,12 @@ PRECISIONS = {
     ),
     "robal_bfloat16": Row("RoBal-N in bfloat16", "robal", overrides=("--config.model.dtype=bfloat16",), varies="robal"),
 }
-ROWS |= ABLATIONS | PRECISIONS
+# Candidates for our recipe, chosen on the validation split of "recipe".
+RECIPES = {
+    **variants("lt_adv", addons=(("dafa",), ("cfa",))),
+    "lt_adv_faal": Row("Ours, then FAAL", "faal", "baseline={base}", base="lt_adv", share=0, varies="lt_adv"),
+}
+ROWS |= ABLATIONS | PRECISIONS | RECIPES
 
 
 @dataclasses.dataclass(frozen=True)
@@ -191,6 +196,7 @@ def small_images(depth: int, width: int, attacks: tuple[str, ...], images_per_cl
 
 
 CPU = small_images(10, 1, ("fgsm", "pgd20", "cw20", "lsa"), 100)
+WRN_16_2 = small_images(16, 2, ("pgd20", "cw20", "lsa"), 0)
 VALIDATION = (
     "--config.data.validation_per_class=100",
     "--config.data.validation_from=unused",
@@ -206,12 +212,14 @@ COMPARISON = (  # the most telling rows first
     "reat",
     "resampling",
     "logit_adjustment",
+    "self_distillation_dafa",
     "robal_r",
     "lt_adv",
 )
 PRESETS = {
     "cpu": Preset("cifar10", 10, (0, 1), CPU),
-    "comparison": Preset("cifar10", 30, (0, 1), small_images(16, 2, ("pgd20", "cw20", "lsa"), 0), COMPARISON),
+    "comparison": Preset("cifar10", 30, (0, 1), WRN_16_2, COMPARISON),
+    "recipe": Preset("cifar10", 30, (0,), WRN_16_2 + VALIDATION, ("self_distillation", "lt_adv", *RECIPES)),
     "ablation": Preset(
         "cifar10", 10, (0,), CPU + VALIDATION, ("at_bsl", "self_distillation", "lt_adv", "reat", *ABLATIONS)
     ),

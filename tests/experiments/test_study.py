@@ -62,6 +62,24 @@ def test_cpu_preset_gives_every_row_the_same_budget():
             assert config.optim.epochs == 10 and config.optim.batch_size == 64
 
 
+def test_candidates_for_our_recipe_never_use_the_test_set():
+    options = parse(["--preset=recipe", "--config.data.path=some/images"])
+    assert len(options.rows) == 5 and "lt_adv_faal" in options.rows
+    for name in options.rows:
+        config = config_of(options, name)
+        assert (config.eval.split, config.data.validation_from) == ("validation", "unused")
+        assert config.data.validation_per_class == 100 and config.model.depth == 16
+
+
+def test_comparison_is_on_the_whole_test_set():
+    options = parse(["--preset=comparison", "--config.data.path=some/images"])
+    assert (options.seeds, options.epochs, options.part) == ((0, 1), 30, "full")
+    for name in options.rows:
+        config = config_of(options, name)
+        assert (config.eval.split, config.eval.subset_per_class) == ("test", 0)
+        assert config.eval.only == ("pgd20", "cw20", "lsa") and (config.model.depth, config.model.width) == (16, 2)
+
+
 def test_ablations_never_use_the_test_set():
     options = parse(["--preset=ablation", "--config.data.path=some/images"])
     for name in options.rows:
