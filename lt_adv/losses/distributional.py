@@ -86,7 +86,8 @@ def worst_distribution(values: ArrayLike, *, radius: float) -> Array:
         inside = (slope > 0) & (low < newton) & (newton < high)
         return steps + 1, low, high, jnp.where(inside, newton, (low + high) / 2), y
 
-    start = (low + high) / 2
+    variance = jnp.var(jnp.exp(log_gaps))  # KL(u || p) = x^2 variance / 2 + O(x^3)
+    start = jnp.clip(jnp.log(2 * radius / jnp.where(spread > 0, variance, 1)) / 2, low, high)
     steps = jnp.zeros_like(spread, jnp.int32)
     y = lax.while_loop(unfinished, step, (steps, low, high, start, jnp.full_like(start, jnp.inf)))[3]
     p = jax.nn.sigmoid(-y - log_gaps)
