@@ -66,7 +66,7 @@ def create(
         batch_stats=batch_stats,
         opt_state=tx.init(params),
         average=averages,
-        method_state=method_state,
+        method_state=jax.tree.map(jnp.copy, method_state),  # likewise: `init_state` may use an array twice
         metric_sums={},
         key=threefry(key),
     )
