@@ -95,7 +95,13 @@ def latest(state: TrainState) -> dict[str, PyTree]:
 def average_epoch(average: PyTree, new: PyTree, accepted: jax.Array | bool, decay: float) -> PyTree:
     """Returns the average a after an epoch with the variables p:  a <- a + (1 - decay) (p - a)  if it is accepted.
 
-    Until the first accepted epoch, and after it, a = p. `average["num_epochs"]` counts the accepted epochs.
+    a = p until after the first accepted epoch. `average["num_epochs"]` counts the accepted epochs.
+
+    With `config.average.min_class_accuracy` this is the weight average of CFA (Wei et al., CVPR 2023), which accepts an
+    epoch by the network of the last step, not by the average, and also averages the running statistics, as ours does.
+
+    Differs from the released code of CFA: its average is an untrained network until the first accepted epoch; it
+    attacks the validation split with ten steps, ours with 20; and its default threshold is 0.24, that of the paper 0.2.
     """
     started = average["num_epochs"] > 0
 
