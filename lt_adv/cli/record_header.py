@@ -63,8 +63,7 @@ def _training(experiment: Experiment, meta: Mapping[str, Any]) -> dict[str, Any]
 def describe_extra(extra: Mapping[str, Any]) -> str:
     """Returns the description of the extra images, from their entry in a checkpoint."""
     share = f"{extra['per_batch']} of {extra['batch_size']} images of a batch"
-    prior = {"real": "without them", "mixture": "of the mixture in a batch"}[extra["prior"]]
-    return f"{extra['file']}, {extra['images']} images, {share}, class counts {prior}, digest {extra['digest'][:16]}"
+    return f"{extra['file']}, {extra['images']} images, {share}, prior {extra['prior']}, digest {extra['digest'][:16]}"
 
 
 def training_attack(attack: ConfigDict, start: str) -> str:

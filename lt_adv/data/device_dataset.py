@@ -136,7 +136,8 @@ def batch_rows(
         drawn = num_examples + extra_indices(key, epoch, step_in_epoch, len(extra.split), extra.per_batch)
         extra_before = np.arange(batch_size + 1) * extra.per_batch // batch_size  # each position of the batch
         order = np.argsort(np.diff(extra_before), kind="stable")  # positions of real, then of extra examples
-        return jnp.zeros(batch_size, jnp.int32).at[order].set(jnp.concatenate([real, drawn]))
+        rows = jnp.concatenate([real, drawn]).astype(jnp.int32)
+        return jnp.zeros_like(rows).at[order].set(rows)
     run_key = jax.random.fold_in(key, 0)
     if classes is not None and cycles:
         return class_aware.cycled_indices(run_key, epoch, step_in_epoch, **classes, batch_size=batch_size)

@@ -323,10 +323,12 @@ def _check_split_file(
         return
     if len(expected) != len(counts):
         raise ValueError(f"class_counts has {len(expected)} entries, the data set has {len(counts)} classes.")
-    different = np.flatnonzero(np.asarray(expected) != counts)
-    source = "data.class_counts" if data_config.get("class_counts") else "the profile of data.imbalance"
-    remedy = "leave it out" if data_config.get("class_counts") else "correct the profile, or set data.imbalance=none"
+    wrong = np.flatnonzero(np.asarray(expected) != counts)
+    first = wrong[0]
+    source, remedy = "the profile of data.imbalance", "correct the profile, or set data.imbalance=none"
+    if data_config.get("class_counts"):
+        source, remedy = "data.class_counts", "leave it out"
     raise ValueError(
-        f"{file.path} has {counts[different[0]]} images of {_describe_class(different[0], dataset.class_names)}, but "
-        f"{source} {expected[different[0]]} (another number for {len(different)} of {len(counts)} classes): {remedy}."
+        f"{file.path} has {counts[first]} images of {_describe_class(first, dataset.class_names)}, but {source} gives "
+        f"{expected[first]} (another number for {len(wrong)} of {len(counts)} classes): {remedy}."
     )

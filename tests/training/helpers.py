@@ -64,6 +64,7 @@ def make(
     seed=3,
     sampler="uniform",
     cycles=False,
+    extra=None,
     **options,
 ):
     """Returns (step, initial state, input, teacher); `seed` changes the random draws, not the initial parameters."""
@@ -86,9 +87,9 @@ def make(
     averaged = bool(options.average) and options.average["name"] != "none"
     key = jax.random.key(seed)
     if options.streamed:
-        pipeline = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
+        pipeline = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles, extra)
     else:
-        pipeline = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
+        pipeline = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles, extra)
     state = sharding.replicate(train_state.create(key, variables, tx, method.init_state(info), averaged=averaged), mesh)
     state = sharding.replicate(state.replace(metric_sums=init_metric_sums(state, pipeline.example, teacher)), mesh)
     return step, sharding.shard_state(state, mesh, sharded), pipeline, teacher
