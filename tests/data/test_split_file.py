@@ -6,11 +6,12 @@ import pathlib
 import numpy as np
 import pytest
 
-from lt_adv.data import longtail, split_file
+from lt_adv.data import abstract, longtail, split_file
 from lt_adv.data.dataset import Dataset, Split
 from tests.data.test_longtail import CIFAR10, SPLITS
 
 INDEX = np.array([10, 4, 7, 25, 13, 1, 16, 22, 19])  # in no order, with gaps
+CIFAR = {"name": "cifar10", "imbalance": "exponential", "imbalance_ratio": 50.0}
 LABEL = np.array([0, 0, 0, 0, 1, 1, 1, 2, 2], np.int32)
 
 
@@ -131,3 +132,20 @@ def test_split_file_of_cifar10(write):
     robustlt = longtail.long_tailed(cifar10, {**profile, "split_file": write(**parts)})
     assert robustlt.class_counts == expected.class_counts and len(robustlt.train) == 13996
     assert robustlt.train.index.tolist() == parts["train_indices"] + parts["val_indices"]
+
+
+def compiled_counts(**options):
+    """Class counts of a compilation, for which no image and no label is read."""
+    config = abstract.without_split_file({**CIFAR, **options})
+    assert not config["split_file"]
+    return longtail.long_tailed(abstract.abstract_dataset(config), config).class_counts
+
+
+def test_compilation_has_the_number_of_images_of_the_file(write, caplog):
+    assert sum(compiled_counts(split_file=write(indices=np.arange(13996)))) == 13996
+    counts = compiled_counts(split_file=write(indices=np.arange(0, 50000, 10)[:4321]), imbalance="none")
+    assert sum(counts) == 4321 and np.ptp(counts) == 1
+    with pytest.raises(ValueError, match=r"split\.npz has 4321 images, but config\.data describes 13996"):
+        compiled_counts(split_file=write(indices=np.arange(4321)))
+    assert not caplog.messages
+    assert sum(compiled_counts(split_file="nowhere.npz")) == 13996 and "no file nowhere.npz" in caplog.text
