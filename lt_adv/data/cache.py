@@ -27,6 +27,7 @@ from lt_adv.data.dataset import (
     Source,
     Split,
     SplitReader,
+    check_labels,
     digest_of,
     digest_splits,
     sha256,
@@ -132,6 +133,8 @@ def _open(folder: Path) -> tuple[tuple[str, ...], dict[str, Split], str]:
         raise ValueError("meta.json has another digest")
     names = dict.fromkeys(file.rpartition("_")[0] for file in arrays)
     splits = {split: Split(*(arrays[f"{split}_{field}"] for field in ARRAYS)) for split in names}
+    for split, content in splits.items():
+        check_labels(content.label, len(content.image), len(class_names), f"split {split}")
     return class_names, splits, meta["digest"]
 
 

@@ -74,17 +74,17 @@ class Split:
 
 def read_rows(splits: Sequence[Split], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Returns (image, label, index) at `rows` of the concatenated splits; decodes images in the caller's thread."""
+    if len(splits) == 1:
+        (split,) = splits
+        image = split.image[rows] if isinstance(split.image, np.ndarray) else split.image.read(rows)
+        return image, split.label[rows], split.index[rows]
     image = np.empty((len(rows), *splits[0].image.shape[1:]), np.uint8)
     label, index = np.empty(len(rows), np.int32), np.empty(len(rows), np.int64)
     first = 0
     for split in splits:
         member = (rows >= first) & (rows < first + len(split))
-        positions = rows[member] - first
-        if len(positions):
-            image[member] = (
-                split.image[positions] if isinstance(split.image, np.ndarray) else split.image.read(positions)
-            )
-            label[member], index[member] = split.label[positions], split.index[positions]
+        if member.any():
+            image[member], label[member], index[member] = read_rows([split], rows[member] - first)
         first += len(split)
     return image, label, index
 
