@@ -11,7 +11,7 @@ from configs import common
 from lt_adv.attacks import initialization, norms
 from lt_adv.cli import entries, schema
 from lt_adv.cli.entries import ENTRIES
-from lt_adv.data import augment, device_dataset, images, longtail
+from lt_adv.data import augment, device_dataset, extra, images, longtail
 from lt_adv.methods import addons, base
 from lt_adv.models import classifier, posthoc
 from lt_adv.training import optimizer, sharding
@@ -28,6 +28,7 @@ CHOICES = {
     "data.imbalance": longtail.PROFILES,
     "data.validation_from": longtail.ORIGINS,
     "data.sampler": device_dataset.SAMPLERS,
+    "data.extra_prior": extra.PRIORS,
     "data.augment": augment.AUGMENTS,
     "model.name": classifier.BACKBONES,
     "model.dtype": classifier.DTYPES,

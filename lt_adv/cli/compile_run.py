@@ -25,7 +25,7 @@ from lt_adv.cli.experiment import Experiment
 from lt_adv.cli.flags import CompileOptions
 from lt_adv.compilation import flops, topologies
 from lt_adv.compilation.topologies import Accelerator, Topology
-from lt_adv.data.abstract import abstract_dataset
+from lt_adv.data.abstract import abstract_dataset, abstract_extra, without_split_file
 from lt_adv.evaluation import attack_specs
 from lt_adv.runtime import atomic_io, distributed
 from lt_adv.training import metric_logging, sharding, stage_builder
@@ -103,7 +103,11 @@ def use_cpu_only(topology: str) -> None:
 def abstract_experiment(config: ConfigDict, topology: Topology) -> Experiment:
     """Returns the experiment on the devices of a topology, with images of which only the shape is known."""
     mesh = sharding.make_mesh(topology.devices)
-    return Experiment.from_config(config, dataset=abstract_dataset(config.data), mesh=mesh)
+    config = copy.deepcopy(config)
+    config.data.update(without_split_file(config.data.to_dict()))
+    dataset = abstract_dataset(config.data)
+    extra = abstract_extra(config.data, dataset.train.image.shape[1:])
+    return Experiment.from_config(config, dataset=dataset, extra=extra, mesh=mesh)
 
 
 def programs(experiment: Experiment, kinds: tuple[str, ...]) -> Iterator[Program]:
@@ -321,6 +325,7 @@ def make_report(
         "network": config.model.to_dict(),
         "dataset": config.data.to_dict(),
         "train_images": len(experiment.split.train),
+        "extra_images": len(experiment.extra.split) if experiment.extra else 0,
         "versions": compilation.versions(topology.accelerator.platform),
         "programs": results,
         "seconds_per_epoch": [3600 * entry["hours"] / entry["epochs"] for entry in steps],

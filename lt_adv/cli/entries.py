@@ -186,6 +186,13 @@ _TABLE = (
         "data.balanced_fraction", 0.1, number("(0, 1]"), "share of the images of each class in the profile `balanced`"
     ),
     Entry("data.class_counts", (), tuple_of(ONE_OR_MORE), "explicit class counts instead of a profile"),
+    Entry(
+        "data.split_file",
+        "",
+        PATH,
+        "`.npz` with the indices of the training images, instead of a random selection; its class counts must be those "
+        "of the profile, or `data.imbalance` must be `none`",
+    ),
     Entry("data.validation_per_class", 0, ZERO_OR_MORE, "images per class of a balanced validation split"),
     Entry(
         "data.validation_from",
@@ -206,6 +213,19 @@ _TABLE = (
         "uniform",
         one_of(("uniform", "class_aware")),
         "`class_aware` draws a uniform class, then a uniform image of it; in cycles under `released_code`",
+    ),
+    Entry(
+        "data.extra",
+        "",
+        PATH,
+        "extra training images, such as generated ones: a `.npz` with `image` and `label`, or a folder `<class>/**`",
+    ),
+    Entry("data.extra_fraction", 0.0, number("[0, 1)"), "share of each batch that is drawn from `data.extra`"),
+    Entry(
+        "data.extra_prior",
+        "real",
+        one_of(("real", "mixture")),
+        "class counts that methods use: of the images without `data.extra`, or of the mixture in a batch",
     ),
     Entry(
         "data.augment",

@@ -11,6 +11,8 @@ from ml_collections import ConfigDict
 
 from lt_adv import data
 from lt_adv.cli import schema, workdirs
+from lt_adv.data import extra
+from lt_adv.data.extra import Extra
 from lt_adv.methods import Method, Stage
 from lt_adv.runtime import distributed, environment
 from lt_adv.training import metric_logging, sharding, stage_builder
@@ -43,7 +45,7 @@ class Experiment:
         Args:
           config: see docs/configuration.md.
           stages: stages instead of those of the configured method.
-          **known: `dataset` or `mesh`, in place of those of the config.
+          **known: `dataset`, `extra` or `mesh`, in place of those of the config.
 
         Raises:
           ValueError: an entry is missing, unknown, out of range, or has no effect.
@@ -67,6 +69,11 @@ class Experiment:
         return data.long_tailed(self.dataset, self.config.data)
 
     @functools.cached_property
+    def extra(self) -> Extra | None:
+        """The extra training images. Only training reads them."""
+        return extra.load(self.dataset, self.config.data)
+
+    @functools.cached_property
     def mesh(self) -> Mesh:
         """All devices of all processes; of the CPU devices of a single process, the first `config.cpu_devices`."""
         devices = jax.devices()
@@ -86,7 +93,9 @@ class Experiment:
             same_data = config.data.to_dict() == self.config.data.to_dict()
             split = self.split if same_data else data.long_tailed(self.dataset, config.data)
             schema.validate_for_split(config, split, self.mesh.size)
-            resolved.append(stage_builder.resolve(number, len(self.stages), stage, config, split, self.mesh.size))
+            resolved.append(
+                stage_builder.resolve(number, len(self.stages), stage, config, split, self.mesh.size, self.extra)
+            )
         return tuple(resolved)
 
     @property

@@ -34,7 +34,9 @@ def load(experiment: Experiment, workdir: epath.Path) -> LoadedNetwork:
         variables, meta = read_external(experiment)
     else:
         variables, meta = read_trained(experiment, workdir)
-    return LoadedNetwork(stage_builder.evaluation_apply(experiment.config, experiment.split), variables, meta)
+    extra: Any = meta.get("extra")  # of a checkpoint: an evaluation does not read the extra images
+    counts = extra["class_counts"] if extra else None
+    return LoadedNetwork(stage_builder.evaluation_apply(experiment.config, experiment.split, counts), variables, meta)
 
 
 def read_trained(experiment: Experiment, workdir: epath.Path) -> tuple[dict[str, Any], dict[str, Any]]:

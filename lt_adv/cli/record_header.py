@@ -24,11 +24,13 @@ def header(experiment: Experiment, meta: Mapping[str, Any], subset: str) -> dict
     """
     config = experiment.config
     adjustment = config.eval.adjustment
+    selection = "split file" if config.data.split_file else f"{config.data.imbalance} profile"
     entries = json.dumps(workdirs.immutable_entries(config.to_dict()))
     return {
         "model": describe_model(config),
-        "dataset": f"{config.data.title}, {config.data.imbalance} profile",
+        "dataset": f"{config.data.title}, {selection}",
         "dataset_digest": experiment.split.digest[:16],
+        **({"split_file": experiment.split.split_file} if config.data.split_file else {}),
         "split": config.eval.split,
         "subset": subset,
         "adjustment": ", ".join(f"{k} {v}" if k != "name" else str(v) for k, v in sorted(adjustment.items())),
@@ -47,6 +49,7 @@ def _training(experiment: Experiment, meta: Mapping[str, Any]) -> dict[str, Any]
         "method": describe_method(experiment),
         "fidelity": config.fidelity,
         "training_attack": training_attack(attack, start),
+        **({"extra_images": describe_extra(meta["extra"])} if meta.get("extra") else {}),
         "epochs": config.optim.epochs,
         "checkpoint": config.eval.checkpoint,
         "checkpoint_step": meta["step"],
@@ -55,6 +58,12 @@ def _training(experiment: Experiment, meta: Mapping[str, Any]) -> dict[str, Any]
         "weights": "averaged" if config.average.name != "none" else "last step",
         "seed": config.seed,
     }
+
+
+def describe_extra(extra: Mapping[str, Any]) -> str:
+    """Returns the description of the extra images, from their entry in a checkpoint."""
+    share = f"{extra['per_batch']} of {extra['batch_size']} images of a batch"
+    return f"{extra['file']}, {extra['images']} images, {share}, prior {extra['prior']}, digest {extra['digest'][:16]}"
 
 
 def training_attack(attack: ConfigDict, start: str) -> str:

@@ -71,6 +71,7 @@ def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
     for name, value in (("checkpoint", "best"), ("split", "validation")):
         if config.eval[name] == value and not config.data.validation_per_class:
             raise ValueError(f"config.eval.{name} is {value!r}, which needs config.data.validation_per_class above 0.")
+    _validate_extra(config.data)
     optional(integer(f"[1, {config.optim.batch_size}]"))("config.cpu_devices", config.cpu_devices)
     if config.sharded and config.parallel == "pmap":
         raise ValueError("config.sharded: pmap replicates the state on every device, use config.parallel=shard_map.")
@@ -112,6 +113,15 @@ def _validate_training_attack(attack: ConfigDict) -> None:
             "config.attack.relative_step_size applies to 'fgsm_rs' and 'n_fgsm' only: leave it out for "
             f"{attack.name!r}."
         )
+
+
+def _validate_extra(options: ConfigDict) -> None:
+    """Raises ValueError if an entry for extra images has no effect."""
+    if options.extra and not options.extra_fraction:
+        raise ValueError("config.data.extra needs config.data.extra_fraction, the share of a batch, above 0.")
+    for name in ("extra_fraction", "extra_prior"):
+        if not options.extra and options[name] != (default := ENTRIES[f"data.{name}"].default):
+            raise ValueError(f"config.data.{name} needs config.data.extra: set it, or leave {name} at {default!r}.")
 
 
 def uses_external_weights(config: ConfigDict) -> bool:

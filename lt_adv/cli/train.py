@@ -7,7 +7,7 @@ from etils import epath
 from ml_collections import ConfigDict
 
 import lt_adv
-from lt_adv.cli import evaluate, networks, schema, workdirs
+from lt_adv.cli import evaluate, networks, record_header, schema, workdirs
 from lt_adv.cli.experiment import Experiment
 from lt_adv.training import loop, metric_logging
 from lt_adv.training.hooks import Hook
@@ -60,9 +60,14 @@ def describe(experiment: Experiment, workdir: epath.Path) -> None:
     if split.class_counts_before != split.class_counts:
         counts += f" without the validation images ({networks.format_counts(split.class_counts_before)} with them)"
     ratio = max(split.class_counts) / min(split.class_counts)
-    for line in (
+    lines = [
         f"lt_adv {lt_adv.__version__}  jax {jax.__version__}  {devices}",
         f"method {method}  model {config.model.name}  data {config.data.name}  workdir {workdir}",
         f"{counts}  imbalance ratio {ratio:.1f}",
-    ):
+    ]
+    if split.split_file:
+        lines.append(f"split file {split.split_file}")
+    if extra := experiment.resolved_stages[-1].describe_extra():
+        lines.append(f"extra images {record_header.describe_extra(extra)}")
+    for line in lines:
         metric_logging.console.print(line)

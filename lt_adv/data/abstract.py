@@ -1,11 +1,14 @@
 """Data sets of which only the sizes are known, for compilation: nothing is read."""
 
 import dataclasses
+import logging
 import math
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
-from lt_adv.data import sources
+from lt_adv.data import extra, longtail, sources, split_file
 from lt_adv.data.dataset import Dataset, Split
 from lt_adv.runtime import registry
 
@@ -17,6 +20,7 @@ SIZES = {
 }
 TEST_IMAGES = 10000  # of a set whose size is given by the config
 CHANNELS = 3
+log = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass
@@ -76,6 +80,46 @@ def abstract_dataset(options: registry.Config) -> Dataset:
     shape = (side, side, shape[2]) if side else shape
     train, test = _split(labels, shape), _split(np.arange(num_test) % num_classes, shape)
     return Dataset(name, train, test, tuple(str(c) for c in range(num_classes)), "no images")
+
+
+def abstract_extra(data_config: registry.Config, shape: tuple[int, ...]) -> extra.Extra | None:
+    """Returns as many extra images as `data_config["extra"]` has, of which only the shape (h, w, c) is known.
+
+    Raises:
+      FileNotFoundError: there is no such file or folder.
+    """
+    if not data_config.get("extra"):
+        return None
+    number = extra.count_images(Path(data_config["extra"]).expanduser())
+    return extra.Extra(_split(np.zeros(number, np.int64), (shape[0], shape[1], shape[2])), "no images")
+
+
+def without_split_file(data_config: registry.Config) -> dict[str, Any]:
+    """Returns the config of as many training images as the split file has, without their labels.
+
+    Where neither class counts nor a profile is configured, the images are distributed evenly over the classes. Without
+    the file, the class counts or the profile are used alone. Digits are read, and keep the file.
+    """
+    options = dict(data_config)
+    if not options.get("split_file") or options["name"] == "digits":
+        return options
+    name, options["split_file"] = options["split_file"], ""
+    try:
+        number = len(split_file.read(name).indices)
+    except FileNotFoundError:
+        log.warning("config.data.split_file: there is no file %s; the profile gives the number of images.", name)
+        return options
+    dataset = abstract_dataset(options)
+    counts = longtail.long_tailed(dataset, {**options, "validation_per_class": 0, "resample_balanced": 0}).class_counts
+    if options.get("imbalance", "none") == "none" and not options.get("class_counts"):
+        classes = len(dataset.class_names)
+        options["class_counts"] = tuple(len(part) for part in np.array_split(np.arange(number), classes))
+    elif sum(counts) != number:
+        raise ValueError(
+            f"{name} has {number} images, but config.data describes {sum(counts)}: correct the profile, or set "
+            "data.imbalance=none."
+        )
+    return options
 
 
 def _split(label: np.ndarray, shape: tuple[int, int, int]) -> Split:

@@ -20,7 +20,18 @@ from pathlib import Path
 
 import numpy as np
 
-from lt_adv.data.dataset import ARRAYS, ArrayInfo, Dataset, Source, Split, SplitReader, digest_of, make_dataset, sha256
+from lt_adv.data.dataset import (
+    ARRAYS,
+    ArrayInfo,
+    Dataset,
+    Source,
+    Split,
+    SplitReader,
+    check_labels,
+    digest_of,
+    digest_splits,
+    sha256,
+)
 from lt_adv.runtime import atomic_io
 
 VERSION = 1
@@ -41,19 +52,27 @@ def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> 
     If there is no cache and the training images would take more than `limit` bytes, images that can be decoded one by
     one stay encoded (`images.LazyImages`).
     """
+    class_names, splits, digest = load_splits(data_dir, name, source, limit)
+    return Dataset(name, splits["train"], splits["test"], class_names, digest)
+
+
+def load_splits(
+    data_dir: Path, name: str, source: Source, limit: float = math.inf
+) -> tuple[tuple[str, ...], dict[str, Split], str]:
+    """Returns (class names, splits, digest) of a source with any splits; see `load`. `limit` is that of the first."""
     folder = folder_of(data_dir, name, source)
     if folder.exists():
         try:
-            return _open(folder, name)
+            return _open(folder)
         except Exception as error:  # numpy raises many types for a damaged .npy
             log.warning("The cache %s is damaged (%s): it is rebuilt.", folder, atomic_io.message(error))
     class_names, readers = source.read()
     if invalid := [name for name in class_names if name != name.encode(errors="replace").decode()]:
         raise ValueError(f"The class name {invalid[0]!r} is not UTF-8, which reports need: rename the class.")
-    if math.prod(readers["train"].shape) > limit:
+    if math.prod(next(iter(readers.values())).shape) > limit:
         encoded = {k: Split(r.image, r.label, r.index) for k, r in readers.items() if r.image is not None}
         if len(encoded) == len(readers):
-            return make_dataset(name, class_names, encoded)
+            return class_names, encoded, digest_splits(class_names, encoded)
     try:
         _write(folder, class_names, readers)
     except OSError as error:
@@ -62,12 +81,12 @@ def load(data_dir: Path, name: str, source: Source, limit: float = math.inf) -> 
             f"Cannot write the cache {folder} ({error.strerror or error}): set --config.data.data_dir to a writable "
             f"folder with {size + 1} MiB free."
         ) from error
-    return _open(folder, name)
+    return _open(folder)
 
 
 def _is_valid(folder: Path) -> bool:
     try:
-        _open(folder, folder.name)
+        _open(folder)
     except Exception:  # as in `load`
         return False
     return True
@@ -96,7 +115,7 @@ def cached_arrays(
     return arrays
 
 
-def _open(folder: Path, name: str) -> Dataset:
+def _open(folder: Path) -> tuple[tuple[str, ...], dict[str, Split], str]:
     meta = json.loads((folder / "meta.json").read_text())
     arrays = {}
     for file, expected in meta["arrays"].items():
@@ -112,8 +131,11 @@ def _open(folder: Path, name: str) -> Dataset:
     class_names = tuple(meta["class_names"])
     if digest_of(class_names, meta["arrays"]) != meta["digest"]:
         raise ValueError("meta.json has another digest")
-    train, test = (Split(*(arrays[f"{split}_{field}"] for field in ARRAYS)) for split in ("train", "test"))
-    return Dataset(name, train, test, class_names, meta["digest"])
+    names = dict.fromkeys(file.rpartition("_")[0] for file in arrays)
+    splits = {split: Split(*(arrays[f"{split}_{field}"] for field in ARRAYS)) for split in names}
+    for split, content in splits.items():
+        check_labels(content.label, len(content.image), len(class_names), f"split {split}")
+    return class_names, splits, meta["digest"]
 
 
 def _write(folder: Path, class_names: tuple[str, ...], readers: dict[str, SplitReader]) -> None:

@@ -72,6 +72,23 @@ class Split:
         return Split(image, self.label[positions], self.index[positions])
 
 
+def read_rows(splits: Sequence[Split], rows: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Returns (image, label, index) at `rows` of the concatenated splits; decodes images in the caller's thread."""
+    if len(splits) == 1:
+        (split,) = splits
+        image = split.image[rows] if isinstance(split.image, np.ndarray) else split.image.read(rows)
+        return image, split.label[rows], split.index[rows]
+    image = np.empty((len(rows), *splits[0].image.shape[1:]), np.uint8)
+    label, index = np.empty(len(rows), np.int32), np.empty(len(rows), np.int64)
+    first = 0
+    for split in splits:
+        member = (rows >= first) & (rows < first + len(split))
+        if member.any():
+            image[member], label[member], index[member] = read_rows([split], rows[member] - first)
+        first += len(split)
+    return image, label, index
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """An image classification set; `digest` (sha256) covers every pixel, label, index and class name."""
@@ -99,6 +116,7 @@ class LongTailed:
       class_counts: images per class of `train`.
       class_counts_before: images per class before the validation split and `resample_balanced`.
       digest: sha256 of the data set's digest and the selected images.
+      split_file: name and sha256 of the file that selects the images, or "".
     """
 
     train: Split
@@ -108,6 +126,7 @@ class LongTailed:
     class_counts: tuple[int, ...]
     class_counts_before: tuple[int, ...]
     digest: str
+    split_file: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,6 +224,11 @@ def in_memory(name: str, source: Source) -> Dataset:
 
 def make_dataset(name: str, class_names: tuple[str, ...], splits: dict[str, Split]) -> Dataset:
     """Returns the `Dataset` of these splits; makes their arrays read-only and computes the digest."""
+    return Dataset(name, splits["train"], splits["test"], class_names, digest_splits(class_names, splits))
+
+
+def digest_splits(class_names: tuple[str, ...], splits: Mapping[str, Split]) -> str:
+    """Returns the digest of a data set with these splits, and makes their arrays read-only."""
     arrays: dict[str, ArrayInfo] = {}
     for split_name, split in splits.items():
         for field in ARRAYS:
@@ -212,4 +236,4 @@ def make_dataset(name: str, class_names: tuple[str, ...], splits: dict[str, Spli
             if isinstance(array, np.ndarray):
                 array.flags.writeable = False  # like the memory-mapped arrays of the cache
             arrays[f"{split_name}_{field}"] = {"shape": array.shape, "dtype": str(array.dtype), "sha256": sha256(array)}
-    return Dataset(name, splits["train"], splits["test"], class_names, digest_of(class_names, arrays))
+    return digest_of(class_names, arrays)

@@ -29,13 +29,13 @@ def image_folder(path: Path, size: int | None = None) -> Source:
     orientation is ignored. A warning counts the other files by suffix, without hidden ones.
     """
     skipped: Counter[str] = Counter()
-    listing = {split: _list_images(path / split, skipped) for split in SPLITS}
+    listing = {split: list_images(path / split, skipped) for split in SPLITS}
     classes = {split: sorted(by_class) for split, by_class in listing.items()}
     for split, other in (SPLITS, SPLITS[::-1]):
         if missing := sorted(set(classes[split]) - set(classes[other])):
             raise ValueError(f"The class {missing[0]!r} of {path / split} has no images in {path / other}.")
     if skipped:
-        log.warning("%s: %d files are not read: %s.", path, skipped.total(), _format_counts(skipped))
+        log.warning("%s: %d files are not read: %s.", path, skipped.total(), format_counts(skipped))
 
     files = {s: [(c, *f) for c in classes[s] for f in listing[s][c]] for s in SPLITS}
 
@@ -47,13 +47,13 @@ def image_folder(path: Path, size: int | None = None) -> Source:
             label = np.array([ids[c] for c, *_ in files[split]])
             sizes = json.dumps([(c, name, size) for c, name, size, _ in files[split]])
             identity = hashlib.sha256(sizes.encode()).hexdigest()
-            encoded[split] = images.Encoded(paths, partial(_read_files, paths), label, np.arange(len(paths)), identity)
+            encoded[split] = images.Encoded(paths, partial(read_files, paths), label, np.arange(len(paths)), identity)
         return tuple(classes["train"]), images.split_readers(encoded, size)
 
     return Source([files, size], read)
 
 
-def _read_files(paths: list[str], positions: Sequence[int]) -> list[bytes]:
+def read_files(paths: list[str], positions: Sequence[int]) -> list[bytes]:
     contents = []
     for position in positions:
         try:
@@ -63,7 +63,7 @@ def _read_files(paths: list[str], positions: Sequence[int]) -> list[bytes]:
     return contents
 
 
-def _list_images(folder: Path, skipped: Counter[str]) -> dict[str, list[tuple[str, int, int]]]:
+def list_images(folder: Path, skipped: Counter[str]) -> dict[str, list[tuple[str, int, int]]]:
     """Returns {class: sorted (path in its folder, bytes, modification time in ns) of its images}; adds to `skipped`."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}; an image folder has train/<class>/ and test/<class>/.")
@@ -77,7 +77,7 @@ def _list_images(folder: Path, skipped: Counter[str]) -> dict[str, list[tuple[st
         others: Counter[str] = Counter()
         members = _images_in(entry.path, "", (), others)
         if not members:
-            more = f", but {others.total()} other files: {_format_counts(others)}" if others else ""
+            more = f", but {others.total()} other files: {format_counts(others)}" if others else ""
             raise ValueError(f"The class folder {folder / entry.name} has no images{more}.")
         listing[entry.name] = sorted(members)
         skipped += others
@@ -116,7 +116,7 @@ def _is_image(file: os.DirEntry) -> bool:
     return _suffix(file) in images.SUFFIXES
 
 
-def _format_counts(skipped: Counter[str], limit: int = 8) -> str:
+def format_counts(skipped: Counter[str], limit: int = 8) -> str:
     """Returns "3 .txt, 2 .heic", the most frequent first."""
     ranked = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     more = f" and {sum(n for _, n in ranked[limit:])} of other kinds" if len(ranked) > limit else ""

@@ -10,6 +10,7 @@ from typing import TypedDict, Unpack, cast
 
 import numpy as np
 
+from lt_adv.data import split_file
 from lt_adv.data.dataset import Dataset, LongTailed, format_classes
 from lt_adv.runtime import registry
 
@@ -251,13 +252,15 @@ def largest_count(sizes: np.ndarray, class_names: Sequence[str] = (), **profile:
 def long_tailed(dataset: Dataset, data_config: registry.Config) -> LongTailed:
     """Returns the long-tailed subset of `dataset` that `data_config` describes; the test split is unchanged.
 
-    Selects training images by the profile, splits off the validation set, and resamples the rest if the config says so.
+    Selects training images by a split file or the profile, splits off the validation set, and resamples the rest if the
+    config says so.
 
     Args:
       dataset: the complete data set.
       data_config: keys class_counts (explicit counts, instead of a profile), imbalance ("none"), imbalance_ratio,
-        balanced_fraction, validation_per_class (0), validation_from ("train"), resample_balanced (the share for the
-        function of this name, or 0), split_seed (0).
+        balanced_fraction, split_file (a file for `split_file.read`; its images must have the class counts of the
+        profile, unless that is "none"), validation_per_class (0), validation_from ("train"), resample_balanced (the
+        share for the function of this name, or 0), split_seed (0).
 
     Raises:
       ValueError: in one line, for a config that the data set cannot fulfil.
@@ -270,13 +273,17 @@ def long_tailed(dataset: Dataset, data_config: registry.Config) -> LongTailed:
     _checked_ratio(data_config.get("imbalance_ratio", 1.0))
     if explicit or imbalance != "none":
         check_no_empty_class(sizes, dataset.class_names, dataset.name)
-    if explicit:
-        selected = select(label, explicit, seed, dataset.class_names)
-    elif imbalance == "none":
+    profile = cast(Profile, {k: data_config[k] for k in Profile.__annotations__ if k in data_config})
+    counts: Sequence[int] | np.ndarray | None = explicit or None
+    if not explicit and imbalance != "none":
+        counts = class_counts(num_classes, largest_count(sizes, dataset.class_names, **profile), **profile)
+    file = split_file.read(data_config["split_file"]) if data_config.get("split_file") else None
+    if file:
+        selected = split_file.positions(file, dataset.train.index)
+        _check_split_file(file, np.bincount(label[selected], minlength=num_classes), counts, dataset, data_config)
+    elif counts is None:
         selected = np.arange(len(label))
     else:
-        profile = cast(Profile, {k: data_config[k] for k in Profile.__annotations__ if k in data_config})
-        counts = class_counts(num_classes, largest_count(sizes, dataset.class_names, **profile), **profile)
         selected = select(label, counts, seed, dataset.class_names)
     before = np.bincount(label[selected], minlength=num_classes)
     per_class, origin = data_config.get("validation_per_class", 0), data_config.get("validation_from", "train")
@@ -286,7 +293,7 @@ def long_tailed(dataset: Dataset, data_config: registry.Config) -> LongTailed:
         train_positions = resample_balanced(label, train_positions, share, seed)
 
     # The complete training set stays memory-mapped instead of being copied.
-    complete = imbalance == "none" and not explicit and not len(held_out) and not share
+    complete = counts is None and not file and not len(held_out) and not share
     train = dataset.train if complete else dataset.train.take(train_positions)
     digest = hashlib.sha256(dataset.digest.encode())
     for positions in (train_positions, held_out):
@@ -299,4 +306,29 @@ def long_tailed(dataset: Dataset, data_config: registry.Config) -> LongTailed:
         class_counts=tuple(np.bincount(label[train_positions], minlength=num_classes).tolist()),
         class_counts_before=tuple(before.tolist()),
         digest=digest.hexdigest(),
+        split_file=file.description if file else "",
+    )
+
+
+def _check_split_file(
+    file: split_file.SplitFile,
+    counts: np.ndarray,
+    expected: Sequence[int] | np.ndarray | None,
+    dataset: Dataset,
+    data_config: registry.Config,
+) -> None:
+    """Raises ValueError if a class has no image in a file, or another number than the config expects."""
+    check_no_empty_class(counts, dataset.class_names, str(file.path))
+    if expected is None or np.array_equal(expected, counts):
+        return
+    if len(expected) != len(counts):
+        raise ValueError(f"class_counts has {len(expected)} entries, the data set has {len(counts)} classes.")
+    wrong = np.flatnonzero(np.asarray(expected) != counts)
+    first = wrong[0]
+    source, remedy = "the profile of data.imbalance", "correct the profile, or set data.imbalance=none"
+    if data_config.get("class_counts"):
+        source, remedy = "data.class_counts", "leave it out"
+    raise ValueError(
+        f"{file.path} has {counts[first]} images of {_describe_class(first, dataset.class_names)}, but {source} gives "
+        f"{expected[first]} (another number for {len(wrong)} of {len(counts)} classes): {remedy}."
     )

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 
 from lt_adv.data import device_dataset
-from lt_adv.data.dataset import Split
+from lt_adv.data.dataset import Split, read_rows
 
 BATCHES_PER_THREAD = 2  # one being read, one waiting
 
@@ -26,6 +26,7 @@ def batches(
     batch_size: int,
     classes: Mapping[str, np.ndarray] | None = None,
     cycles: bool = False,
+    extra: device_dataset.ExtraDraws | None = None,
 ) -> Iterator[Iterator[dict[str, np.ndarray]]]:
     """Context of an iterator over the batches of the steps `first` to `total` - 1; threads prefetch inside the context.
 
@@ -42,6 +43,7 @@ def batches(
       batch_size: over all processes.
       classes: as for `device_dataset.batch_rows`.
       cycles: as for `device_dataset.batch_rows`.
+      extra: as for `device_dataset.batch_rows`.
 
     Yields:
       An iterator over {"image": uint8 [k, h, w, c], "label": int32 [k], "index": int32 [k]}.
@@ -51,9 +53,7 @@ def batches(
     """
     import grain  # takes a second; not needed for a set that fits on the devices
 
-    if len(split) and int(split.index.max()) > np.iinfo(np.int32).max:
-        raise ValueError("Original indices above 2^31 - 1 do not fit int32, their type on the devices.")
-
+    splits = device_dataset.with_extra(split, extra)
     epoch_indices = jax.jit(
         functools.partial(
             device_dataset.epoch_indices,
@@ -61,6 +61,7 @@ def batches(
             num_examples=len(split),
             batch_size=batch_size,
             cycles=cycles,
+            extra=extra,
         )
     )
 
@@ -70,8 +71,8 @@ def batches(
 
     def batch(step: int) -> dict[str, np.ndarray]:
         rows = rows_of_epoch(step // steps_per_epoch)[step % steps_per_epoch][local_rows]
-        image = split.image[rows] if isinstance(split.image, np.ndarray) else split.image.read(rows)
-        return {"image": image, "label": split.label[rows], "index": split.index[rows].astype(np.int32)}
+        image, label, index = read_rows(splits, rows)
+        return {"image": image, "label": label, "index": index.astype(np.int32)}
 
     threads = min(os.cpu_count() or 1, 32)
     read_options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=BATCHES_PER_THREAD * threads)

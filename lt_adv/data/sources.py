@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lt_adv.data import cache, images
+from lt_adv.data import cache, images, npz_file
 from lt_adv.data.dataset import Dataset, Source, SplitReader, array_reader, check_labels, format_classes, in_memory
 from lt_adv.data.folder import SPLITS, image_folder
-from lt_adv.runtime import atomic_io, registry
+from lt_adv.runtime import registry
 
 ARRAYS = ("train_image", "train_label", "test_image", "test_label", "class_names")  # in an .npz; the last is optional
 log = logging.getLogger(__name__)
@@ -107,27 +107,11 @@ def npz(path: Path, size: int | None = None) -> Source:
     status = path.stat()
 
     def read() -> tuple[tuple[str, ...], dict[str, SplitReader]]:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                names_in_file = sorted(file.files)
-                arrays = {k: file[k] for k in ARRAYS if k in names_in_file}
-        except Exception as error:  # numpy raises many types for a damaged .npz
-            raise ValueError(
-                f"{path} is not a readable .npz: {atomic_io.reason(path, error, atomic_io.NPZ)}."
-            ) from error
-        if missing := [k for k in ARRAYS[:-1] if k not in arrays]:
-            raise ValueError(f"{path} has no array {', '.join(missing)}; it has {', '.join(names_in_file) or 'none'}.")
-        if invalid := [k for k, array in arrays.items() if not isinstance(array, np.ndarray)]:
-            raise ValueError(f"{path}: {invalid[0]} is not an array.")
+        arrays = npz_file.read(path, ARRAYS, required=ARRAYS[:-1])
         splits, largest = {}, {}
         for split in SPLITS:
-            image, label = arrays[f"{split}_image"], arrays[f"{split}_label"]
-            image = image[..., None] if image.ndim == 3 else image
-            if image.dtype != np.uint8 or image.ndim != 4 or image.shape[-1] not in (1, 3) or not image.size:
-                raise ValueError(
-                    f"{path}: {split}_image must be uint8 [n, h, w] or [n, h, w, 1 or 3], "
-                    f"not {image.dtype} {image.shape}."
-                )
+            label = arrays[f"{split}_label"]
+            image = npz_file.check_images(arrays[f"{split}_image"], f"{path}: {split}_image")
             check_labels(label, len(image), float("inf"), f"{path}, {split}_label")
             splits[split] = array_reader(images.resize(image, size), label, np.arange(len(label)))
             largest[split] = int(label.max())

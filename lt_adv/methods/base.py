@@ -27,7 +27,8 @@ class DataInfo:
     """Static facts of the training set: numpy, never traced.
 
     Attributes:
-      class_counts: int [classes], without the validation split.
+      class_counts: [classes], of the training images without the validation split. Integers, unless extra images are
+        part of them (`config.data.extra_prior`).
       steps_per_epoch: number of steps.
       epochs: number of epochs of the stage.
       image_shape: (height, width, channels).
@@ -55,7 +56,7 @@ class Batch:
     Attributes:
       image: float [b, h, w, c] in [0, 1].
       label: int [b].
-      index: int [b], position in the original data set.
+      index: int [b], position in the original data set; negative for extra images (`config.data.extra`).
       eps: float [b].
       step_size: float [b].
       x_init: starting point of the attack; an add-on may set it in place of `start`.

@@ -90,15 +90,18 @@ class CheckpointHook(Hook):
 
 def identity(stage: StageProgram) -> dict[str, Any]:
     """Returns the metadata of a checkpoint that identify its run."""
-    return {
+    meta = {
         "stage": stage.name,
         "stages": stage.resolved.num_stages,
         "total_steps": stage.resolved.num_steps,
-        "class_counts": stage.info.class_counts.tolist(),
+        "class_counts": list(stage.split.class_counts),
         "data_digest": stage.split.digest,
         "devices": stage.mesh.size,
         "jax_version": jax.__version__,
     }
+    if extra := stage.resolved.describe_extra():
+        meta["extra"] = extra
+    return meta
 
 
 def check_same_run(meta: Mapping[str, Any], current: Mapping[str, Any], workdir: epath.Path) -> None:
@@ -111,6 +114,10 @@ def check_same_run(meta: Mapping[str, Any], current: Mapping[str, Any], workdir:
     """
     if meta.get("data_digest") != current["data_digest"]:
         raise ValueError(f"{workdir} was trained on other images than config.data describes: use another --workdir.")
+    if meta.get("extra") != current.get("extra"):
+        raise ValueError(
+            f"{workdir} was trained on other images than those in config.data.extra: use another --workdir."
+        )
     for name in ("devices", "jax_version"):
         if meta.get(name) != current[name]:
             text = f"{name.replace('_', ' ')} was {meta.get(name)} and is {current[name]}"

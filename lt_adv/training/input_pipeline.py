@@ -44,6 +44,7 @@ def resident(
     batch_size: int,
     mesh: Mesh,
     cycles: bool = False,
+    extra: device_dataset.ExtraDraws | None = None,
 ) -> InputPipeline:
     """Returns the input of a training set that every device holds.
 
@@ -59,8 +60,9 @@ def resident(
         batch_size: over all devices.
         mesh: the mesh of the data; see `sharding.state_mesh`.
         cycles: whether class-aware sampling is that of `class_aware.cycled_indices`.
+        extra: extra images, which are part of the set, and their number in a batch.
     """
-    columns = device_dataset.put(split, mesh)
+    columns = device_dataset.put(split, mesh, extra)
     image = columns.pop("image")
     key, classes = sharding.replicate((jnp.copy(key), classes), mesh)  # a copy: the state's key is donated
     jit = functools.partial(jax.jit, out_shardings=distributed.replicated(mesh))
@@ -75,6 +77,7 @@ def resident(
             batch_size=batch_size,
             steps_per_epoch=info.steps_per_epoch,
             cycles=cycles,
+            extra=extra,
         )
         tables = {"row": row, **{name: column[row] for name, column in columns.items()}}
         padding = ((0, -len(row) % BLOCK), (0, 0))  # steps after the last one
@@ -102,6 +105,7 @@ def streamed(
     mesh: Mesh,
     parallel: str,
     cycles: bool = False,
+    extra: device_dataset.ExtraDraws | None = None,
 ) -> InputPipeline:
     """Returns the input of a training set that is read from the host, batch by batch.
 
@@ -135,6 +139,7 @@ def streamed(
             steps_per_epoch=info.steps_per_epoch,
             classes=classes,
             cycles=cycles,
+            extra=extra,
         ) as host_batches:
             yield ({name: put(column) for name, column in batch.items()} for batch in host_batches)
 
@@ -152,7 +157,10 @@ def streamed_example(split: Split, batch_size: int, mesh: Mesh, parallel: str) -
     return {name: jax.ShapeDtypeStruct(shapes[name], dtypes[name], sharding=batch_sharding) for name in shapes}
 
 
-def resident_example(split: Split, batch_size: int) -> dict[str, jax.ShapeDtypeStruct]:
+def resident_example(
+    split: Split, batch_size: int, extra: device_dataset.ExtraDraws | None = None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Returns the shapes of the `example` of `resident`."""
     rows = {name: jax.ShapeDtypeStruct((BLOCK, batch_size), np.int32) for name in ("row", "label", "index")}
-    return {**rows, "image": jax.ShapeDtypeStruct((len(split), math.prod(split.image.shape[1:])), np.uint8)}
+    shape = (sum(map(len, device_dataset.with_extra(split, extra))), math.prod(split.image.shape[1:]))
+    return {**rows, "image": jax.ShapeDtypeStruct(shape, np.uint8)}

@@ -92,7 +92,8 @@ def train_stage(
     batch_size, per_epoch, total = stage.config.optim.batch_size, stage.info.steps_per_epoch, stage.resolved.num_steps
     checkpoints = CheckpointHook(stage, workdir, log.metrics)
     state = stage.first_state()
-    distributed.assert_same_everywhere("The training set", stage.split.digest)
+    digests = [stage.split.digest, stage.resolved.extra.digest if stage.resolved.extra else ""]
+    distributed.assert_same_everywhere("The training set", " ".join(digests))
     if (restored := checkpoints.restore(state)) is not None:
         state, meta = restored
         seconds = meta.get("seconds", 0.0)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import flax
@@ -11,11 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import logging
+from etils import epath
 from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from lt_adv import data, methods, models
 from lt_adv.data import device_dataset, longtail
+from lt_adv.data.device_dataset import ExtraDraws
+from lt_adv.data.extra import Extra, mixed_counts
 from lt_adv.methods import DataInfo, Method, Stage, addons
 from lt_adv.models import posthoc
 from lt_adv.runtime import distributed
@@ -38,6 +41,25 @@ class ResolvedStage:
     split: data.LongTailed
     info: DataInfo
     variable_shapes: dict[str, Any]
+    extra: Extra | None = None
+
+    @property
+    def extra_draws(self) -> ExtraDraws | None:
+        return ExtraDraws(self.extra.split, extra_per_batch(self.config)) if self.extra else None
+
+    def describe_extra(self) -> dict[str, Any] | None:
+        """Returns the entry of a checkpoint that identifies the extra images and their use, or None."""
+        if not self.extra:
+            return None
+        return {
+            "file": epath.Path(self.config.data.extra).name,
+            "digest": self.extra.digest,
+            "images": len(self.extra.split),
+            "per_batch": extra_per_batch(self.config),
+            "batch_size": self.config.optim.batch_size,
+            "prior": self.config.data.extra_prior,
+            "class_counts": self.info.class_counts.tolist(),  # that the method uses
+        }
 
     @property
     def name(self) -> str:
@@ -93,7 +115,8 @@ def create_stages(method: Method, config: ConfigDict) -> tuple[Stage, ...]:
 def steps_per_epoch(config: ConfigDict, split: data.LongTailed, devices: int) -> int:
     """Returns the number of full batches per epoch.
 
-    With class-aware sampling an epoch is as long as if every class had as many images as the largest one.
+    With class-aware sampling an epoch is as long as if every class had as many images as the largest one. Extra images
+    do not change it.
 
     Raises:
         ValueError: the batch is larger than an epoch, or not a multiple of the number of devices.
@@ -106,6 +129,22 @@ def steps_per_epoch(config: ConfigDict, split: data.LongTailed, devices: int) ->
     if size % devices:
         raise ValueError(f"config.optim.batch_size = {size} is not a multiple of the {devices} devices: change it.")
     return drawn // size
+
+
+def extra_per_batch(config: ConfigDict) -> int:
+    """Returns the number of images of a batch that are drawn from `config.data.extra`.
+
+    Raises:
+        ValueError: it is 0, or all.
+    """
+    size, fraction = config.optim.batch_size, config.data.extra_fraction
+    number = round(fraction * size)
+    if not 0 < number < size:
+        raise ValueError(
+            f"config.data.extra_fraction = {fraction} is {number} of the {size} images of a batch "
+            "(config.optim.batch_size), which must have extra and other images: change one of them."
+        )
+    return number
 
 
 def variable_shapes(config: ConfigDict, split: data.LongTailed) -> tuple[dict[str, Any], int]:
@@ -126,18 +165,29 @@ def learning_rate(config: ConfigDict, stage: Stage, steps_per_epoch: int) -> opt
 
 
 def resolve(
-    number: int, num_stages: int, stage: Stage, config: ConfigDict, split: data.LongTailed, num_devices: int
+    number: int,
+    num_stages: int,
+    stage: Stage,
+    config: ConfigDict,
+    split: data.LongTailed,
+    num_devices: int,
+    extra: Extra | None = None,
 ) -> ResolvedStage:
-    """Returns stage `number` of `num_stages`, with its config and its split."""
+    """Returns stage `number` of `num_stages`, with its config, its split and extra images."""
     shapes, num_features = variable_shapes(config, split)
+    counts = np.asarray(split.class_counts)
+    if extra:
+        per_batch = extra_per_batch(config)
+        if config.data.extra_prior == "mixture":
+            counts = mixed_counts(counts, extra, per_batch, config.optim.batch_size)
     info = DataInfo(
-        class_counts=np.asarray(split.class_counts),
+        class_counts=counts,
         steps_per_epoch=steps_per_epoch(config, split, num_devices),
         epochs=stage.epochs,
         image_shape=tuple(split.train.image.shape[1:]),
         num_features=num_features,
     )
-    return ResolvedStage(number, num_stages, stage, config, split, info, shapes)
+    return ResolvedStage(number, num_stages, stage, config, split, info, shapes, extra)
 
 
 class _Step(NamedTuple):
@@ -149,6 +199,7 @@ class _Step(NamedTuple):
     create_state: Callable[[PyTree], TrainState]  # from variables, without metric sums
     key: jax.Array
     streamed: bool
+    extra: ExtraDraws | None
 
 
 def _make_step(resolved: ResolvedStage, mesh: Mesh) -> _Step:
@@ -158,6 +209,8 @@ def _make_step(resolved: ResolvedStage, mesh: Mesh) -> _Step:
     if config.attack.dtype:
         attacked = models.create({**config.model, "dtype": config.attack.dtype}, info.num_classes, axis_name=AXIS)
     rate = learning_rate(config, stage, info.steps_per_epoch)
+    extra = resolved.extra_draws
+    num_bytes = sum(part.image.nbytes for part in device_dataset.with_extra(split.train, extra))
     tx = optimizer.create(config.optim, rate, resolved.variable_shapes["params"], stage.freeze)
     options = train_step.StepOptions(
         batch_size=config.optim.batch_size,
@@ -168,7 +221,7 @@ def _make_step(resolved: ResolvedStage, mesh: Mesh) -> _Step:
         log_every=config.log.every_steps,
         average=config.average.to_dict(),
         groups=longtail.groups(split.class_counts),
-        streamed=split.train.image.nbytes > config.data.max_device_gib * 2**30,
+        streamed=num_bytes > config.data.max_device_gib * 2**30,
         freeze_batch_stats=stage.freeze_batch_stats,
     )
     step, init_metric_sums = train_step.make_train_step(
@@ -184,7 +237,7 @@ def _make_step(resolved: ResolvedStage, mesh: Mesh) -> _Step:
     def create_state(variables: PyTree) -> TrainState:
         return train_state.create(key, variables, tx, stage.method.init_state(info), average=config.average.name)
 
-    return _Step(step, init_metric_sums, init_variables, create_state, key, options.streamed)
+    return _Step(step, init_metric_sums, init_variables, create_state, key, options.streamed, extra)
 
 
 def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | None = None) -> StageProgram:
@@ -198,9 +251,9 @@ def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | Non
     cycles = config.fidelity == "released_code"
     arguments = split.train, classes, made.key, info, config.optim.batch_size
     if made.streamed:
-        pipeline = input_pipeline.streamed(*arguments, mesh, config.parallel, cycles)
+        pipeline = input_pipeline.streamed(*arguments, mesh, config.parallel, cycles, made.extra)
     else:
-        pipeline = input_pipeline.resident(*arguments, state_mesh, cycles)
+        pipeline = input_pipeline.resident(*arguments, state_mesh, cycles, made.extra)
 
     def first_state() -> TrainState:
         start = made.init_variables()
@@ -214,7 +267,7 @@ def build(resolved: ResolvedStage, mesh: Mesh, previous: Mapping[str, Any] | Non
 
     return StageProgram(
         resolved=resolved,
-        apply=evaluation_apply(config, split),
+        apply=evaluation_apply(config, split, info.class_counts),
         step=made.step,
         pipeline=pipeline,
         teacher=teacher,
@@ -258,7 +311,7 @@ def abstract_step(resolved: ResolvedStage, mesh: Mesh) -> tuple[Callable[..., An
     if made.streamed:
         data = input_pipeline.streamed_example(resolved.split.train, batch_size, mesh, config.parallel)
     else:
-        data = with_sharding(input_pipeline.resident_example(resolved.split.train, batch_size), replicated)
+        data = with_sharding(input_pipeline.resident_example(resolved.split.train, batch_size, made.extra), replicated)
     state = jax.eval_shape(lambda: made.create_state(made.init_variables()))
     state = state.replace(metric_sums=made.init_metric_sums(state, data, teacher))
     shardings = sharding.shardings(state, state_mesh, config.sharded)
@@ -271,10 +324,16 @@ def with_sharding(tree: PyTree, array_sharding: NamedSharding) -> PyTree:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=array_sharding), tree)
 
 
-def evaluation_apply(config: ConfigDict, split: data.LongTailed) -> Callable[[PyTree, jax.Array], jax.Array]:
-    """Returns (variables, x) -> logits of the evaluation: in `config.eval.dtype`, with the post-hoc adjustment."""
+def evaluation_apply(
+    config: ConfigDict, split: data.LongTailed, class_counts: Sequence[float] | np.ndarray | None = None
+) -> Callable[[PyTree, jax.Array], jax.Array]:
+    """Returns (variables, x) -> logits of the evaluation: in `config.eval.dtype`, with the post-hoc adjustment.
+
+    `class_counts` are those that the training used: those of the split, unless `config.data.extra_prior` is "mixture".
+    """
     model = models.create({**config.model, "dtype": config.eval.dtype}, len(split.class_names))
-    return posthoc.adjusted_logits_fn(model, config.eval.adjustment, split.class_counts)
+    counts = split.class_counts if class_counts is None else class_counts
+    return posthoc.adjusted_logits_fn(model, config.eval.adjustment, counts)
 
 
 def check_mergeable(new: Mapping[str, Any], old: Mapping[str, Any], origin: str) -> None:

@@ -64,6 +64,7 @@ def make(
     seed=3,
     sampler="uniform",
     cycles=False,
+    extra=None,
     **options,
 ):
     """Returns (step, initial state, input, teacher); `seed` changes the random draws, not the initial parameters."""
@@ -85,9 +86,9 @@ def make(
     teacher = sharding.replicate(teacher or {}, mesh)
     key = jax.random.key(seed)
     if options.streamed:
-        pipeline = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles)
+        pipeline = input_pipeline.streamed(split(), classes, key, info, batch_size, mesh, parallel, cycles, extra)
     else:
-        pipeline = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles)
+        pipeline = input_pipeline.resident(split(), classes, key, info, batch_size, mesh, cycles, extra)
     state = sharding.replicate(
         train_state.create(key, variables, tx, method.init_state(info), average=options.average["name"]), mesh
     )
