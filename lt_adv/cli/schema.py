@@ -76,7 +76,13 @@ def validate(config: ConfigDict, stages: Sequence[base.Stage]) -> None:
     if config.sharded and config.parallel == "pmap":
         raise ValueError("config.sharded: pmap replicates the state on every device, use config.parallel=shard_map.")
     _validate_average(config)
-    if any(stage.method.feedback_every for stage in stages) and not config.data.validation_per_class:
+    has_feedback = any(stage.method.feedback_every for stage in stages)
+    if config.eval.split == "validation" and (has_feedback or config.average.min_class_accuracy):
+        raise ValueError(
+            "config.eval.split is 'validation', but training uses that split (the feedback of config.method, or "
+            "config.average.min_class_accuracy): evaluate on the test split."
+        )
+    if has_feedback and not config.data.validation_per_class:
         raise ValueError(
             f"config.method {config.method.name!r} adapts to its accuracy on a validation split: set "
             "config.data.validation_per_class above 0, and config.data.validation_from='unused'."

@@ -112,6 +112,7 @@ FUNCTIONS = {
     "losses.ldam_margins": partial(losses.ldam_margins, COUNTS),
     "losses.class_balanced_weights": partial(losses.class_balanced_weights, COUNTS),
     "losses.class_balanced_weights, beta 0": partial(losses.class_balanced_weights, COUNTS, beta=0.0),
+    "losses.worst_distribution": partial(losses.worst_distribution, Z[0], radius=0.5),
     "losses.rebalanced_weights": partial(losses.rebalanced_weights, COUNTS, [0, 1, 2, 30]),
 }
 

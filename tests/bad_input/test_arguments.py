@@ -44,6 +44,14 @@ COMMAND_LINES = [
         r"'dafa' changes .* config\.method has none",
     ),
     (["--config=configs/faal.py:dataset=digits", "--config.init_from="], r"config\.init_from is missing: method faal"),
+    (
+        ["--config=configs/cgrm.py:dataset=digits", "--config.eval.split=validation"],
+        r"config\.eval\.split is 'validation', but training uses that split",
+    ),
+    (
+        ["--config=configs/cgrm.py:dataset=digits", "--config.data.validation_per_class=0"],
+        r"config\.method 'cgrm' adapts to its accuracy on a validation split: set",
+    ),
     ([DIGITS, "--workdri=x"], r"Unknown flag '--workdri'\. Did you mean '--workdir'\?"),
     ([DIGITS, "eval"], r"Unexpected argument 'eval'"),
     (["eval", DIGITS], r"Unexpected argument 'eval'"),

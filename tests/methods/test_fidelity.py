@@ -27,6 +27,18 @@ OPTIONS = {
     "at_bsl": {},
     "avmixup": {"gamma": 2.0, "lambda1": 1.0, "lambda2": 0.1},
     "cdt": {"tau": 0.3},
+    "cgrm": {
+        "base": "trades",
+        "beta": 4.0,
+        "weight_gain": 1.0,
+        "error_weight": 0.5,
+        "beta_gain": 0.5,
+        "margin_weight": 0.05,
+        "margin": 0.5,
+        "neighbours": 3,
+        "momentum": 0.8,
+        "feedback_every": 10,
+    },
     "faal": {"radius": 0.5},
     "finetune": {"freeze": "backbone/"},
     "focal": {"gamma": 2.0, "beta": 0.0, "prior_bias": True},
@@ -52,7 +64,7 @@ OPTIONS = {
 }
 STARTS = {  # of the attack, (ours, the code's)
     **dict.fromkeys(OPTIONS, ("uniform", "one_sided")),  # RoBal's study
-    **dict.fromkeys(("at_bsl", "mart", "taet", "trades"), ("gaussian", "gaussian")),
+    **dict.fromkeys(("at_bsl", "cgrm", "mart", "taet", "trades"), ("gaussian", "gaussian")),
     **dict.fromkeys(("faal", "natural", "reat", "self_distillation"), ("uniform", "uniform")),
 }
 # Values of the configs for CIFAR-10 that differ from the default of the method.
