@@ -57,15 +57,16 @@ def worst_distribution(values: ArrayLike, *, radius: float) -> Array:
     spread = jnp.max(gaps)
     if radius == 0:
         return jnp.full_like(values, 1 / values.size)
-    log_gaps = jnp.log(gaps / jnp.where(spread > 0, spread, 1))  # log d, -inf for the largest value
+    is_largest = gaps <= 0
+    log_gaps = jnp.log(jnp.where(is_largest, 1, gaps / jnp.where(spread > 0, spread, 1)))  # log d; d = 0 has no log
 
     def excess(y: Array) -> tuple[Array, Array]:
         """Returns (KL(u || p) - r, its derivative) at y = log x."""
-        s = jax.nn.sigmoid(y + log_gaps)  # x d / (1 + x d)
-        rest = jax.nn.sigmoid(-y - log_gaps)  # 1 / (1 + x d)
+        s = jnp.where(is_largest, 0, jax.nn.sigmoid(y + log_gaps))  # x d / (1 + x d)
+        rest = jnp.where(is_largest, 1, jax.nn.sigmoid(-y - log_gaps))  # 1 / (1 + x d)
         mean = jnp.mean(s)
-        log_mean = jnp.where(mean < 0.5, jnp.log1p(-mean), jnp.log(jnp.mean(rest)))  # neither cancels
-        divergence = log_mean + jnp.mean(jax.nn.softplus(y + log_gaps))
+        log_mean = jnp.where(mean < 0.5, jnp.log1p(-jnp.minimum(mean, 0.5)), jnp.log(jnp.mean(rest)))  # neither cancels
+        divergence = log_mean + jnp.mean(jnp.where(is_largest, 0, jax.nn.softplus(y + log_gaps)))
         return divergence - radius, mean - jnp.sum(rest * s) / jnp.sum(rest)
 
     # KL(u || p) <= log(1 + x) <= x, and KL(u || p) >= y / C - log C.
@@ -86,9 +87,9 @@ def worst_distribution(values: ArrayLike, *, radius: float) -> Array:
         inside = (slope > 0) & (low < newton) & (newton < high)
         return steps + 1, low, high, jnp.where(inside, newton, (low + high) / 2), y
 
-    variance = jnp.var(jnp.exp(log_gaps))  # KL(u || p) = x^2 variance / 2 + O(x^3)
+    variance = jnp.var(jnp.where(is_largest, 0, jnp.exp(log_gaps)))  # KL(u || p) = x^2 variance / 2 + O(x^3)
     start = jnp.clip(jnp.log(2 * radius / jnp.where(spread > 0, variance, 1)) / 2, low, high)
     steps = jnp.zeros_like(spread, jnp.int32)
-    y = lax.while_loop(unfinished, step, (steps, low, high, start, jnp.full_like(start, jnp.inf)))[3]
-    p = jax.nn.sigmoid(-y - log_gaps)
+    y = lax.while_loop(unfinished, step, (steps, low, high, start, start + 1 + jnp.abs(start)))[3]
+    p = jnp.where(is_largest, 1, jax.nn.sigmoid(-y - log_gaps))
     return jnp.where(spread > 0, p / jnp.sum(p), 1 / values.size)
