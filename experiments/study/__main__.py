@@ -178,7 +178,7 @@ def run(argv: Sequence[str]) -> int:
     if data["rows"]:
         draw(study, data)
         tabulate(study)  # again, with the plots
-    print(table(*tables.all_images(data)))
+    print(table(*tables.all_images(data, published=False)))
     print(study.folder / "table.md")
     return code
 

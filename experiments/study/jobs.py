@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments.benchmark import record
-from experiments.study import claims, sweep
+from experiments.study import locks, sweep
 from experiments.study.outcomes import Outcomes
 from experiments.study.rows import ROWS, with_bases
 from lt_adv.evaluation import records
@@ -170,7 +170,7 @@ def remaining_jobs(study: Study) -> list[Job]:
 def run(study: Study) -> Iterator[tuple[Job, str | None]]:
     """Runs the remaining jobs one after another; yields (job, None) or (job, reason of the failure in one line).
 
-    Other processes may run the same study in the same folders: a job is run by the process that holds the claim of its
+    Other processes may run the same study in the same folders: a job is run by the process that has locked its
     working directory. A failure from before the call is tried again, one since then is not, whichever process had it.
     """
     earlier = {path: _modification_time(path) for path in failure_path(study, study.jobs()[0]).parent.glob("*.txt")}
@@ -193,14 +193,14 @@ def run(study: Study) -> Iterator[tuple[Job, str | None]]:
             return
         ready = [job for job in jobs if not job.required_networks(study) & untrained]
         for job in ready:
-            with claims.claim(study.workdirs, job.workdir, str(job)) as claimed:
-                if claimed is None:
+            with locks.lock(study.workdirs, job.workdir, str(job)) as descriptor:
+                if descriptor is None:
                     continue
                 if job in remaining_jobs(study) and not has_failed(job):  # another process may have run it meanwhile
-                    yield job, _record(study, job, run_job(study, job, claimed))
+                    yield job, _record(study, job, run_job(study, job, descriptor))
                 break
-        else:  # all of them are claimed
-            claims.wait(study.workdirs, ready[0].workdir)
+        else:  # all of them are locked
+            locks.wait(study.workdirs, ready[0].workdir)
 
 
 def _record(study: Study, job: Job, reason: str | None) -> str | None:
@@ -214,16 +214,16 @@ def _record(study: Study, job: Job, reason: str | None) -> str | None:
     return reason
 
 
-def run_job(study: Study, job: Job, claimed: int) -> str | None:
+def run_job(study: Study, job: Job, descriptor: int) -> str | None:
     """Runs a job and writes its result; returns None, or the reason of the failure in one line.
 
-    `claimed` is the file descriptor of the claim, which the process inherits: if this process is killed, the claim
-    lasts until that one has ended too.
+    The process inherits `descriptor`, the file descriptor of the lock: if this process is killed, the lock lasts until
+    that one has ended too.
     """
     workdir = _workdir(study.workdirs, job.network_row, job.seed)
     report = workdir / "reports" / job.report / "report.json" if job.report else workdir / "report.json"
     before, start = _modification_time(report), time.monotonic()
-    code, last = execute(command(study, job), study.workdirs / f"{job}.log", claimed)
+    code, last = execute(command(study, job), study.workdirs / f"{job}.log", descriptor)
     if code:
         return record.failure(code, last)
     if _modification_time(report) == before:
@@ -311,7 +311,7 @@ def states(study: Study) -> dict[Job, tuple[str, str]]:
     """Returns job -> (one of `STATES`, details), for all jobs."""
     result = {}
     for job in study.jobs():
-        holder, failure = claims.holder(study.workdirs, job.workdir), failure_path(study, job)
+        holder, failure = locks.holder(study.workdirs, job.workdir), failure_path(study, job)
         if finished(study, job):
             result[job] = ("done", "")
         elif holder and holder["job"] == str(job):

@@ -1,4 +1,4 @@
-"""Several processes that run one study in shared folders: claims, kills, and the list of runs."""
+"""Several processes that run one study in shared folders: locks, kills, and the list of runs."""
 
 import os
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments.study import claims, jobs
+from experiments.study import jobs, locks
 from experiments.study.__main__ import main, parse
 from tests.experiments.conftest import ROOT
 
@@ -61,11 +61,11 @@ def test_a_killed_process_is_replaced_and_every_row_trained_once(start, tmp_path
     first = start()
     assert started(tmp_path) == "at-seed0" and started(tmp_path) == "robal-seed0"  # which waits at its gate
     second = start()
-    assert started(tmp_path) == "reat-seed0", "the row that is neither done nor claimed"
+    assert started(tmp_path) == "reat-seed0", "the row that is neither done nor locked"
     (orphan,) = children(first)
     first.kill()
     first.wait()
-    assert claims.holder(tmp_path / "runs", "robal-seed0") is not None, "the run holds the claim"
+    assert locks.holder(tmp_path / "runs", "robal-seed0") is not None, "the run holds the lock"
     if kill_the_run:
         os.kill(orphan, signal.SIGKILL)
         assert started(tmp_path) == "robal-seed0", "taken over"
@@ -93,7 +93,7 @@ def test_a_failure_of_another_process_is_not_tried_again(study, monkeypatch, tmp
     options = parse(["--rows=at,robal,tuned", *arguments(tmp_path)[1:]])
     tried = []
 
-    def run_job(study, job, claimed):
+    def run_job(study, job, descriptor):
         tried.append(job.row)
         jobs.failure_path(study, jobs.Job("tuned", 0, "full")).write_text("another process ran out of memory\n")
         return "too many again"
@@ -102,25 +102,25 @@ def test_a_failure_of_another_process_is_not_tried_again(study, monkeypatch, tmp
     assert [job.row for job, _ in jobs.run(options)] == tried == ["robal"]
 
 
-def test_claims_exclude_each_other_and_end(tmp_path):
-    with claims.claim(tmp_path, "at-seed0", "at-seed0-full") as first:
+def test_locks_exclude_each_other_and_end(tmp_path):
+    with locks.lock(tmp_path, "at-seed0", "at-seed0-full") as first:
         assert first is not None
-        with claims.claim(tmp_path, "at-seed0", "at-seed0-full") as second:
+        with locks.lock(tmp_path, "at-seed0", "at-seed0-full") as second:
             assert second is None
-        with claims.claim(tmp_path, "at-seed1", "at-seed1-full") as other:
+        with locks.lock(tmp_path, "at-seed1", "at-seed1-full") as other:
             assert other is not None
-        holder = claims.holder(tmp_path, "at-seed0")
+        holder = locks.holder(tmp_path, "at-seed0")
         assert holder["process"] == os.getpid() and holder["job"] == "at-seed0-full"
-    assert claims.holder(tmp_path, "at-seed0") is None and claims.holder(tmp_path, "never") is None
-    with claims.claim(tmp_path, "at-seed0", "at-seed0-full") as again:
+    assert locks.holder(tmp_path, "at-seed0") is None and locks.holder(tmp_path, "never") is None
+    with locks.lock(tmp_path, "at-seed0", "at-seed0-full") as again:
         assert again is not None
-    claims.wait(tmp_path, "at-seed0")
+    locks.wait(tmp_path, "at-seed0")
 
 
 def test_list_of_runs(study, capsys, tmp_path):
     study("--rows=at,robal", fails={"robal": (2, "Error: too many")})
     capsys.readouterr()
-    with claims.claim(tmp_path / "runs", "tuned-seed0", "tuned-seed0-full"):
+    with locks.lock(tmp_path / "runs", "tuned-seed0", "tuned-seed0-full"):
         assert study("--rows=at,robal,tuned,tuned_twice", "--list")[1].commands == []
     *lines, total = capsys.readouterr().out.splitlines()
     assert lines[0] == "done     at-seed0-full"

@@ -1,4 +1,4 @@
-"""Claims on working directories, by which several processes or machines run one study in shared folders."""
+"""Locks of working directories, by which several processes or machines run one study in shared folders."""
 
 import contextlib
 import fcntl
@@ -10,14 +10,14 @@ from pathlib import Path
 
 
 def _path(workdirs: Path, name: str) -> Path:
-    return workdirs / f"{name}.claim"
+    return workdirs / f"{name}.lock"
 
 
 @contextlib.contextmanager
-def claim(workdirs: Path, name: str, job: str) -> Iterator[int | None]:
-    """Claims a working directory for a job; yields a file descriptor, or None if another process has claimed it.
+def lock(workdirs: Path, name: str, job: str) -> Iterator[int | None]:
+    """Locks a working directory for a job; yields a file descriptor, or None if another process has the lock.
 
-    A claim is `flock` on `<workdirs>/<name>.claim`. It lasts until every process that has inherited the descriptor has
+    A lock is `flock` on `<workdirs>/<name>.lock`. It lasts until every process that has inherited the descriptor has
     ended, also by a kill, and no clock decides that a process is dead. The file holds host, process and job. Network
     file systems need support for `flock`.
     """
@@ -36,13 +36,13 @@ def claim(workdirs: Path, name: str, job: str) -> Iterator[int | None]:
 
 
 def wait(workdirs: Path, name: str) -> None:
-    """Waits until no process claims a working directory."""
+    """Waits until a working directory is not locked."""
     with _path(workdirs, name).open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def holder(workdirs: Path, name: str) -> dict[str, str] | None:
-    """Returns host, process and job of the claim on a working directory; None if there is none."""
+    """Returns host, process and job of the lock of a working directory; None if it is not locked."""
     path = _path(workdirs, name)
     if not path.exists():
         return None
