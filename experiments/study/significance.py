@@ -45,7 +45,8 @@ def estimate(contrast: Mapping[Term, float], runs: Runs, groups: Mapping[str, Se
     var_c its variance over the n_c images of class c, since a test set has fixed numbers of images by class. Rows are
     paired in it. The second is the variation between seeds: V is the covariance of the a_rs over seeds around the mean
     of their row, pooled over all rows with several seeds, as two or three seeds of one row say little. It assumes that
-    training varies equally for all rows. The p-value is that of Student's t with the degrees of freedom of Welch and
+    training varies equally for all rows, and independently: rows that share a network, such as a post-hoc adjustment
+    and its base, differ by less. The p-value is that of Student's t with the degrees of freedom of Welch and
     Satterthwaite.
 
     Args:
