@@ -177,7 +177,7 @@ def run(study: Study) -> Iterator[tuple[Job, str | None]]:
 
     def has_failed(job: Job) -> bool:
         path = failure_path(study, job)
-        return path.exists() and _modification_time(path) != earlier.get(path)
+        return _modification_time(path) not in (None, earlier.get(path))
 
     while True:
         jobs = [job for job in remaining_jobs(study) if not has_failed(job)]
@@ -276,7 +276,10 @@ def execute(command: list[str], log: Path, *descriptors: int) -> tuple[int, str]
 
 
 def _modification_time(path: Path) -> int | None:
-    return path.stat().st_mtime_ns if path.exists() else None
+    try:
+        return path.stat().st_mtime_ns
+    except FileNotFoundError:  # another process may have removed it
+        return None
 
 
 def training_seconds(study: Study, row: str, seed: int) -> float:
@@ -304,20 +307,29 @@ def results(study: Study, part: str) -> dict[str, list[dict[str, Any]]]:
 
 def failures(study: Study) -> dict[str, str]:
     """Returns job -> reason of every failure that no later success replaced."""
-    return {path.stem: path.read_text().strip() for path in sorted((study.folder / "failed").glob("*.txt"))}
+    reasons = {path.stem: _failure(path) for path in sorted((study.folder / "failed").glob("*.txt"))}
+    return {job: reason for job, reason in reasons.items() if reason is not None}
+
+
+def _failure(path: Path) -> str | None:
+    """Returns the reason in the file of a failure; None without a file, which another process may have removed."""
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return None
 
 
 def states(study: Study) -> dict[Job, tuple[str, str]]:
     """Returns job -> (one of `STATES`, details), for all jobs."""
     result = {}
     for job in study.jobs():
-        holder, failure = locks.holder(study.workdirs, job.workdir), failure_path(study, job)
+        holder, failure = locks.holder(study.workdirs, job.workdir), _failure(failure_path(study, job))
         if finished(study, job):
             result[job] = ("done", "")
         elif holder and holder["job"] == str(job):
             result[job] = ("running", f"{holder['host']}, process {holder['process']}")
-        elif failure.exists():
-            result[job] = ("failed", failure.read_text().strip())
+        elif failure is not None:
+            result[job] = ("failed", failure)
         else:
             result[job] = ("to do", "")
     return result

@@ -9,9 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lt_adv.evaluation.records import CLEAN, WORST, Records
-
-BOUNDARY = "boundary"  # correct on the clean image, and not in the worst case
+from lt_adv.evaluation.records import Records
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,13 +31,6 @@ class Outcomes:
         """Returns the outcomes of an evaluation."""
         digest = hashlib.sha256(records.index.astype("<i8").tobytes()).hexdigest()[:16]
         return cls(digest, records.label, {condition: records.correct(condition) for condition in records.conditions})
-
-    def of_condition(self, condition: str) -> np.ndarray | None:
-        """Returns bool [n]; None for an attack that was not run. "boundary" is the boundary error."""
-        if condition == BOUNDARY:
-            clean, worst = self.correct.get(CLEAN), self.correct.get(WORST)
-            return None if clean is None or worst is None else clean & ~worst
-        return self.correct.get(condition)
 
     def to_json(self) -> dict[str, Any]:
         """Returns the outcomes as JSON: the labels as compressed int32, the outcomes as bits, both in base64."""

@@ -1,7 +1,7 @@
 """Tests of differences between rows, paired over the test images, with the variation between seeds."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from scipy import stats
@@ -33,7 +33,12 @@ def difference(row: str, other: str, condition: str, group: str = "all") -> dict
     return {(row, condition, group): 1.0, (other, condition, group): -1.0}
 
 
-def estimate(contrast: Mapping[Term, float], runs: Runs, groups: Mapping[str, Sequence[int]]) -> Estimate | None:
+def estimate(
+    contrast: Mapping[Term, float],
+    runs: Runs,
+    groups: Mapping[str, Sequence[int]],
+    pooled: Collection[str] | None = None,
+) -> Estimate | None:
     """Estimates a contrast, a weighted sum of accuracies.
 
     With a_rs the accuracies of row r with seed s under the terms of the contrast, w_r their weights and S_r the number
@@ -44,7 +49,7 @@ def estimate(contrast: Mapping[Term, float], runs: Runs, groups: Mapping[str, Se
     The first part is the variation over test images: z is the contrast of a single image, averaged over seeds, and
     var_c its variance over the n_c images of class c, since a test set has fixed numbers of images by class. Rows are
     paired in it. The second is the variation between seeds: V is the covariance of the a_rs over seeds around the mean
-    of their row, pooled over all rows with several seeds, as two or three seeds of one row say little. It assumes that
+    of their row, pooled over the rows with several seeds, as two or three seeds of one row say little. It assumes that
     training varies equally for all rows, and independently: rows that share a network, such as a post-hoc adjustment
     and its base, differ by less. The p-value is that of Student's t with the degrees of freedom of Welch and
     Satterthwaite.
@@ -53,6 +58,7 @@ def estimate(contrast: Mapping[Term, float], runs: Runs, groups: Mapping[str, Se
         contrast: (row, condition, group) -> weight.
         runs: outcomes of all rows of the study.
         groups: "tail" -> its classes; "all" need not be among them.
+        pooled: rows from which V is estimated, whose networks must be independent; by default all.
 
     Returns:
         None if a term was not measured, if outcomes are not on the same images or on one image of a class, or if no row
@@ -64,7 +70,7 @@ def estimate(contrast: Mapping[Term, float], runs: Runs, groups: Mapping[str, Se
     images = {outcome.images for row in rows for outcome in runs[row]}
     conditions = {condition for _, condition, _ in contrast}
     outcomes_of_rows = [outcome for row in rows for outcome in runs[row]]
-    measured = all(o.of_condition(condition) is not None for o in outcomes_of_rows for condition in conditions)
+    measured = all(condition in outcome.correct for outcome in outcomes_of_rows for condition in conditions)
     label = outcomes_of_rows[0].label
     sizes = np.unique(label, return_counts=True)[1]
     if len(images) != 1 or not measured or min(sizes) < 2:
@@ -73,9 +79,7 @@ def estimate(contrast: Mapping[Term, float], runs: Runs, groups: Mapping[str, Se
     def values(outcome: Outcomes, condition: str, group: str) -> np.ndarray:
         """Returns [n], whose mean is the accuracy of the group."""
         member = np.ones(len(label), bool) if group == "all" else np.isin(label, groups[group])
-        bits = outcome.of_condition(condition)
-        assert bits is not None
-        return np.where(member, bits, 0) * (len(label) / member.sum())
+        return np.where(member, outcome.correct[condition], 0) * (len(label) / member.sum())
 
     # Images: the contrast of each.
     z = sum(
@@ -88,8 +92,8 @@ def estimate(contrast: Mapping[Term, float], runs: Runs, groups: Mapping[str, Se
     # Seeds: residuals of the accuracies around the mean of their row.
     kinds = sorted({(condition, group) for _, condition, group in contrast})
     residuals, freedom = [], 0
-    for outcomes in runs.values():
-        complete = all(outcome.of_condition(condition) is not None for outcome in outcomes for condition, _ in kinds)
+    for outcomes in (runs[row] for row in runs if pooled is None or row in pooled):
+        complete = all(condition in outcome.correct for outcome in outcomes for condition, _ in kinds)
         if len(outcomes) > 1 and complete and {outcome.images for outcome in outcomes} == images:
             accuracies = np.array([[values(outcome, *kind).mean() for kind in kinds] for outcome in outcomes])
             residuals.append(accuracies - accuracies.mean(axis=0))

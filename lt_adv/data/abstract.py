@@ -87,6 +87,7 @@ def abstract_extra(data_config: registry.Config, shape: tuple[int, ...]) -> extr
 
     Raises:
       FileNotFoundError: there is no such file or folder.
+      ValueError: the file is not readable, or has no labels.
     """
     if not data_config.get("extra"):
         return None

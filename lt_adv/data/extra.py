@@ -107,10 +107,17 @@ def images_folder(path: Path, size: int | None, shape: tuple[int, ...], dataset:
 
 
 def count_images(path: Path) -> int:
-    """Returns the number of images in a file or folder, of which no image is read."""
-    return (
-        len(npz_file.read(path, ("label",), required=("label",))["label"]) if path.is_file() else len(_list_files(path))
-    )
+    """Returns the number of images in a file or folder, of which no image is read.
+
+    Raises:
+      ValueError: the file is not readable, or has no labels [n].
+    """
+    if not path.is_file():
+        return len(_list_files(path))
+    label = npz_file.read(path, ("label",), required=("label",))["label"]
+    if label.ndim != 1:
+        raise ValueError(f"{path}: label must be integers [n], not of shape {label.shape}.")
+    return len(label)
 
 
 def mixed_counts(

@@ -53,9 +53,10 @@ class CGRm(Method):
 
     Differs from the released code in either fidelity: its feedback, and the choice of its checkpoint, use the test set.
     Ours use a validation split, which is cut from the images that the long tail leaves out (`data.validation_from`),
-    and no checkpoint is chosen; this is not an option. The step size of PGD-20 is that of training, not 0.003. The code
-    attacks in evaluation mode from the base's own start, within the radius of the class; the add-on `robustlt` attacks
-    with the statistics of the batch from its common uniform start. Other bases (AWP, RoBal and others) are left out.
+    and by default no checkpoint is chosen. Feedback from the test set is not an option. The step size of PGD-20 is that
+    of training, not 0.003. The code attacks in evaluation mode from the base's own start, within the radius of the
+    class; the add-on `robustlt` attacks with the statistics of the batch from its common uniform start. Other bases
+    (AWP, RoBal and others) are left out.
     """
 
     start: str = ""  # of the base

@@ -116,7 +116,8 @@ def check_same_run(meta: Mapping[str, Any], current: Mapping[str, Any], workdir:
         raise ValueError(f"{workdir} was trained on other images than config.data describes: use another --workdir.")
     if meta.get("extra") != current.get("extra"):
         raise ValueError(
-            f"{workdir} was trained on other images than those in config.data.extra: use another --workdir."
+            f"{workdir} was trained with other extra images, or another use of them, than config.data describes: use "
+            "another --workdir."
         )
     for name in ("devices", "jax_version"):
         if meta.get(name) != current[name]:

@@ -289,7 +289,7 @@ def _epoch_update(resolved: ResolvedStage, key: jax.Array, mesh: Mesh) -> EpochU
             split.validation,
             resolved.info.num_classes,
             attack={"eps": config.attack.eps, "step_size": config.attack.step_size, "num_steps": 20},
-            key=jax.random.fold_in(key, 3),
+            key=jax.random.fold_in(key, 4),  # 3 draws extra images, see `device_dataset.extra_indices`
             mesh=mesh,
             batch_size=config.eval.batch_size,
         )

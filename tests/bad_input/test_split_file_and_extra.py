@@ -46,5 +46,8 @@ def test_extra_images(answer, save, tmp_path):
     assert "1 of 4 labels are not whole numbers from 0 to 9, such as 10" in answer(DIGITS, *option)
     save(image=image[:, :7], label=[0, 1, 2, 3])
     assert "are 7 x 8 x 1 (height x width x channels), those of digits are 8 x 8 x 1" in answer(DIGITS, *option)
+    save(image=image, label=3)
+    compilation = ["--mode=compile", "--topology=cpu:1"]
+    assert "label must be integers [n], not of shape ()" in answer(DIGITS, *option, *compilation)
     save(image=image, label=[0, 1, 2, 3])
     assert "is 0 of the 64 images of a batch" in answer(DIGITS, option[0], "--config.data.extra_fraction=0.001")

@@ -7,7 +7,7 @@ import pytest
 from scipy import stats
 
 from experiments.study import significance
-from experiments.study.outcomes import BOUNDARY, Outcomes
+from experiments.study.outcomes import Outcomes
 from experiments.study.significance import difference, estimate, holm
 from lt_adv.evaluation.records import Records
 
@@ -66,13 +66,12 @@ def test_contrast_of_several_conditions_uses_their_covariance(runs):
     assert estimate(difference("robal", "at", "clean"), same, GROUPS).standard_error > 1
 
 
-def test_boundary_error_is_a_condition(runs):
-    result = estimate(difference("robal", "at", BOUNDARY), runs, GROUPS)
-    boundary = {
-        row: np.mean([(run.correct["clean"] & ~run.correct["worst"]).mean() for run in runs[row]])
-        for row in ("robal", "at")
-    }
-    assert result.value == pytest.approx(100 * (boundary["robal"] - boundary["at"]))
+def test_networks_that_rows_share_are_pooled_once(runs):
+    """A row that evaluates the networks of another adds no degree of freedom."""
+    copies = runs | {f"posthoc_{i}": runs["at"] for i in range(5)}
+    contrast = difference("robal", "at", "worst")
+    alone, pooled = estimate(contrast, runs, GROUPS), estimate(contrast, copies, GROUPS, pooled=["at", "robal", "reat"])
+    assert pooled == alone and estimate(contrast, copies, GROUPS) != alone
 
 
 def test_pairing_removes_what_images_share():
@@ -140,7 +139,5 @@ def test_outcomes_of_records_survive_json():
     assert set(loaded.correct) == {"clean", "pgd20", "lsa", "worst"}
     for condition in loaded.correct:
         assert np.array_equal(loaded.correct[condition], records.correct(condition))
-    assert np.array_equal(loaded.of_condition(BOUNDARY), records.boundary_error)
-    assert loaded.of_condition("cw20") is None
     moved = Outcomes.of(Records(header, np.arange(n), label, predictions[0], {}))
-    assert moved.images != stored.images and moved.of_condition("pgd20") is None
+    assert moved.images != stored.images and "pgd20" not in moved.correct
