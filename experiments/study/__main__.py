@@ -9,7 +9,7 @@
 --dataset=NAME     as in dataset= of the configs [cifar10, or the preset's]
 --epochs=10        epochs of every row but the fine-tuned ones [those of each config, or of the preset]
 --preset=cpu       a budget: WRN-10-1, images of 16 x 16, 10 epochs, 1,000 test images
---preset=comparison  the most telling rows: WRN-16-2, images of 16 x 16, 30 epochs, two seeds, the whole test set
+--preset=comparison  the main methods: WRN-16-2, images of 16 x 16, 30 epochs, two seeds, the full test set
 --preset=recipe    candidates for our recipe at that budget, on 1,000 validation images instead of the test set
 --preset=ablation  choices that papers leave open at the budget of cpu, on 1,000 validation images
 --preset=precision RoBal on digits in float32 and in bfloat16

@@ -10,7 +10,7 @@ from lt_adv.evaluation.records import CLEAN, WORST
 SETTING = "CIFAR-10-LT ratio 50, WRN-34-10, read off RoBal's figure, attack not named"
 # Row -> (clean, robust) accuracy in per cent. Read off the figure in the repository of Wu et al. (CVPR 2021) to 0.02,
 # "logit_adjustment" to 0.06. The figure has two points for RoBal, which are presumably its variants. One of its points
-# may be either deferred or fine-tuned re-weighting (71.72, 28.25) and is left out, as is MMA, which is no row here.
+# may be either deferred or fine-tuned re-weighting (71.72, 28.25) and is left out, as is MMA, which is not implemented.
 ROBAL_FIGURE: Mapping[str, tuple[float, float]] = {
     "at": (62.33, 27.23),
     "trades": (54.29, 28.94),

@@ -204,7 +204,7 @@ VALIDATION = (
     "--config.eval.split=validation",
     "--config.eval.subset_per_class=0",
 )
-COMPARISON = (  # the most telling rows first
+COMPARISON = (  # by priority
     "at",
     "at_bsl",
     "robal",
