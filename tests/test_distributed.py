@@ -20,7 +20,7 @@ from lt_adv.cli import workdirs
 from lt_adv.runtime import distributed
 from lt_adv.training import checkpoint, sharding
 from tests.test_end_to_end import SIGNAL_PROGRAM, last_checkpoint
-from tests.training import test_epoch_update
+from tests.training import test_epoch_update, test_extra
 
 pytestmark = pytest.mark.slow
 
@@ -143,29 +143,50 @@ def test_many_shards_are_replicated_without_deadlock(launch, tmp_path):
     succeeded(launch(tmp_path, program=COPIES))
 
 
-FEEDBACK = """
+PARTS = """
 import jax
 import numpy as np
 from lt_adv.runtime import distributed
 from lt_adv.training import sharding
-from tests.training import test_epoch_update
+from tests.training import test_epoch_update, test_extra
 
 distributed.initialize()
 for parallel in ("pmap", "shard_map"):
     for name, array in test_epoch_update.updated(sharding.make_mesh(), parallel).items():
-        print(parallel, name, np.asarray(array).tolist(), sep="=")
+        print(parallel, "feedback", name, np.asarray(array).tolist(), sep="=")
+    for step, columns in enumerate(test_extra.local_batches(sharding.make_mesh(), parallel)):
+        for name, array in columns.items():
+            print(parallel, step, name, array.tolist(), sep="=")
 """
 
 
-def test_feedback_of_two_processes_equals_that_of_one(launch, tmp_path):
+@pytest.fixture(scope="module")
+def printed_by_two_processes(launch, tmp_path_factory):
+    """Returns {"pmap=0=label": values} of each process."""
+    results = succeeded(launch(tmp_path_factory.mktemp("parts"), program=PARTS))
+    lines = [re.findall(r"^(\w+=\w+=\w+)=(.*)$", result.stdout, re.MULTILINE) for result in results]
+    return [{name: json.loads(values) for name, values in of_process} for of_process in lines]
+
+
+def test_feedback_of_two_processes_equals_that_of_one(printed_by_two_processes):
     with jax.enable_x64(True):
         expected = test_epoch_update.updated(sharding.make_mesh(jax.devices()[:1]), "pmap")
-    first, second = succeeded(launch(tmp_path, program=FEEDBACK))
-    for result in (first, second):
-        values = dict(re.findall(r"^(\w+=\w+)=(.*)$", result.stdout, re.MULTILINE))
+    for printed in printed_by_two_processes:
         for parallel in ("pmap", "shard_map"):
             for name, array in expected.items():
-                np.testing.assert_allclose(json.loads(values[f"{parallel}={name}"]), array, rtol=1e-9, atol=1e-12)
+                actual = printed[f"{parallel}=feedback={name}"]
+                np.testing.assert_allclose(actual, array, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("parallel", ["pmap", "shard_map"])
+def test_two_processes_stream_halves_of_the_batches_with_extra_images(printed_by_two_processes, parallel):
+    with jax.enable_x64(True):
+        batches = test_extra.local_batches(sharding.make_mesh(jax.devices()[:1]), parallel)
+    assert len(batches) == 4 and all((batch["index"] < 0).sum() == 6 for batch in batches)
+    for step, batch in enumerate(batches):
+        for name, column in batch.items():
+            halves = [printed[f"{parallel}={step}={name}"] for printed in printed_by_two_processes]
+            assert sum(halves, []) == column.tolist() and len(halves[0]) == len(halves[1])
 
 
 def test_two_processes_match_one_device(single_device_run, two_process_run):

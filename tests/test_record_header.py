@@ -38,9 +38,11 @@ def test_header_names_the_split_file_and_the_extra_images(tmp_path):
     config.data.split_file = str(tmp_path / "split.npz")
     config.data.extra, config.data.extra_fraction = "nowhere.npz", 0.5
     extra = {"file": "nowhere.npz", "digest": "d" * 64, "images": 9, "per_batch": 32, "batch_size": 64, "prior": "real"}
+    extra["copies"] = {"validation": None, "test": 2}
     experiment = Experiment.from_config(config)
     header = record_header.header(experiment, {**meta, "extra": extra}, "")
     assert header["dataset"] == "Digits-LT, split file" and header["split_file"] == experiment.split.split_file
     assert header["dataset_digest"] == plain.split.digest[:16], "the same images in the same order"
-    description = "nowhere.npz, 9 images, 32 of 64 images of a batch, prior real, digest dddddddddddddddd"
+    description = "nowhere.npz, 9 images, 32 of 64 images of a batch, prior real, digest dddddddddddddddd, "
+    description += "not compared with validation images, 2 of them test images"
     assert header["extra_images"] == description

@@ -71,7 +71,8 @@ class Experiment:
     @functools.cached_property
     def extra(self) -> Extra | None:
         """The extra training images. Only training reads them."""
-        return extra.load(self.dataset, self.config.data)
+        held_out = {"validation": self.split.validation, "test": self.split.test}
+        return extra.load(self.dataset, self.config.data, {k: split for k, split in held_out.items() if split})
 
     @functools.cached_property
     def mesh(self) -> Mesh:

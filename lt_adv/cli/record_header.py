@@ -62,8 +62,15 @@ def _training(experiment: Experiment, meta: Mapping[str, Any]) -> dict[str, Any]
 
 def describe_extra(extra: Mapping[str, Any]) -> str:
     """Returns the description of the extra images, from their entry in a checkpoint."""
-    share = f"{extra['per_batch']} of {extra['batch_size']} images of a batch"
-    return f"{extra['file']}, {extra['images']} images, {share}, prior {extra['prior']}, digest {extra['digest'][:16]}"
+    parts = [
+        extra["file"],
+        f"{extra['images']} images",
+        f"{extra['per_batch']} of {extra['batch_size']} images of a batch",
+    ]
+    parts += [f"prior {extra['prior']}", f"digest {extra['digest'][:16]}"]
+    for split, number in extra["copies"].items():
+        parts.append(f"not compared with {split} images" if number is None else f"{number} of them {split} images")
+    return ", ".join(parts)
 
 
 def training_attack(attack: ConfigDict, start: str) -> str:

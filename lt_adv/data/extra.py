@@ -9,7 +9,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from lt_adv.runtime import registry
 
 PRIORS = ("real", "mixture")
 ARRAYS = ("image", "label")
+BLOCK_BYTES = 16 << 20  # of images that are compared at once
 log = logging.getLogger(__name__)
 
 
@@ -31,18 +32,24 @@ class Extra:
     Attributes:
       split: the images. The `index` of image i is -1 - i: it is negative, unlike that of an image of the data set.
       digest: sha256 over pixels and labels; over the files, if they are not decoded.
+      copies: name of a held-out split -> number of extra images that have the pixels of one of its images, or None if
+        images of either are not decoded.
     """
 
     split: Split
     digest: str
+    copies: Mapping[str, int | None] = dataclasses.field(default_factory=dict)
 
 
-def load(dataset: Dataset, data_config: registry.Config) -> Extra | None:
+def load(dataset: Dataset, data_config: registry.Config, held_out: Mapping[str, Split] | None = None) -> Extra | None:
     """Returns the extra images of a config, memory-mapped from their cache, or None.
+
+    A warning says how many of them are images of a held-out split.
 
     Args:
       dataset: the data set, with whose images and classes they must agree.
       data_config: extra (file or folder), and data_dir, image_size, max_device_gib as for `sources.load`.
+      held_out: name -> split of the data set that is not for training.
 
     Raises:
       ValueError, FileNotFoundError: in one line, for missing or unreadable data, images of another shape than those of
@@ -55,10 +62,50 @@ def load(dataset: Dataset, data_config: registry.Config) -> Extra | None:
     shape = tuple(dataset.train.image.shape[1:])
     source = images_npz(path, size, shape, dataset) if path.is_file() else images_folder(path, size, shape, dataset)
     directory = data_config.get("data_dir") or os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
-    _, splits, digest = cache.load_splits(
-        Path(directory).expanduser(), "extra", source, float("inf") if limit is None else limit * 2**30
-    )
-    return Extra(splits["extra"], digest)
+    data_dir = Path(directory).expanduser()
+    _, splits, digest = cache.load_splits(data_dir, "extra", source, float("inf") if limit is None else limit * 2**30)
+    copies = {}
+    for name, split in (held_out or {}).items():
+        copies[name] = _cached_number_of_copies(splits["extra"], split, data_dir, [digest, dataset.digest])
+        if copies[name]:
+            log.warning(
+                "%s: %d of %d images are also %s images: without them, results on the %s split are not those of a "
+                "network that has not seen it.",
+                path,
+                copies[name],
+                len(splits["extra"]),
+                name,
+                name,
+            )
+    return Extra(splits["extra"], digest, copies)
+
+
+def _cached_number_of_copies(split: Split, held_out: Split, data_dir: Path, digests: list[str]) -> int | None:
+    """Returns `number_of_copies`, from a cache if there is one: the comparison reads every extra image."""
+    if isinstance(split.image, images.LazyImages) or isinstance(held_out.image, images.LazyImages):
+        return None
+    rows = hashlib.sha256(np.ascontiguousarray(held_out.index, np.int64).tobytes()).hexdigest()
+
+    def compute() -> dict[str, np.ndarray]:
+        return {"copies": np.array(number_of_copies(split.image, held_out.image))}
+
+    return int(cache.cached_arrays(data_dir, "extra-copies", [*digests, rows], compute)["copies"])
+
+
+def number_of_copies(image: np.ndarray, held_out: np.ndarray) -> int:
+    """Returns how many images have the same pixels as a held-out one; both uint8 [n, h, w, c].
+
+    Of the held-out images only their digests are kept.
+    """
+    known = set(_digests(held_out))
+    return sum(digest in known for digest in _digests(image))
+
+
+def _digests(image: np.ndarray) -> Iterator[bytes]:
+    rows = max(1, BLOCK_BYTES // image[:1].nbytes)
+    for start in range(0, len(image), rows):
+        for pixels in np.ascontiguousarray(image[start : start + rows]):
+            yield hashlib.sha256(pixels).digest()
 
 
 def images_npz(path: Path, size: int | None, shape: tuple[int, ...], dataset: Dataset) -> Source:

@@ -59,6 +59,7 @@ class ResolvedStage:
             "batch_size": self.config.optim.batch_size,
             "prior": self.config.data.extra_prior,
             "class_counts": self.info.class_counts.tolist(),  # that the method uses
+            "copies": dict(self.extra.copies),
         }
 
     @property

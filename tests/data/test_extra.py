@@ -1,8 +1,14 @@
 """Extra images: reading, draws of a batch, class counts."""
 
+import dataclasses
+import functools
+
+import hypothesis.extra.numpy
+import hypothesis.strategies as st
 import jax
 import numpy as np
 import pytest
+from hypothesis import given
 from PIL import Image
 
 from lt_adv.data import device_dataset, extra, images, longtail, prefetch
@@ -26,11 +32,11 @@ def dataset(channels=3):
 def load(tmp_path):
     """Returns `load(**arrays)` of an .npz with these arrays, or of a folder that is written before."""
 
-    def call(data=None, options=None, path="extra.npz", **arrays):
+    def call(data=None, options=None, path="extra.npz", held_out=None, **arrays):
         if arrays:
             np.savez(tmp_path / path, **arrays)
         config = {"extra": str(tmp_path / path), "data_dir": str(tmp_path / "data"), **(options or {})}
-        return extra.load(data or dataset(), config)
+        return extra.load(data or dataset(), config, held_out)
 
     return call
 
@@ -56,6 +62,30 @@ def test_images_are_resized_like_those_of_the_data_set(load):
     np.testing.assert_array_equal(actual, images.resize(grey[..., None], 4))
 
 
+def test_images_of_a_held_out_split_are_counted(load, monkeypatch, caplog):
+    """Repeated ones each time, with a warning; the count is cached for the same images."""
+    data = dataset()
+    image = np.concatenate([split(5).image, data.test.image[[1, 1]]])
+    image[0] = data.test.image[2]
+    image[0, 3, 3, 2] ^= 1  # a single level differs
+    load_again = functools.partial(load, held_out={"test": data.test}, data=data)
+    assert load_again(image=image, label=np.zeros(7, int)).copies == {"test": 2}
+    assert caplog.text.count("extra.npz: 2 of 7 images are also test images") == 1
+    with monkeypatch.context() as patch:
+        patch.setattr(extra, "number_of_copies", None)
+        assert load_again().copies == {"test": 2}
+    fewer = dataclasses.replace(data.test, image=data.test.image[:1], index=data.test.index[:1])
+    assert load(data, held_out={"test": fewer}).copies == {"test": 0} and load(data).copies == {}
+
+
+@given(hypothesis.extra.numpy.arrays(np.uint8, (5, 1, 2, 1), elements=st.integers(0, 2)), st.integers(1, 4))
+def test_number_of_copies(image, rows):
+    expected = sum(any((a == b).all() for b in image[3:]) for a in image[:3])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(extra, "BLOCK_BYTES", 2 * rows)
+        assert extra.number_of_copies(image[:3], image[3:]) == expected
+
+
 def write_folder(folder, names=("dog", "cat"), side=4, mode="RGB"):
     pixels = {}
     for name in names:
@@ -71,7 +101,9 @@ def write_folder(folder, names=("dog", "cat"), side=4, mode="RGB"):
 def test_folder_of_classes(load, tmp_path, limit):
     """By class and name; decoded into the cache, or at each access above the limit. A class may have no images."""
     pixels = write_folder(tmp_path / "folder")
-    result = load(options={"max_device_gib": limit}, path="folder").split
+    loaded = load(options={"max_device_gib": limit}, path="folder", held_out={"test": split(3)})
+    assert loaded.copies == {"test": None if limit == 0 else 0}
+    result = loaded.split
     assert result.label.tolist() == [0, 0, 1, 1]
     assert isinstance(result.image, images.LazyImages) == (limit == 0)
     expected = [pixels[name, i] for name in ("cat", "dog") for i in range(2)]

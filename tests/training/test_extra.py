@@ -82,6 +82,22 @@ def test_streamed_equals_resident_bit_for_bit(parallel, devices, sampler, caplog
     assert_same_bits((state.replace(key=jax.random.key_data(state.key)), before + after), expected)
 
 
+def local_batches(mesh, parallel):
+    """Returns the streamed columns that this process has in each of four steps, the second epoch's first ones among
+    them; for tests/test_distributed.py too."""
+    info = DataInfo(COUNTS, PER_EPOCH, epochs=3, image_shape=(6, 6, 1), num_features=1)
+    key = jax.random.key(3)
+    pipeline = input_pipeline.streamed(split(), None, key, info, 16, mesh, parallel, extra=draws())
+    with pipeline.batches(PER_EPOCH - 2, PER_EPOCH + 2) as batches:
+        return [
+            {
+                name: np.concatenate([np.asarray(shard.data).ravel() for shard in column.addressable_shards])
+                for name, column in batch.items()
+            }
+            for batch in batches
+        ]
+
+
 @pytest.mark.slow
 def test_number_of_devices_and_their_program_change_nothing(float64):
     one, eight = (run(METHOD, *devices, extra=draws()) for devices in ((1, "shard_map"), (8, "pmap")))
@@ -116,8 +132,20 @@ def test_stage_of_a_config(config):
     np.testing.assert_allclose(mixture.info.class_counts, n + np.eye(10)[9] * n.sum() / 3, rtol=1e-15)
     assert plain.describe_extra() is None and plain.extra_draws is None
     described = record_header.describe_extra(mixture.describe_extra())
-    pattern = r"extra\.npz, 20 images, 16 of 64 images of a batch, prior mixture, digest [0-9a-f]{16}"
+    pattern = (
+        r"extra\.npz, 20 images, 16 of 64 images of a batch, prior mixture, digest [0-9a-f]{16}, 0 of them test images"
+    )
     assert re.fullmatch(pattern, described)
+
+
+def test_extra_images_are_compared_with_those_of_the_evaluation(config, caplog):
+    """Also with images of the validation split that the training set does not use."""
+    config.data.update({"validation_per_class": 2, "validation_from": "unused"})
+    held_out = Experiment.from_config(config.copy_and_resolve_references()).split
+    image = np.concatenate([held_out.test.image[:3], held_out.validation.image[:2], held_out.train.image[:4]])
+    np.savez(config.data.extra, image=image, label=np.full(9, 1))
+    assert resolve(config).describe_extra()["copies"] == {"validation": 2, "test": 3}
+    assert "3 of 9 images are also test images" in caplog.text and "2 of 9 images are also validation" in caplog.text
 
 
 def test_the_evaluation_has_the_prior_of_the_method(config):
