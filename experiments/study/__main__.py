@@ -15,7 +15,7 @@
 --preset=precision RoBal on digits in float32 and in bfloat16
 --config.x.y=z     overrides an entry in all configs
 --scales=0.1,1,10  PGD-20 on logits multiplied by these scales, for the first seed, or none [all of sweep.py]
---autoattack=30    images per class for AutoAttack, for the first seed, or none [none]
+--autoattack=30    images per class for AutoAttack, or none [none]
 --baseline=at      checks each gain over this row for gradient masking, for the first seed [none]
 --name=NAME        name of the study [that of the preset or data set]
 --list             prints which runs are done, running, failed or to do, and runs nothing

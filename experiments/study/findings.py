@@ -7,9 +7,11 @@ from typing import Any
 from experiments.study import significance
 from experiments.study.rows import ROWS
 from experiments.study.significance import Runs, Term, difference
+from lt_adv.evaluation.metrics import title
 from lt_adv.evaluation.records import CLEAN, WORST
 
 BASELINE, OURS = "at", "lt_adv"
+AUTOATTACK = "autoattack"
 HOLDS, FAILS, UNKNOWN = "holds", "does not hold", "cannot be told at this scale"
 RESCALING = ("cdt", "posthoc_cdt", "tau_norm")
 LONG_TAIL = (  # methods of long-tailed recognition combined with AT, as in the study of RoBal
@@ -27,12 +29,28 @@ class Claim:
     contrasts: Mapping[str, Mapping[Term, float]]  # what is measured, in words -> contrast
 
 
-def claims(runs: Runs) -> list[Claim]:
-    """Returns the claims about the rows of a study; those about missing rows are left out."""
+def claims(runs: Runs, condition: str = WORST) -> list[Claim]:
+    """Returns the claims about the rows of a study; those about missing rows are left out.
+
+    Args:
+        runs: outcomes of the rows.
+        condition: what robustness is, the worst case or AutoAttack. Only claims that compare robustness among rows are
+            made under AutoAttack, which evaluates fewer images.
+    """
     rows = [row for row in runs if not ROWS[row].varies]
+    candidates = [*(gains(rows) if condition == WORST else ()), *comparisons_of_robustness(rows, condition)]
+
+    def measured(claim: Claim) -> bool:
+        terms = [term for contrast in claim.contrasts.values() for term in contrast]
+        return bool(terms) and all(row in rows for row, _, _ in terms)
+
+    return [claim for claim in candidates if measured(claim)]
+
+
+def gains(rows: Sequence[str]) -> list[Claim]:
+    """Returns the claims about gains over AT, clean and under several attacks."""
     long_tail = [row for row in LONG_TAIL if row in rows]
-    studied, others = [BASELINE, *long_tail], [row for row in rows if row != OURS]
-    candidates = [
+    return [
         Claim(
             "Long-tail methods gain more natural than robust accuracy",
             {
@@ -52,6 +70,26 @@ def claims(runs: Runs) -> list[Claim]:
                 if row in rows
             },
         ),
+    ]
+
+
+def comparisons_of_robustness(rows: Sequence[str], condition: str) -> list[Claim]:
+    """Returns the claims that one row is more robust than others."""
+    studied, others = [BASELINE, *(row for row in LONG_TAIL if row in rows)], [row for row in rows if row != OURS]
+
+    def exceeds(text: str, row: str, others: Sequence[str], group: str = "all") -> Claim:
+        where = title(condition).lower() if condition == WORST else title(condition)
+        where += "" if group == "all" else f" {group}"
+        return Claim(
+            text if condition == WORST else f"{text}, under {title(condition)}",
+            {
+                f"{where}, difference to {ROWS[other].title}": difference(row, other, condition, group)
+                for other in others
+                if other in rows
+            },
+        )
+
+    return [
         exceeds("RoBal-N is the most robust of the study's methods", "robal", studied),
         exceeds("RoBal-N has the most robust tail of the study's methods", "robal", studied, "tail"),
         exceeds("REAT lifts the tail above AT-BSL", "reat", ["at_bsl"], "tail"),
@@ -60,12 +98,6 @@ def claims(runs: Runs) -> list[Claim]:
         exceeds("Our recipe is the most robust of all rows", OURS, others),
         exceeds("Our recipe has the most robust tail of all rows", OURS, others, "tail"),
     ]
-
-    def measured(claim: Claim) -> bool:
-        terms = [term for contrast in claim.contrasts.values() for term in contrast]
-        return bool(terms) and all(row in rows for row, _, _ in terms)
-
-    return [claim for claim in candidates if measured(claim)]
 
 
 def mean_gain(rows: Sequence[str], condition: str) -> dict[Term, float]:
@@ -79,42 +111,35 @@ def minus(first: Mapping[Term, float], second: Mapping[Term, float]) -> dict[Ter
     return {term: first.get(term, 0.0) - second.get(term, 0.0) for term in {**first, **second}}
 
 
-def exceeds(text: str, row: str, others: Sequence[str], group: str = "all") -> Claim:
-    """Returns the claim that a row is above each of `others` in the worst case."""
-    where = "" if group == "all" else f" {group}"
-    return Claim(
-        text,
-        {
-            f"worst case{where}, difference to {ROWS[other].title}": difference(row, other, WORST, group)
-            for other in others
-            if other in ROWS
-        },
-    )
-
-
-def test(runs: Runs, groups: Mapping[str, Sequence[int]]) -> list[dict[str, Any]]:
+def test(runs: Runs, groups: Mapping[str, Sequence[int]], autoattack: Runs | None = None) -> list[dict[str, Any]]:
     """Returns the findings of a study as JSON: claim, its comparisons and verdict.
 
     The p-values are adjusted for the number of comparisons of all claims (Holm); a difference is significant below 5 %.
+
+    Args:
+        runs: outcomes of the main evaluation.
+        groups: "tail" -> its classes.
+        autoattack: outcomes of AutoAttack, on fewer images.
     """
-    pooled = [row for row in runs if ROWS[row].base is None]  # others share networks with their base
-    tested = [
-        (
-            claim,
-            {text: significance.estimate(contrast, runs, groups, pooled) for text, contrast in claim.contrasts.items()},
-        )
-        for claim in claims(runs)
-    ]
-    estimates = [estimate for _, by_text in tested for estimate in by_text.values() if estimate]
-    adjusted = iter(significance.holm([estimate.p_value for estimate in estimates]))
+    tested = []
+    for condition, outcomes in {WORST: runs, AUTOATTACK: autoattack or {}}.items():
+        pooled = [row for row in outcomes if ROWS[row].base is None]  # others share networks with their base
+        for claim in claims(outcomes, condition):
+            estimates = {
+                text: significance.estimate(contrast, outcomes, groups, pooled)
+                for text, contrast in claim.contrasts.items()
+            }
+            tested.append((claim, estimates))
+    p_values = [estimate.p_value for _, estimates in tested for estimate in estimates.values() if estimate]
+    adjusted = iter(significance.holm(p_values))
     findings = []
-    for claim, by_text in tested:
+    for claim, estimates in tested:
         comparisons = [
             {"text": text, **dataclasses.asdict(estimate), "adjusted_p_value": next(adjusted)}
-            for text, estimate in by_text.items()
+            for text, estimate in estimates.items()
             if estimate
         ]
-        complete = len(comparisons) == len(by_text)
+        complete = len(comparisons) == len(estimates)
         findings.append(
             {"claim": claim.text, "comparisons": comparisons, "verdict": verdict(comparisons) if complete else UNKNOWN}
         )

@@ -18,7 +18,7 @@ from experiments.study.rows import ROWS, with_bases
 from lt_adv.evaluation import records
 
 STATES = ("done", "running", "failed", "to do")
-# Additional parts, of the first seed: each evaluates a network again, after the main evaluation.
+# Additional parts: each evaluates a network again, after the main evaluation.
 ADDITIONAL = SWEEP, AUTOATTACK, VERDICT = "scales", "autoattack", "verdict"
 
 
@@ -49,15 +49,21 @@ class Study:
         return self.out / self.name
 
     def jobs(self) -> list["Job"]:
-        """Returns all jobs, each after those it requires; the first seed comes first and has the additional parts."""
+        """Returns all jobs, each after those it requires; the first seed comes first.
+
+        AutoAttack, whose outcomes are compared, is run for all seeds, the other additional parts for the first one.
+        """
         jobs = []
         for seed in self.seeds:
             for row in with_bases([self.baseline, *self.rows] if self.baseline else self.rows):
-                parts = [self.part]
-                if seed == self.seeds[0]:
-                    parts += [SWEEP] * bool(self.scales) + [AUTOATTACK] * bool(self.autoattack)
-                    parts += [VERDICT] * (self.baseline not in ("", row))
-                jobs += [Job(row, seed, part) for part in parts]
+                first = seed == self.seeds[0]
+                parts = {
+                    self.part: True,
+                    SWEEP: first and bool(self.scales),
+                    AUTOATTACK: bool(self.autoattack),
+                    VERDICT: first and self.baseline not in ("", row),
+                }
+                jobs += [Job(row, seed, part) for part, required in parts.items() if required]
         return jobs
 
 
@@ -200,7 +206,7 @@ def run(study: Study) -> Iterator[tuple[Job, str | None]]:
                     yield job, _record(study, job, run_job(study, job, descriptor))
                 break
         else:  # all of them are locked
-            locks.wait(study.workdirs, ready[0].workdir)
+            locks.wait_for_any(study.workdirs, {job.workdir for job in ready})
 
 
 def _record(study: Study, job: Job, reason: str | None) -> str | None:

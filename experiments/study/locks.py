@@ -5,7 +5,8 @@ import fcntl
 import json
 import os
 import socket
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 
@@ -35,10 +36,21 @@ def lock(workdirs: Path, name: str, job: str) -> Iterator[int | None]:
         file.truncate(0)
 
 
-def wait(workdirs: Path, name: str) -> None:
-    """Waits until a working directory is not locked."""
-    with _path(workdirs, name).open("a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+def wait_for_any(workdirs: Path, names: Iterable[str]) -> None:
+    """Waits until one of the working directories is not locked.
+
+    A thread waits for each. Threads that are still waiting afterwards end with their lock, or with the process.
+    """
+    one_is_free = threading.Event()
+
+    def wait(name: str) -> None:
+        with _path(workdirs, name).open("a") as file:
+            fcntl.flock(file, fcntl.LOCK_SH)
+        one_is_free.set()
+
+    for name in names:
+        threading.Thread(target=wait, args=(name,), daemon=True).start()
+    one_is_free.wait()
 
 
 def holder(workdirs: Path, name: str) -> dict[str, str] | None:

@@ -39,6 +39,7 @@ def summarise(
     about = common_facts(results)
     if autoattack:
         about["autoattack_images"] = max(report["header"]["images"] for report in _reports(autoattack))
+        about["autoattack_seeds"] = max(map(len, autoattack.values()))
     if verdict:
         masking = next(_reports(verdict))["reliability"]
         baseline = Path(masking["baseline_run"]).name.rpartition("-seed")[0]
@@ -66,19 +67,22 @@ def summarise(
             "verdict": verdict[name][0]["report"]["reliability"]["verdict"] if name in verdict else None,
             "scales": accuracy_by_scale(scales[name][0]["report"]) if name in scales else [],
         }
-    outcomes = {name: stored for name, runs in results.items() if (stored := stored_outcomes(runs))}
     return {
         "about": about,
         "rows": rows,
-        "findings": findings.test(outcomes, class_groups(results)),
+        "findings": findings.test(outcomes(results), class_groups(results), outcomes(autoattack)),
         "rank_correlations": published.rank_correlations(rows),
         "failed": dict(failed),
     }
 
 
-def stored_outcomes(runs: Sequence[Mapping[str, Any]]) -> list[Outcomes]:
-    """Returns the outcomes of each run; [] if one has none, as results of earlier versions."""
-    return [Outcomes.from_json(run["outcomes"]) for run in runs] if all("outcomes" in run for run in runs) else []
+def outcomes(results: Results) -> dict[str, list[Outcomes]]:
+    """Returns row -> the outcomes of each run, without rows of which a result has none, as those of old versions."""
+    return {
+        name: [Outcomes.from_json(run["outcomes"]) for run in runs]
+        for name, runs in results.items()
+        if all("outcomes" in run for run in runs)
+    }
 
 
 def class_groups(results: Results) -> dict[str, list[int]]:

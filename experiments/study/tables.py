@@ -149,7 +149,9 @@ def sentence(summary: Summary) -> str:
     text = f"{about['dataset']}; {about['network']}, {about['epochs']} epochs{eps}; "
     text += f"{about['images']} images ({about['subset']}); {about['device']}, jax {about['jax_version']}."
     if "autoattack_images" in about:
-        text += f" AutoAttack on {about['autoattack_images']} of them, one seed; it is not in the worst case."
+        seeds = about["autoattack_seeds"]
+        text += f" AutoAttack on {about['autoattack_images']} of them, {seeds if seeds > 1 else 'one'} "
+        text += f"seed{'s' * (seeds > 1)}; it is not in the worst case."
     if "baseline" in about:
         text += f" Gradient masking: checks of the gain over {about['baseline']}, on {about['judged_images']} images, "
         text += "one seed."

@@ -82,12 +82,13 @@ def load(dataset: Dataset, data_config: registry.Config, held_out: Mapping[str, 
 
 def _cached_number_of_copies(split: Split, held_out: Split, data_dir: Path, digests: list[str]) -> int | None:
     """Returns `number_of_copies`, from a cache if there is one: the comparison reads every extra image."""
-    if isinstance(split.image, images.LazyImages) or isinstance(held_out.image, images.LazyImages):
+    image, known = split.image, held_out.image
+    if not isinstance(image, np.ndarray) or not isinstance(known, np.ndarray):
         return None
     rows = hashlib.sha256(np.ascontiguousarray(held_out.index, np.int64).tobytes()).hexdigest()
 
     def compute() -> dict[str, np.ndarray]:
-        return {"copies": np.array(number_of_copies(split.image, held_out.image))}
+        return {"copies": np.array(number_of_copies(image, known))}
 
     return int(cache.cached_arrays(data_dir, "extra-copies", [*digests, rows], compute)["copies"])
 

@@ -263,13 +263,13 @@ def test_damaged_result_is_made_again(tmp_path, content):
     assert jobs.remaining_jobs(options) == [job] and jobs.results(options, options.part) == {}
 
 
-def test_autoattack_runs_for_the_first_seed_on_fewer_images(study):
+def test_autoattack_runs_for_all_seeds_on_fewer_images(study):
     arguments = ("--epochs=5", "--scales=none", "--autoattack=3", "--config.eval.attacks.pgd20.eps=0.05")
     arguments += ("--config.eval.only=('pgd20',)", "--config.eval.subset_per_class=9")  # of the main evaluation
     code, runs = study("--rows=at,shifted", "--seeds=0,1", *arguments)
     assert code == 0
     assert runs.names == ["at-seed0", "at-seed0/autoattack", "at-seed0/shifted", "at-seed0/shifted-autoattack"] + [
-        "at-seed1", "at-seed1/shifted",
+        "at-seed1", "at-seed1/autoattack", "at-seed1/shifted", "at-seed1/shifted-autoattack",
     ]  # fmt: skip
     commands = dict(zip(runs.names, runs.commands, strict=True))
     config = flags.parse(commands["at-seed0/autoattack"][1:]).config

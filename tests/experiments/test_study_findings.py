@@ -92,6 +92,26 @@ def test_our_recipe_is_compared_with_every_row():
     assert [finding["verdict"] for finding in findings.test(runs(ours), GROUPS)[-2:]] == [HOLDS, FAILS]
 
 
+def test_robustness_is_also_compared_under_autoattack():
+    """On its own images, for the rows that have it, and counted among the comparisons."""
+    rows = {name: PUBLISHED_PATTERN[name] for name in ("at", "at_bsl", "self_distillation", "cosine", "robal")}
+    autoattack = {
+        row: [Outcomes("b", run.label, {"autoattack": run.correct["worst"]}) for run in row_runs]
+        for row, row_runs in runs({name: rows[name] for name in list(rows)[:3]}, images=2_000).items()
+    }
+    alone, made = (findings.test(runs(rows), GROUPS, other) for other in ({}, autoattack))
+    (under_autoattack,) = made[len(alone) :]
+    assert under_autoattack["claim"] == "The self-teacher lifts the tail above AT-BSL, under AutoAttack"
+    (comparison,) = under_autoattack["comparisons"]
+    assert comparison["text"] == "AutoAttack tail, difference to AT-BSL" and under_autoattack["verdict"] == HOLDS
+    assert comparison["value"] == pytest.approx(15, abs=0.1)
+    for finding, expected in zip(made, alone, strict=False):
+        for one, other in zip(finding["comparisons"], expected["comparisons"], strict=True):
+            assert one["p_value"] == other["p_value"] and one["adjusted_p_value"] >= other["adjusted_p_value"]
+    one_seed = {row: row_runs[:1] for row, row_runs in autoattack.items()}
+    assert findings.test(runs(rows), GROUPS, one_seed)[-1]["verdict"] == UNKNOWN
+
+
 def test_more_comparisons_need_a_larger_difference():
     """The same two rows, alone and beside two rows that do not differ."""
     accuracies = {"at_bsl": (0.4, 0.25, 0.22, 0.05), "reat": (0.4, 0.25, 0.22, 0.0585)}

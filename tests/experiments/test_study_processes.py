@@ -1,10 +1,12 @@
 """Several processes that run one study in shared folders: locks, kills, and the list of runs."""
 
+import contextlib
 import os
 import signal
 import stat
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -114,7 +116,31 @@ def test_locks_exclude_each_other_and_end(tmp_path):
     assert locks.holder(tmp_path, "at-seed0") is None and locks.holder(tmp_path, "never") is None
     with locks.lock(tmp_path, "at-seed0", "at-seed0-full") as again:
         assert again is not None
-    locks.wait(tmp_path, "at-seed0")
+    locks.wait_for_any(tmp_path, ["at-seed0"])
+
+
+def test_waiting_ends_with_the_first_of_several_locks(tmp_path):
+    names = ["at-seed0", "robal-seed0", "reat-seed0"]
+    ended = threading.Event()
+
+    def wait():
+        locks.wait_for_any(tmp_path, names)
+        ended.set()
+
+    with contextlib.ExitStack() as first_and_last, locks.lock(tmp_path, names[1], "robal-seed0-full"):
+        for name in (names[0], names[2]):
+            first_and_last.enter_context(locks.lock(tmp_path, name, f"{name}-full"))
+        thread = threading.Thread(target=wait)
+        thread.start()
+        assert not ended.wait(0.05)
+        first_and_last.close()
+        thread.join(60)
+        assert ended.is_set() and locks.holder(tmp_path, names[1])
+    for held in range(3):  # whichever of them is free, also the last
+        with contextlib.ExitStack() as others:
+            for name in names[:held] + names[held + 1 :]:
+                others.enter_context(locks.lock(tmp_path, name, f"{name}-full"))
+            locks.wait_for_any(tmp_path, names)
 
 
 def test_list_of_runs(study, capsys, tmp_path):

@@ -51,7 +51,9 @@ def test_autoattack_on_fewer_images_has_a_column_and_a_sentence(results):
     assert "eval/autoattack/accuracy" not in made["rows"]["robal"]["figures"]
     head, rows = tables.all_images(made)
     assert [row[head.index("AutoAttack")] for row in rows] == ["25.0", "", ""]
-    assert "AutoAttack on 12 of them, one seed" in tables.sentence(made)
+    assert "AutoAttack on 12 of them, one seed;" in tables.sentence(made)
+    made = summary.summarise(results, PUBLISHED, {}, autoattack={"at": [smaller] * 2, "robal": [smaller]})
+    assert "AutoAttack on 12 of them, 2 seeds;" in tables.sentence(made)
 
 
 def test_mean_and_deviation_of_a_sample():
