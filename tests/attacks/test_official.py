@@ -42,13 +42,13 @@ def misses(net, variant, name, robust):
     ("head", "variant"),
     [
         ("linear", "plain"),
-        ("linear", "l1"),
         ("cosine", "scaled_1e4"),
+        *(pytest.param(*case, marks=pytest.mark.extended) for case in (("cosine", "plain"), ("linear", "scaled_1e4"))),
         *(
-            pytest.param(*case, marks=pytest.mark.extended)
-            for case in (("cosine", "plain"), ("cosine", "l1"), ("linear", "scaled_1e4"))
+            pytest.param(head, variant, marks=pytest.mark.extended)
+            for head in HEADS
+            for variant in ("l1", "quantised_16")
         ),
-        *(pytest.param(head, "quantised_16", marks=pytest.mark.extended) for head in HEADS),
     ],
 )
 def test_official(head, variant, tmp_path, golden):

@@ -23,16 +23,27 @@ PEAK = {"device": "cpu", "platform": "cpu", "devices": 1, "matmul_flops_per_seco
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    """Returns (exit code, record) of a step benchmark of JAX and of a PyTorch that cannot be imported."""
-    folder = tmp_path_factory.mktemp("benchmark")
+    """Returns (exit code, record) of a step benchmark of JAX and of a PyTorch that cannot be imported.
+
+    The record also has "cached", the number of files in the compile cache before each process and at the end.
+    """
+    folder, cache = tmp_path_factory.mktemp("benchmark"), tmp_path_factory.mktemp("cache")
+    caches, cached = record.caches(cache), []
+
+    def count_and_return_caches(_=None):
+        cached.append(sum(path.is_file() for path in cache.rglob("*")))
+        return caches
+
     (folder / "torch.py").write_text("raise ImportError('none here')\n")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(ROOT)
         patch.setenv("PYTHONPATH", str(folder))
         patch.setenv("XLA_FLAGS", f"{QUICK} --xla_force_host_platform_device_count=1")
+        patch.setattr(record, "caches", count_and_return_caches)
         arguments = ["--runs=2", "--seconds=0.05", "--frameworks=jax,released", f"--out={folder}", "--name=tiny"]
         code = main(["step", *TINY, *arguments])
-    return code, json.loads((folder / "tiny.json").read_text())
+    count_and_return_caches()
+    return code, {**json.loads((folder / "tiny.json").read_text()), "cached": cached}
 
 
 @pytest.mark.slow
@@ -63,7 +74,9 @@ def test_summary_follows_the_runs(measured):
     assert jax["flops_per_second"] == pytest.approx(jax["images_per_second"] * result["flops"]["step"])
     peak = result["peak"]["matmul_flops_per_second"]["float32"]
     assert jax["share_of_peak"] == pytest.approx(jax["flops_per_second"] / peak)
-    assert jax["compile_warm_seconds"] < jax["compile_cold_seconds"], "the second process loads the compiled step"
+    assert min(jax["compile_warm_seconds"], jax["compile_cold_seconds"]) > 0
+    before_jax, after_jax, *later = result["cached"]
+    assert before_jax == 0 < after_jax and set(later) == {after_jax}, "the second process loads the compiled step"
 
 
 @pytest.mark.slow
