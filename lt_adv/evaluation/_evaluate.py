@@ -23,20 +23,20 @@ TOLERANCE = 1e-6  # for rounding, in units of the [0, 1] pixel range
 
 
 def balanced_subset(label: np.ndarray, per_class: int, seed: int = 0) -> np.ndarray:
-    """Returns positions, ascending, of `per_class` images of every class: int64 [per_class * num_classes].
+    """Returns positions, ascending, of `per_class` images of every class that has images: int64 [k].
 
     The subset depends on the labels and the seed alone (NumPy's frozen legacy stream); a smaller one is a subset of a
     larger one.
 
     Raises:
-      ValueError: when a class has fewer than `per_class` images.
+      ValueError: when such a class has fewer than `per_class` images.
     """
     label = np.asarray(label)
-    counts = np.bincount(label)
+    classes, counts = np.unique(label, return_counts=True)
     if not 0 < per_class <= counts.min():
         raise ValueError(f"No balanced subset of {per_class} per class: classes have {counts.min()} images or more.")
     legacy = np.random.RandomState(seed)
-    chosen = [legacy.permutation(np.flatnonzero(label == c))[:per_class] for c in range(len(counts))]
+    chosen = [legacy.permutation(np.flatnonzero(label == c))[:per_class] for c in classes]
     return np.sort(np.concatenate(chosen)).astype(np.int64)
 
 

@@ -121,9 +121,11 @@ class Net(Protocol):
         """Returns the same network, whose calls do not advance the running statistics."""
 
     def with_batch_statistics(self) -> "Net":
-        """Returns the same network, which normalizes by the statistics of the batch with `train=False` too.
+        """Returns the same network in training mode, which normalizes by the statistics of the batch.
 
-        Its calls do not advance the running statistics.
+        `train=False` has no effect, and dropout is active, with the same mask in every call. The calls do not advance
+        the running statistics. Where these are frozen (`Stage.freeze_batch_stats`), the network stays in evaluation
+        mode.
         """
 
     def gather(self, tree: T) -> T:

@@ -246,6 +246,14 @@ def test_balanced_subset_is_balanced_fixed_and_nested():
     assert set(balanced_subset(label, 5, seed=1)) != set(rows)
     # Must not change: results on another subset are not comparable.
     assert balanced_subset(np.arange(12) % 3, 2).tolist() == [1, 2, 6, 7, 9, 11]
+    without_two_classes = np.repeat([0, 2, 3], [3, 4, 2])  # of five classes
+    assert np.bincount(without_two_classes[balanced_subset(without_two_classes, 2)], minlength=5).tolist() == [
+        2,
+        0,
+        2,
+        2,
+        0,
+    ]
     for wrong in (0, 6):
         with pytest.raises(ValueError, match="classes have 5 images or more"):
             balanced_subset(label, wrong)

@@ -247,6 +247,15 @@ def test_a_gap_wider_than_that_of_the_baseline_is_no_masking():
     assert gain["real"] and gain["lost"] > gain["lost_noise"]
 
 
+@pytest.mark.parametrize(("images", "real"), [(1, True), (9, True), (10, False)])
+def test_few_images_are_no_evidence(images, real):
+    """All are gained under PGD and lost under Square."""
+    gained, none = np.ones(images, bool), np.zeros(images, bool)
+    correct = {"clean": gained, "pgd20": gained, "square": none}
+    gain = masking.gain_over_baseline("", "pgd20", correct, dict.fromkeys(correct, none))
+    assert gain["real"] == real and np.isfinite([gain["noise"], gain["lost_noise"]]).all()
+
+
 @pytest.fixture
 def small(heads):
     """Returns (network, images, labels, options) of cheap diagnostics on twenty images."""
@@ -273,6 +282,22 @@ def test_a_random_forward_pass_is_reported(small, jitted):
     result = masking.run_diagnostics(jax.random.key(0), apply, network.weights, x, y, **options)
     assert result["logits_change"] > 0.01
     assert "The forward pass is random" in masking.masking_verdict(result, None)["reasons"][0]
+
+
+def test_constant_logits_are_compared_with_a_baseline(small):
+    """Logits without a lead have no scale; the protocol is that of any network."""
+    network, x, y, options = small
+    constant = lambda weights, x: network.apply(weights, x) * 0.0  # noqa: E731
+    results = [
+        masking.run_diagnostics(jax.random.key(0), apply, network.weights, x, y, **options)
+        for apply in (constant, network.apply)
+    ]
+    assert not results[0]["scales"] and masking.summarise_diagnostics(results[0])["by_lead"] == []
+    assert (
+        masking.masking_verdict(*results)["gains"][0]["gain"]
+        < 0
+        < masking.masking_verdict(*results[::-1])["gains"][0]["gain"]
+    )
 
 
 def test_without_a_baseline_no_gain_is_tested(small):
@@ -327,6 +352,9 @@ def test_bad_images_and_logits_are_refused(small):
     network, x, y, options = small
     with pytest.raises(ValueError, match="are needed"):
         masking.run_diagnostics(jax.random.key(0), network.apply, network.weights, x, y[:-1], **options)
+    for eps in (0.0, -0.1, float("nan")):
+        with pytest.raises(ValueError, match="must be above 0"):
+            masking.run_diagnostics(jax.random.key(0), network.apply, network.weights, x, y, **options | {"eps": eps})
     with pytest.raises(ValueError, match="finite"):
         not_finite = lambda weights, x: network.apply(weights, x) * jnp.nan  # noqa: E731
         masking.run_diagnostics(jax.random.key(0), not_finite, network.weights, x, y, **options)

@@ -150,3 +150,9 @@ def test_no_warning_for_a_good_network_and_one_for_an_idle_attack():
     assert find_warnings(idle) == ["pgd20: the attack changed no prediction at all; check its radius and the gradient."]
     constant = Records({**header, "attacks": {}}, np.arange(300), label, 0 * label, {})
     assert [warning.split(":")[0] for warning in find_warnings(constant)] == ["clean", "clean"]
+
+
+def test_one_image_is_not_compared_with_chance(hand_made):
+    """Its threshold is 1/3 + 3 sqrt(2/9) = 175 %."""
+    for image in range(6):
+        assert not any("chance level" in line for line in find_warnings(hand_made.take(np.arange(6) == image)))

@@ -145,7 +145,7 @@ def run_diagnostics(
     `correct` maps a column to a string with a "1" for every image that is classified correctly. The columns:
       clean
       pgd20, lsa, cw20: PGD on CE(z), on CE(10 z) and on the margin; the number is `num_steps`
-      scale_L: PGD on CE(a z), a = L / `logit_lead`, for every L of `LEADS`
+      scale_L: PGD on CE(a z), a = L / `logit_lead`, for every L of `LEADS`; none where `logit_lead` is 0
       square: `queries` queries, no gradient; replaced by `autoattack` where a version of it is given
       transfer: PGD examples of another network, where one is given
       radius_2, radius_4, ...: PGD at this multiple of the radius and step; the last radius covers the full pixel range
@@ -178,13 +178,15 @@ def run_diagnostics(
       autoattack: a version of AutoAttack, or names of its attacks.
 
     Raises:
-      ValueError: for images and labels of different lengths, images outside [0, 1], fewer than two classes, or when no
-        logit is finite.
+      ValueError: for images and labels of different lengths, images outside [0, 1], a radius that is not above 0, fewer
+        than two classes, or when no logit is finite.
     """
     key, images, labels = threefry(key), np.asarray(images), np.asarray(labels, np.int32)
     if images.ndim != 4 or labels.shape != images.shape[:1] or not len(labels):
         raise ValueError(f"images [n, h, w, c] and labels [n] are needed, got {images.shape} and {labels.shape}.")
     check_images(pixels(images), (0.0, 1.0))
+    if not eps > 0:
+        raise ValueError(f"The radius of the gradient-masking checks must be above 0, not {eps}.")
     version = list(attacks_of(autoattack)) if autoattack else []
     mesh = mesh or Mesh(np.array(jax.devices()[:1]), ("data",))
     shard = NamedSharding(mesh, PartitionSpec(mesh.axis_names[0]))
@@ -263,7 +265,7 @@ def run_diagnostics(
         "protocol": {
             "images": len(labels), "eps": eps, "step_size": step_size, "num_steps": num_steps, "norm": norm,
             "queries": queries, "autoattack": version,
-            "radii": [eps, *(eps * factor for factor in radii)], "leads": list(LEADS) if scales else [],
+            "radii": [eps, *(eps * factor for factor in radii)], "leads": list(LEADS),
         },
         "label": labels.tolist(),
         "classes": logits.shape[-1],

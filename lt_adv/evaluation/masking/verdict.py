@@ -1,7 +1,8 @@
 """Verdict on gradient masking: compares the diagnostics of a network with those of a baseline.
 
 No threshold is fixed in advance. Every value is compared with that of the baseline, image by image, and is significant
-if the mean of the paired differences is more than three standard errors above zero.
+if the mean of the paired differences is more than three standard errors above zero, their standard error if there were
+no difference.
 
 A gap between PGD and stronger attacks alone is not a sign of gradient masking: heads and losses differ in it without
 any masking, and with enough images every difference exceeds its noise. The verdict tests the claim of a table, a gain
@@ -75,11 +76,12 @@ class DiagnosticsSummary(TypedDict):
 
 
 def mean_and_noise(values: np.ndarray) -> tuple[float, float]:
-    """Returns (mean, three standard errors of the mean) of one value per image."""
+    """Returns (mean, three standard errors) of one value per image.
+
+    The standard error is that of no difference, sqrt(E v^2 / n): equal values of fewer than ten images are noise.
+    """
     values = np.asarray(values, float)
-    return float(values.mean()), STANDARD_ERRORS * float(
-        values.std(ddof=min(1, len(values) - 1)) / np.sqrt(len(values))
-    )
+    return float(values.mean()), STANDARD_ERRORS * float(np.sqrt(np.mean(values**2) / len(values)))
 
 
 def significantly_larger(values: np.ndarray, baseline_values: np.ndarray) -> bool:
@@ -232,7 +234,7 @@ def summarise_diagnostics(diagnostics: Diagnostics) -> DiagnosticsSummary:
         "zero_gradient": float(text_to_bits(diagnostics["zero_gradient"]).mean()),
         "accuracy": {name: float(column.mean()) for name, column in columns.items() if "_" not in name},
         "worst": float(worst_case_correct(columns).mean()),
-        "by_lead": [[lead, float(c.mean())] for lead, c in zip(protocol["leads"], leads, strict=True)],
+        "by_lead": [[lead, float(c.mean())] for lead, c in zip(protocol["leads"], leads, strict=bool(leads))],
         "by_radius": [[radius, float(c.mean())] for radius, c in zip(protocol["radii"], radii, strict=True)],
     }
 

@@ -17,10 +17,11 @@ class CFA(base.AddOn):
       E (1 - b_c) CE(z(x), y) + b_c KL,   b_c = (lambda_2 + acc_c) beta / (1 + (lambda_2 + acc_c) beta),
 
     beta that of TRADES. acc_c is the accuracy of class c on the x_adv of the last epoch: the number of correct
-    predictions in the forwards of the loss, in training mode, over the number of images of class c, on all devices. In
-    the first part of the stage, the fraction `begin` of its epochs (at least one epoch; the code takes 10 of 200), both
-    factors lambda + acc_c are 1. The step size is not scaled. The attack starts as that of the inner method, at the
-    radius of the class: U(-eps_c, eps_c) in AT.
+    predictions in the forwards of the loss, in training mode, over the number of images of class c, on all devices
+    (around AVmixup the predictions on its mixtures). In the first part of the stage, the fraction `begin` of its epochs
+    (at least one epoch; the code takes 10 of 200), both factors lambda + acc_c are 1. The step size of PGD is not
+    scaled; those of FGSM and N-FGSM are multiples of the radius of the class. The attack starts as that of the inner
+    method, at the radius of the class: U(-eps_c, eps_c) in AT.
 
     The paper defines the class-wise regularization for TRADES only. Around any other method, the add-on changes the
     radius alone, and lambda_2 is not used. Add-ons that rescale the radius multiply: with `robustlt` it is the product

@@ -37,9 +37,10 @@ class DAFA(base.AddOn):
       w_i = 1 + scale sum_{j: S_ii < S_jj} S_ij S_jj - scale sum_{j: S_jj < S_ii} S_ji S_ii
 
     S_ij is the mean probability of class j over the x_adv of class i in one epoch, in the forward of the loss in
-    training mode: weight moves from an easy class to the hard classes that are mistaken for it. All weights are 1 in
-    the first part of the stage, the fraction `epoch` of its epochs; S is that of the last of them, over all devices.
-    The weights then stay. The paper takes epoch 70 of 110; scale is its lambda, 1 for CIFAR-10 and 1.5 for CIFAR-100.
+    training mode (around AVmixup over its mixtures): weight moves from an easy class to the hard classes that are
+    mistaken for it. All weights are 1 in the first part of the stage, the fraction `epoch` of its epochs; S is that of
+    the last of them, over all devices. The weights then stay. The paper takes epoch 70 of 110; scale is its lambda, 1
+    for CIFAR-10 and 1.5 for CIFAR-100.
 
     w_c multiplies the cross-entropy (`Batch.weight`), so that of the clean image in TRADES, whose KL divergence has no
     weight, and that of x_adv in AT. The attack starts as that of the inner method, at the radius of the class.

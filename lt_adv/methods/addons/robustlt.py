@@ -31,9 +31,11 @@ class RobustLT(base.AddOn):
     0.4 and 0.6 for CIFAR-100-LT and Tiny-ImageNet-LT.
 
     As in the released code, the attack starts at x + U(-eps, eps) with the common radius, clipped to [0, 1], whatever
-    the `start` of the inner method. Every forward of its `perturb` normalizes by the statistics of the batch and does
-    not update the running ones. The evaluation is unchanged: one radius for all classes. The attacks `fgsm`, `fgsm_rs`
-    and `n_fgsm` of `config.attack.name` keep their own start, at the radius of the class.
+    the `start` of the inner method. Inside another add-on that rescales the radius, eps is the rescaled one:
+    `addons=("dafa", "robustlt")` starts from the common radius, `("robustlt", "dafa")` from that of DAFA. Every forward
+    of its `perturb` normalizes by the statistics of the batch and does not update the running ones. The evaluation is
+    unchanged: one radius for all classes. The attacks `fgsm`, `fgsm_rs` and `n_fgsm` of `config.attack.name` keep their
+    own start, at the radius of the class.
 
     Differs from the released code, in either fidelity, in the running statistics. The code updates them three or four
     times per step: with the forwards of the loss (one or two, depending on the method), and then with x_adv and x for
