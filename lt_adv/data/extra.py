@@ -69,12 +69,11 @@ def load(dataset: Dataset, data_config: registry.Config, held_out: Mapping[str, 
         copies[name] = _cached_number_of_copies(splits["extra"], split, data_dir, [digest, dataset.digest])
         if copies[name]:
             log.warning(
-                "%s: %d of %d images are also %s images: without them, results on the %s split are not those of a "
-                "network that has not seen it.",
+                "%s: %d of %d images are also %s images: remove them, because the network would be evaluated on images "
+                "of its training.",
                 path,
                 copies[name],
                 len(splits["extra"]),
-                name,
                 name,
             )
     return Extra(splits["extra"], digest, copies)
