@@ -1,7 +1,8 @@
 """Adversarial attacks as pure functions of a key. Needs jax and numpy only.
 
 `attack(key, logits_fn, x, y, *, eps, ...) -> x_adv` works on any JAX function from images to logits, under jit, vmap,
-pmap and shard_map. `jit` is the jitted form, `autoattack` the ensemble for evaluation. Objectives are functions
+pmap and shard_map. `jit` is the jitted form. `autoattack`, the ensemble for evaluation, and `robustness_curve` run
+compiled attacks from the host and are called outside of transformations. Objectives are functions
 (logits, y) -> [batch] that attacks maximise.
 
 Examples:

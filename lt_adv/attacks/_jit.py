@@ -37,7 +37,7 @@ def jit(attack: Attack, apply: Callable[[PyTree, Array], Array] | Expectation, *
       of targets, as the attack does.
 
     Raises:
-      ValueError: for an option that the attack does not have. Values are checked when f is first called.
+      ValueError: for an option that the attack does not have. Other options are checked when f is first called.
 
     Examples:
       >>> apply = lambda weight, x: x @ weight

@@ -346,7 +346,12 @@ _TABLE = (
         "`epoch_ema` leaves out an epoch after which the accuracy of a class under PGD-20 on the validation split is "
         "lower; CFA has 0.2",
     ),
-    Entry("log.every_steps", 50, ONE_OR_MORE, "steps between two lines of `metrics.jsonl`"),
+    Entry(
+        "log.every_steps",
+        50,
+        ONE_OR_MORE,
+        "steps of an epoch between two lines of `metrics.jsonl`, which has a line at its end too",
+    ),
     Entry("log.clean_per_class", 50, ZERO_OR_MORE, "training images per class in the sample for `train/clean/*`"),
     Entry("log.validate_every_epochs", 1, ONE_OR_MORE, "epochs between two evaluations on the validation split"),
     Entry("log.tensorboard", False, BOOLEAN, "whether metrics are also written for TensorBoard"),

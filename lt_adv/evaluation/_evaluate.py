@@ -166,8 +166,8 @@ def evaluate(
       console: for progress and warnings; stderr by default.
 
     Raises:
-      ValueError: for a bad attack entry, when an attack leaves its ball or [0, 1] (tolerance 1e-6), or when no logit of
-        the first batch is finite.
+      ValueError: for a bad attack entry, when an attack leaves its ball or [0, 1] (tolerance 1e-6; for the radius in L2
+        and L1 1e-5 max(eps, 1)), or when no logit of the first batch is finite.
     """
     console = console or rich.console.Console(stderr=True, markup=False)
     check_names(attacks)

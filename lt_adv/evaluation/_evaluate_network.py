@@ -16,7 +16,7 @@ from etils import epath
 from jax.sharding import Mesh
 
 from lt_adv import data
-from lt_adv.attacks import checks, norms
+from lt_adv.attacks import _square, checks, norms
 from lt_adv.attacks._autoattack import DEPENDENCE
 from lt_adv.attacks.signatures import LogitsFn
 from lt_adv.data import longtail
@@ -24,6 +24,7 @@ from lt_adv.data.dataset import check_labels
 from lt_adv.evaluation import _evaluate, attack_specs, masking, networks, records, report
 from lt_adv.evaluation.attack_specs import AttackSpec
 from lt_adv.evaluation.masking import diagnose
+from lt_adv.evaluation.masking.compare import ProtocolOptions
 from lt_adv.evaluation.metrics import Summary, accuracy
 from lt_adv.evaluation.networks import Network
 from lt_adv.evaluation.records import CLEAN, WORST, Header, Records
@@ -131,8 +132,9 @@ def evaluate_network(
       A `NetworkEvaluation`: `records` and `summary`.
 
     Raises:
-      ValueError: for arguments that do not fit, logits that are not finite, and a working directory of something else.
-        Nothing has been written then.
+      ValueError: for arguments that do not fit, a network of which no logit is finite on the first images, and a
+        working directory of something else. Nothing has been written then. Images whose logits are not finite
+        otherwise count as wrong, with a warning.
 
     Examples:
       >>> images, labels = np.zeros((20, 4, 4, 1), np.uint8), np.arange(20) % 2
@@ -151,6 +153,12 @@ def evaluate_network(
         raise ValueError(f"eps must be above 0, in units of the [0, 1] pixel range, not {eps:g}.")
     norms.get(norm)
     specs = _specs(attacks, eps, norm)
+    attack = {"eps": eps, "step_size": STEP * eps, "norm": norm}
+    # Without a baseline, AutoAttack would repeat what the records have; Square shows what needs no gradient.
+    protocol = masking.masking_protocol(attack, {} if baseline is None else specs)
+    needs = "" if protocol["autoattack"] else _square.unsupported(norm, split.image.shape[1:])
+    if gradient_masking and needs:
+        raise ValueError(f"gradient_masking: Square needs {needs}. gradient_masking=False leaves these checks out.")
     network, logits = _network(logits_fn, split, "logits_fn")
     classes = logits.shape[-1]
     check_labels(split.label, len(split), classes, "labels")
@@ -195,9 +203,8 @@ def evaluate_network(
         context: dict[str, Any] = {"class_counts": counts, "groups": groups, "commit": environment.commit()}
         context |= {} if model is None else {"model": model}
         if gradient_masking:
-            attack = {"eps": eps, "step_size": STEP * eps, "norm": norm}
             context["reliability"] = _diagnose(
-                sides, split, attack, specs, counts, groups, seed, batch_size, local_mesh, directory, console
+                sides, split, protocol, counts, groups, seed, batch_size, local_mesh, directory, console
             )
         if directory is None:
             return NetworkEvaluation(results, report.summarise_with_context(results, context))
@@ -352,8 +359,7 @@ def _check_logits(path: epath.Path, logits: np.ndarray, advice: str) -> None:
 def _diagnose(
     sides: Sequence[tuple[Network, np.ndarray]],
     split: data.Split,
-    attack: AttackSpec,
-    specs: Mapping[str, AttackSpec],
+    protocol: ProtocolOptions,
     counts: tuple[int, ...] | None,
     groups: str,
     seed: int,
@@ -364,8 +370,6 @@ def _diagnose(
 ) -> masking.Comparison:
     """Returns the diagnosis of gradient masking, against the baseline if there are two sides."""
     sample = split.take(masking.balanced_sample(split.label))
-    # Without a baseline, AutoAttack would repeat what the records have; Square shows what needs no gradient.
-    protocol = masking.masking_protocol(attack, specs if len(sides) > 1 else {})
     console.print(f"Gradient masking: diagnosis on {len(sample)} images.", highlight=False, soft_wrap=True)
     compared = [
         masking.ComparedNetwork(

@@ -78,7 +78,8 @@ def resolve(spec: AttackSpec) -> tuple[str, dict[str, Any]]:
 def _check_version(version: object) -> None:
     if not isinstance(version, (str, tuple, list)) or isinstance(version, str) and version not in VERSIONS:
         raise registry.unknown("version of autoattack", version, set(VERSIONS) - {"rand"})
-    if attacks_of(version) == attacks_of("rand"):
+    attacks_of(version)  # raises
+    if version == "rand":
         raise ValueError(
             "The version 'rand' of autoattack is for randomised networks, which this evaluation does not support; use "
             "'standard' or 'plus'."

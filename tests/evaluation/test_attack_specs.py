@@ -75,3 +75,11 @@ def test_weights_digest_depends_on_values_names_and_types():
     )
     assert len({attack_specs.weights_digest(tree) for tree in trees}) == len(trees)
     assert attack_specs.weights_digest({"a": jnp.asarray(kernel)}) == attack_specs.weights_digest({"a": kernel})
+
+
+def test_the_attacks_of_rand_are_valid_for_a_deterministic_network():
+    """The version "rand" itself is not."""
+    spec = {"attack": "autoattack", "eps": 0.03, "version": ("apgd-ce", "apgd-dlr")}
+    assert attack_specs.resolve(spec)[1]["version"] == ("apgd-ce", "apgd-dlr")
+    with pytest.raises(ValueError, match="The version 'rand' of autoattack is for randomised networks"):
+        attack_specs.resolve({**spec, "version": "rand"})

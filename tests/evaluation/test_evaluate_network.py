@@ -380,3 +380,12 @@ def test_the_diagnosis_takes_a_class_balanced_sample(run, monkeypatch):
     assert baseline is None and len(sample) == 50 and network.directory is None
     assert seen.protocol["norm"] == "l2" and seen.protocol["step_size"] == 0.25 and seen.protocol["autoattack"] == ()
     assert set(seen.groups) == {"head", "body", "tail"}
+
+
+def test_images_too_small_for_square_are_refused_before_the_first_attack(run, tmp_path):
+    small = {"images": X[:4, :4, :4], "labels": Y[:4], "eps": 0.5, "norm": "l2", "attacks": ("fgsm",)}
+    logits_fn = lambda x: x.reshape(len(x), -1)[:, :10]  # noqa: E731
+    with pytest.raises(ValueError, match="Square needs images of at least 5 x 5 pixels for L2.*gradient_masking=False"):
+        run(logits_fn, gradient_masking=True, workdir=tmp_path / "run", **small)
+    assert not (tmp_path / "run").exists()
+    assert len(run(logits_fn, **small).records) == 4
